@@ -1,0 +1,50 @@
+"""Runs the main job.
+
+  python -m launch.run --config=configs/quickstart.py --workdir=DIR [--stages=prepare,base]
+
+Options of the config are set as --config.SECTION.KEY=VALUE.
+"""
+
+import errno
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
+_STAGES = flags.DEFINE_list("stages", None, "Stages to run; all by default.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  # Libraries that start worker processes read absl flags when imported: import after parsing.
+  from rndpo_jax import checkpoint, config, pipeline, progress, training
+  from rndpo_jax.data import records
+  from rndpo_jax.stages import mine, pairs
+
+  logging.set_verbosity(logging.ERROR)
+  refusals = (
+    config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
+    pairs.PairsError, mine.MiningError,
+  )  # fmt: skip
+  try:
+    stages = config.STAGES if _STAGES.value is None else _STAGES.value
+    pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
+  except refusals as error:
+    sys.exit(f"error: {error}")
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    sys.exit(
+      f"error: the disk is full ({error}); free some space, or name another --workdir, and run "
+      "the same command again: finished work is kept"
+    )
+  if "report" in stages:
+    progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

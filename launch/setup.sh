@@ -1,0 +1,15 @@
+# Sourced from the project's root: activates .venv, installing the project where that is needed.
+#   source launch/setup.sh [extra]
+_extra=${1:-}
+_stamp=.venv/.installed${_extra:+-$_extra}
+if [ ! -e "$_stamp" ] || [ setup.cfg -nt "$_stamp" ]; then
+  _python=${PYTHON:-python3}
+  "$_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $_python is $("$_python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON=..." >&2
+    exit 1
+  }
+  [ -x .venv/bin/python ] || "$_python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${_extra:+[$_extra]}"
+  touch "$_stamp"
+fi
+source .venv/bin/activate

@@ -1,0 +1,326 @@
+"""Every default of the program, with its unit and meaning, and the checks on a config.
+
+A file in `configs/` starts from `base_config()` and overrides a few keys; the command line
+overrides more (`--config.finetune.beta=10`). Unknown keys and wrong types are refused by
+ml_collections; values that cannot work are refused by `validate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import ml_collections
+
+STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
+SOURCES = ("phantom", "folder", "nnunet")
+RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
+OBJECTIVES = ("dpo", "rn_dpo")
+SAMPLERS = ("base", "mc_dropout", "tta", "logit_noise", "temperature", "threshold")
+JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_oracle")
+# Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
+TRUTH_JUDGES = ("oracle", "noisy_oracle")
+METRICS = ("dice", "iou", "hd95", "assd", "nsd")
+
+
+class ConfigError(ValueError):
+  """A config that cannot work; the message names the key, what was found and the remedy."""
+
+
+def base_config() -> ml_collections.ConfigDict:
+  """Returns the config with every default."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # everything random is folded from it
+
+  config.data = data = ml_collections.ConfigDict()
+  data.source = "phantom"  # phantom | folder | nnunet
+  data.name = "phantom"  # name of the data set in results and report
+  data.root = ""  # folder of the source's files; phantom needs none
+  data.spatial_dims = 2  # 2: each slice is a record; 3: each volume is one
+  data.size = (64, 64)  # the model's grid in pixels, one entry a spatial dimension
+  data.crop = ()  # centre crop before resizing, in source pixels; () keeps the whole image
+  data.num_classes = 2  # background among them; 0 takes it from an nnU-Net dataset.json
+  data.normalization = "zscore"  # zscore | minmax, an image and channel at a time
+  data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
+  data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
+  data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
+  data.num_labelled = 8  # groups (patients, or cases without group_pattern)
+  data.num_val = 16  # groups
+  data.num_test = 32  # groups
+  data.num_unlabelled = -1  # groups; -1 takes all that are left
+  data.split_seed = 0  # which groups go where; apart from `seed` so that seeds share a split
+  data.num_workers = 0  # Grain worker processes; 0 reads in this process
+  data.prefetch = 2  # batches on their way to the device
+  data.phantom = phantom = ml_collections.ConfigDict()
+  phantom.num_cases = 152
+  phantom.size = (72, 80)  # pixels of a generated image, or (H, W, Z) voxels
+  phantom.contrast = 0.5  # organ against surround; lower is harder
+  phantom.noise = 0.12  # standard deviation, of an intensity range of about 1
+  phantom.seed = 0  # of the generator
+
+  # Augmentation, on the device; probabilities in 0..1, each image drawn alone.
+  config.augment = augment = ml_collections.ConfigDict()
+  augment.flip = 0.5
+  augment.turn = 0.5  # by a multiple of 90 degrees; needs equal H and W
+  augment.intensity = 0.5  # x * (1 + u s) + v s, u and v uniform in -1..1
+  augment.intensity_scale = 0.2
+  augment.gamma = 0.3
+  augment.gamma_scale = 0.3  # exponent in exp(-s)..exp(s)
+  augment.noise = 0.3
+  augment.noise_scale = 0.1  # standard deviation in normalised units
+  augment.elastic = 0.0
+  augment.elastic_scale = 4.0  # pixels, standard deviation of the displacement
+  augment.elastic_smoothing = 8.0  # pixels, width of its Gaussian
+
+  config.model = model = ml_collections.ConfigDict()
+  model.name = "unet"
+  model.width = 8  # channels of the first level, doubled at each deeper one
+  model.depth = 4  # levels; data.size must divide by 2**(depth - 1)
+  model.max_width = 256  # channels a level never exceeds
+  model.norm = "group"  # group | instance
+  model.dropout = 0.2  # rate, in bottleneck and decoder
+  model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
+
+  config.base = base = ml_collections.ConfigDict()
+  base.workdir = ""  # take data, splits and base from this work directory; "" trains here
+  base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
+  base.num_steps = 400
+  base.batch_size = 16
+  base.learning_rate = 3e-3  # peak, AdamW with warm-up and cosine decay
+  base.warmup_steps = 40
+  base.weight_decay = 1e-4
+  base.clip_norm = 1.0
+  base.dice_weight = 1.0  # loss = cross-entropy + dice_weight * (1 - soft Dice)
+  base.augment = True
+  base.select = "best"  # best | last checkpoint is the base segmenter
+  base.log_every_steps = 20
+  base.eval_every_steps = 100  # validation and checkpoint
+
+  config.proposals = proposals = ml_collections.ConfigDict()
+  # Comma-separated NAME[+NAME...]:COUNT; K is the sum of the counts. '+' composes samplers.
+  proposals.mix = "mc_dropout+logit_noise:8"
+  proposals.noise_scale = 2.0  # standard deviation of the logit field
+  proposals.noise_smoothing = 8.0  # pixels, width of the field's Gaussian
+  proposals.temperature_low = 0.5  # geometric sweep low..high
+  proposals.temperature_high = 2.0
+  proposals.threshold_shift = 2.0  # background logit shifted by -s..s
+
+  config.judge = judge = ml_collections.ConfigDict()
+  judge.name = "agreement"  # a name of the table, or package.module:function
+  judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
+  judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
+  judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score
+  judge.border = 3  # entropy: pixels around the mask that count
+  judge.num_bootstrap = 1000  # resamples of cases for intervals
+  judge.learned = learned = ml_collections.ConfigDict()
+  learned.width = 8
+  learned.num_steps = 300
+  learned.batch_size = 8  # labelled images a step
+  learned.masks_per_image = 4  # synthetic bad masks of each
+  learned.learning_rate = 1e-3
+
+  config.mine = mine = ml_collections.ConfigDict()
+  mine.rule = "top_vs_random"
+  mine.pairs_per_image = 1
+  mine.min_score_gap = 0.0  # a pair needs a gap above it
+  mine.min_region_size = 1  # pixels
+  mine.max_region_size = 0  # pixels; 0 sets no limit
+  mine.batch_size = 16  # images of one program, all local devices together
+  mine.num_shards = 4
+
+  config.finetune = finetune = ml_collections.ConfigDict()
+  finetune.objective = "rn_dpo"  # rn_dpo | dpo
+  finetune.beta = 10.0  # see losses.preference_loss for its conversion between objectives
+  finetune.reference = "cached"  # cached margins | online (needed with augment)
+  finetune.augment = False
+  finetune.num_steps = 300
+  finetune.batch_size = 16
+  finetune.learning_rate = 1e-4
+  finetune.weight_decay = 0.0
+  finetune.clip_norm = 0.0  # 0 does not clip
+  finetune.log_every_steps = 10
+  finetune.eval_every_steps = 50  # validation and checkpoint
+
+  config.evaluate = evaluate = ml_collections.ConfigDict()
+  evaluate.batch_size = 16
+  evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, assd, nsd
+  evaluate.nsd_tolerance_mm = 2.0  # in voxels where the spacing is unknown
+  return config
+
+
+def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+  """Parses `proposals.mix` into ((sampler names, count), ...).
+
+  Raises:
+    ConfigError: on an unknown sampler, a bad count, a composition without effect, or K < 2.
+  """
+  entries = []
+  for entry in mix.split(","):
+    names, colon, count = entry.strip().partition(":")
+    atoms = tuple(names.strip().split("+"))
+    unknown = [name for name in atoms if name not in SAMPLERS]
+    if unknown:
+      raise ConfigError(
+        f"config.proposals.mix: unknown sampler {unknown[0]!r}; known: {', '.join(SAMPLERS)}"
+      )
+    if not colon or not count.strip().isdigit() or int(count) < 1:
+      raise ConfigError(
+        f"config.proposals.mix: found {entry!r}, expected NAME[+NAME...]:COUNT with COUNT >= 1"
+      )
+    if "temperature" in atoms and not {"logit_noise", "threshold"} & set(atoms):
+      raise ConfigError(
+        "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
+        "as in 'temperature+logit_noise:8'"
+      )
+    if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
+      raise ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
+    entries.append((atoms, int(count)))
+  total = sum(count for _, count in entries)
+  if total < 2:
+    raise ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
+  return tuple(entries)
+
+
+def num_proposals(config) -> int:
+  """K, the number of proposals an image."""
+  return sum(count for _, count in parse_mix(config.proposals.mix))
+
+
+def validate(config) -> None:
+  """Refuses values that cannot work, before anything runs.
+
+  Raises:
+    ConfigError: naming the key, what was found and what is expected.
+  """
+  _check_choices(config)
+  _check_ranges(config)
+  _check_grid(config)
+  count = sum(n for _, n in parse_mix(config.proposals.mix))
+  rule, pairs = config.mine.rule, config.mine.pairs_per_image
+  if rule == "top_vs_rest" and pairs != count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
+      f"image, found {pairs}; set it to {count - 1}"
+    )
+  if pairs > count * (count - 1) // 2:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but K = {count} proposals make only "
+      f"{count * (count - 1) // 2} pairs"
+    )
+  if config.finetune.augment and config.finetune.reference != "online":
+    raise ConfigError(
+      "config.finetune.reference: augmented images need an 'online' reference (cached margins "
+      "belong to the image as it was mined); set it, or set config.finetune.augment=False"
+    )
+  noisy = config.judge.flip_rate > 0 or config.judge.noise_level > 0
+  if noisy != (config.judge.name == "noisy_oracle"):
+    raise ConfigError(
+      f"config.judge: name is {config.judge.name!r} with flip_rate={config.judge.flip_rate} and "
+      f"noise_level={config.judge.noise_level}; the two are read by 'noisy_oracle' alone, which "
+      "needs one of them above 0"
+    )
+  for key in ("case_pattern", "group_pattern"):
+    _check_pattern(key, config.data[key])
+
+
+def _check_choices(config) -> None:
+  choices = {
+    "data.source": SOURCES,
+    "data.spatial_dims": (2, 3),
+    "data.normalization": ("zscore", "minmax"),
+    "model.name": ("unet",),
+    "model.norm": ("group", "instance"),
+    "model.dtype": ("float32", "bfloat16"),
+    "base.select": ("best", "last"),
+    "mine.rule": RULES,
+    "finetune.objective": OBJECTIVES,
+    "finetune.reference": ("cached", "online"),
+  }
+  for key, allowed in choices.items():
+    section, name = key.split(".")
+    if config[section][name] not in allowed:
+      raise ConfigError(
+        f"config.{key}: found {config[section][name]!r}, expected one of "
+        f"{', '.join(map(str, allowed))}"
+      )
+  for name in (config.judge.name, *config.judge.compare):
+    if name not in JUDGES and ":" not in name:
+      raise ConfigError(
+        f"config.judge: unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of "
+        "your own as package.module:function"
+      )
+  for name in config.evaluate.metrics:
+    if name not in METRICS:
+      raise ConfigError(
+        f"config.evaluate.metrics: unknown metric {name!r}; known: {', '.join(METRICS)}"
+      )
+  if "dice" not in config.evaluate.metrics:
+    raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
+
+
+_POSITIVE = (
+  "model.width", "model.depth", "base.num_members", "base.num_steps", "base.batch_size",
+  "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
+  "mine.min_region_size", "mine.batch_size", "mine.num_shards", "finetune.beta",
+  "finetune.num_steps", "finetune.batch_size", "finetune.learning_rate",
+  "finetune.log_every_steps", "finetune.eval_every_steps", "evaluate.batch_size",
+  "judge.num_bootstrap", "judge.learned.width", "judge.learned.num_steps",
+  "judge.learned.batch_size", "judge.learned.masks_per_image", "judge.learned.learning_rate",
+  "data.num_labelled", "data.num_val", "data.num_test",
+)  # fmt: skip
+_FRACTIONS = (
+  "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
+  "augment.gamma", "augment.noise", "augment.elastic",
+)  # fmt: skip
+
+
+def _check_ranges(config) -> None:
+  for key in _POSITIVE:
+    value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+    if not value > 0 or not math.isfinite(value):
+      raise ConfigError(f"config.{key}: found {value}, expected a finite value above 0")
+  for key in _FRACTIONS:
+    section, name = key.split(".")
+    if not 0 <= config[section][name] <= 1:
+      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
+  if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
+    raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
+  if "mc_dropout" in config.proposals.mix and config.model.dropout == 0:
+    raise ConfigError(
+      "config.model.dropout: it is 0, so 'mc_dropout' proposals would all be the same; set it "
+      "above 0 or take mc_dropout out of config.proposals.mix"
+    )
+
+
+def _check_grid(config) -> None:
+  size, dims = tuple(config.data.size), config.data.spatial_dims
+  if len(size) != dims:
+    raise ConfigError(
+      f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
+    )
+  if config.data.crop and len(config.data.crop) != dims:
+    raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
+  step = 2 ** (config.model.depth - 1)
+  if any(s % step for s in size):
+    raise ConfigError(
+      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
+      f"multiples of {step}"
+    )
+  if config.augment.turn > 0 and size[0] != size[1]:
+    raise ConfigError(
+      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
+    )
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+  if not pattern:
+    return
+  try:
+    groups = re.compile(pattern).groups
+  except re.error as error:
+    raise ConfigError(f"config.data.{key}: {pattern!r} is no regular expression: {error}") from None
+  if groups != 1:
+    raise ConfigError(
+      f"config.data.{key}: {pattern!r} has {groups} groups, expected 1, as in '(case\\d+)_z\\d+'"
+    )

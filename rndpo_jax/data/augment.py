@@ -1,0 +1,129 @@
+"""Random changes of normalised images and, where they move pixels, of their masks; on the device.
+
+Each image draws alone, from its own key. All masks of an image move as the image does.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.scipy import ndimage
+
+from rndpo_jax import proposals
+
+
+def augment(
+  key: jax.Array, images: jax.Array, masks: jax.Array, *, flip: float, turn: float,
+  intensity: float, intensity_scale: float, gamma: float, gamma_scale: float, noise: float,
+  noise_scale: float, elastic: float, elastic_scale: float, elastic_smoothing: float,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+  """Augments a batch; all options are Python numbers, and a probability of 0 costs nothing.
+
+  Order: elastic deformation, quarter turns, flips; then gamma, intensity, noise.
+
+  Args:
+    key: one key; position n of the batch draws from fold_in(key, n).
+    images: f32[B, *S, I], normalised.
+    masks: u8[B, M, *S], M masks an image; moved by nearest neighbour.
+    flip: probability that an axis is mirrored, for each spatial axis alone.
+    turn: probability of a turn by 90, 180 or 270 degrees, equally likely, in the (H, W) plane.
+    intensity: probability of x -> x (1 + u s) + v s, s = intensity_scale, u and v uniform in
+      -1..1 for each channel.
+    gamma: probability of r -> r ** exp(u s), s = gamma_scale, u uniform in -1..1; r is x
+      brought to 0..1 by its channel's minimum and maximum, and brought back after.
+    noise: probability of adding Gaussian noise with standard deviation `noise_scale`.
+    elastic: probability of a smooth deformation, by a Gaussian displacement field with standard
+      deviation `elastic_scale` pixels, smoothed by a Gaussian of width `elastic_smoothing` pixels.
+
+  Returns:
+    (images f32[B, *S, I], masks u8[B, M, *S]).
+
+  Raises:
+    ValueError: where quarter turns are asked of images whose H and W differ.
+  """
+  if turn > 0 and images.shape[1] != images.shape[2]:
+    raise ValueError(
+      f"augment: quarter turns need equal H and W, found {images.shape[1:3]}; set "
+      "config.augment.turn=0"
+    )
+
+  def one(position, image, mask):
+    keys = jax.random.split(jax.random.fold_in(key, position), 6)
+    if elastic > 0:
+      image, mask = _elastic(keys[0], image, mask, elastic, elastic_scale, elastic_smoothing)
+    if turn > 0:
+      image, mask = _turn(keys[1], image, mask, turn)
+    if flip > 0:
+      image, mask = _flip(keys[2], image, mask, flip)
+    if gamma > 0:
+      image = _gamma(keys[3], image, gamma, gamma_scale)
+    if intensity > 0:
+      image = _intensity(keys[4], image, intensity, intensity_scale)
+    if noise > 0:
+      image = _noise(keys[5], image, noise, noise_scale)
+    return image, mask
+
+  positions = jnp.arange(images.shape[0], dtype=jnp.uint32)
+  return jax.vmap(one)(positions, images, masks)
+
+
+def _turn(key, image, mask, probability):
+  """k quarter turns, as numpy.rot90: a transpose where k is odd, then mirrored axes."""
+  happens, quarters = jax.random.split(key)
+  k = jax.random.randint(quarters, (), 1, 4)
+  k = jnp.where(jax.random.bernoulli(happens, probability), k, 0)
+
+  def turned(x, axis):
+    x = jnp.where(k % 2 == 1, jnp.swapaxes(x, axis, axis + 1), x)
+    x = jnp.where((k == 1) | (k == 2), jnp.flip(x, axis), x)
+    return jnp.where((k == 2) | (k == 3), jnp.flip(x, axis + 1), x)
+
+  return turned(image, 0), turned(mask, 1)
+
+
+def _flip(key, image, mask, probability):
+  for axis, happens in enumerate(jax.random.bernoulli(key, probability, (image.ndim - 1,))):
+    image = jnp.where(happens, jnp.flip(image, axis), image)
+    mask = jnp.where(happens, jnp.flip(mask, axis + 1), mask)
+  return image, mask
+
+
+def _elastic(key, image, mask, probability, scale, smoothing):
+  happens, field = jax.random.split(key)
+  size = image.shape[:-1]
+  shift = scale * proposals.smooth_noise(field, (*size, len(size)), smoothing)
+  shift = jnp.where(jax.random.bernoulli(happens, probability), shift, 0.0)
+  grid = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in size), indexing="ij")
+  places = [axis + shift[..., d] for d, axis in enumerate(grid)]
+
+  def sample(channel, order):
+    return ndimage.map_coordinates(channel, places, order=order, mode="nearest")
+
+  image = jax.vmap(lambda channel: sample(channel, 1), in_axes=-1, out_axes=-1)(image)
+  return image, jax.vmap(lambda one: sample(one, 0))(mask)
+
+
+def _gamma(key, image, probability, scale):
+  happens, draw = jax.random.split(key)
+  axes = tuple(range(image.ndim - 1))
+  low = jnp.min(image, axes, keepdims=True)
+  extent = jnp.max(image, axes, keepdims=True) - low
+  exponent = jnp.exp(jax.random.uniform(draw, (), minval=-scale, maxval=scale))
+  ratio = (image - low) / jnp.where(extent > 0, extent, 1.0)
+  return jnp.where(
+    jax.random.bernoulli(happens, probability), ratio**exponent * extent + low, image
+  )
+
+
+def _intensity(key, image, probability, scale):
+  happens, draw = jax.random.split(key)
+  shape = (2, *(1,) * (image.ndim - 1), image.shape[-1])
+  factor, shift = scale * jax.random.uniform(draw, shape, minval=-1.0)
+  changed = image * (1.0 + factor) + shift
+  return jnp.where(jax.random.bernoulli(happens, probability), changed, image)
+
+
+def _noise(key, image, probability, scale):
+  happens, draw = jax.random.split(key)
+  changed = image + scale * jax.random.normal(draw, image.shape)
+  return jnp.where(jax.random.bernoulli(happens, probability), changed, image)

@@ -1,0 +1,126 @@
+"""The TFDS builder: any source as ArrayRecord files, written and read without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import pathlib
+import shutil
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rndpo_jax.data import records
+
+SPLIT = "cases"  # TFDS reserves 'all'
+_FOLDER = "cases"  # TFDS names it after the class below
+
+
+class Cases(tfds.core.GeneratorBasedBuilder):
+  """All records of a source, in its order, in one TFDS split."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(self, *, source: records.Source, data_dir: str):
+    self._source = source
+    super().__init__(data_dir=data_dir, file_format="array_record")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    dims = self._source.spatial_dims
+    grid = (None,) * dims
+    features = tfds.features.FeaturesDict({
+      "image": tfds.features.Tensor(
+        shape=(*grid, self._source.num_channels),
+        dtype=np.dtype(self._source.dtype),
+        encoding="zlib",
+      ),
+      "mask": tfds.features.Tensor(shape=grid, dtype=np.uint8, encoding="zlib"),
+      "has_mask": tfds.features.Scalar(np.uint8),
+      "record_id": tfds.features.Text(),
+      "case_id": tfds.features.Text(),
+      "group_id": tfds.features.Text(),
+      "slice": tfds.features.Scalar(np.int32),
+      "spacing": tfds.features.Tensor(shape=(dims,), dtype=np.float32),
+      "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
+    })  # fmt: skip
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {SPLIT: self._generate_examples()}
+
+  def _generate_examples(self):
+    source = self._source
+    foreground = False
+    for index, (entry, pixels) in enumerate(zip(source.records, source.read(), strict=True)):
+      mask = pixels.mask
+      foreground |= mask is not None and bool(mask.any())
+      yield (
+        index,
+        {
+          "image": pixels.image.astype(source.dtype, copy=False),
+          "mask": np.zeros((0,) * source.spatial_dims, np.uint8) if mask is None else mask,
+          "has_mask": np.uint8(mask is not None),
+          "record_id": entry["record_id"],
+          "case_id": entry["case_id"],
+          "group_id": entry["group_id"],
+          "slice": np.int32(entry["slice"]),
+          "spacing": np.asarray(entry["spacing"] or (0,) * source.spatial_dims, np.float32),
+          "affine": pixels.affine.astype(np.float32),
+        },
+      )
+    if not foreground:
+      raise records.DataError(
+        f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
+        "config.data.num_classes"
+      )
+
+
+def folder(directory: pathlib.Path) -> pathlib.Path:
+  """Where `build` puts the files."""
+  return directory / _FOLDER
+
+
+def build(source: records.Source, directory: pathlib.Path) -> None:
+  """Reads every pixel of the source and writes it under `directory`.
+
+  Raises:
+    records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
+  """
+  downloads = folder(directory) / "downloads"  # TFDS makes one, and nothing is downloaded
+  with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+    cases = Cases(source=source, data_dir=str(directory))
+    cases.download_and_prepare(download_dir=str(downloads))
+  shutil.rmtree(downloads, ignore_errors=True)
+
+
+def open_source(directory: pathlib.Path, *, with_labels: bool):
+  """Random access to what `build` wrote; without labels, the masks' bytes are never decoded."""
+  try:
+    with _quiet():
+      builder = tfds.builder_from_directory(folder(directory) / str(Cases.VERSION))
+      skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
+      return builder.as_data_source(split=SPLIT, decoders=skip)
+  except (OSError, ValueError) as error:
+    raise records.DataError(
+      f"{folder(directory)}: cannot be opened ({error}); remove {directory} and run the stage "
+      "'prepare' again"
+    ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS's own progress bars, log lines and warnings off the terminal."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  tfds.disable_progress_bar()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    try:
+      yield
+    finally:
+      logger.setLevel(level)

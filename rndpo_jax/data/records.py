@@ -1,0 +1,177 @@
+"""What a source hands over, and `records.json`, the list of what was prepared.
+
+A record is one item on its own grid: an image or one slice of a volume where there are two
+spatial dimensions, a volume where there are three. Records of one case are judged together;
+cases of one group (a patient) never stand in two splits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FILE = "records.json"
+_SOURCE_KEYS = (
+  "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
+)  # fmt: skip
+_RECORD_KEYS = ("record_id", "case_id", "group_id", "slice", "shape", "spacing", "has_mask")
+
+
+class DataError(ValueError):
+  """Data that cannot be used; the message names the file, what was found and the remedy."""
+
+
+class Pixels(NamedTuple):
+  """What a source reads for one record.
+
+  Attributes:
+    image: uint8 or float32 [*S, I], as it came.
+    mask: u8[*S] class ids, or None where the image has no mask.
+    affine: f32[4, 4], voxel indices to world; the identity where unknown.
+  """
+
+  image: np.ndarray
+  mask: np.ndarray | None
+  affine: np.ndarray
+
+
+class Source(NamedTuple):
+  """A data set as file names and headers tell it, before a pixel is read.
+
+  Attributes:
+    name: of the data set.
+    num_classes: C, background among them.
+    class_names: one a class, background first.
+    num_channels: I.
+    spatial_dims: 2 or 3.
+    spacing_unit: 'mm', or 'voxel' where the spacing of any record is unknown.
+    dtype: of the images, 'uint8' where all of them are and 'float32' otherwise.
+    records: one `record(...)` each, in the order of `read`.
+    read: () -> iterator of Pixels, one a record.
+  """
+
+  name: str
+  num_classes: int
+  class_names: list[str]
+  num_channels: int
+  spatial_dims: int
+  spacing_unit: str
+  dtype: str
+  records: list[dict[str, Any]]
+  read: Callable[[], Iterator[Pixels]]
+
+
+def record(
+  *,
+  record_id: str,
+  case_id: str,
+  group_id: str,
+  shape,
+  has_mask: bool,
+  slice_index=-1,
+  spacing=None,
+) -> dict[str, Any]:
+  """One entry of `records.json`; `spacing` in mm along each axis of `shape`, None if unknown."""
+  return {
+    "record_id": record_id,
+    "case_id": case_id,
+    "group_id": group_id,
+    "slice": int(slice_index),
+    "shape": [int(n) for n in shape],
+    "spacing": None if spacing is None else [float(s) for s in spacing],
+    "has_mask": bool(has_mask),
+  }
+
+
+def extract(pattern: str, text: str, key: str) -> str:
+  """Group 1 of `pattern` found in `text`, or the whole text where the pattern is empty.
+
+  Raises:
+    DataError: where the pattern is not found; `key` is the config key that it came from.
+  """
+  if not pattern:
+    return text
+  match = re.search(pattern, text)
+  if match is None or not match.group(1):
+    raise DataError(
+      f"config.data.{key}: {pattern!r} finds nothing in {text!r}; mend the pattern, or remove "
+      "the file"
+    )
+  return match.group(1)
+
+
+def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int, where: str) -> None:
+  """Refuses pixels that cannot be trained on; `where` names the file in the message.
+
+  Raises:
+    DataError: on a shape other than announced, NaN or infinite values, a mask of another size,
+      or a class id outside 0..C-1.
+  """
+  shape = tuple(entry["shape"])
+  if pixels.image.shape[:-1] != shape:
+    raise DataError(f"{where}: holds {pixels.image.shape[:-1]} pixels, its header says {shape}")
+  if pixels.image.dtype != np.uint8 and not np.isfinite(pixels.image).all():
+    count = int((~np.isfinite(pixels.image)).sum())
+    raise DataError(f"{where}: {count} NaN or infinite values; replace them or remove the image")
+  if pixels.mask is None:
+    return
+  if pixels.mask.shape != shape:
+    raise DataError(
+      f"{where}: the image has {shape} pixels, its mask {pixels.mask.shape}; expected the same"
+    )
+  if pixels.mask.size and int(pixels.mask.max()) >= num_classes:
+    raise DataError(
+      f"{where}: the mask holds class {int(pixels.mask.max())}, expected 0..{num_classes - 1}; "
+      "mend the mask or set config.data.num_classes"
+    )
+
+
+def write(directory: pathlib.Path, source: Source) -> None:
+  """Writes `records.json` into the directory, whole or not at all."""
+  content = {key: getattr(source, key) for key in _SOURCE_KEYS} | {"records": source.records}
+  write_json(directory / FILE, content)
+
+
+def read(directory: pathlib.Path) -> dict[str, Any]:
+  """Reads `records.json`.
+
+  Raises:
+    DataError: where it is missing, is no JSON, or lacks a key.
+  """
+  path = directory / FILE
+  content = read_json(path, "run the stage 'prepare' again")
+  missing = [key for key in (*_SOURCE_KEYS, "records") if key not in content]
+  missing += [k for entry in content.get("records", [])[:1] for k in _RECORD_KEYS if k not in entry]
+  if missing:
+    raise DataError(f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again")
+  return content
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a JSON file by rename, so that no reader ever sees half of it."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path, remedy: str) -> Any:
+  """Reads a JSON object.
+
+  Raises:
+    DataError: where the file is missing or is no JSON object; `remedy` ends the message.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise DataError(f"{path}: no such file; {remedy}") from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise DataError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+  if not isinstance(content, dict):
+    raise DataError(f"{path}: holds a {type(content).__name__}, expected an object; {remedy}")
+  return content

@@ -1,0 +1,48 @@
+"""Whole files that appear by rename: a reader never meets half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+
+def write_bytes(path: os.PathLike, content: bytes) -> None:
+  """Writes `content` beside `path`, then renames; makes the folder where it is missing."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f".{path.name}.tmp"
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def write_text(path: os.PathLike, content: str) -> None:
+  """`write_bytes` of UTF-8 text."""
+  write_bytes(path, content.encode())
+
+
+def write_json(path: os.PathLike, content: Any) -> None:
+  """`write_text` of indented JSON; NaN and infinity are refused (ValueError)."""
+  write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: os.PathLike) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    ValueError: where it is no JSON, naming the file.
+  """
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path}: no valid JSON ({error}); delete it and run the stage that writes it again"
+    ) from error
+
+
+def sha256(path: os.PathLike) -> str:
+  """Hexadecimal SHA-256 of a file's bytes."""
+  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()

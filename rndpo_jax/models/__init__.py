@@ -1,0 +1,36 @@
+"""Segmenters: `build` turns a model config into a `types.Segmenter` of pure functions."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rndpo_jax import types
+from rndpo_jax.models import unet
+
+
+def build(
+  model_config,
+  *,
+  num_classes: int,
+  spatial_dims: int,
+) -> types.Segmenter:
+  """Builds the segmenter that `config.model` describes.
+
+  Args:
+    model_config: `config.model`.
+    num_classes: C, background among them.
+    spatial_dims: 2 or 3.
+
+  Returns:
+    A Segmenter; its logits are f32[B, *S, C] whatever the compute dtype.
+  """
+  return unet.build(
+    num_classes=num_classes,
+    spatial_dims=spatial_dims,
+    width=model_config.width,
+    depth=model_config.depth,
+    max_width=model_config.max_width,
+    norm=model_config.norm,
+    dropout=model_config.dropout,
+    dtype=jnp.dtype(model_config.dtype),
+  )

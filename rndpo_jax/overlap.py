@@ -1,0 +1,81 @@
+"""Overlap of every mask of one set with every mask of another, by matrix products.
+
+K x K pairs of masks are counted as one product of one-hot matrices [K, n] x [n, K] a class,
+instead of K^2 elementwise passes. The products are of zeros and ones summed in float32, so
+counts are exact integers up to 2^24 pixels, at any matmul precision of any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+_EXACT = 2**24  # integers that float32 adds without rounding
+
+
+def class_counts(first: jax.Array, second: jax.Array, num_classes: int):
+  """Counts, class by class, the pixels of each mask and those two masks share.
+
+  Args:
+    first: u8[b, K, *S] class ids below `num_classes`.
+    second: u8[b, M, *S], likewise.
+    num_classes: C.
+
+  Returns:
+    (shared f32[C, b, K, M], first_size f32[C, b, K], second_size f32[C, b, M]), whole numbers.
+
+  Raises:
+    ValueError: a mask has more than 2^24 pixels, above which float32 counts round.
+  """
+  num_pixels = math.prod(first.shape[2:])
+  if num_pixels > _EXACT:
+    raise ValueError(
+      f"masks of {num_pixels} pixels: overlaps are counted in float32, exact up to {_EXACT}; "
+      "use a smaller config.data.size"
+    )
+  first = first.reshape(*first.shape[:2], num_pixels)
+  second = second.reshape(*second.shape[:2], num_pixels)
+
+  def count(label):
+    ones_first = (first == label).astype(jnp.float32)
+    ones_second = (second == label).astype(jnp.float32)
+    shared = jnp.einsum(
+      "bkn,bmn->bkm", ones_first, ones_second, precision=jax.lax.Precision.HIGHEST
+    )
+    return shared, jnp.sum(ones_first, axis=-1), jnp.sum(ones_second, axis=-1)
+
+  # One class at a time keeps the one-hot form from taking C times the memory of the masks.
+  return jax.lax.map(count, jnp.arange(num_classes, dtype=first.dtype))
+
+
+def pairwise_dice(first: jax.Array, second: jax.Array, num_classes: int) -> jax.Array:
+  """Mean foreground Dice of each mask of one set with each of another.
+
+  Dice of class c is 2 |A_c and B_c| / (|A_c| + |B_c|); the mean runs over classes 1..C-1. A
+  class that both masks lack counts 1, one that only one of them lacks counts 0.
+
+  Args:
+    first: u8[b, K, *S]. second: u8[b, M, *S]. num_classes: C >= 2.
+
+  Returns:
+    f32[b, K, M], in 0..1.
+  """
+  shared, first_size, second_size = class_counts(first, second, num_classes)
+  total = first_size[1:, :, :, None] + second_size[1:, :, None, :]
+  return jnp.mean(jnp.where(total > 0, 2 * shared[1:] / jnp.maximum(total, 1), 1.0), axis=0)
+
+
+def pairwise_region_size(masks: jax.Array, num_classes: int) -> jax.Array:
+  """Number of pixels in which each two masks of an image differ.
+
+  Args:
+    masks: u8[b, K, *S]. num_classes: C.
+
+  Returns:
+    i32[b, K, K], symmetric, with a zero diagonal.
+  """
+  shared, _, _ = class_counts(masks, masks, num_classes)
+  agreeing = jnp.sum(shared, axis=0).astype(jnp.int32)
+  return math.prod(masks.shape[2:]) - agreeing

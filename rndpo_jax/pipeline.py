@@ -1,0 +1,176 @@
+"""The main job: runs the stages in order in a work directory, skipping what is done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import files, progress
+from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
+
+RUNNERS = {
+  "prepare": prepare.run,
+  "base": base.run,
+  "mine": mine.run,
+  "finetune": finetune.run,
+  "evaluate": evaluate.run,
+  "report": report.run,
+}
+# The file that a stage writes last, and so the sign that it is done.
+DONE = {
+  "prepare": "data/records.json",
+  "base": "base/selected.json",
+  "mine": "pairs/manifest.json",
+  "finetune": "finetune/done.json",
+  "evaluate": "results.json",
+  "report": "report.html",
+}
+PACKAGES = (
+  "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "chex",
+)  # fmt: skip
+
+
+def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_lib.STAGES) -> None:
+  """Runs `stages` in their order; a stage that is done is skipped.
+
+  Args:
+    config: from a file in `configs/`.
+    workdir: made where it is missing; belongs to this config alone.
+    stages: names from `config.STAGES`.
+
+  Raises:
+    config.ConfigError: on a config that cannot work, a stage that is unknown or lacks the stage
+      before it, a workdir that cannot be written or that holds another config.
+    The stages' own errors.
+  """
+  config_lib.validate(config)
+  unknown = [name for name in stages if name not in config_lib.STAGES]
+  if unknown:
+    raise config_lib.ConfigError(
+      f"--stages: unknown stage {unknown[0]!r}; known: {', '.join(config_lib.STAGES)}"
+    )
+  workdir = epath.Path(workdir)
+  claim(config, workdir)
+  for name in config_lib.STAGES:
+    if name not in stages:
+      continue
+    if (workdir / DONE[name]).exists():
+      progress.say(f"[{name}] done before")
+      continue
+    check_before(name, workdir)
+    start = time.monotonic()
+    progress.say(f"[{name}]")
+    RUNNERS[name](config, workdir)
+    progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+
+
+def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Writes `config.json`, or checks that the one there is of the same config.
+
+  Raises:
+    config.ConfigError: naming every key that differs, or the folder that cannot be written.
+  """
+  resolved = json.loads(config.to_json_best_effort())
+  path = workdir / "config.json"
+  if path.exists():
+    there = files.read_json(path)["config"]
+    changes = _differences(there, resolved)
+    if changes:
+      raise config_lib.ConfigError(
+        f"{workdir} was made with another config; differing keys: {'; '.join(changes)}. Use a new "
+        "--workdir (with --config.base.workdir to keep data and base), or the config of before"
+      )
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {"config": resolved, **environment()})
+  except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    raise config_lib.ConfigError(
+      f"--workdir: {workdir} cannot be written ({error.strerror}); name a folder that can"
+    ) from error
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices and git revision, for `config.json`."""
+  return {
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
+    "device_kind": jax.devices()[0].device_kind,
+    "num_devices": jax.device_count(),
+    "git_revision": _git_revision(),
+  }
+
+
+def check_before(name: str, workdir: epath.Path) -> None:
+  """Refuses a stage whose predecessor is not done.
+
+  Raises:
+    config.ConfigError: naming the stage to run first.
+  """
+  place = config_lib.STAGES.index(name)
+  before = config_lib.STAGES[place - 1] if place else None
+  if before and not (workdir / DONE[before]).exists():
+    raise config_lib.ConfigError(
+      f"--stages: {name!r} needs {workdir / DONE[before]}, which is missing; run the stage "
+      f"{before!r} first"
+    )
+
+
+def summary(workdir: os.PathLike) -> str:
+  """The result table that a run ends with, from `results.json`."""
+  results = files.read_json(epath.Path(workdir) / "results.json")
+  lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
+  rows = (("base", "base"), ("fine-tuned (last)", "finetuned"), ("selected on val", "selected"))
+  for label, key in rows:
+    scores = results[key]
+    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}")
+  for name, judge in results["judges"].items():
+    accuracy = judge["pair_accuracy"]
+    shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    used = "  <- used" if name == results["judge"] else ""
+    lines.append(f"judge {name:18}{shown:>10} of pairs right on {judge['split']}{used}")
+  pairs = results["pairs"]
+  lines.append(
+    f"{pairs['count']} pairs, {pairs['dropped_identical']} dropped as identical, median region "
+    f"size {pairs['region_size']['p50']:.0f} pixels"
+  )
+  return "\n".join(lines)
+
+
+def _git_revision() -> str | None:
+  """Revision of the checkout that the package runs from; None where it is installed elsewhere."""
+  try:
+    done = subprocess.run(
+      ["git", "rev-parse", "HEAD"],
+      cwd=os.path.dirname(os.path.abspath(__file__)),
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()
+
+
+def _differences(there: Any, here: Any, prefix: str = "config") -> list[str]:
+  """Every key whose value differs, as 'config.a.b: was 1, is 2'."""
+  if isinstance(there, dict) and isinstance(here, dict):
+    keys = sorted(there.keys() | here.keys())
+    return [
+      change
+      for key in keys
+      for change in _differences(there.get(key), here.get(key), f"{prefix}.{key}")
+    ]
+  return [] if there == here else [f"{prefix}: was {there!r}, is {here!r}"]

@@ -1,0 +1,99 @@
+"""How far a judge can be trusted: its scores against true scores, on the host in float64.
+
+Each figure is a number of an image first, then the mean over the images of a case, then the
+mean over cases, so that a volume of many slices weighs as one case. Intervals are percentile
+bootstrap intervals that resample cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def reliability(
+  scores: np.ndarray,
+  truth: np.ndarray,
+  case_ids: Sequence[str],
+  *,
+  num_bootstrap: int,
+  seed: int,
+) -> dict:
+  """Measures a judge on images whose truth is known.
+
+  pair_accuracy: share of an image's pairs with differing truth that the judge orders the same
+    way; a pair it ties, or scores not finitely, counts one half. What preference learning
+    consumes. Undefined for an image whose proposals are all equally good.
+  kendall_tau: tau-b (Kendall 1945), (agreeing - disagreeing pairs) / sqrt(pairs untied in truth
+    * pairs untied in score); 0 where the judge ties all pairs, undefined as above.
+  top1_regret: best truth of the image minus the truth of the judge's top proposal, the lowest
+    index on ties, as in mining.
+
+  Args:
+    scores: f[N, K], the judge's, higher is better.
+    truth: f[N, K], the true scores; finite.
+    case_ids: N, the case of each image.
+    num_bootstrap: resamples.
+    seed: of the resampling.
+
+  Returns:
+    {"pair_accuracy", "pair_accuracy_ci": [low, high], "kendall_tau", "kendall_tau_ci",
+    "top1_regret", "top1_regret_ci", "num_cases"}. A figure without an informative image is
+    None, and so is a 95% interval of fewer than two informative cases; never NaN.
+
+  Raises:
+    ValueError: shapes that do not fit, or truth that is not finite.
+  """
+  scores, truth = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+  if scores.shape != truth.shape or scores.ndim != 2 or len(case_ids) != len(scores):
+    raise ValueError(
+      f"scores {scores.shape}, truth {truth.shape} and {len(case_ids)} case ids do not fit; "
+      "expected [N, K], [N, K] and N"
+    )
+  if not np.all(np.isfinite(truth)):
+    raise ValueError("true scores are not all finite")
+  cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
+  accuracy, tau = _pair_figures(scores, truth)
+  top = np.argmax(np.where(np.isfinite(scores), scores, -np.inf), axis=1)
+  regret = truth.max(axis=1) - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
+  result = {}
+  for name, values in (("pair_accuracy", accuracy), ("kendall_tau", tau), ("top1_regret", regret)):
+    per_case = _case_means(values, case_index, len(cases))
+    result[name] = float(per_case.mean()) if len(per_case) else None
+    result[f"{name}_ci"] = _interval(per_case, num_bootstrap, seed)
+  result["num_cases"] = len(cases)
+  return result
+
+
+def _pair_figures(scores, truth):
+  """Pair accuracy and tau-b f[N] of each image, NaN where no pair differs in truth."""
+  first, second = np.triu_indices(scores.shape[1], 1)
+  usable = np.isfinite(scores[:, first]) & np.isfinite(scores[:, second])
+  clean = np.where(np.isfinite(scores), scores, 0.0)
+  by_score = np.where(usable, np.sign(clean[:, first] - clean[:, second]), 0.0)
+  by_truth = np.sign(truth[:, first] - truth[:, second])
+  balance = np.sum(by_score * by_truth, axis=1)
+  informative = np.sum(by_truth != 0, axis=1)
+  untied = np.sum(by_score != 0, axis=1)
+  undefined = informative == 0
+  accuracy = 0.5 + 0.5 * balance / np.maximum(informative, 1)
+  tau = balance / np.sqrt(np.maximum(informative * untied, 1))
+  return np.where(undefined, np.nan, accuracy), np.where(undefined, np.nan, tau)
+
+
+def _case_means(values, case_index, num_cases):
+  """Mean over the defined images of each case; cases without any are left out."""
+  defined = np.isfinite(values)
+  count = np.bincount(case_index[defined], minlength=num_cases)
+  total = np.bincount(case_index[defined], weights=values[defined], minlength=num_cases)
+  return total[count > 0] / count[count > 0]
+
+
+def _interval(per_case, num_bootstrap, seed):
+  """95% percentile bootstrap interval of the mean over cases."""
+  if len(per_case) < 2:
+    return None
+  draws = np.random.default_rng(seed).integers(0, len(per_case), (num_bootstrap, len(per_case)))
+  low, high = np.percentile(per_case[draws].mean(axis=1), [2.5, 97.5])
+  return [float(low), float(high)]

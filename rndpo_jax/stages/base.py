@@ -1,0 +1,193 @@
+"""Stage `base`: supervised training of the base segmenter on the labelled split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax import checkpoint, files, losses, models, parallel, training, types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import augment, pipeline
+
+
+def optimizer(config) -> optax.GradientTransformation:
+  """AdamW with linear warm-up, cosine decay to zero and clipping by global norm."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=min(config.warmup_steps, config.num_steps - 1),
+    decay_steps=config.num_steps,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(schedule, weight_decay=config.weight_decay),
+  )
+
+
+def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_options: dict | None):
+  """(params, batch {"image", "label"}, key) -> (loss, metrics), with dropout on."""
+
+  def loss_fn(params, batch, key):
+    augment_key, dropout_key = jax.random.split(key)
+    images, labels = batch["image"], batch["label"]
+    if augment_options is not None:
+      images, labels = augment.augment(augment_key, images, labels[:, None], **augment_options)
+      labels = labels[:, 0]
+    logits = segmenter.apply(params, images, dropout_key)
+    return losses.supervised_loss(logits, labels, dice_weight=dice_weight)
+
+  return loss_fn
+
+
+def run(config, workdir: os.PathLike) -> None:
+  """Trains `config.base.num_members` segmenters and selects a checkpoint of each.
+
+  Writes `base/` (the first member: the base segmenter) and `base/member-N/`, each with `params/`,
+  `metrics.jsonl` and `selected.json`; keeps the selected and the last parameters. With
+  `config.base.workdir` the members of that work directory are copied.
+
+  Raises:
+    training.TrainingError, checkpoint.CheckpointError, config.ConfigError.
+  """
+  if config.base.workdir:
+    _copy_members(config, workdir)
+    return
+  # The first member comes last: its selected.json is the sign that the stage is done.
+  for member in reversed(range(config.base.num_members)):
+    _train_member(config, workdir, member)
+
+
+def load(config, workdir: os.PathLike) -> list[types.Params]:
+  """Parameters of every member, as numpy trees; the first is the base segmenter."""
+  members = []
+  for member in range(config.base.num_members):
+    directory = member_directory(workdir, member)
+    selected = files.read_json(directory / "selected.json")
+    members.append(checkpoint.restore_params(directory / "params", selected["step"]))
+  return members
+
+
+def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
+  """`base/` for the first member, `base/member-N/` for the others."""
+  directory = epath.Path(workdir) / "base"
+  return directory if member == 0 else directory / f"member-{member}"
+
+
+def _train_member(config, workdir, member: int) -> None:
+  directory = member_directory(workdir, member)
+  if (directory / "selected.json").exists():
+    return
+  mesh = parallel.make_mesh()
+  parallel.check_batch_size("config.base.batch_size", config.base.batch_size, mesh.size)
+  dataset = pipeline.open_dataset(config, workdir)
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), member))
+  images = jnp.zeros((1, *dataset.size, dataset.num_channels))
+  params = jax.jit(segmenter.init)(init_key, images)
+  loss_fn = make_loss_fn(
+    segmenter,
+    dice_weight=config.base.dice_weight,
+    augment_options=config.augment.to_dict() if config.base.augment else None,
+  )
+  transformation = optimizer(config.base)
+  training.fit(
+    training.make_train_step(loss_fn, transformation, mesh),
+    training.make_state(params, transformation, mesh),
+    labelled_batches(
+      config,
+      dataset,
+      mesh,
+      batch_size=config.base.batch_size,
+      seed=config.seed + 1000 * member,
+    ),
+    num_steps=config.base.num_steps,
+    key=fit_key,
+    directory=directory,
+    description="base" if member == 0 else f"base, member {member}",
+    log_every_steps=config.base.log_every_steps,
+    eval_every_steps=config.base.eval_every_steps,
+    validate=validation(config, dataset, segmenter),
+  )
+  _select(config, directory)
+
+
+def labelled_batches(
+  config, dataset, mesh: Mesh, *, batch_size: int, seed: int
+) -> Callable[[int], Iterator[dict]]:
+  """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
+
+  def load(index):
+    return pipeline.load_example(dataset, index, with_labels=True)
+
+  def batches(start_step: int):
+    stream = pipeline.stream(
+      dataset.splits["labelled"],
+      pipeline.cached(load),
+      batch_size=batch_size,
+      seed=seed,
+      start_step=start_step,
+      num_workers=config.data.num_workers,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    return pipeline.prefetch(
+      stream, lambda batch: parallel.put_batch(batch, mesh), config.data.prefetch
+    )
+
+  return batches
+
+
+def validation(config, dataset, segmenter: types.Segmenter):
+  """params -> {"val_dice"}: mean foreground Dice of the validation split on the model's grid."""
+
+  def batches():
+    return pipeline.batches(
+      dataset,
+      dataset.splits["val"],
+      batch_size=config.evaluate.batch_size,
+      with_labels=True,
+    )
+
+  return training.make_validate(segmenter.apply, dataset.num_classes, batches)
+
+
+def _select(config, directory: epath.Path) -> None:
+  """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
+  rows = training.read_rows(directory, "val")
+  # The first of equals, so that a later step must earn its place.
+  best = max(rows, key=lambda row: row["val_dice"])
+  chosen = best if config.base.select == "best" else rows[-1]
+  files.write_json(
+    directory / "selected.json",
+    {"step": chosen["step"], "rule": config.base.select, "val_dice": chosen["val_dice"]},
+  )
+  for step in checkpoint.steps(directory / "params"):
+    if step not in (chosen["step"], rows[-1]["step"]):
+      (directory / "params" / str(step)).rmtree()
+
+
+def _copy_members(config, workdir) -> None:
+  """Copies every member's selected parameters and metrics from `config.base.workdir`."""
+  for member in reversed(range(config.base.num_members)):
+    source = member_directory(config.base.workdir, member)
+    target = member_directory(workdir, member)
+    if (target / "selected.json").exists():
+      continue
+    if not (source / "selected.json").exists():
+      raise ConfigError(
+        f"config.base.workdir: {source / 'selected.json'} is missing; run the stages prepare and "
+        f"base there first, with config.base.num_members at least {member + 1}"
+      )
+    selected = files.read_json(source / "selected.json")
+    params = checkpoint.restore_params(source / "params", selected["step"])
+    checkpoint.save(target / "params", selected["step"], params)
+    files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
+    files.write_json(target / "selected.json", selected)

@@ -1,0 +1,127 @@
+"""Stage 'evaluate': base and fine-tuned checkpoints on validation and test -> `results.json`.
+
+Every checkpoint is measured by Dice for the curve; the base, the last and the selected one by
+all of `config.evaluate.metrics`. Logits are brought to each case's own grid before the argmax,
+and the slices of a case count together. What is known of a checkpoint is kept in `evaluate/`,
+so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from rndpo_jax import checkpoint, files, metrics, progress, results
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import records
+from rndpo_jax.stages import gallery, measure
+
+
+def run(config, workdir: os.PathLike) -> None:
+  """Measures every checkpoint and writes `evaluate/` and `results.json`.
+
+  Raises:
+    records.DataError: where an earlier stage's file is missing, naming the stage to run.
+    checkpoint.CheckpointError: where a checkpoint cannot be read.
+  """
+  workdir = epath.Path(workdir)
+  tuned = checkpoint.steps(workdir / "finetune" / "params")
+  if not tuned:
+    raise records.DataError(
+      f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"
+    )
+  evaluation = measure.open_evaluation(config, workdir)
+  steps = [0, *tuned]
+  shown = progress.track(steps, total=len(steps), description="evaluate", unit="checkpoints")
+  cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
+  curve = [results.curve_point(step, cases[step]) for step in steps]
+  reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
+  names = list(config.evaluate.metrics)
+  if set(names) & set(metrics.SURFACE):
+    wanted = sorted(set(reported.values()))
+    shown = progress.track(wanted, total=len(wanted), description="surfaces", unit="checkpoints")
+    cases |= {step: measure.surface_cases(evaluation, step, cases[step]) for step in shown}
+  models = {model: cases[step] for model, step in reported.items()}
+  table = csv_text(reported, models, names, evaluation.dataset.class_names)
+  files.write_text(evaluation.folder / "cases.csv", table)
+  gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
+  content = _measured(models, reported, curve, names)
+  content |= _context(config, workdir, evaluation.dataset)
+  files.write_json(workdir / "results.json", results.plain(content))
+
+
+def csv_text(
+  steps: Mapping[str, int],
+  models: Mapping[str, Sequence[results.Case]],
+  names: Sequence[str],
+  class_names: Sequence[str],
+) -> str:
+  """One row a model, case and foreground class."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  head = ["model", "step", "split", "case_id", "class", "class_name"]
+  writer.writerow([*head, *names, "mask_empty", "label_empty"])
+  for model, cases in models.items():
+    for case in cases:
+      values = results.case_values(case, names)
+      empty = metrics.overlap(case.counts)
+      for i, class_name in enumerate(class_names[1:]):
+        row = [model, steps[model], case.split, case.case_id, i + 1, class_name]
+        row += [values[name][i] for name in names]
+        writer.writerow([*row, int(empty["mask_empty"][i]), int(empty["label_empty"][i])])
+  return text.getvalue()
+
+
+def _measured(models, steps, curve, names) -> dict:
+  """The part of `results.json` that this stage measures."""
+  content = {
+    model: {split: results.mean_metrics(cases, split, names) for split in measure.SPLITS}
+    for model, cases in models.items()
+  }
+  content["finetuned"]["step"] = steps["finetuned"]
+  content["selected"] |= {"step": steps["selected"], "rule": "validation"}
+  empty = {
+    model: {split: results.empty_masks(cases, split) for split in measure.SPLITS}
+    for model, cases in models.items()
+  }
+  return content | {
+    "curve": curve,
+    "sustained": results.sustained(curve),
+    "empty_masks": empty,
+  }
+
+
+def _context(config, workdir, dataset) -> dict:
+  """The part of `results.json` that says what was measured, and what earlier stages found."""
+  judges = files.read_json(workdir / "pairs" / "judges.json")
+  pairs = files.read_json(workdir / "pairs" / "manifest.json")
+  cases = {
+    split: len({dataset.records[int(i)]["case_id"] for i in indices})
+    for split, indices in dataset.splits.items()
+  }
+  return {
+    "dataset": config.data.name,
+    "seed": config.seed,
+    "objective": config.finetune.objective,
+    "beta": config.finetune.beta,
+    "judge": config.judge.name,
+    "study": config.judge.name in config_lib.TRUTH_JUDGES,
+    "rule": config.mine.rule,
+    "num_labelled_cases": cases["labelled"],
+    "num_cases": cases,
+    "class_names": list(dataset.class_names),
+    "spacing_unit": dataset.spacing_unit,
+    "nsd_tolerance": config.evaluate.nsd_tolerance_mm,
+    "units": results.units(dataset.spacing_unit),
+    "judges": judges,
+    "pairs": {
+      "count": pairs["num_pairs"],
+      "dropped_identical": pairs["dropped"]["identical"],
+      "region_size": {key: pairs["region_size"][key] for key in ("p5", "p50", "p95")},
+      "dropped": pairs["dropped"],
+    },
+  }

@@ -1,0 +1,65 @@
+"""Trains the learned judge: image and mask -> predicted Dice, from the labelled split alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from rndpo_jax import corruptions, parallel, training, types
+from rndpo_jax.data import augment
+from rndpo_jax.models import quality
+from rndpo_jax.stages import base
+
+
+def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params]:
+  """Trains on synthetic bad masks of the labelled images, or goes on where an earlier run stopped.
+
+  The base segmenter is nearly right on the images that it was trained on, so its own proposals
+  there would teach the judge nothing; corrupted labels cover all of Dice's range.
+
+  Args:
+    config: the whole config; `config.judge.learned` holds the options.
+    workdir: writes `pairs/judge/`.
+    dataset: from `pipeline.open_dataset`.
+
+  Returns:
+    (apply, params) of `models.quality`.
+  """
+  options = config.judge.learned
+  mesh = parallel.make_mesh()
+  init, apply = quality.build(options.width, dataset.num_classes, dataset.spatial_dims)
+  init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
+  images = jnp.zeros((1, *dataset.size, dataset.num_channels))
+  params = jax.jit(init)(init_key, images, jnp.zeros((1, *dataset.size), jnp.uint8))
+  augment_options = config.augment.to_dict()
+
+  def loss_fn(params, batch, key):
+    augment_key, corrupt_key = jax.random.split(key)
+    images, labels = augment.augment(
+      augment_key, batch["image"], batch["label"][:, None], **augment_options
+    )
+    images, masks, targets = corruptions.training_batch(
+      corrupt_key, images, labels[:, 0], dataset.num_classes, options.masks_per_image
+    )
+    return quality.quality_loss(params, apply, images, masks, targets)
+
+  optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.num_steps))
+  state = training.fit(
+    training.make_train_step(loss_fn, optimizer, mesh),
+    training.make_state(params, optimizer, mesh),
+    base.labelled_batches(
+      config, dataset, mesh, batch_size=options.batch_size, seed=config.seed + 1
+    ),
+    num_steps=options.num_steps,
+    key=fit_key,
+    directory=epath.Path(workdir) / "pairs" / "judge",
+    description="learned judge",
+    log_every_steps=config.base.log_every_steps,
+    eval_every_steps=options.num_steps,
+  )
+  return apply, jax.device_get(state.params)

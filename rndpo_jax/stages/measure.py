@@ -1,0 +1,239 @@
+"""What one checkpoint does on every case of validation and test, kept in files between runs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from rndpo_jax import checkpoint, files, metrics, models, results
+from rndpo_jax.data import pipeline
+from rndpo_jax.stages import base
+from rndpo_jax.types import Params
+
+SPLITS = ("val", "test")
+_KEEP_BYTES = 2**30  # images and labels are kept between checkpoints up to this size
+
+
+class Evaluation(NamedTuple):
+  """What the measuring of every checkpoint shares.
+
+  Attributes:
+    folder: for partial results.
+    dataset: the prepared data.
+    tolerance: of nsd, in the data's spacing unit.
+    groups: (split, case id) -> record indices in slice order.
+    apply: (params, images) -> logits, compiled once.
+    params: step -> parameters; step 0 is the base.
+    batches: record indices -> batches without labels.
+    label: record index -> u8[*S] on the record's own grid.
+  """
+
+  folder: epath.Path
+  dataset: pipeline.Dataset
+  tolerance: float
+  groups: dict[tuple[str, str], list[int]]
+  apply: Callable[..., jax.Array]
+  params: Callable[[int], Params]
+  batches: Callable[[tuple[int, ...]], Iterable]
+  label: Callable[[int], np.ndarray]
+
+
+def open_evaluation(config, workdir: epath.Path) -> Evaluation:
+  """Opens the prepared data and compiles nothing yet."""
+  dataset = pipeline.open_dataset(config, workdir)
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  folder = workdir / "evaluate"
+  folder.mkdir(parents=True, exist_ok=True)
+
+  def params(step: int) -> Params:
+    if step == 0:
+      return base.load(config, workdir)[0]
+    return checkpoint.restore_params(workdir / "finetune" / "params", step)
+
+  def batches(indices: tuple[int, ...]):
+    size = config.evaluate.batch_size
+    return pipeline.batches(dataset, indices, batch_size=size, with_labels=False)
+
+  def label(index: int) -> np.ndarray:
+    return pipeline.load_native(dataset, index, with_labels=True)["label"]
+
+  groups = _groups(dataset)
+  if _bytes_to_keep(dataset, groups) <= _KEEP_BYTES:
+    read = batches
+    batches = functools.cache(lambda indices: list(read(indices)))
+    label = functools.cache(label)
+  return Evaluation(
+    folder=folder,
+    dataset=dataset,
+    tolerance=config.evaluate.nsd_tolerance_mm,
+    groups=groups,
+    apply=jax.jit(segmenter.apply),
+    params=params,
+    batches=batches,
+    label=label,
+  )
+
+
+def _groups(dataset) -> dict[tuple[str, str], list[int]]:
+  groups: dict[tuple[str, str], list[int]] = {}
+  for split in SPLITS:
+    for index in map(int, dataset.splits[split]):
+      groups.setdefault((split, dataset.records[index]["case_id"]), []).append(index)
+  for indices in groups.values():
+    indices.sort(key=lambda index: (dataset.records[index]["slice"], index))
+  return groups
+
+
+def _bytes_to_keep(dataset, groups) -> int:
+  indices = [index for group in groups.values() for index in group]
+  labels = sum(math.prod(dataset.records[index]["shape"]) for index in indices)
+  return labels + 4 * len(indices) * math.prod(dataset.size) * dataset.num_channels
+
+
+def predict(
+  evaluation: Evaluation, params: Params, indices: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (record index, mask u8[*S] on the record's own grid) in the order of `indices`."""
+  dataset = evaluation.dataset
+
+  def forward(batch):
+    return batch, evaluation.apply(params, batch.images)
+
+  ahead = pipeline.prefetch(iter(evaluation.batches(tuple(indices))), forward, 2)
+  for batch, logits in ahead:
+    logits = np.asarray(logits)
+    for row in np.flatnonzero(batch.valid):
+      index = int(batch.index[row])
+      shape = tuple(dataset.records[index]["shape"])
+      yield index, _argmax(pipeline.to_native(logits[row], shape, dataset.crop))
+
+
+def _argmax(logits: np.ndarray) -> np.ndarray:
+  """First largest along the last axis; several times faster than np.argmax over a short axis."""
+  best = logits[..., 0].copy()
+  mask = np.zeros(best.shape, np.uint8)
+  for c in range(1, logits.shape[-1]):
+    value = logits[..., c]
+    mask[value > best] = c
+    np.maximum(best, value, out=best)
+  return mask
+
+
+def overlap_cases(evaluation: Evaluation, step: int) -> list[results.Case]:
+  """Pixel counts of every case after `step` steps, from `evaluate/curve-STEP.json` if known."""
+  params = evaluation.params(step)
+  path = evaluation.folder / f"curve-{step}.json"
+  stamp = _fingerprint(evaluation, params)
+  known = _read_partial(path, stamp)
+  if known is None:
+    case_of = {index: key for key, group in evaluation.groups.items() for index in group}
+    size = evaluation.dataset.num_classes
+    counts = {key: np.zeros((3, size), np.int64) for key in evaluation.groups}
+    for index, mask in predict(evaluation, params, sorted(case_of)):
+      counts[case_of[index]] += metrics.pixel_counts(mask, evaluation.label(index), size)
+    known = [
+      {"split": split, "case_id": case_id, "counts": value.tolist()}
+      for (split, case_id), value in counts.items()
+    ]
+    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
+  return [
+    results.Case(entry["split"], entry["case_id"], np.array(entry["counts"], np.int64))
+    for entry in known
+  ]
+
+
+def surface_cases(
+  evaluation: Evaluation, step: int, cases: Sequence[results.Case]
+) -> list[results.Case]:
+  """`cases` with surface metrics, from `evaluate/surface-STEP.json` if known."""
+  params = evaluation.params(step)
+  path = evaluation.folder / f"surface-{step}.json"
+  stamp = _fingerprint(evaluation, params, evaluation.tolerance)
+  known = _read_partial(path, stamp)
+  if known is None:
+    found = dict(_surfaces(evaluation, params))
+    known = [
+      {"split": case.split, "case_id": case.case_id, "surface": found[case.split, case.case_id]}
+      for case in cases
+    ]
+    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
+  surface = {(entry["split"], entry["case_id"]): entry["surface"] for entry in known}
+  return [case._replace(surface=surface[case.split, case.case_id]) for case in cases]
+
+
+def _surfaces(evaluation: Evaluation, params) -> Iterator[tuple[tuple[str, str], list]]:
+  """Yields ((split, case id), surface metrics of each foreground class), case by case."""
+  order = [(key, index) for key, group in evaluation.groups.items() for index in group]
+  masks: dict[int, np.ndarray] = {}
+  for (key, _), (index, mask) in zip(
+    order, predict(evaluation, params, [index for _, index in order]), strict=True
+  ):
+    masks[index] = mask
+    group = evaluation.groups[key]
+    if index != group[-1]:
+      continue
+    mask = stack_slices([masks.pop(i) for i in group])
+    label = stack_slices([evaluation.label(i) for i in group])
+    spacing = case_spacing(evaluation.dataset, group)
+    yield (
+      key,
+      [
+        metrics.surface_metrics(mask == c, label == c, spacing, evaluation.tolerance)
+        for c in range(1, evaluation.dataset.num_classes)
+      ],
+    )
+
+
+def stack_slices(slices: Sequence[np.ndarray]) -> np.ndarray:
+  """The volume of a case's slices, along a new last axis; a single array stays as it is.
+
+  Slices of different sizes are filled up with background at the far end of each axis.
+  """
+  if len(slices) == 1:
+    return slices[0]
+  shape = np.max([part.shape for part in slices], axis=0)
+  fill = [[(0, n - m) for n, m in zip(shape, part.shape, strict=True)] for part in slices]
+  return np.stack([np.pad(p, f) for p, f in zip(slices, fill, strict=True)], axis=-1)
+
+
+def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
+  """Size of a voxel of the stacked case in mm; None, that is voxels, where any is unknown."""
+  spacing = dataset.records[group[0]]["spacing"]
+  if dataset.spacing_unit != "mm" or spacing is None:
+    return None
+  if len(group) == 1:
+    return tuple(spacing)
+  affine = np.asarray(dataset.blind_source[group[0]]["affine"])
+  return (*spacing, float(np.linalg.norm(affine[:3, 2])))
+
+
+def _fingerprint(evaluation: Evaluation, params, *more) -> str:
+  """Of everything that the numbers hang on, so that no stale partial result is ever used."""
+  dataset = evaluation.dataset
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  cases = [[*key, indices] for key, indices in evaluation.groups.items()]
+  setting = [cases, dataset.num_classes, list(dataset.size), list(dataset.crop), more]
+  digest.update(json.dumps(setting).encode())
+  return digest.hexdigest()
+
+
+def _read_partial(path: epath.Path, stamp: str) -> list[dict[str, Any]] | None:
+  if not path.exists():
+    return None
+  try:
+    content = files.read_json(path)
+  except ValueError:
+    return None  # it is only a cache: measure again
+  return content["cases"] if content.get("fingerprint") == stamp else None

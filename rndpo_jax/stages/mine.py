@@ -1,0 +1,297 @@
+"""Stage `mine`: proposals, judging and pair mining in one `jax.pmap` program a batch.
+
+Each device samples, scores, mines and computes reference margins for its own images: there is no
+communication between devices and no host round trip inside. Random keys are folded from the
+seed and the image's index, so that the pairs do not depend on devices, processes or batch size.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from rndpo_jax import (
+  config as config_lib,
+)
+from rndpo_jax import (
+  files,
+  judges,
+  losses,
+  mining,
+  models,
+  packing,
+  parallel,
+  progress,
+  proposals,
+  types,
+)
+from rndpo_jax.data import pipeline
+from rndpo_jax.stages import audit, base, finetune, learned, pairs
+
+
+class MiningError(RuntimeError):
+  """Mining that cannot give pairs; the message says which filter took them."""
+
+
+def run(config, workdir: os.PathLike) -> None:
+  """Mines the unlabelled split; writes `pairs/`.
+
+  Finished shards are kept, so an interrupted run goes on. First the judges are measured against
+  the truth of the validation split (`judges.json`); `manifest.json` comes last.
+
+  Raises:
+    MiningError: where no pair is left, naming the filters that took them.
+    config.ConfigError: where devices cannot share `config.mine.batch_size`.
+  """
+  directory = epath.Path(workdir) / "pairs"
+  directory.mkdir(parents=True, exist_ok=True)
+  parallel.check_batch_size(
+    "config.mine.batch_size", config.mine.batch_size, jax.local_device_count()
+  )
+  dataset = pipeline.open_dataset(config, workdir)
+  weights, score = make_scorer(config, workdir, dataset)
+  names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+  if not (directory / "judges.json").exists():
+    measure = audit.make_measure(score, names, dataset.num_classes)
+    outputs = run_batches(
+      config, dataset, dataset.splits["val"], on_local_devices(measure, weights), with_labels=True
+    )
+    audit.write_reliability(config, directory, dataset, outputs)
+  program = on_local_devices(make_mine_batch(config, dataset, score), weights)
+  with_labels = config.judge.name in config_lib.TRUTH_JUDGES
+  mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
+  if not (directory / "examples.npz").exists():
+    outputs = mined(audit.example_indices(dataset))
+    audit.write_examples(directory / "examples.npz", dataset, outputs)
+  indices = dataset.splits["unlabelled"]
+  shards = np.array_split(indices, config.mine.num_shards)
+  for shard, part in enumerate(shards):
+    path = pairs.shard_path(directory, shard, config.mine.num_shards)
+    if shard % jax.process_count() == jax.process_index() and not _finished(path):
+      _write_shard(path, len(part), -(-len(part) // config.mine.batch_size), mined(part))
+  _write_manifest(config, directory)
+
+
+def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
+  """Loads what scoring needs and returns it with the pure function that uses it.
+
+  Returns:
+    (weights, score): score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
+  """
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  members = base.load(config, workdir)
+  weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
+  names = {config.judge.name, *config.judge.compare}
+  learned_apply = None
+  if "learned" in names:
+    learned_apply, weights["learned"] = learned.train(config, workdir, dataset)
+  table = {
+    name: judges.build(
+      name,
+      num_classes=dataset.num_classes,
+      border=config.judge.border,
+      flip_rate=config.judge.flip_rate,
+      noise_level=config.judge.noise_level,
+      learned_apply=learned_apply,
+    )
+    for name in names
+  }
+  options = {
+    "mix": config_lib.parse_mix(config.proposals.mix),
+    **{name: value for name, value in config.proposals.items() if name != "mix"},
+  }
+
+  def score(weights, keys, batch: types.Batch, chosen_names):
+    sampled = proposals.sample(segmenter, weights["policy"], batch.images, keys[:, 0], **options)
+    ensemble = [
+      jnp.argmax(segmenter.apply(params, batch.images), axis=-1).astype(jnp.uint8)
+      for params in weights["ensemble"]
+    ]
+    context = judges.Context(
+      keys=keys[:, 1],
+      ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
+      labels=batch.labels,
+      learned_params=weights["learned"],
+    )
+    probs = jax.nn.softmax(sampled.logits, axis=-1)
+    scores = {
+      name: table[name](batch.images, sampled.masks, probs, context) for name in chosen_names
+    }
+    return sampled, scores
+
+  return weights, score
+
+
+def make_mine_batch(config, dataset, score) -> Callable:
+  """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins."""
+  name = config.judge.name
+  options = {
+    "num_classes": dataset.num_classes,
+    "rule": config.mine.rule,
+    "pairs_per_image": config.mine.pairs_per_image,
+    "min_score_gap": config.mine.min_score_gap,
+    "min_region_size": config.mine.min_region_size,
+    "max_region_size": config.mine.max_region_size,
+  }
+
+  def mine_batch(weights, keys, batch: types.Batch):
+    sampled, scores = score(weights, keys, batch, (name,))
+    mined = mining.mine(scores[name], sampled.masks, keys[:, 2], **options)
+    take = jax.vmap(lambda masks, which: masks[which])
+    chosen, rejected = take(sampled.masks, mined.chosen), take(sampled.masks, mined.rejected)
+
+    def pack(masks):
+      return packing.pack(masks, dataset.num_classes, dataset.spatial_dims)
+
+    return {
+      "masks": sampled.masks,
+      "scores": scores[name],
+      "pairs": mined,
+      "chosen": pack(chosen),
+      "rejected": pack(rejected),
+      "reference_margin": losses.pair_margin(sampled.base_logits, chosen, rejected),
+      "reference_log_prob": finetune.log_prob(sampled.base_logits, chosen),
+    }
+
+  return mine_batch
+
+
+def on_local_devices(function: Callable, weights) -> Callable:
+  """Runs (weights, keys [b, 3], batch [b, ...]) on each device's own images.
+
+  An image's keys (sampling, judging, mining) come from its place in the data set alone. The
+  devices are those of this process, so that no process waits for another.
+
+  Returns:
+    program: (key, batch [D, b, ...]) -> pytree of arrays [D, b, ...].
+  """
+
+  def with_keys(weights, key, batch: types.Batch):
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(batch.index)
+    return function(weights, keys, batch)
+
+  program = jax.pmap(with_keys, in_axes=(None, None, 0), devices=jax.local_devices())
+  return functools.partial(program, weights)
+
+
+def run_batches(config, dataset, indices, program: Callable, with_labels: bool) -> Iterator:
+  """Yields (batch, output) of a pmap program over batches of records, both as numpy arrays.
+
+  Args:
+    program: from `on_local_devices`.
+    with_labels: whether the masks of the records are read.
+  """
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  for batch in pipeline.batches(
+    dataset, indices, batch_size=config.mine.batch_size, with_labels=with_labels
+  ):
+    yield batch, parallel.join_local_devices(program(key, parallel.split_over_local_devices(batch)))
+
+
+def _write_shard(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
+  """Writes the mined images of one shard; images without a valid pair leave no record."""
+  summary: dict[str, Any] = {
+    "num_images": num_images,
+    "num_pairs": 0,
+    "dropped": dict.fromkeys(mining.FILTERS, 0),
+    "region_size": [],
+    "score_gap": [],
+  }
+
+  def records():
+    for batch, out in progress.track(
+      outputs, total=num_batches, description=f"mine {path.name[:20]}", unit="batches"
+    ):
+      for row in np.flatnonzero(batch.valid):
+        mined = types.Pairs(*(field[row] for field in out["pairs"]))
+        _count(summary, mined)
+        if mined.valid.any():
+          yield _record(out, row, int(batch.index[row]), mined)
+
+  pairs.write_shard(path, records(), summary)
+
+
+def _record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
+  return {
+    "index": np.int32(index),
+    "chosen": out["chosen"][row],
+    "rejected": out["rejected"][row],
+    "reference_margin": out["reference_margin"][row],
+    "reference_log_prob": out["reference_log_prob"][row],
+    "valid": mined.valid.astype(np.float32),
+    "region_size": mined.region_size,
+    "score_gap": mined.score_gap,
+    "scores": out["scores"][row],
+    "chosen_proposal": mined.chosen,
+    "rejected_proposal": mined.rejected,
+  }
+
+
+def _count(summary, mined: types.Pairs) -> None:
+  for name, count in zip(mining.FILTERS, mined.dropped, strict=True):
+    summary["dropped"][name] += int(count)
+  summary["num_pairs"] += int(mined.valid.sum())
+  summary["region_size"] += mined.region_size[mined.valid].tolist()
+  summary["score_gap"] += [round(float(gap), 7) for gap in mined.score_gap[mined.valid]]
+
+
+def _finished(path: epath.Path) -> bool:
+  return path.exists() and pairs.summary_path(path).exists()
+
+
+def _write_manifest(config, directory: epath.Path) -> None:
+  """Adds up the shards' summaries.
+
+  Raises:
+    MiningError: where there is no pair at all.
+  """
+  count = config.mine.num_shards
+  paths = [pairs.shard_path(directory, shard, count) for shard in range(count)]
+  summaries = [files.read_json(pairs.summary_path(path)) for path in paths]
+  dropped = {name: sum(s["dropped"][name] for s in summaries) for name in mining.FILTERS}
+  sizes = np.concatenate([np.array(s["region_size"], np.int64) for s in summaries])
+  gaps = np.concatenate([np.array(s["score_gap"], np.float64) for s in summaries])
+  num_images = sum(s["num_images"] for s in summaries)
+  if sizes.size == 0:
+    taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
+    raise MiningError(
+      f"mining {num_images} images left no pair; candidate pairs taken by each filter: {taken}. "
+      "'identical' asks for more diverse proposals (config.proposals.noise_scale, mix), 'tie' for "
+      "another judge, 'score_gap' and 'region_size' for other limits in config.mine; start again "
+      "in a new workdir, with --config.base.workdir to keep the base"
+    )
+  edges = np.unique(np.geomspace(1, max(sizes.max(), 2), 25).round()).astype(np.int64)
+  counts, _ = np.histogram(sizes, bins=np.append(edges, edges[-1] + 1))
+  files.write_json(
+    directory / "manifest.json",
+    {
+      "shards": [{key: s[key] for key in ("file", "sha256", "count")} for s in summaries],
+      "num_images": num_images,
+      "num_pairs": int(sizes.size),
+      "dropped": dropped,
+      "region_size": {
+        **_quantiles(sizes),
+        "histogram": {"edges": np.append(edges, edges[-1] + 1).tolist(), "counts": counts.tolist()},
+      },
+      "score_gap": _quantiles(gaps),
+      "rule": config.mine.rule,
+      "judge": config.judge.name,
+      "mix": config.proposals.mix,
+      "seed": config.seed,
+      "proposals": files.read_json(directory / "proposals.json"),
+    },
+  )
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+  low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+  return {"p5": float(low), "p50": float(middle), "p95": float(high)}

@@ -1,0 +1,97 @@
+"""Pair files: ArrayRecord shards, one record an image, and the manifest that vouches for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from etils import epath
+from flax import serialization
+
+from rndpo_jax import files
+
+# What fine-tuning takes from a record, P slots an image; `valid` is 0 where a slot has no pair.
+TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob", "valid")
+
+
+class PairsError(RuntimeError):
+  """Pair files that cannot be used; the message names the file and how to rebuild it."""
+
+
+def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Path:
+  """`pairs-00003-of-00008.array_record`."""
+  return epath.Path(directory) / f"pairs-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def summary_path(shard: os.PathLike) -> epath.Path:
+  """The JSON beside a finished shard: checksum, counts, sizes."""
+  return epath.Path(shard).with_suffix(".json")
+
+
+def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], summary: dict) -> None:
+  """Writes a shard and its summary, both by rename; the summary last, as the sign of the whole.
+
+  Args:
+    path: from `shard_path`.
+    records: dicts of numpy arrays, encoded with msgpack.
+    summary: entries of the summary besides file, sha256 and count; read after the records are
+      exhausted, so that it may be filled while they are made.
+  """
+  path = epath.Path(path)
+  temporary = path.parent / f".{path.name}.tmp"
+  writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+  count = 0
+  for record in records:
+    writer.write(serialization.msgpack_serialize(record))
+    count += 1
+  writer.close()
+  checksum = files.sha256(temporary)
+  temporary.replace(path)
+  files.write_json(
+    summary_path(path), {"file": path.name, "sha256": checksum, "count": count, **summary}
+  )
+
+
+def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
+  """Opens every shard for random access, after checking each against the manifest.
+
+  Returns:
+    A sequence of records, dicts of numpy arrays, in the order of the shards.
+
+  Raises:
+    PairsError: where the manifest or a shard is missing, or a checksum differs.
+  """
+  directory = epath.Path(directory)
+  if not (directory / "manifest.json").exists():
+    raise PairsError(f"{directory / 'manifest.json'} is missing; run the stage 'mine' first")
+  manifest = files.read_json(directory / "manifest.json")
+  paths = []
+  for entry in manifest["shards"]:
+    path = directory / entry["file"]
+    rebuild = (
+      f"delete {path}, {summary_path(path)} and {directory / 'manifest.json'}, then run the same "
+      "command again: the stage 'mine' rebuilds this shard alone"
+    )
+    if not path.exists():
+      raise PairsError(f"{path} is missing; {rebuild}")
+    if files.sha256(path) != entry["sha256"]:
+      raise PairsError(f"{path} is corrupt: its SHA-256 is not that of the manifest; {rebuild}")
+    if entry["count"]:
+      paths.append(str(path))
+  return _Records(paths)
+
+
+class _Records(Sequence):
+  """Decodes records on access; opens files on first use, so that workers can take a copy."""
+
+  def __init__(self, paths: list[str]):
+    self._source = array_record_data_source.ArrayRecordDataSource(paths)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index: int):
+    return serialization.msgpack_restore(self._source[index])

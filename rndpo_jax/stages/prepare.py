@@ -1,0 +1,68 @@
+"""Stage 'prepare': a source's files -> checked ArrayRecord files, `records.json`, `splits.json`."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+from rndpo_jax.data import builder, phantom, records, splits
+
+SOURCES = {"phantom": phantom.open_source}
+
+
+def run(config, workdir: str | pathlib.Path) -> None:
+  """Prepares the data; returns at once where that is done.
+
+  Headers and splits are checked before a pixel is read, and every pixel before anything
+  counts as prepared: `splits.json`, then `data/records.json` are written last, by rename.
+
+  Raises:
+    records.DataError: naming the file or key, what was found, and the remedy.
+  """
+  workdir = pathlib.Path(workdir)
+  directory = workdir / "data"
+  if is_done(workdir):
+    return
+  clear(workdir)
+  source = SOURCES[config.data.source](config)
+  parts = _splits(config.data, source.records)
+  directory.mkdir(parents=True, exist_ok=True)
+  try:
+    builder.build(source, directory)
+    records.write_json(workdir / splits.FILE, parts)
+    records.write(directory, source)
+  except BaseException:
+    clear(workdir)
+    raise
+
+
+def is_done(workdir: pathlib.Path) -> bool:
+  """Whether both files that end the stage are there and can be read."""
+  try:
+    records.read(workdir / "data")
+    splits.read(workdir)
+  except records.DataError:
+    return False
+  return True
+
+
+def clear(workdir: pathlib.Path) -> None:
+  """Removes what an earlier, broken run may have left; nothing that is not this stage's."""
+  for path in (workdir / "data" / records.FILE, workdir / splits.FILE):
+    path.unlink(missing_ok=True)
+  folder = builder.folder(workdir / "data")
+  if folder.exists():
+    shutil.rmtree(folder)
+
+
+def _splits(data, entries):
+  if data.split_file:
+    return splits.read_split_file(pathlib.Path(data.split_file), entries)
+  return splits.make_splits(
+    entries,
+    num_labelled=data.num_labelled,
+    num_val=data.num_val,
+    num_test=data.num_test,
+    num_unlabelled=data.num_unlabelled,
+    seed=data.split_seed,
+  )

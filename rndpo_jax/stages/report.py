@@ -1,0 +1,190 @@
+"""Stage 'report': the files of the stages before it -> `report.html`, one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import numpy as np
+from etils import epath
+
+from rndpo_jax import files, training
+from rndpo_jax.stages import figures, pictures, tables
+
+TEMPLATE = "report.html.j2"
+
+
+def run(config, workdir: os.PathLike) -> None:
+  """Writes `report.html`; reads files alone, computes nothing anew.
+
+  Raises:
+    FileNotFoundError: where `results.json` or the mining manifest is missing.
+  """
+  del config  # the resolved one stands in `config.json`
+  workdir = epath.Path(workdir)
+  results = files.read_json(workdir / "results.json")
+  manifest = files.read_json(workdir / "pairs" / "manifest.json")
+  made = _read_made(workdir)
+  context = {
+    "results": results,
+    "study": results["study"],
+    **tables.headline(results),
+    **_result_part(results),
+    **_mining_part(results, manifest),
+    "training_charts": training_charts(workdir),
+    **pictures.examples(workdir / "pairs" / "examples.npz"),
+    **pictures.cases(workdir / "evaluate" / "gallery.npz", results["class_names"]),
+    **made,
+  }
+  files.write_text(workdir / "report.html", render(context))
+
+
+def render(context: Mapping[str, Any]) -> str:
+  """The page; whatever comes from data, such as a case id, is escaped."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  return environment.get_template(TEMPLATE).render(context)
+
+
+def _result_part(results) -> dict[str, Any]:
+  held = results["sustained"]
+  names = ", ".join(results["class_names"][1:])
+  return {
+    "warnings": tables.warnings(results),
+    "tiles": tables.tiles(results),
+    "results_text": tables.result_text(results),
+    "result_groups": tables.result_groups(results),
+    "steps": {name: results[name]["step"] for name in ("finetuned", "selected")},
+    "foreground": f"the foreground classes ({names})",
+    "empty_text": tables.empty_text(results),
+    "sustained_rows": tables.sustained_rows(results),
+    "sustained_text": (
+      f"Of the fine-tuned checkpoints, {100 * held['fraction_above_base']:.0f} % are above the "
+      f"base on test. The best reached {tables.show(held['peak'])}, the last "
+      f"{tables.show(held['final'])}. Judge a run by where it ends, not by its best moment: "
+      "without test labels nobody can stop at the peak."
+    ),
+    "curve_chart": curve_chart(results),
+  }
+
+
+def _mining_part(results, manifest) -> dict[str, Any]:
+  rows = []
+  for name, entry in sorted(results["judges"].items()):
+    interval = entry.get("pair_accuracy_ci")
+    if entry.get("pair_accuracy") is not None and interval and interval[0] is not None:
+      rows.append((name, entry["pair_accuracy"], *interval))
+  label = "pair accuracy (dashed: chance)"
+  size = manifest["region_size"]
+  quantiles = {name: size[name] for name in ("p5", "p50", "p95")}
+  histogram = size["histogram"]
+  return {
+    "judge_split": next((j.get("split", "val") for j in results["judges"].values()), "val"),
+    "judge_rows": tables.judge_rows(results),
+    "judge_chart": figures.intervals(rows, chance=0.5, label=label) if rows else None,
+    "proposal_split": manifest["proposals"]["split"],
+    "proposal_rows": tables.proposal_rows(manifest),
+    "pair_rows": tables.pair_rows(manifest),
+    "mining_text": (
+      "A pair of equal scores or of identical masks tells the network nothing. Score gap of the "
+      f"kept pairs, 5th, 50th and 95th percentile: "
+      f"{', '.join(tables.show(manifest['score_gap'][q]) for q in ('p5', 'p50', 'p95'))}."
+    ),
+    "region_chart": figures.histogram(histogram["edges"], histogram["counts"], quantiles),
+    "region_text": (
+      "How many pixels the two masks of a pair differ in. A plain DPO update grows with it; "
+      "RN-DPO divides by it, so that a few gross proposals do not rule the training."
+    ),
+  }
+
+
+def curve_chart(results: Mapping) -> str:
+  """Dice on validation and test over steps, the base as dashed lines, peak and final marked."""
+  curve = results["curve"]
+  steps = [point["step"] for point in curve]
+  val, test = ([point[key] for point in curve] for key in ("val_dice", "test_dice"))
+  ends = [steps[0], steps[-1]]
+  dashed = {"linestyle": "--", "linewidth": 1.2}
+  series = {
+    "test": (steps, test, {"color": figures.BLUE, "marker": "."}),
+    "test, base": (ends, [test[0]] * 2, {"color": figures.BLUE, **dashed}),
+    "validation": (steps, val, {"color": figures.ORANGE, "marker": "."}),
+    "validation, base": (ends, [val[0]] * 2, {"color": figures.ORANGE, **dashed}),
+  }
+  peak = 1 + int(np.argmax(test[1:]))
+  last = len(test) - 1
+  marks = [(steps[last], test[last], f"final {test[last]:.3f}", figures.GREEN)]
+  if peak != last:
+    marks.append((steps[peak], test[peak], f"peak {test[peak]:.3f}", figures.RED))
+  else:
+    marks[0] = (steps[last], test[last], f"peak and final {test[last]:.3f}", figures.GREEN)
+  return figures.lines(series, ylabel="mean Dice over cases", marks=marks, wide=True)
+
+
+def training_charts(workdir: epath.Path) -> list[dict[str, str]]:
+  """Charts of base training and of fine-tuning, from their `metrics.jsonl`."""
+  charts = []
+  tuned = _rows(workdir / "finetune", "train")
+  if tuned:
+    charts = [
+      _chart(tuned, {"loss": figures.BLUE}, "loss", "Preference loss; ln 2 = 0.693 at the start."),
+      _chart(tuned, {"accuracy": figures.BLUE}, "share", "Preference accuracy: pairs with h > 0."),
+      _chart(tuned, {"h_mean": figures.BLUE}, "mean h (nats)", "Mean h, the margin gained."),
+      _chart(
+        tuned,
+        {"chosen_log_ratio": figures.BLUE, "rejected_log_ratio": figures.RED},
+        "log-ratio (nats)",
+        "Change of log-probability since the base, of chosen and rejected masks.",
+      ),
+    ]
+  rows = _rows(workdir / "base", "val")
+  if rows:
+    caption = "Training of the base: validation Dice on the model's grid."
+    charts.append(_chart(rows, {"val_dice": figures.ORANGE}, "Dice", caption))
+  return [chart for chart in charts if chart]
+
+
+def _chart(rows, keys: Mapping[str, str], ylabel: str, caption: str) -> dict[str, str] | None:
+  if any(key not in row for row in rows for key in keys):
+    return None
+  steps = [row["step"] for row in rows]
+  series = {
+    key.replace("_", " "): (steps, [float(row[key]) for row in rows], {"color": color})
+    for key, color in keys.items()
+  }
+  if len(rows) == 1:
+    for _, _, options in series.values():
+      options["marker"] = "o"
+  image = figures.lines(series, ylabel=ylabel)
+  return {"image": image, "name": " and ".join(series), "caption": caption}
+
+
+def _rows(directory: epath.Path, kind: str) -> list[dict[str, Any]]:
+  if not (directory / "metrics.jsonl").exists():
+    return []
+  return training.read_rows(directory, kind)
+
+
+def _read_made(workdir: epath.Path) -> dict[str, Any]:
+  """How the run was made: command, versions, config."""
+  path = workdir / "config.json"
+  content = files.read_json(path) if path.exists() else {}
+  config = content.pop("config", {})
+  default = "python -m launch.run --config=configs/NAME.py --workdir=DIR"
+  command = content.pop("command", default)
+  versions = content.pop("versions", {})
+  environment = [(key.replace("_", " "), str(value)) for key, value in content.items()]
+  return {
+    "command": command if isinstance(command, str) else " ".join(map(str, command)),
+    "environment": environment + [(name, str(version)) for name, version in versions.items()],
+    "config_text": json.dumps(config, indent=2),
+  }

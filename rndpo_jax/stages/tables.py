@@ -1,0 +1,219 @@
+"""What the report says in words and rows, from `results.json` and the mining manifest; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OBJECTIVES = {"dpo": "DPO", "rn_dpo": "RN-DPO"}
+NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "assd": "ASSD", "nsd": "NSD"}
+LOWER_IS_BETTER = ("hd95", "assd")
+SPLITS = {"test": "Test", "val": "Validation"}
+MAX_DROP = 0.01  # of Dice below the peak before the report warns
+
+
+def show(value: float | None, digits: int = 3) -> str:
+  """A number as text; 'unknown' for None."""
+  return "unknown" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+  """A difference with its sign, as '+0.012' or '\u22120.012' (a true minus)."""
+  return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def with_interval(entry: Mapping[str, Any], key: str) -> str:
+  """A judge's figure with its interval; 'unknown' where there is no truth to measure it by."""
+  interval = entry.get(f"{key}_ci")
+  if entry.get(key) is None:
+    return "unknown"
+  if not interval or interval[0] is None:
+    return show(entry[key])
+  return f"{show(entry[key])} ({show(interval[0])} to {show(interval[1])})"
+
+
+def headline(results: Mapping) -> dict[str, str]:
+  """Title and subtitle."""
+  objective = OBJECTIVES.get(results["objective"], results["objective"])
+  return {
+    "title": f"{results['dataset']}: {objective} with the judge {results['judge']}",
+    "subtitle": (
+      f"{results['num_labelled_cases']} labelled cases, "
+      f"{results['num_cases']['unlabelled']} unlabelled, {results['num_cases']['val']} for "
+      f"validation, {results['num_cases']['test']} for test; pairs by {results['rule']}, "
+      f"beta {results['beta']:g}, seed {results['seed']}"
+    ),
+  }
+
+
+def warnings(results: Mapping) -> list[str]:
+  """What a reader must not miss."""
+  held, base = results["sustained"], results["base"]["test"]["dice"]
+  found = []
+  if held["final"] < base:
+    found.append(
+      f"The last checkpoint is worse than the base on test: Dice {show(held['final'])} against "
+      f"{show(base)}. Do not use it; raise beta, choose another judge or rule, or stop earlier."
+    )
+  if held["drop_from_peak"] > MAX_DROP:
+    found.append(
+      f"The last checkpoint lies {show(held['drop_from_peak'])} Dice below the peak on test "
+      f"({show(held['peak'])}): the gain did not last. A larger beta holds the network closer to "
+      "the base."
+    )
+  judge = results["judges"].get(results["judge"], {})
+  low = (judge.get("pair_accuracy_ci") or [None])[0]
+  if low is not None and low <= 0.5:
+    found.append(
+      f"The judge {results['judge']} cannot be told from chance: its pair accuracy is "
+      f"{with_interval(judge, 'pair_accuracy')}, and 0.5 is a coin."
+    )
+  return found
+
+
+def tiles(results: Mapping) -> list[dict[str, str]]:
+  """The figures at the top of the page."""
+  base, held = results["base"]["test"]["dice"], results["sustained"]
+  change = held["final"] - base
+  judge = results["judges"].get(results["judge"], {})
+  return [
+    {"label": "Base, test Dice", "value": show(base), "note": "before fine-tuning", "kind": "soft"},
+    {
+      "label": "Last checkpoint, test Dice",
+      "value": show(held["final"]),
+      "note": f"{signed(change)} against the base",
+      "kind": _kind(change),
+    },
+    {
+      "label": "Checkpoints above the base",
+      "value": f"{100 * held['fraction_above_base']:.0f} %",
+      "note": f"{signed(-held['drop_from_peak'])} from peak to last",
+      "kind": "soft",
+    },
+    {
+      "label": f"Pairs the judge gets right, {judge.get('split', 'val')}",
+      "value": show(judge.get("pair_accuracy"), 2),
+      "note": f"{results['pairs']['count']} pairs mined",
+      "kind": "soft",
+    },
+  ]
+
+
+def result_groups(results: Mapping) -> list[dict[str, Any]]:
+  """Rows of the result table, by split: test first."""
+  return [
+    {"name": f"{title} ({results['num_cases'][split]} cases)", "rows": _rows(results, split)}
+    for split, title in SPLITS.items()
+  ]
+
+
+def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
+  rows = []
+  for name, base in results["base"][split].items():
+    final = results["finetuned"][split][name]
+    digits = 2 if name in LOWER_IS_BETTER else 3
+    change = final - base
+    rows.append(
+      {
+        "name": NAMES[name],
+        "unit": _unit(results, name),
+        "base": show(base, digits),
+        "finetuned": show(final, digits),
+        "change": signed(change, digits),
+        "kind": _kind(-change if name in LOWER_IS_BETTER else change),
+        "selected": show(results["selected"][split][name], digits),
+      }
+    )
+  return rows
+
+
+def _unit(results: Mapping, name: str) -> str:
+  if name in LOWER_IS_BETTER:
+    return f"{results['units'][name]}, lower is better"
+  if name == "nsd":
+    return f"0 to 1, within {results['nsd_tolerance']:g} {results['spacing_unit']}"
+  return "0 to 1"
+
+
+def _kind(gain: float) -> str:
+  return "better" if gain > 0 else "worse" if gain < 0 else "soft"
+
+
+def result_text(results: Mapping) -> str:
+  """The result in one sentence, with what it was chosen by."""
+  base, final = results["base"]["test"]["dice"], results["finetuned"]["test"]["dice"]
+  word = "raised" if final > base else "lowered" if final < base else "left"
+  change = f"from {show(base)} to {show(final)} ({signed(final - base)})"
+  return (
+    f"Fine-tuning {word} test Dice {change} at its last checkpoint, which nobody chose. The "
+    "'selected' one is the best on validation, and needs validation labels to be found."
+  )
+
+
+def empty_text(results: Mapping) -> str:
+  """How many masks were empty, and how they counted."""
+  count = results["empty_masks"]["finetuned"]["test"]
+  return (
+    f"Of the {count['total']} test masks (one a case and class) of the last checkpoint, "
+    f"{count['mask_only']} were empty where the truth is not, {count['label_only']} the other way "
+    f"round (both count as Dice 0 and the image's diagonal as distance), and {count['both']} were "
+    "rightly empty (Dice 1, distance 0)."
+  )
+
+
+def sustained_rows(results: Mapping) -> list[tuple[str, str]]:
+  """Rows of the sustained performance."""
+  held = results["sustained"]
+  return [
+    ("Base", show(results["base"]["test"]["dice"])),
+    ("Peak", show(held["peak"])),
+    ("Last checkpoint", show(held["final"])),
+    ("Mean of the last third of checkpoints", show(held["last_third_mean"])),
+    ("Share of checkpoints above the base", show(held["fraction_above_base"], 2)),
+    ("Drop from peak to last", show(held["drop_from_peak"])),
+  ]
+
+
+def judge_rows(results: Mapping) -> list[tuple[str, ...]]:
+  """Rows of judge reliability, the judge of the run first."""
+  names = sorted(results["judges"], key=lambda name: (name != results["judge"], name))
+  rows = []
+  for name in names:
+    entry = results["judges"][name]
+    used = " (this run's)" if name == results["judge"] else ""
+    keys = ("pair_accuracy", "kendall_tau", "top1_regret")
+    figures = [with_interval(entry, key) for key in keys]
+    rows.append((f"{name}{used}", *figures, str(entry.get("num_cases") or "unknown")))
+  return rows
+
+
+def proposal_rows(manifest: Mapping) -> list[tuple[str, str]]:
+  """Rows of the proposals' diversity and headroom."""
+  found = manifest["proposals"]
+  known = found["best_dice"] is not None and found["base_dice"] is not None
+  headroom = signed(found["best_dice"] - found["base_dice"]) if known else "unknown"
+  return [
+    ("Samplers", manifest["mix"]),
+    ("Mean Dice between proposals of an image (lower: more diverse)", show(found["diversity"])),
+    ("Dice of the base", show(found["base_dice"])),
+    ("Mean Dice of the proposals", show(found["mean_dice"])),
+    ("Dice of the best proposal", show(found["best_dice"])),
+    ("Headroom: best proposal against the base", headroom),
+  ]
+
+
+DROPPED = {
+  "tie": "taken: judge scores equal",
+  "score_gap": "taken: score gap too small",
+  "identical": "taken: masks identical",
+  "region_size": "taken: region size outside the limits",
+}
+
+
+def pair_rows(manifest: Mapping) -> list[tuple[str, str]]:
+  """Rows of what mining kept, and what each filter took."""
+  dropped = manifest["dropped"]
+  total = manifest["num_pairs"] + sum(dropped.values())
+  rows = [(f"Found by the rule {manifest['rule']}", str(total))]
+  rows += [(DROPPED.get(name, name), str(count)) for name, count in dropped.items()]
+  return [*rows, (f"Kept, from {manifest['num_images']} images", str(manifest["num_pairs"]))]

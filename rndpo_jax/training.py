@@ -1,0 +1,216 @@
+"""The one training loop: a jitted step over a mesh, checkpoints, metrics, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+
+from rndpo_jax import checkpoint, metrics, parallel, progress, types
+
+LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TrainingError(RuntimeError):
+  """Training that cannot go on; the message names the step and the last good checkpoint."""
+
+
+class TrainState(NamedTuple):
+  """What a step reads and replaces: step i32[], params, opt_state. No reference network."""
+
+  step: jax.Array
+  params: types.Params
+  opt_state: optax.OptState
+
+
+def make_state(params: types.Params, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """A TrainState at step 0, replicated; it owns copies, since the step donates its buffers."""
+
+  def init(params):
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  return jax.jit(init, out_shardings=parallel.replicated(mesh))(params)
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """Compiles one update.
+
+  Args:
+    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]). The loss is a mean over the
+      global batch, so its gradient is that of one device holding all of it.
+    optimizer: an Optax transformation.
+    mesh: from `parallel.make_mesh`; the batch is sharded over its `data` axis.
+
+  Returns:
+    step(state, batch, key) -> (state, metrics); `state` is donated. `key` is the same at every
+    step and folded with the step's number.
+  """
+
+  def train_step(state: TrainState, batch, key):
+    step_key = jax.random.fold_in(key, state.step)
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, step_key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    aux = {**aux, "loss": loss, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), aux
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
+
+
+def make_validate(apply: Callable, num_classes: int, batches: Callable[[], Iterable[types.Batch]]):
+  """Mean foreground Dice on the model's grid, mean over images.
+
+  Args:
+    apply: (params, images) -> logits f32[B, *S, C].
+    num_classes: C.
+    batches: () -> the labelled batches to go through once; padding is left out.
+
+  Returns:
+    validate(params) -> {"val_dice": float}.
+  """
+
+  @jax.jit
+  def dice_sum(params, batch):
+    masks = jnp.argmax(apply(params, batch.images), axis=-1).astype(jnp.uint8)
+    per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
+    return jnp.sum(jnp.mean(per_class, axis=-1) * batch.valid), jnp.sum(batch.valid)
+
+  def validate(params) -> dict[str, float]:
+    sums = [dice_sum(params, batch) for batch in batches()]
+    total, count = np.sum(jax.device_get(sums), axis=0)
+    return {"val_dice": float(total / count)}
+
+  return validate
+
+
+def fit(
+  train_step: Callable,
+  state: TrainState,
+  batches: Callable[[int], Iterator],
+  *,
+  num_steps: int,
+  key: jax.Array,
+  directory: os.PathLike,
+  description: str,
+  log_every_steps: int,
+  eval_every_steps: int,
+  validate: Callable[[types.Params], dict[str, float]] | None = None,
+) -> TrainState:
+  """Trains to `num_steps`, going on from the latest checkpoint in `directory`.
+
+  Writes `params/STEP` every `eval_every_steps` and at the end, `state/STEP` (the latest alone),
+  and `metrics.jsonl`. An interrupted run ends with the arrays of an undisturbed one.
+
+  Args:
+    train_step: from `make_train_step`.
+    state: at step 0; donated.
+    batches: start step -> endless iterator of batches on the device.
+    num_steps: steps in all.
+    key: of the run.
+    directory: of this training.
+    description: for progress and messages.
+    log_every_steps: steps between rows of training metrics.
+    eval_every_steps: steps between validations and checkpoints.
+    validate: params -> metrics, or None.
+
+  Returns:
+    The state at `num_steps`.
+
+  Raises:
+    TrainingError: at the first loss that is not finite.
+    checkpoint.CheckpointError: where the checkpoint to go on from cannot be read.
+  """
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  saved = checkpoint.steps(directory / "state")
+  start = saved[-1] if saved else 0
+  if saved:
+    state = checkpoint.restore(directory / "state", start, state)
+    progress.say(f"{description}: going on from step {start}")
+  pending = []
+  shown = progress.track(
+    range(start + 1, num_steps + 1),
+    total=num_steps,
+    description=description,
+    unit="steps",
+    done=start,
+  )
+  stream = batches(start) if start < num_steps else iter(())
+  with contextlib.closing(_Rows(directory, start)) as rows:
+    for step in shown:
+      state, aux = train_step(state, next(stream), key)
+      pending.append((step, aux))
+      keep = step % eval_every_steps == 0 or step == num_steps
+      if keep or step % log_every_steps == 0:
+        _flush(pending, rows, log_every_steps, description, directory)
+      if keep:
+        if validate is not None:
+          rows.add({"step": step, "kind": "val", **validate(state.params)})
+        checkpoint.save(directory / "params", step, state.params)
+        checkpoint.save(directory / "state", step, state)
+        checkpoint.remove_before(directory / "state", step)
+  return state
+
+
+def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
+  """Rows of `metrics.jsonl` of one kind, "train" or "val"."""
+  path = epath.Path(directory) / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  return [row for row in rows if row["kind"] == kind]
+
+
+def _flush(pending, rows, log_every_steps, description, directory) -> None:
+  """Fetches the metrics of the steps since the last flush, and checks every loss."""
+  for step, aux in jax.device_get(pending):
+    if not math.isfinite(aux["loss"]) or not math.isfinite(aux["grad_norm"]):
+      saved = checkpoint.steps(directory / "state")
+      last = f"step {saved[-1]} in {directory / 'params'}" if saved else "none yet"
+      raise TrainingError(
+        f"{description}: loss {aux['loss']}, gradient norm {aux['grad_norm']} at step {step}. "
+        f"The last good checkpoint is kept ({last}). Lower the learning rate, set a clip_norm, "
+        "or check the input for extreme values"
+      )
+    if step % log_every_steps == 0:
+      rows.add({"step": step, "kind": "train", **{k: float(v) for k, v in sorted(aux.items())}})
+  pending.clear()
+
+
+class _Rows:
+  """Appends to metrics.jsonl and TensorBoard, first dropping rows that a resumed run repeats."""
+
+  def __init__(self, directory: epath.Path, start: int):
+    path = directory / "metrics.jsonl"
+    kept = []
+    if path.exists():
+      for line in path.read_text().splitlines(keepends=True):
+        # A killed run can leave half a line: it belongs to a step that is repeated.
+        if line.endswith("\n") and json.loads(line)["step"] <= start:
+          kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+    self._file = path.open("a")
+    self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+  def add(self, row: dict[str, Any]) -> None:
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in row.items():
+      if name not in ("step", "kind"):
+        self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+  def close(self) -> None:
+    self._file.close()
+    self._writer.close()

@@ -1,0 +1,92 @@
+"""The legend of dimensions, and the containers that stages hand to each other.
+
+Dimensions, everywhere in the program:
+
+    B   images in a global batch          b   images on one device
+    D   local devices                     K   proposals per image
+    P   pairs per image                   C   classes, background (0) among them
+    I   input channels                    J   judges
+    S   spatial dimensions: (H, W) or (H, W, Z)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Any
+
+
+class Batch(NamedTuple):
+  """A batch of images on the model's grid.
+
+  Attributes:
+    images: f32[B, *S, I], normalised.
+    labels: u8[B, *S] class ids; all zero when read without labels.
+    index: i32[B], position of the record in the prepared data set. Random keys are folded
+      from it, so that no result depends on how images are batched.
+    valid: bool[B], False where the entry only pads the batch.
+  """
+
+  images: Array
+  labels: Array
+  index: Array
+  valid: Array
+
+
+class Proposals(NamedTuple):
+  """K proposals an image.
+
+  Attributes:
+    masks: u8[B, K, *S] class ids, the argmax of the logits.
+    logits: f32[B, K, *S, C] each proposal's own logits.
+    base_logits: f32[B, *S, C] the base segmenter's, without dropout or noise.
+  """
+
+  masks: Array
+  logits: Array
+  base_logits: Array
+
+
+class Pairs(NamedTuple):
+  """P preference pairs an image; slots without a pair have `valid` False.
+
+  Attributes:
+    chosen: i32[B, P], index of the chosen proposal among the K.
+    rejected: i32[B, P], likewise.
+    score_gap: f32[B, P], score of chosen minus score of rejected, > 0 where valid.
+    region_size: i32[B, P], number of pixels where the two masks differ, > 0 where valid.
+    valid: bool[B, P].
+    dropped: i32[B, 4], candidate pairs of the rule that a filter took, in the order of
+      `mining.FILTERS`.
+  """
+
+  chosen: Array
+  rejected: Array
+  score_gap: Array
+  region_size: Array
+  valid: Array
+  dropped: Array
+
+
+class Segmenter(NamedTuple):
+  """A segmenter as pure functions of its parameters.
+
+  `key` is None for the deterministic network, or a key that switches dropout on. One key
+  serves the whole batch; a caller that needs one key an image maps over images with vmap.
+
+  Attributes:
+    init: (key, images f32[B, *S, I]) -> params.
+    apply: (params, images, key=None) -> logits f32[B, *S, C].
+    encode: (params, images) -> features, a pytree of arrays with leading axis B; no dropout.
+    decode: (params, features, key=None) -> logits f32[B, *S, C].
+  """
+
+  init: Callable[..., Params]
+  apply: Callable[..., jax.Array]
+  encode: Callable[..., Any]
+  decode: Callable[..., jax.Array]

@@ -1,0 +1,85 @@
+"""config: defaults are valid, and what cannot work is refused by key, value and remedy."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import judges, mining
+
+CONFIGS = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+  if path.stem != "__init__"
+)
+
+REFUSED = [
+  ("proposals.mix", "mc_dropout:1", "K = 1"),
+  ("proposals.mix", "magic:8", "unknown sampler 'magic'"),
+  ("proposals.mix", "tta", "NAME"),
+  ("proposals.mix", "temperature:8", "argmax"),
+  ("proposals.mix", "base:2", "base:1"),
+  ("judge.name", "magic", "unknown judge 'magic'"),
+  ("judge.name", "noisy_oracle", "flip_rate"),
+  ("judge.flip_rate", 0.2, "noisy_oracle"),
+  ("mine.rule", "magic", "config.mine.rule"),
+  ("mine.rule", "top_vs_rest", "set it to 7"),
+  ("mine.pairs_per_image", 29, "only 28"),
+  ("finetune.objective", "magic", "config.finetune.objective"),
+  ("finetune.beta", 0.0, "config.finetune.beta"),
+  ("finetune.beta", float("nan"), "config.finetune.beta"),
+  ("finetune.augment", True, "online"),
+  ("data.size", (64, 60), "multiples of 8"),
+  ("data.size", (64, 64, 64), "expected 2 entries"),
+  ("data.crop", (64,), "expected 2 entries"),
+  ("data.size", (64, 72), "augment.turn"),
+  ("data.source", "magic", "config.data.source"),
+  ("data.num_classes", 1, "2..256"),
+  ("data.case_pattern", "(a)(b)", "2 groups"),
+  ("data.case_pattern", "(a", "no regular expression"),
+  ("evaluate.metrics", ("dice", "magic"), "unknown metric 'magic'"),
+  ("evaluate.metrics", ("iou",), "'dice' is needed"),
+  ("model.dropout", 0.0, "mc_dropout"),
+  ("augment.flip", 1.5, "0..1"),
+]
+
+
+@pytest.mark.parametrize("key,value,message", REFUSED)
+def test_refuses_what_cannot_work(key, value, message):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_but_for_the_place_of_its_data(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config_lib.validate(config)
+  assert config.is_locked
+  assert not config.data.root
+
+
+def test_unknown_key_and_wrong_type_are_refused():
+  config = config_lib.base_config().lock()
+  with pytest.raises((AttributeError, KeyError), match="betta"):
+    config.finetune.betta = 1.0
+  with pytest.raises(TypeError, match="beta|float"):
+    config.finetune.beta = "strong"
+
+
+def test_mix_is_parsed_into_entries_and_counts():
+  assert config_lib.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
+    (("base",), 1),
+    (("tta",), 3),
+    (("mc_dropout", "logit_noise"), 4),
+  )
+  config = config_lib.base_config()
+  config.proposals.mix = "base:1, tta:3,mc_dropout+logit_noise:4"
+  assert config_lib.num_proposals(config) == 8
+
+
+def test_names_are_those_of_the_tables():
+  assert set(config_lib.JUDGES) == set(judges.JUDGES)
+  assert set(config_lib.RULES) == set(mining.RULES)

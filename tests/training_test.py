@@ -1,0 +1,124 @@
+"""training: resume equals uninterrupted, devices do not matter, non-finite losses stop a run."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from rndpo_jax import checkpoint, parallel, training
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def loss_fn(params, batch, key):
+  noise = jax.random.normal(key, ())
+  error = batch @ params["w"] - 1.0 + 0.01 * noise
+  return jnp.mean(error**2), {"noise": noise}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return parallel.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def step(mesh):
+  return training.make_train_step(loss_fn, OPTIMIZER, mesh)
+
+
+def start(mesh):
+  return training.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh)
+
+
+def batch_at(step):
+  return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
+
+
+def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at):
+  def batches(start_step):
+    for number in itertools.count(start_step):
+      if number == stop:
+        raise KeyboardInterrupt
+      yield parallel.put_batch(data(number), mesh)
+
+  return training.fit(
+    step,
+    start(mesh),
+    batches,
+    num_steps=num_steps,
+    key=jax.random.key(5),
+    directory=directory,
+    description="test",
+    log_every_steps=2,
+    eval_every_steps=3,
+    validate=lambda params: {"val_dice": float(params["w"][0])},
+  )
+
+
+def test_resume_equals_uninterrupted(step, mesh, tmp_path):
+  whole = run(step, mesh, tmp_path / "whole", num_steps=10)
+  with pytest.raises(KeyboardInterrupt):
+    run(step, mesh, tmp_path / "cut", num_steps=10, stop=8)
+  assert checkpoint.steps(tmp_path / "cut" / "params") == [3, 6]
+  # Half a line, as a kill leaves it.
+  with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 7, "ki')
+  resumed = run(step, mesh, tmp_path / "cut", num_steps=10)
+  np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+  assert int(resumed.step) == 10
+  for name in ("whole", "cut"):
+    assert checkpoint.steps(tmp_path / name / "params") == [3, 6, 9, 10]
+    assert checkpoint.steps(tmp_path / name / "state") == [10]
+  lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+  assert lines[0] == lines[1]
+  rows = [json.loads(line) for line in lines[0].splitlines()]
+  assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8, 10]
+  assert [row["step"] for row in rows if row["kind"] == "val"] == [3, 6, 9, 10]
+
+
+def test_keys_differ_from_step_to_step(step, mesh, tmp_path):
+  run(step, mesh, tmp_path, num_steps=6)
+  noise = [row["noise"] for row in training.read_rows(tmp_path, "train")]
+  assert len(set(noise)) == 3
+
+
+def test_one_device_equals_eight(step, mesh):
+  single = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+  one_step = training.make_train_step(loss_fn, OPTIMIZER, single)
+  states = []
+  for used_step, used_mesh in ((step, mesh), (one_step, single)):
+    state = start(used_mesh)
+    for number in range(3):
+      batch = parallel.put_batch(batch_at(number), used_mesh)
+      state, _ = used_step(state, batch, jax.random.key(5))
+    states.append(state)
+  np.testing.assert_allclose(states[0].params["w"], states[1].params["w"], rtol=1e-6)
+
+
+def test_state_is_donated_and_the_parameters_it_was_made_from_are_not(step, mesh):
+  params = {"w": jnp.ones(3)}
+  state = training.make_state(params, OPTIMIZER, mesh)
+  step(state, parallel.put_batch(batch_at(0), mesh), jax.random.key(5))
+  assert state.params["w"].is_deleted()
+  np.testing.assert_array_equal(params["w"], np.ones(3))
+
+
+def test_stops_at_the_first_loss_that_is_not_finite(step, mesh, tmp_path):
+  def data(number):
+    return batch_at(number) * (np.nan if number >= 4 else 1.0)
+
+  with pytest.raises(training.TrainingError, match="loss nan.* at step 5.*step 3 in"):
+    run(step, mesh, tmp_path, num_steps=10, data=data)
+  assert checkpoint.steps(tmp_path / "params") == [3]
+  assert np.isfinite(checkpoint.restore_params(tmp_path / "params", 3)["w"]).all()
+
+
+def test_batch_that_devices_cannot_share_is_refused():
+  with pytest.raises(ValueError, match="config.base.batch_size: found 12.*use 8 or 16"):
+    parallel.check_batch_size("config.base.batch_size", 12, 8)
+  parallel.check_batch_size("config.base.batch_size", 16, 8)
