@@ -6,7 +6,12 @@ Options of the config are set as --config.SECTION.KEY=VALUE.
 """
 
 import errno
+import os
 import sys
+
+# Resizing multiplies small matrices in loader threads: threads of BLAS beside them only compete
+# for the cores that compute. Read once, when numpy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -99,12 +99,12 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.proposals = proposals = ml_collections.ConfigDict()
   # Comma-separated NAME[+NAME...]:COUNT; K is the sum of the counts. '+' composes samplers.
-  proposals.mix = "mc_dropout+logit_noise:8"
-  proposals.noise_scale = 2.0  # standard deviation of the logit field
+  proposals.mix = "base:1,tta+threshold:7"
+  proposals.noise_scale = 1.0  # standard deviation of the logit field
   proposals.noise_smoothing = 8.0  # pixels, width of the field's Gaussian
   proposals.temperature_low = 0.5  # geometric sweep low..high
   proposals.temperature_high = 2.0
-  proposals.threshold_shift = 2.0  # background logit shifted by -s..s
+  proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
   judge.name = "agreement"  # a name of the table, or package.module:function
@@ -122,7 +122,7 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.mine = mine = ml_collections.ConfigDict()
   mine.rule = "top_vs_random"
-  mine.pairs_per_image = 1
+  mine.pairs_per_image = 4
   mine.min_score_gap = 0.0  # a pair needs a gap above it
   mine.min_region_size = 1  # pixels
   mine.max_region_size = 0  # pixels; 0 sets no limit
@@ -136,7 +136,8 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.augment = False
   finetune.num_steps = 300
   finetune.batch_size = 16
-  finetune.learning_rate = 1e-4
+  finetune.learning_rate = 1e-3  # peak of Adam
+  finetune.schedule = "cosine"  # cosine decay to zero | constant
   finetune.weight_decay = 0.0
   finetune.clip_norm = 0.0  # 0 does not clip
   finetune.log_every_steps = 10
@@ -235,6 +236,7 @@ def _check_choices(config) -> None:
     "base.select": ("best", "last"),
     "mine.rule": RULES,
     "finetune.objective": OBJECTIVES,
+    "finetune.schedule": ("cosine", "constant"),
     "finetune.reference": ("cached", "online"),
   }
   for key, allowed in choices.items():

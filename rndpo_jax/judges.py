@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import overlap, types
+from rndpo_jax import metrics, overlap, types
 
 
 class Context(NamedTuple):
@@ -58,7 +58,7 @@ def build(
     name: a key of JUDGES, or `package.module:function` for a function of your own, called as
       function(images, masks, probs) -> [b, K] inside a compiled program.
     num_classes: C.
-    border: pixels around a mask that `confidence` and `entropy` look at too.
+    border: pixels around a mask that `entropy` looks at too.
     flip_rate: `noisy_oracle`: share of images whose ranking is reversed.
     noise_level: `noisy_oracle`: standard deviation of the noise on the true score.
     learned_apply: `learned`: (params, images f32[n, *S, I], masks u8[n, *S]) -> f32[n].
@@ -90,7 +90,8 @@ def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Ar
   Returns:
     f32[b, K]; a class that mask and label both lack counts 1.
   """
-  return overlap.pairwise_dice(masks, labels[:, None], num_classes)[:, :, 0]
+  per_class = metrics.dice(masks, labels[:, None], num_classes, labels.ndim - 1)
+  return jnp.mean(per_class, axis=-1)
 
 
 def agreement(images, masks, probs, context, settings):
@@ -108,19 +109,42 @@ def agreement(images, masks, probs, context, settings):
 
 
 def confidence(images, masks, probs, context, settings):
-  """Mean probability of the mask's class in and around its foreground, by all proposals."""
+  """Dice that the proposals' mean probabilities expect of the mask.
+
+  With q the mean over the image's K proposals of the class probabilities, the soft Dice
+  (2 sum_p q_p[c] 1[y_p = c] + 1) / (sum_p q_p[c] + |y = c| + 1), mean over foreground classes;
+  the sums run over all pixels, and the 1 lets a class that is neither predicted nor drawn count
+  1. An empty mask is judged like any other: it scores near 0 where q sees foreground, near 1
+  where it sees none. A mask's own probabilities tell less: they move along with its errors.
+  """
   del images, context
   mean_probs = jnp.mean(probs, axis=1)
-  chosen = jnp.take_along_axis(mean_probs[:, None], masks[..., None].astype(jnp.int32), axis=-1)
-  return _region_mean(chosen[..., 0], masks, settings.border)
+  axes = tuple(range(2, masks.ndim))
+
+  def soft_dice(label):
+    drawn = (masks == label.astype(masks.dtype)).astype(probs.dtype)
+    expected = jnp.take(mean_probs, label, axis=-1)[:, None]
+    total = jnp.sum(drawn, axis=axes) + jnp.sum(expected, axis=axes)
+    return (2 * jnp.sum(drawn * expected, axis=axes) + 1) / (total + 1)
+
+  return jnp.mean(jax.lax.map(soft_dice, jnp.arange(1, settings.num_classes)), axis=0)
 
 
 def entropy(images, masks, probs, context, settings):
-  """Minus the mean predictive entropy in and around the foreground."""
+  """Minus the mean predictive entropy, in nats, in and around the mask's foreground.
+
+  The entropy is that of the proposal's own probabilities: in that of the mean over proposals,
+  which is the same map for all of them, the score would only tell where a mask's border lies.
+  The mean runs over the foreground dilated by `border` pixels; that of an empty mask runs over
+  the foreground of all of the image's proposals, and over the whole image if all are empty.
+  """
   del images, context
-  mean_probs = jnp.mean(probs, axis=1)
-  value = jnp.sum(jax.scipy.special.entr(mean_probs), axis=-1)
-  return -_region_mean(jnp.broadcast_to(value[:, None], masks.shape), masks, settings.border)
+  values = jnp.sum(jax.scipy.special.entr(probs), axis=-1)
+  axes = tuple(range(2, masks.ndim))
+  region = _dilate((masks > 0).astype(jnp.float32), settings.border)
+  for fallback in (jnp.max(region, axis=1, keepdims=True), jnp.ones_like(region)):
+    region = jnp.where(jnp.any(region > 0, axis=axes, keepdims=True), region, fallback)
+  return -jnp.sum(values * region, axis=axes) / jnp.sum(region, axis=axes)
 
 
 def learned(images, masks, probs, context, settings):
@@ -191,14 +215,6 @@ def _user_judge(name):
     return scores.astype(jnp.float32)
 
   return judge
-
-
-def _region_mean(values, masks, border):
-  """Mean of f32[b, K, *S] over each mask's foreground dilated by `border`; all if it is empty."""
-  region = _dilate((masks > 0).astype(jnp.float32), border)
-  axes = tuple(range(2, masks.ndim))
-  region = jnp.where(jnp.any(region > 0, axis=axes, keepdims=True), region, 1.0)
-  return jnp.sum(values * region, axis=axes) / jnp.sum(region, axis=axes)
 
 
 def _dilate(region, border):

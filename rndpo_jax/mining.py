@@ -52,11 +52,16 @@ def mine(
     types.Pairs; slots without a pair have valid False and zeros.
 
   Raises:
-    ValueError: unknown rule.
+    ValueError: unknown rule, or more pairs asked for than K proposals make.
   """
+  count = scores.shape[1]
   if rule not in RULES:
     raise ValueError(f"unknown mining rule {rule!r}; known: {', '.join(RULES)}")
-  count = scores.shape[1]
+  if not 1 <= pairs_per_image <= count * (count - 1) // 2:
+    raise ValueError(
+      f"pairs_per_image is {pairs_per_image}, but {count} proposals make "
+      f"{count * (count - 1) // 2} pairs"
+    )
   finite = jnp.isfinite(scores)
   ranked = jnp.where(finite, scores, -jnp.inf)
   candidate, priority = jax.vmap(RULES[rule])(ranked, keys)
@@ -67,12 +72,20 @@ def mine(
   gap = known[:, :, None] - known[:, None, :]
   size = overlap.pairwise_region_size(masks, num_classes)
   too_large = (size > max_region_size) & (max_region_size > 0)
+  # In the order of FILTERS.
+  takers = (gap == 0, gap <= min_score_gap, size == 0, (size < min_region_size) | too_large)
+  candidate, dropped = _filter(candidate, takers)
+  select = partial(_select, pairs_per_image=pairs_per_image)
+  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, size), dropped)
+
+
+def _filter(candidate, takers):
+  """What the filters leave of bool[b, K, K], and how many each took: i32[b, filters]."""
   dropped = []
-  for taken in (gap == 0, gap <= min_score_gap, size == 0, (size < min_region_size) | too_large):
+  for taken in takers:
     dropped.append(jnp.sum(candidate & taken, axis=(1, 2), dtype=jnp.int32))
     candidate = candidate & ~taken
-  select = partial(_select, pairs_per_image=pairs_per_image)
-  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, size), jnp.stack(dropped, axis=1))
+  return candidate, jnp.stack(dropped, axis=1)
 
 
 def _select(candidate, priority, gap, size, *, pairs_per_image):

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -62,12 +64,12 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   workdir = epath.Path(workdir)
   claim(config, workdir)
   for name in config_lib.STAGES:
-    if name not in stages:
+    if name not in stages or (name == "prepare" and config.base.workdir):
       continue
     if (workdir / DONE[name]).exists():
       progress.say(f"[{name}] done before")
       continue
-    check_before(name, workdir)
+    check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
     RUNNERS[name](config, workdir)
@@ -101,8 +103,9 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-  """Versions, devices and git revision, for `config.json`."""
+  """Command, versions, devices and git revision, for `config.json`."""
   return {
+    "command": shlex.join(["python", "-m", "launch.run", *sys.argv[1:]]),
     "versions": {
       "python": platform.python_version(),
       **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -113,7 +116,7 @@ def environment() -> dict[str, Any]:
   }
 
 
-def check_before(name: str, workdir: epath.Path) -> None:
+def check_before(config, name: str, workdir: epath.Path) -> None:
   """Refuses a stage whose predecessor is not done.
 
   Raises:
@@ -121,6 +124,8 @@ def check_before(name: str, workdir: epath.Path) -> None:
   """
   place = config_lib.STAGES.index(name)
   before = config_lib.STAGES[place - 1] if place else None
+  if before == "prepare" and config.base.workdir:
+    workdir = epath.Path(config.base.workdir)
   if before and not (workdir / DONE[before]).exists():
     raise config_lib.ConfigError(
       f"--stages: {name!r} needs {workdir / DONE[before]}, which is missing; run the stage "

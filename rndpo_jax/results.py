@@ -114,7 +114,7 @@ def gallery_choice(before: Mapping[str, float], after: Mapping[str, float]) -> d
   for key, what in ((change, "change"), (after, "Dice after")):
     order = sorted(key, key=lambda case: (-key[case], case))
     middle, last = len(order) // 2, len(order) - 1
-    for start, name in ((0, "largest"), (last, "smallest"), (middle, "median")):
+    for start, name in ((0, "best"), (last, "worst"), (middle, "median")):
       near = sorted(range(len(order)), key=lambda i, start=start: abs(i - start))
       free = [order[i] for i in near if order[i] not in chosen]
       if free:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import pathlib
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rndpo_jax import progress
 from rndpo_jax.data import records
 
 SPLIT = "cases"  # TFDS reserves 'all'
@@ -27,6 +27,12 @@ class Cases(tfds.core.GeneratorBasedBuilder):
   def __init__(self, *, source: records.Source, data_dir: str):
     self._source = source
     super().__init__(data_dir=data_dir, file_format="array_record")
+
+  def _log_download_bytes(self):
+    pass  # TFDS announces a download; there is none
+
+  def _log_download_done(self):
+    pass
 
   def _info(self) -> tfds.core.DatasetInfo:
     dims = self._source.spatial_dims
@@ -55,7 +61,11 @@ class Cases(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self):
     source = self._source
     foreground = False
-    for index, (entry, pixels) in enumerate(zip(source.records, source.read(), strict=True)):
+    read = progress.track(
+      source.read(), total=len(source.records), description="prepare", unit="records"
+    )
+    for index, (entry, pixels) in enumerate(zip(source.records, read, strict=True)):
+      records.check_pixels(pixels, entry, source.num_classes)
       mask = pixels.mask
       foreground |= mask is not None and bool(mask.any())
       yield (
@@ -89,11 +99,18 @@ def build(source: records.Source, directory: pathlib.Path) -> None:
 
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
+    OSError: where the files cannot be written, the disk being full for one.
   """
   downloads = folder(directory) / "downloads"  # TFDS makes one, and nothing is downloaded
-  with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+  with _quiet():
     cases = Cases(source=source, data_dir=str(directory))
-    cases.download_and_prepare(download_dir=str(downloads))
+    try:
+      cases.download_and_prepare(download_dir=str(downloads))
+    except RuntimeError as error:  # ArrayRecord's, when it cannot write
+      raise OSError(
+        f"{directory}: the prepared data cannot be written ({error}); free space on that disk, "
+        "then run the stage 'prepare' again"
+      ) from error
   shutil.rmtree(downloads, ignore_errors=True)
 
 
@@ -103,8 +120,10 @@ def open_source(directory: pathlib.Path, *, with_labels: bool):
     with _quiet():
       builder = tfds.builder_from_directory(folder(directory) / str(Cases.VERSION))
       skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
-      return builder.as_data_source(split=SPLIT, decoders=skip)
-  except (OSError, ValueError) as error:
+      opened = builder.as_data_source(split=SPLIT, decoders=skip)
+      opened[0]  # the file is opened at the first read
+      return opened
+  except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own
     raise records.DataError(
       f"{folder(directory)}: cannot be opened ({error}); remove {directory} and run the stage "
       "'prepare' again"

@@ -7,6 +7,7 @@ the middle, on every grid ('half-pixel' convention), so that the way back undoes
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,40 +16,60 @@ OUTSIDE = 1e4  # logit of the background where the model saw nothing
 
 
 @functools.lru_cache(maxsize=256)
-def resize_matrix(size_in: int, size_out: int) -> np.ndarray:
-  """Weights f32[size_out, size_in] of linear interpolation along one axis.
+def resize_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+  """Linear interpolation along one axis: out[i] = sum over t of weight[t, i] * in[index[t, i]].
 
   A triangle of half-width max(1, size_in / size_out) input pixels about each output pixel's
-  middle, rows normalised to one: plain linear interpolation upwards, low-pass filtered
-  downwards. Beyond the ends the nearest pixels count more.
+  middle, normalised to one: plain linear interpolation upwards, low-pass filtered downwards.
+  At the ends the triangle is cut off.
+
+  Returns:
+    (index i64[T, size_out], weight f32[T, size_out]), T taps an output pixel.
   """
   scale = size_in / size_out
+  width = max(1.0, scale)
   middle = (np.arange(size_out) + 0.5) * scale - 0.5
-  distance = np.abs(middle[:, None] - np.arange(size_in)[None, :]) / max(1.0, scale)
-  weights = np.maximum(0.0, 1.0 - distance)
-  matrix = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-  matrix.flags.writeable = False
-  return matrix
+  taps = np.arange(math.floor(2 * width) + 1)
+  index = np.ceil(middle - width).astype(np.int64)[None, :] + taps[:, None]
+  weight = np.maximum(0.0, 1.0 - np.abs(index - middle[None, :]) / width)
+  weight *= (index >= 0) & (index < size_in)
+  weight = (weight / weight.sum(axis=0, keepdims=True)).astype(np.float32)
+  return np.clip(index, 0, size_in - 1), weight
 
 
 def resize_linear(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """Resizes f32[*S, I] to f32[*size, I]; axes of the right length are left alone."""
+  """Resizes f32[*S, I] to f32[*size, I]; axes of the right length are left alone.
+
+  Few taps a pixel and no matrix product, which would set threads of BLAS against the training.
+  """
   image = np.asarray(image, np.float32)
   for axis, length in enumerate(size):
-    if image.shape[axis] != length:
-      matrix = resize_matrix(image.shape[axis], int(length))
-      image = np.moveaxis(np.tensordot(matrix, image, axes=(1, axis)), 0, axis)
+    if image.shape[axis] == length:
+      continue
+    index, weight = resize_taps(image.shape[axis], int(length))
+    shape = (-1, *(1,) * (image.ndim - axis - 1))
+    image = sum(
+      np.take(image, i, axis=axis) * w.reshape(shape) for i, w in zip(index, weight, strict=True)
+    )
   return np.ascontiguousarray(image)
 
 
-def resize_nearest(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """Resizes u8[*S] to u8[*size] without mixing classes."""
-  for axis, length in enumerate(size):
-    count = mask.shape[axis]
-    if count != length:
-      index = ((np.arange(length) + 0.5) * count / length).astype(np.int64)
-      mask = np.take(mask, np.minimum(index, count - 1), axis=axis)
-  return np.ascontiguousarray(mask)
+def resize_classes(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """Resizes class ids u8[*S] to u8[*size]: the class with the largest share of a pixel.
+
+  Shares are those of `resize_linear`, so that a mask stays in place on its image; picking the
+  nearest pixel would shift it by up to half a source pixel. Equal shares go to the lower class.
+  """
+  if mask.shape == tuple(size):
+    return np.ascontiguousarray(mask)
+  classes = np.unique(mask)
+  best = np.full(tuple(size), classes[0], np.uint8)
+  largest = np.zeros(tuple(size), np.float32)
+  for label in classes if len(classes) > 1 else ():  # one at a time, for volumes are large
+    share = resize_linear((mask == label)[..., None], size)[..., 0]
+    ahead = share > largest + 1e-6  # equal but for rounding is equal
+    best[ahead], largest[ahead] = label, share[ahead]
+  return best
 
 
 def _overlap(count: int, crop: int) -> tuple[slice, slice]:
@@ -77,13 +98,14 @@ def center_crop(array: np.ndarray, crop: Sequence[int], fill) -> np.ndarray:
 
 def image_to_model(image: np.ndarray, size: Sequence[int], crop: Sequence[int]) -> np.ndarray:
   """[*S, I] -> f32[*size, I]; padding takes each channel's minimum."""
-  lowest = image.min(axis=tuple(range(image.ndim - 1)))
+  padded = any(c > n for n, c in zip(image.shape, crop, strict=False))
+  lowest = image.min(axis=tuple(range(image.ndim - 1))) if padded else 0
   return resize_linear(center_crop(image, crop, lowest), size)
 
 
 def mask_to_model(mask: np.ndarray, size: Sequence[int], crop: Sequence[int]) -> np.ndarray:
   """u8[*S] -> u8[*size]; padding is background."""
-  return resize_nearest(center_crop(mask, crop, 0), size)
+  return resize_classes(center_crop(mask, crop, 0), size)
 
 
 def to_native(logits: np.ndarray, native_shape: Sequence[int], crop: Sequence[int]) -> np.ndarray:
@@ -103,8 +125,7 @@ def to_native(logits: np.ndarray, native_shape: Sequence[int], crop: Sequence[in
     return window
   outside = np.zeros(logits.shape[-1], np.float32)
   outside[0] = OUTSIDE if logits.shape[-1] > 1 else -OUTSIDE
-  # Cropping a window of `crop` to the native shape with padding is the exact inverse, but for
-  # odd differences: the offsets must be the ones of the way there.
+  # Not center_crop: an odd difference would shift the window by a pixel against the way there.
   out = np.empty((*map(int, native_shape), logits.shape[-1]), np.float32)
   out[...] = outside
   pairs = [_overlap(int(n), int(c)) for n, c in zip(native_shape, crop, strict=True)]
@@ -126,6 +147,6 @@ def normalize(image: np.ndarray, how: str) -> np.ndarray:
   else:
     shift = image.min(axes)
     scale = image.max(axes) - shift
-  flat = scale <= 1e-6 * np.maximum(1.0, np.abs(shift))
+  flat = scale <= 1e-6 * np.abs(shift)  # relative, for some units give tiny values
   scaled = (image - shift) / np.where(flat, 1.0, scale)
   return np.where(flat, 0.0, scaled).astype(np.float32)

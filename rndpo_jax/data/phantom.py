@@ -22,6 +22,8 @@ CLASS_NAMES = {
   4: ["background", "right ventricle", "myocardium", "left ventricle"],
 }
 
+_WIDER = {2: 1.0, 3: 1.25}  # structures fill less of a volume than of an image
+
 
 def open_source(config) -> records.Source:
   """The phantom of `config.data`, deterministic from its seed and the case number.
@@ -95,7 +97,7 @@ def draw(
   axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in size]
   grid = np.stack(np.meshgrid(*axes, indexing="ij"))
   # One warp for all, so that neighbours stay neighbours.
-  grid = grid + 0.07 * np.stack([_field(rng, size, 0.12) for _ in size])
+  grid = grid + 0.04 * np.stack([_field(rng, size, 0.12) for _ in size])
   body = _ellipse(rng, grid, np.zeros(len(size)), rng.uniform(0.85, 1.0, len(size)))
   tissue = 0.35 + 0.05 * _field(rng, size, 0.05) + 0.04 * _field(rng, size, 0.2)
   fat = 0.15 * _inside(np.abs(body) - 0.05, 0.02)
@@ -110,10 +112,12 @@ def _organ(rng, grid, image, contrast):
   """One organ with grain and capsule, and look-alikes without."""
   size, dims = grid.shape[1:], grid.shape[0]
   center = _direction(rng, dims) * rng.uniform(0.05, 0.42)
-  organ = _ellipse(rng, grid, center, rng.uniform(0.26, 0.44, dims), wobble=0.16)
+  radii = rng.uniform(0.26, 0.44, dims) * _WIDER[dims]
+  organ = _ellipse(rng, grid, center, radii, wobble=0.16)
   if rng.random() < 0.5:  # a hilum, as in a kidney
-    notch = center + _direction(rng, dims) * rng.uniform(0.3, 0.4)
-    organ = np.maximum(organ, -_ellipse(rng, grid, notch, np.full(dims, 0.2)))
+    notch = center + _direction(rng, dims) * rng.uniform(0.35, 0.42)
+    notch = 0.6 * _ellipse(rng, grid, notch, np.full(dims, 0.18))
+    organ = 0.1 * np.logaddexp(organ / 0.1, -notch / 0.1)  # a rounded maximum
   level = contrast * rng.uniform(0.35, 0.8)
   for _ in range(rng.integers(2, 5)):
     place = center + _direction(rng, dims) * rng.uniform(0.5, 0.85)
@@ -129,14 +133,14 @@ def _organ(rng, grid, image, contrast):
 def _heart(rng, grid, image, contrast):
   """Left ventricle (3) in myocardium (2), right ventricle (1) beside, vessels around."""
   size, dims = grid.shape[1:], grid.shape[0]
-  center = rng.uniform(-0.2, 0.2, dims)
-  radii = rng.uniform(0.3, 0.42, dims)
+  center = rng.uniform(-0.18, 0.18, dims)
+  radii = rng.uniform(0.34, 0.46, dims) * _WIDER[dims]
   outer = _ellipse(rng, grid, center, radii, wobble=0.06)
-  inner = outer + rng.uniform(0.28, 0.5)
+  inner = outer + rng.uniform(0.25, 0.42)
   side = np.zeros(dims)
   side[:2] = _direction(rng, 2)
   right = _ellipse(
-    rng, grid, center + side * rng.uniform(0.3, 0.45), radii * rng.uniform(0.9, 1.2), wobble=0.1
+    rng, grid, center + side * rng.uniform(0.32, 0.45), radii * rng.uniform(0.85, 1.1), wobble=0.1
   )
   right = np.maximum(right, 0.03 - outer)
   blood = contrast * rng.uniform(0.5, 0.9)
@@ -148,7 +152,9 @@ def _heart(rng, grid, image, contrast):
   soft = rng.uniform(0.04, 0.1)
   wall = -contrast * rng.uniform(0.05, 0.35)
   image = image + wall * (_inside(outer, soft) - _inside(inner, soft))
-  image = image + blood * _inside(inner, soft) + blood * rng.uniform(0.8, 1.05) * _inside(right, soft)
+  image = (
+    image + blood * _inside(inner, soft) + blood * rng.uniform(0.8, 1.05) * _inside(right, soft)
+  )
   muscle = ndimage.gaussian_filter(_field(rng, size, 0.03) > 1.2, 0.7, output=np.float32)
   image = image - 0.6 * blood * muscle * _inside(inner, 0.05)  # papillary muscles
   mask = np.where(right < 0, 1, 0)
@@ -159,9 +165,10 @@ def _heart(rng, grid, image, contrast):
 def _acquire(rng, image, noise):
   """Bias field, blur, tone curve and noise of the case's own, then 8 bits."""
   size = image.shape
-  image = image * (1 + rng.uniform(0.05, 0.3) * _field(rng, size, 0.35))
+  image = image * (1 + np.tanh(rng.uniform(0.05, 0.3) * _field(rng, size, 0.35)))
   image = ndimage.gaussian_filter(image, rng.uniform(0.3, 0.8))
   image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.3)
+  image = image * rng.uniform(0.75, 0.95) / np.percentile(image, 99)
   image = image + noise * rng.uniform(0.5, 1.2) * rng.standard_normal(size) * (0.4 + image)
   return (255 * np.clip(image, 0, 1)).astype(np.uint8)
 
@@ -180,7 +187,7 @@ def _field(rng, size, width):
   """Smooth Gaussian field of unit variance; `width` as a fraction of each axis."""
   noise = rng.standard_normal(size).astype(np.float32)
   field = ndimage.gaussian_filter(noise, [width * n for n in size], truncate=3)
-  return field / field.std()
+  return (field - field.mean()) / field.std()
 
 
 def _ellipse(rng, grid, center, radii, wobble=0.0):

@@ -8,13 +8,14 @@ cases of one group (a patient) never stand in two splits.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from rndpo_jax import files
 
 FILE = "records.json"
 _SOURCE_KEYS = (
@@ -33,12 +34,16 @@ class Pixels(NamedTuple):
   Attributes:
     image: uint8 or float32 [*S, I], as it came.
     mask: u8[*S] class ids, or None where the image has no mask.
-    affine: f32[4, 4], voxel indices to world; the identity where unknown.
+    affine: f[4, 4], voxel indices to world; the identity where unknown.
+    image_path: the image's file, for messages.
+    mask_path: the mask's file, likewise.
   """
 
   image: np.ndarray
   mask: np.ndarray | None
   affine: np.ndarray
+  image_path: str = "generated image"
+  mask_path: str = "generated mask"
 
 
 class Source(NamedTuple):
@@ -106,36 +111,43 @@ def extract(pattern: str, text: str, key: str) -> str:
   return match.group(1)
 
 
-def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int, where: str) -> None:
-  """Refuses pixels that cannot be trained on; `where` names the file in the message.
+def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> None:
+  """Refuses pixels that cannot be trained on.
 
   Raises:
-    DataError: on a shape other than announced, NaN or infinite values, a mask of another size,
-      or a class id outside 0..C-1.
+    DataError: on a shape other than the header's, NaN or infinite values, a mask of another
+      size, or a class id outside 0..C-1.
   """
   shape = tuple(entry["shape"])
   if pixels.image.shape[:-1] != shape:
-    raise DataError(f"{where}: holds {pixels.image.shape[:-1]} pixels, its header says {shape}")
+    raise DataError(
+      f"{pixels.image_path}: holds {pixels.image.shape[:-1]} pixels, its header says {shape}; "
+      "replace or remove it"
+    )
   if pixels.image.dtype != np.uint8 and not np.isfinite(pixels.image).all():
     count = int((~np.isfinite(pixels.image)).sum())
-    raise DataError(f"{where}: {count} NaN or infinite values; replace them or remove the image")
+    raise DataError(
+      f"{pixels.image_path}: {count} NaN or infinite values ({entry['record_id']}); expected "
+      "finite ones, replace them or remove the image"
+    )
   if pixels.mask is None:
     return
   if pixels.mask.shape != shape:
     raise DataError(
-      f"{where}: the image has {shape} pixels, its mask {pixels.mask.shape}; expected the same"
+      f"{pixels.mask_path}: a mask of {pixels.mask.shape} pixels for an image of {shape}; expected "
+      "the same size"
     )
-  if pixels.mask.size and int(pixels.mask.max()) >= num_classes:
+  if pixels.mask.max() >= num_classes:
     raise DataError(
-      f"{where}: the mask holds class {int(pixels.mask.max())}, expected 0..{num_classes - 1}; "
-      "mend the mask or set config.data.num_classes"
+      f"{pixels.mask_path}: the mask holds class {int(pixels.mask.max())}, expected "
+      f"0..{num_classes - 1}; mend the mask or set config.data.num_classes"
     )
 
 
 def write(directory: pathlib.Path, source: Source) -> None:
   """Writes `records.json` into the directory, whole or not at all."""
   content = {key: getattr(source, key) for key in _SOURCE_KEYS} | {"records": source.records}
-  write_json(directory / FILE, content)
+  files.write_json(directory / FILE, content)
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
@@ -151,13 +163,6 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   if missing:
     raise DataError(f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again")
   return content
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a JSON file by rename, so that no reader ever sees half of it."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
 
 
 def read_json(path: pathlib.Path, remedy: str) -> Any:

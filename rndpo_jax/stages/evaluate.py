@@ -49,8 +49,8 @@ def run(config, workdir: os.PathLike) -> None:
   table = csv_text(reported, models, names, evaluation.dataset.class_names)
   files.write_text(evaluation.folder / "cases.csv", table)
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
-  content = _measured(models, reported, curve, names)
-  content |= _context(config, workdir, evaluation.dataset)
+  content = _context(config, workdir, evaluation.dataset)
+  content |= _measured(models, reported, curve, names)
   files.write_json(workdir / "results.json", results.plain(content))
 
 

@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogFormatter
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
@@ -27,6 +29,7 @@ _STYLE = {
   "svg.hashsalt": "rndpo_jax",  # the same figure gives the same bytes
 }
 _TILE_PIXELS = 220
+_HALO = withStroke(linewidth=3, foreground="white")  # keeps text legible over lines
 
 
 def lines(
@@ -43,10 +46,10 @@ def lines(
       of the legend, and values that are NaN leave a gap.
     ylabel: what is drawn, with its unit.
     marks: (step, value, text, colour) of points to name.
-    wide: for the chart across the page.
+    wide: a larger chart, its legend above.
   """
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(8.4, 3.5) if wide else (4.4, 2.7), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.0) if wide else (4.4, 2.7), layout="constrained")
     axes = figure.add_subplot()
     for label, (steps, values, options) in series.items():
       axes.plot(steps, values, label=label, **{"linewidth": 1.8, **options})
@@ -55,15 +58,17 @@ def lines(
         [step], [value], "o", color=color, markersize=8, fillstyle="none", markeredgewidth=2
       )
       axes.annotate(
-        text, (step, value), xytext=(0, 9), textcoords="offset points", ha="center", color=color
-      )
+        text, (step, value), xytext=(0, 9), textcoords="offset points", ha="center", color=color,
+        path_effects=[_HALO], zorder=5,
+      )  # fmt: skip
     axes.margins(x=0.06 if marks else 0.02, y=0.16 if marks else 0.08)
     axes.set_xlabel("fine-tuning step" if wide else "step")
     axes.set_ylabel(ylabel)
     if sum(not label.startswith("_") for label in series) > 1:
-      # A wide chart has room for its legend beside the lines.
-      place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if wide else {"loc": "best"}
-      axes.legend(fontsize=9, **place)
+      if wide:
+        figure.legend(loc="outside upper center", ncols=2, fontsize=10)
+      else:
+        axes.legend(loc="best", fontsize=9)
     return _svg(figure)
 
 
@@ -73,14 +78,19 @@ def histogram(edges: Sequence[float], counts: Sequence[float], quantiles: Mappin
     figure = Figure(figsize=(5.6, 2.9), layout="constrained")
     axes = figure.add_subplot()
     edges = np.maximum(np.asarray(edges, float), 0.5)  # a logarithm has no place for 0
+    first = int(np.argmax(np.asarray(counts) > 0))
+    edges, counts = edges[first:], counts[first:]
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="#93c5fd", edgecolor="white")
     axes.set_xscale("log")
+    for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+      axis_format(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     for name, value in quantiles.items():
       if value and value > 0:
         axes.axvline(value, color=GREY, linewidth=1, linestyle="--")
         axes.annotate(
           f"{name}: {value:.0f}", (value, 1), xycoords=("data", "axes fraction"), rotation=90,
           xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8, color=GREY,
+          path_effects=[_HALO],
         )  # fmt: skip
     axes.set_xlabel("region size (pixels where chosen and rejected differ)")
     axes.set_ylabel("pairs")
@@ -130,12 +140,12 @@ def tile(
     outlines = [(fill[0], fill[1], "solid"), *outlines]
   for mask, color, style in outlines:
     if mask.any() and not mask.all():
-      axes.contour(mask.astype(float), [0.5], colors=[color], linestyles=[style], linewidths=1.4)
+      axes.contour(mask.astype(float), [0.5], colors=[color], linestyles=[style], linewidths=1.3)
   axes.set_xlim(-0.5, width - 0.5)
   axes.set_ylim(height - 0.5, -0.5)
   content = io.BytesIO()
   # Full colour resolution: thin coloured outlines blur without it.
-  figure.savefig(content, format="jpg", pil_kwargs={"quality": 85, "subsampling": 0})
+  figure.savefig(content, format="jpg", pil_kwargs={"quality": 78, "subsampling": 0})
   return _address("image/jpeg", content.getvalue())
 
 

@@ -133,8 +133,11 @@ def run(config, workdir: os.PathLike) -> None:
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """AdamW at a constant rate (Adam without weight decay), clipped where clip_norm is above 0."""
-  adam = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+  """AdamW (Adam without weight decay), clipped by global norm where clip_norm is above 0."""
+  rate = config.learning_rate
+  if config.schedule == "cosine":
+    rate = optax.cosine_decay_schedule(rate, config.num_steps)
+  adam = optax.adamw(rate, weight_decay=config.weight_decay)
   if config.clip_norm > 0:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
   return adam

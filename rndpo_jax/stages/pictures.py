@@ -28,7 +28,7 @@ def examples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
   content = _load(path)
   proposals, pairs = [], []
   for n, record_id in enumerate(content["record_id"]):
-    image, masks = _flat(content["image"][n], content["masks"][n])
+    image, masks = flat(content["image"][n], content["masks"][n])
     chosen, rejected = int(content["chosen"][n]), int(content["rejected"][n])
     scores = content["scores"][n]
     if n < MAX_IMAGES:
@@ -76,19 +76,21 @@ def cases(path: epath.Path, class_names: Sequence[str]) -> dict[str, list]:
     path: `evaluate/gallery.npz`, see `stages.gallery.write`.
     class_names: of the data set, background first.
   """
-  names = list(enumerate(class_names[1:], 1))
-  legend = [(name, figures.class_color(c)) for c, name in names]
+  legend = [(name, figures.class_color(c)) for c, name in enumerate(class_names[1:], 1)]
   if not path.exists():
     return {"cases": [], "legend": legend}
   content = _load(path)
   rows = []
   for n, case_id in enumerate(content["case_id"]):
-    image, label = content[f"image_{n}"], content[f"label_{n}"]
+    names = ("image", "label", "base", "finetuned")
+    arrays = {name: content[f"{name}_{n}"] for name in names}
+    box = window([arrays[name] for name in names[1:]])
+    image, label, *_ = cut = [arrays[name][box] for name in names]
     before, after = float(content["base_dice"][n]), float(content["finetuned_dice"][n])
     truth = _outlines(label, "white", "dashed")
     masks = (
-      ("base", f"Dice {tables.show(before)}"),
-      ("finetuned", f"Dice {tables.show(after)} ({tables.signed(after - before)})"),
+      (cut[2], "base", f"Dice {tables.show(before)}"),
+      (cut[3], "fine-tuned", f"Dice {tables.show(after)} ({tables.signed(after - before)})"),
     )
     parts = [
       {"image": figures.tile(image), "alt": "image", "text": "image"},
@@ -98,14 +100,32 @@ def cases(path: epath.Path, class_names: Sequence[str]) -> dict[str, list]:
         "text": "truth",
       },
     ]
-    for name, text in masks:
-      outlines = _outlines(content[f"{name}_{n}"], None, "solid") + truth
-      shown = name.replace("finetuned", "fine-tuned")
+    for mask, shown, text in masks:
+      outlines = _outlines(mask, None, "solid") + truth
       parts.append(
         {"image": figures.tile(image, outlines), "alt": shown, "text": f"{shown}, {text}"}
       )
     rows.append({"case_id": str(case_id), "why": str(content["why"][n]), "parts": parts})
   return {"cases": rows, "legend": legend}
+
+
+def window(masks: Sequence[np.ndarray]) -> tuple[slice, slice]:
+  """The part of the image to show: half as much again as what the masks [H, W] take up.
+
+  Never less than a third of an axis, so that the surroundings can be recognised, and all of the
+  image where the masks are empty.
+  """
+  foreground = np.any([mask > 0 for mask in masks], axis=0)
+  if not foreground.any():
+    return (slice(None), slice(None))
+  box = []
+  for axis, length in enumerate(foreground.shape):
+    taken = np.flatnonzero(foreground.any(axis=1 - axis))
+    middle = (taken[0] + taken[-1] + 1) / 2
+    size = min(length, max(1.5 * (taken[-1] + 1 - taken[0]), length / 3))
+    start = int(np.clip(round(middle - size / 2), 0, length - round(size)))
+    box.append(slice(start, start + round(size)))
+  return tuple(box)
 
 
 def _outlines(mask: np.ndarray, color: str | None, style: str) -> list:
@@ -115,7 +135,7 @@ def _outlines(mask: np.ndarray, color: str | None, style: str) -> list:
   ]
 
 
-def _flat(image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flat(image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """[H, W, I] and [K, H, W] of an image; of a volume, of its slice with the most foreground."""
   if masks.ndim == 3:
     return image, masks

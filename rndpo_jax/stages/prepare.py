@@ -5,9 +5,14 @@ from __future__ import annotations
 import pathlib
 import shutil
 
-from rndpo_jax.data import builder, phantom, records, splits
+from rndpo_jax import files
+from rndpo_jax.data import builder, folder, nnunet, phantom, records, splits
 
-SOURCES = {"phantom": phantom.open_source}
+SOURCES = {
+  "phantom": phantom.open_source,
+  "folder": folder.open_source,
+  "nnunet": nnunet.open_source,
+}
 
 
 def run(config, workdir: str | pathlib.Path) -> None:
@@ -18,6 +23,7 @@ def run(config, workdir: str | pathlib.Path) -> None:
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
+    OSError: where the work directory cannot be written.
   """
   workdir = pathlib.Path(workdir)
   directory = workdir / "data"
@@ -29,7 +35,7 @@ def run(config, workdir: str | pathlib.Path) -> None:
   directory.mkdir(parents=True, exist_ok=True)
   try:
     builder.build(source, directory)
-    records.write_json(workdir / splits.FILE, parts)
+    files.write_json(workdir / splits.FILE, parts)
     records.write(directory, source)
   except BaseException:
     clear(workdir)
@@ -50,9 +56,9 @@ def clear(workdir: pathlib.Path) -> None:
   """Removes what an earlier, broken run may have left; nothing that is not this stage's."""
   for path in (workdir / "data" / records.FILE, workdir / splits.FILE):
     path.unlink(missing_ok=True)
-  folder = builder.folder(workdir / "data")
-  if folder.exists():
-    shutil.rmtree(folder)
+  built = builder.folder(workdir / "data")
+  if built.exists():
+    shutil.rmtree(built)
 
 
 def _splits(data, entries):

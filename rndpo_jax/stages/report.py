@@ -88,15 +88,15 @@ def _mining_part(results, manifest) -> dict[str, Any]:
   quantiles = {name: size[name] for name in ("p5", "p50", "p95")}
   histogram = size["histogram"]
   return {
-    "judge_split": next((j.get("split", "val") for j in results["judges"].values()), "val"),
+    "judge_split": _split_name(next(iter(results["judges"].values()), {})),
     "judge_rows": tables.judge_rows(results),
     "judge_chart": figures.intervals(rows, chance=0.5, label=label) if rows else None,
-    "proposal_split": manifest["proposals"]["split"],
+    "proposal_split": _split_name(manifest["proposals"]),
     "proposal_rows": tables.proposal_rows(manifest),
     "pair_rows": tables.pair_rows(manifest),
     "mining_text": (
-      "A pair of equal scores or of identical masks tells the network nothing. Score gap of the "
-      f"kept pairs, 5th, 50th and 95th percentile: "
+      f"Proposals were drawn by {manifest['mix']}. A pair of equal scores or of identical masks "
+      "tells the network nothing. Score gap of the kept pairs, 5th, 50th and 95th percentile: "
       f"{', '.join(tables.show(manifest['score_gap'][q]) for q in ('p5', 'p50', 'p95'))}."
     ),
     "region_chart": figures.histogram(histogram["edges"], histogram["counts"], quantiles),
@@ -105,6 +105,11 @@ def _mining_part(results, manifest) -> dict[str, Any]:
       "RN-DPO divides by it, so that a few gross proposals do not rule the training."
     ),
   }
+
+
+def _split_name(entry: Mapping[str, Any]) -> str:
+  split = entry.get("split", "val")
+  return tables.SPLITS.get(split, split).lower()
 
 
 def curve_chart(results: Mapping) -> str:
@@ -182,7 +187,10 @@ def _read_made(workdir: epath.Path) -> dict[str, Any]:
   default = "python -m launch.run --config=configs/NAME.py --workdir=DIR"
   command = content.pop("command", default)
   versions = content.pop("versions", {})
-  environment = [(key.replace("_", " "), str(value)) for key, value in content.items()]
+  environment = [
+    (key.replace("_", " "), "unknown" if value is None else str(value))
+    for key, value in content.items()
+  ]
   return {
     "command": command if isinstance(command, str) else " ".join(map(str, command)),
     "environment": environment + [(name, str(version)) for name, version in versions.items()],

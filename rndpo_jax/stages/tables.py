@@ -14,11 +14,12 @@ MAX_DROP = 0.01  # of Dice below the peak before the report warns
 
 def show(value: float | None, digits: int = 3) -> str:
   """A number as text; 'unknown' for None."""
-  return "unknown" if value is None else f"{value:.{digits}f}"
+  return "unknown" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
 
 
 def signed(value: float, digits: int = 3) -> str:
   """A difference with its sign, as '+0.012' or '\u22120.012' (a true minus)."""
+  value = round(value, digits) + 0.0  # no '-0.000'
   return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
@@ -87,13 +88,13 @@ def tiles(results: Mapping) -> list[dict[str, str]]:
     {
       "label": "Checkpoints above the base",
       "value": f"{100 * held['fraction_above_base']:.0f} %",
-      "note": f"{signed(-held['drop_from_peak'])} from peak to last",
+      "note": f"the last is {show(held['drop_from_peak'])} below the peak",
       "kind": "soft",
     },
     {
-      "label": f"Pairs the judge gets right, {judge.get('split', 'val')}",
+      "label": "Pairs the judge gets right",
       "value": show(judge.get("pair_accuracy"), 2),
-      "note": f"{results['pairs']['count']} pairs mined",
+      "note": f"0.5 is chance; {results['pairs']['count']} pairs mined",
       "kind": "soft",
     },
   ]
@@ -128,10 +129,11 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
 
 
 def _unit(results: Mapping, name: str) -> str:
+  unit = {"voxel": "voxels"}.get(results["spacing_unit"], results["spacing_unit"])
   if name in LOWER_IS_BETTER:
-    return f"{results['units'][name]}, lower is better"
+    return f"{unit}, lower is better"
   if name == "nsd":
-    return f"0 to 1, within {results['nsd_tolerance']:g} {results['spacing_unit']}"
+    return f"0 to 1, within {results['nsd_tolerance']:g} {unit}"
   return "0 to 1"
 
 
@@ -193,7 +195,6 @@ def proposal_rows(manifest: Mapping) -> list[tuple[str, str]]:
   known = found["best_dice"] is not None and found["base_dice"] is not None
   headroom = signed(found["best_dice"] - found["base_dice"]) if known else "unknown"
   return [
-    ("Samplers", manifest["mix"]),
     ("Mean Dice between proposals of an image (lower: more diverse)", show(found["diversity"])),
     ("Dice of the base", show(found["base_dice"])),
     ("Mean Dice of the proposals", show(found["mean_dice"])),

@@ -1,0 +1,22 @@
+"""PH2, dermoscopy of melanocytic lesions (Mendonça et al., EMBC 2013): 10 labelled images.
+
+  python -m launch.run --config=configs/ph2.py --config.data.root=DIR --workdir=OUT
+
+DIR holds images/ID.png (RGB) and masks/ID.png (0 or 255), 200 of each.
+"""
+
+from rndpo_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.base_config()
+  config.data.source = "folder"
+  config.data.name = "PH2"
+  config.data.size = (64, 64)
+  config.data.num_labelled = 10
+  config.data.num_val = 30
+  config.data.num_test = 50
+  # Augmented fine-tuning generalises further than cached margins do; it costs a second forward.
+  config.finetune.augment = True
+  config.finetune.reference = "online"
+  return config.lock()

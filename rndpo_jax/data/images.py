@@ -1,0 +1,139 @@
+"""Reading PNG, JPEG and TIFF: what is taken, how, and what is refused.
+
+Images, by Pillow's mode: L and 1 are grey, RGB is colour, 8 bits each; I;16, I and F are grey
+and become float32. A palette image becomes RGB. An alpha channel is dropped where it is opaque
+everywhere and refused otherwise. Masks: grey values, palette indices (not their colours), or
+RGB whose three channels are equal. Pixels are taken as they are stored; an EXIF orientation is
+not applied.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rndpo_jax.data import records
+
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "I": 1, "F": 1}
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Header(NamedTuple):
+  """What a file says before its pixels are decoded."""
+
+  shape: tuple[int, int]  # (H, W)
+  channels: int  # 1 or 3
+  dtype: str  # uint8 or float32
+
+
+def header(path: pathlib.Path) -> Header:
+  """Reads an image's header.
+
+  Raises:
+    records.DataError: where there is none, or it announces something that is refused.
+  """
+  with _open(path) as image:
+    mode = "I" if image.mode.startswith("I;16") else image.mode
+    if mode not in _CHANNELS:
+      raise records.DataError(
+        f"{path}: colour mode {image.mode!r}; expected grey or RGB, convert it (for example to RGB)"
+      )
+    deep = "16" in str([tile[-1] for tile in image.tile])
+    if deep and _CHANNELS[mode] == 3:
+      raise records.DataError(
+        f"{path}: colour of 16 bits a channel is not supported; convert it to 8 bits"
+      )
+    dtype = "float32" if mode in ("I", "F") else "uint8"
+    return Header((image.height, image.width), _CHANNELS[mode], dtype)
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+  """Decodes an image: uint8 or float32 [H, W, 1 or 3].
+
+  Raises:
+    records.DataError: where it is truncated or damaged, or has an alpha channel in use.
+  """
+  with _open(path) as image:
+    mode = image.mode
+    if mode == "1":
+      array = _decode(path, image.convert, "L")
+    elif mode in ("P", "PA", "LA", "RGBA"):
+      array = _decode(path, image.convert, "LA" if mode == "LA" else "RGBA")
+      if array[..., -1].min() < 255:
+        raise records.DataError(
+          f"{path}: transparent pixels have no defined value; save it without an alpha channel"
+        )
+      array = array[..., :-1]
+    else:
+      array = _decode(path, image.copy)
+  if array.ndim == 2:
+    array = array[..., None]
+  return array if array.dtype == np.uint8 else array.astype(np.float32)
+
+
+def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
+  """Decodes a mask: u8[H, W] class ids. With two classes, 0 and 255 mean 0 and 1.
+
+  Raises:
+    records.DataError: where it is truncated or damaged, has colours, or holds a value outside
+      0..C-1.
+  """
+  with _open(path) as image:
+    array = _decode(path, image.copy)
+  if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
+    array = array[..., 0]
+  if array.ndim != 2:
+    raise records.DataError(
+      f"{path}: a mask of {array.shape[-1]} channels; expected one channel of class ids, convert it"
+    )
+  if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
+    array = array == 255
+  return class_ids(array, num_classes, str(path))
+
+
+def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
+  """Checks that an array holds class ids alone, and returns it as u8.
+
+  Raises:
+    records.DataError: naming the first values that are no class id.
+  """
+  values = np.unique(array)
+  wrong = values[~np.isin(values, np.arange(num_classes))]
+  if wrong.size:
+    found = ", ".join(f"{float(value):g}" for value in wrong[:3])
+    both = " (or 0 and 255 alone)" if num_classes == 2 else ""
+    raise records.DataError(
+      f"{path}: the mask holds the value {found}; expected class ids 0..{num_classes - 1}{both}; "
+      "mend the mask or set config.data.num_classes"
+    )
+  return array.astype(np.uint8)
+
+
+def _open(path: pathlib.Path) -> Image.Image:
+  try:
+    image = Image.open(path)
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+  except _BROKEN as error:
+    raise records.DataError(
+      f"{path}: no readable header of a PNG, JPEG or TIFF ({error}); replace or remove the file"
+    ) from error
+  if frames > 1:
+    image.close()
+    raise records.DataError(
+      f"{path}: a stack of {frames} images; expected one 2D image a file, split it (or take "
+      "volumes as NIfTI with config.data.source='nnunet')"
+    )
+  return image
+
+
+def _decode(path: pathlib.Path, step, *args) -> np.ndarray:
+  try:
+    return np.asarray(step(*args))
+  except _BROKEN as error:
+    raise records.DataError(
+      f"{path}: truncated or damaged, its pixels cannot be read ({error}); replace or remove it"
+    ) from error

@@ -1,0 +1,150 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import augment
+
+OFF = {
+  **config_lib.base_config().augment.to_dict(),
+  **dict.fromkeys(("flip", "turn", "intensity", "gamma", "noise", "elastic"), 0.0),
+}
+
+
+@functools.lru_cache
+def _jitted(options):
+  return jax.jit(functools.partial(augment.augment, **dict(options)))
+
+
+def _run(images, masks, seed=0, **changes):
+  function = _jitted(tuple({**OFF, **changes}.items()))
+  images, masks = function(jax.random.key(seed), jnp.asarray(images), jnp.asarray(masks))
+  assert images.dtype == jnp.float32 and masks.dtype == jnp.uint8
+  return np.asarray(images), np.asarray(masks)
+
+
+def _batch(count=16, size=(8, 8)):
+  """Two masks an image, the first the image itself, rounded."""
+  rng = np.random.default_rng(0)
+  values = rng.integers(0, 200, (count, *size)).astype(np.uint8)
+  masks = np.stack([values, 200 - values], 1)
+  return np.repeat(values[..., None], 2, -1).astype(np.float32), masks
+
+
+def test_off_changes_nothing():
+  images, masks = _batch()
+  out_images, out_masks = _run(images, masks)
+  np.testing.assert_array_equal(out_images, images)
+  np.testing.assert_array_equal(out_masks, masks)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 8, 4)])
+def test_turns_and_flips_move_image_and_masks_alike(size):
+  images, masks = _batch(size=size)
+  images_out, masks_out = _run(images, masks, flip=0.5, turn=0.5)
+  np.testing.assert_array_equal(images_out[..., 0], masks_out[:, 0])
+  np.testing.assert_array_equal(200 - masks_out[:, 0], masks_out[:, 1])
+  moved = [not np.array_equal(a, b) for a, b in zip(images, images_out, strict=True)]
+  assert sum(moved) > 8
+  np.testing.assert_array_equal(np.sort(images_out.ravel()), np.sort(images.ravel()))
+
+
+def test_turns_are_the_three_quarter_turns_and_flips_all_axes():
+  images, masks = _batch(count=64)
+  turned, _ = _run(images, masks, turn=1.0)
+  kinds = [
+    [k for k in range(4) if np.array_equal(np.rot90(a, k), b)]
+    for a, b in zip(images, turned, strict=True)
+  ]
+  assert {k for (k,) in kinds} == {1, 2, 3}
+  flipped, _ = _run(images, masks, flip=1.0)
+  np.testing.assert_array_equal(flipped, images[:, ::-1, ::-1])
+  flipped, _ = _run(*_batch(size=(8, 6, 4)), flip=1.0)
+  np.testing.assert_array_equal(flipped, _batch(size=(8, 6, 4))[0][:, ::-1, ::-1, ::-1])
+
+
+def test_probability_is_the_share_of_images():
+  images, masks = _batch(count=400, size=(4, 4))
+  for name in ("turn", "intensity", "gamma", "noise"):
+    out, _ = _run(images, masks, **{name: 0.25})
+    share = np.mean([not np.array_equal(a, b) for a, b in zip(images, out, strict=True)])
+    assert 0.15 < share < 0.35, name
+
+
+def test_intensity_is_scale_and_shift():
+  images, masks = _batch()
+  out, out_masks = _run(images, masks, intensity=1.0, intensity_scale=0.2)
+  np.testing.assert_array_equal(out_masks, masks)
+  factors = []
+  for before, after in zip(images[..., 1], out[..., 1], strict=True):
+    factor, shift = np.polyfit(before.ravel(), after.ravel(), 1)
+    np.testing.assert_allclose(after, factor * before + shift, atol=1e-3)
+    assert abs(factor - 1) <= 0.2 and abs(shift) <= 0.21
+    factors.append(factor)
+  assert np.std(factors) > 0.05
+
+
+def test_gamma_keeps_range_and_order_and_constants():
+  images, masks = _batch()
+  images = images / 50 - 2
+  images[0] = 3.0
+  out, _ = _run(images, masks, gamma=1.0, gamma_scale=0.5)
+  np.testing.assert_array_equal(out[0], images[0])
+  np.testing.assert_allclose(out.min((1, 2)), images.min((1, 2)), atol=1e-5)
+  np.testing.assert_allclose(out.max((1, 2)), images.max((1, 2)), atol=1e-5)
+  for before, after in zip(images[1:], out[1:], strict=True):
+    order = np.argsort(before[..., 0].ravel())
+    assert (np.diff(after[..., 0].ravel()[order]) >= 0).all()
+    low, extent = before.min(), np.ptp(before)
+    ratio = (before - low) / extent
+    inner = (ratio > 0.05) & (ratio < 0.95)
+    exponents = np.log(((after - low) / extent)[inner]) / np.log(ratio[inner])
+    assert np.ptp(exponents) < 1e-2 and np.exp(-0.5) <= exponents.mean() <= np.exp(0.5)
+
+
+def test_noise_has_its_scale():
+  images, masks = _batch(count=8, size=(32, 32))
+  out, _ = _run(images, masks, noise=1.0, noise_scale=0.3)
+  difference = out - images
+  assert abs(difference.std() - 0.3) < 0.01 and abs(difference.mean()) < 0.01
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16, 8)])
+def test_elastic_moves_image_and_masks_alike(size):
+  axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
+  images = np.repeat(np.stack(axes, -1)[None], 4, 0)  # a channel tells where its pixel came from
+  places = np.stack([a.astype(np.uint8) for a in axes])
+  classes = np.where(places.sum(0) % 2, 9, 0).astype(np.uint8)
+  masks = np.repeat(np.concatenate([places, classes[None]])[None], 4, 0)
+  out, out_masks = _run(images, masks, elastic=1.0, elastic_scale=2.0, elastic_smoothing=4.0)
+  for axis, length in enumerate(size):
+    inner = (out[..., axis] > 0) & (out[..., axis] < length - 1)
+    error = out_masks[:, axis].astype(np.float32) - out[..., axis]
+    assert np.abs(error[inner]).max() <= 0.5 + 1e-3  # the nearest pixel of the same place
+  assert set(np.unique(out_masks[:, -1])) == {0, 9}  # nearest: no class in between
+  shift = (out - images)[:, 4:-4, 4:-4]
+  assert 1.0 < shift.std() < 3.0
+  assert np.abs(np.diff(shift, axis=1)).mean() < 0.8  # smooth
+
+
+def test_images_draw_apart_and_by_position_alone():
+  images, masks = _batch(count=4)
+  images[:] = images[:1]
+  masks[:] = masks[:1]
+  changes = {"intensity": 1.0, "noise": 0.5, "elastic": 0.5}
+  out, out_masks = _run(images, masks, **changes)
+  assert len({one.tobytes() for one in out}) == 4
+  first, first_masks = _run(images[:2], masks[:2], **changes)
+  np.testing.assert_allclose(first, out[:2], atol=1e-4)
+  np.testing.assert_array_equal(first_masks, out_masks[:2])
+  other, _ = _run(images, masks, seed=1, **changes)
+  assert not np.allclose(other, out)
+
+
+def test_quarter_turns_need_squares():
+  images, masks = _batch(size=(8, 6))
+  with pytest.raises(ValueError, match=r"equal H and W, found \(8, 6\)"):
+    augment.augment(jax.random.key(0), images, masks, **{**OFF, "turn": 0.5})

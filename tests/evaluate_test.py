@@ -1,0 +1,288 @@
+"""Evaluation on a tiny phantom with made-up checkpoints, and on stacks of slices made by hand."""
+
+import csv
+import json
+import types as python_types
+
+import jax
+import numpy as np
+import pytest
+
+from rndpo_jax import checkpoint, files, metrics, models, results, types
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import pipeline, records
+from rndpo_jax.stages import evaluate, gallery, measure, prepare
+
+NAMES = ("dice", "iou", "hd95", "assd", "nsd")
+
+
+def _config():
+  config = config_lib.base_config()
+  config.data.size, config.data.crop = (16, 16), (24, 26)
+  config.data.num_classes = 4
+  config.data.phantom.num_cases, config.data.phantom.size = 14, (28, 24)
+  config.data.num_labelled, config.data.num_val, config.data.num_test = 2, 3, 7
+  config.model.width, config.model.depth = 4, 2
+  config.evaluate.batch_size = 4
+  config.evaluate.metrics = NAMES
+  config_lib.validate(config)
+  return config
+
+
+def _write_checkpoints(config, workdir):
+  """A base and two checkpoints: the first is random, the later ones a little off the base."""
+  segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
+  image = np.zeros((1, 16, 16, 1), np.float32)
+  params = jax.jit(segmenter.init)(jax.random.key(0), image)
+  checkpoint.save(workdir / "base" / "params", 5, params)
+  files.write_json(workdir / "base" / "selected.json", {"step": 5})
+  for step, seed in ((2, 1), (4, 2)):
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
+    moved = jax.tree.map(lambda x, k=keys: x + 0.3 * jax.random.normal(next(k), x.shape), params)
+    checkpoint.save(workdir / "finetune" / "params", step, moved)
+
+
+def _write_pairs(workdir):
+  judge = {"pair_accuracy": 0.7, "kendall_tau": None, "top1_regret": 0.1, "split": "val"}
+  files.write_json(workdir / "pairs" / "judges.json", {"agreement": judge | {"used": True}})
+  manifest = {
+    "num_pairs": 9,
+    "dropped": {"tie": 1, "score_gap": 0, "identical": 3, "region_size": 0},
+    "region_size": {"p5": 1.0, "p50": 2.0, "p95": 8.0, "histogram": {"edges": [], "counts": []}},
+  }
+  files.write_json(workdir / "pairs" / "manifest.json", manifest)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(config, workdir, results) of one evaluation."""
+  config, workdir = _config(), tmp_path_factory.mktemp("evaluate")
+  prepare.run(config, workdir)
+  _write_checkpoints(config, workdir)
+  _write_pairs(workdir)
+  evaluate.run(config, workdir)
+  return config, workdir, files.read_json(workdir / "results.json")
+
+
+def _masks_by_definition(config, workdir, step):
+  """Record index -> (mask, label), one image at a time, by np.argmax on the record's own grid."""
+  dataset = pipeline.open_dataset(config, workdir)
+  segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
+  folder = workdir / ("finetune" if step else "base") / "params"
+  params = checkpoint.restore_params(folder, step or 5)
+  apply = jax.jit(segmenter.apply)
+  found = {}
+  for index in dataset.splits["test"]:
+    image = pipeline.load_example(dataset, index, with_labels=False)["image"]
+    logits = np.asarray(apply(params, image[None]))[0]
+    native = pipeline.load_native(dataset, index, with_labels=True)
+    mask = np.argmax(pipeline.to_native(logits, native["label"].shape, config.data.crop), axis=-1)
+    found[index] = (mask.astype(np.uint8), native["label"])
+  return found
+
+
+@pytest.mark.parametrize("model, step", [("base", 0), ("finetuned", 4)])
+def test_test_metrics_follow_the_definition(run, model, step):
+  config, workdir, found = run
+  rows = []
+  for mask, label in _masks_by_definition(config, workdir, step).values():
+    row = {
+      "dice": np.mean(metrics.dice(mask, label, 4, 2)),
+      "iou": np.mean(metrics.iou(mask, label, 4, 2)),
+    }
+    surface = [metrics.surface_metrics(mask == c, label == c, None, 2.0) for c in (1, 2, 3)]
+    rows.append(row | {name: np.mean([s[name] for s in surface]) for name in metrics.SURFACE})
+  assert len(rows) == 7
+  for name in NAMES:
+    want = np.mean([row[name] for row in rows])
+    assert found[model]["test"][name] == pytest.approx(want, rel=1e-5), name
+
+
+def test_results_hold_the_contract(run):
+  _, _, found = run
+  assert found["dataset"] == "phantom" and found["seed"] == 0
+  assert found["objective"] == "rn_dpo" and found["judge"] == "agreement"
+  assert found["num_labelled_cases"] == 2 and not found["study"]
+  for model in ("base", "finetuned", "selected"):
+    for split in ("val", "test"):
+      assert list(found[model][split]) == list(NAMES)
+  assert [point["step"] for point in found["curve"]] == [0, 2, 4]
+  for point, model in ((found["curve"][0], "base"), (found["curve"][2], "finetuned")):
+    assert point["test_dice"] == found[model]["test"]["dice"]
+    assert point["val_dice"] == found[model]["val"]["dice"]
+  best = max(found["curve"], key=lambda point: point["val_dice"])
+  assert found["selected"]["step"] == best["step"] and found["selected"]["rule"] == "validation"
+  assert found["selected"]["test"]["dice"] == best["test_dice"]
+  assert found["sustained"]["final"] == found["curve"][2]["test_dice"]
+  assert found["judges"]["agreement"]["kendall_tau"] is None
+  assert found["pairs"]["count"] == 9 and found["pairs"]["dropped_identical"] == 3
+  assert found["spacing_unit"] == "voxel" and found["units"]["hd95"] == "voxel"
+  assert found["empty_masks"]["base"]["test"]["total"] == 7 * 3
+
+
+def test_cases_csv_averages_to_the_results(run):
+  _, workdir, found = run
+  with (workdir / "evaluate" / "cases.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 3 * (3 + 7) * 3  # models, cases, classes
+  for model in ("base", "finetuned", "selected"):
+    for split in ("val", "test"):
+      some = [row for row in rows if row["model"] == model and row["split"] == split]
+      for name in NAMES:
+        mean = np.mean([float(row[name]) for row in some])  # every case has as many classes
+        assert found[model][split][name] == pytest.approx(mean)
+  missed = [r for r in rows if r["model"] == "base" and r["split"] == "test"]
+  missed = [r for r in missed if r["mask_empty"] == "1" and r["label_empty"] == "0"]
+  assert len(missed) == found["empty_masks"]["base"]["test"]["mask_only"]
+  assert all(float(row["dice"]) == 0 for row in missed)
+
+
+def test_gallery_shows_the_masks_that_were_measured(run):
+  config, workdir, _ = run
+  dataset = pipeline.open_dataset(config, workdir)
+  before = _masks_by_definition(config, workdir, 0)
+  after = _masks_by_definition(config, workdir, 4)
+  with np.load(workdir / "evaluate" / "gallery.npz") as gallery:
+    assert len(set(gallery["case_id"].tolist())) == 6
+    for n, case in enumerate(gallery["case_id"]):
+      index = next(i for i in before if dataset.records[i]["case_id"] == case)
+      np.testing.assert_array_equal(gallery[f"label_{n}"], before[index][1])
+      np.testing.assert_array_equal(gallery[f"base_{n}"], before[index][0])
+      np.testing.assert_array_equal(gallery[f"finetuned_{n}"], after[index][0])
+      assert gallery[f"image_{n}"].shape == (28, 24, 1)
+      dice = float(np.mean(metrics.dice(*after[index], 4, 2)))
+      assert gallery["finetuned_dice"][n] == pytest.approx(dice, rel=1e-5)
+
+
+def test_rerun_after_any_loss_gives_equal_files(run):
+  config, workdir, _ = run
+  names = ("results.json", "evaluate/cases.csv", "evaluate/curve-2.json")
+  want = [(workdir / name).read_bytes() for name in names]
+  folder = workdir / "evaluate"
+  (folder / "curve-0.json").unlink()
+  (folder / "curve-2.json").write_text('{"step": 2, "fing')
+  stale = json.loads((folder / "surface-4.json").read_text())
+  stale["fingerprint"] = "of another checkpoint"
+  stale["cases"][0]["surface"][0]["hd95"] = 1e6
+  (folder / "surface-4.json").write_text(json.dumps(stale))
+  (workdir / "results.json").unlink()
+  evaluate.run(config, workdir)
+  assert [(workdir / name).read_bytes() for name in names] == want
+
+
+def test_what_is_known_is_not_measured_again(run, monkeypatch):
+  config, workdir, _ = run
+  evaluation = measure.open_evaluation(config, workdir)
+  want = measure.overlap_cases(evaluation, 2)
+  known = measure.surface_cases(evaluation, 0, measure.overlap_cases(evaluation, 0))
+  monkeypatch.setattr(measure, "predict", None)
+  got = measure.overlap_cases(evaluation, 2)
+  for a, b in zip(got, want, strict=True):
+    assert a.case_id == b.case_id and (a.counts == b.counts).all()
+  assert known[0].surface == measure.surface_cases(evaluation, 0, known)[0].surface
+
+
+def test_without_checkpoints_the_stage_to_run_is_named(run, tmp_path):
+  with pytest.raises(records.DataError, match="run the stage 'finetune' first"):
+    evaluate.run(run[0], tmp_path)
+
+
+# A case of three slices and one of a single slice, of 2 x 4 pixels; spacing 1 and 2 mm, 5 mm apart.
+_LABELS = np.zeros((4, 2, 4), np.uint8)
+_LABELS[:3, :, 1:3] = 1
+_LABELS[3, 0, 0] = 1
+
+
+def _stack_evaluation(folder, masks):
+  """An Evaluation whose network gives `masks`, records listed out of slice order."""
+  entries = [
+    {"case_id": case, "slice": z, "shape": [2, 4], "spacing": [1.0, 2.0]}
+    for case, z in (("a", 2), ("a", 0), ("a", 1), ("b", 0))
+  ]
+  affine = np.diag([1.0, 2.0, 5.0, 1.0])
+  dataset = python_types.SimpleNamespace(
+    records=entries,
+    splits={"val": np.array([3]), "test": np.array([0, 1, 2])},
+    num_classes=2,
+    spacing_unit="mm",
+    size=(2, 4),
+    crop=(),
+    blind_source=[{"image": None, "affine": affine}] * 4,
+  )
+
+  def batches(indices):
+    images = masks[list(indices)].astype(np.float32)[..., None]
+    yield types.Batch(images, images, np.array(indices), np.ones(len(indices), bool))
+
+  return measure.Evaluation(
+    folder=folder,
+    dataset=dataset,
+    tolerance=2.0,
+    groups=measure.group_cases(dataset),
+    apply=lambda params, images: np.concatenate([0.5 - images, images - 0.5], axis=-1),
+    params=lambda step: {"w": np.zeros(1)},
+    batches=batches,
+    label=lambda index: _LABELS[index],
+  )
+
+
+def test_slices_of_a_case_count_together(tmp_path):
+  masks = _LABELS.copy()
+  masks[0] = 0  # slice z = 2 of case a is missed: Dice 2 * 8 / (8 + 12), not the mean of 1, 1, 0
+  evaluation = _stack_evaluation(tmp_path, masks)
+  assert evaluation.groups == {("val", "b"): [3], ("test", "a"): [1, 2, 0]}
+  cases = measure.overlap_cases(evaluation, 0)
+  cases = {c.case_id: c for c in measure.surface_cases(evaluation, 0, cases)}
+  assert metrics.overlap(cases["a"].counts)["dice"] == [0.8]
+  assert metrics.overlap(cases["b"].counts)["dice"] == [1.0]
+  # Of the truth, the 4 pixels of the missed slice are 5 mm from the mask; every pixel of so thin
+  # a volume is on its boundary, and all others coincide.
+  assert cases["a"].surface == [{"hd95": 5.0, "assd": pytest.approx(20 / 20), "nsd": 16 / 20}]
+  assert cases["b"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
+
+
+def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
+  dataset = _stack_evaluation(tmp_path, _LABELS).dataset
+  assert measure.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
+  assert measure.case_spacing(dataset, [3]) == (1.0, 2.0)
+  dataset.spacing_unit = "voxel"
+  assert measure.case_spacing(dataset, [1, 2, 0]) is None
+
+
+def test_slices_of_different_sizes_are_filled_with_background():
+  volume = measure.stack_slices([np.ones((2, 3), np.uint8), np.ones((3, 2), np.uint8)])
+  assert volume.shape == (3, 3, 2)
+  assert volume[..., 0].sum() == 6 and volume[2, :, 0].sum() == 0
+  assert volume[..., 1].sum() == 6 and volume[:, 2, 1].sum() == 0
+
+
+def test_gallery_shows_the_fullest_slice(tmp_path, monkeypatch):
+  evaluation = _stack_evaluation(tmp_path, _LABELS)
+  volume = np.zeros((4, 5, 6), np.uint8)
+  volume[1:3, 1:3, 2:] = 1
+  volume[0, 0, 4] = 1
+  image = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None], (4, 5, 6, 1))
+  evaluation.dataset.records[:] = [{"case_id": "v", "has_mask": True, "spacing": None}]
+  evaluation.dataset.blind_source[:] = [{"image": image, "affine": np.eye(4)}]
+  evaluation = evaluation._replace(groups={("test", "v"): [0]}, label=lambda index: volume)
+  monkeypatch.setattr(measure, "predict", lambda *_: iter([(0, 1 - volume)]))
+  case = results.Case("test", "v", metrics.pixel_counts(1 - volume, volume, 2))
+  gallery.write(evaluation, [case], [case], 7)
+  with np.load(tmp_path / "gallery.npz") as content:
+    assert content["case_id"].tolist() == ["v"] and content["base_dice"].tolist() == [0.0]
+    np.testing.assert_array_equal(content["image_0"], np.full((4, 5, 1), 4))
+    np.testing.assert_array_equal(content["label_0"], volume[..., 4])
+    np.testing.assert_array_equal(content["finetuned_0"], 1 - volume[..., 4])
+
+
+@pytest.mark.parametrize("crop", [(), (12, 9, 6)])
+def test_masks_on_the_native_grid_equal_those_by_way_of_the_host(crop):
+  logits = np.random.default_rng(0).normal(size=(3, 6, 4, 5, 3)).astype(np.float32)
+  shapes = [(11, 13, 7), (6, 4, 5), (70, 8, 5)]
+  resize = measure.resize_matrices(shapes, (6, 4, 5), crop)
+  masks = np.asarray(measure.native_masks(logits, resize))
+  for row, shape in enumerate(shapes):
+    want = np.argmax(pipeline.to_native(logits[row], shape, crop), axis=-1)
+    got = masks[row][tuple(slice(n) for n in shape)]
+    np.testing.assert_array_equal(got, want)
+    assert want.any() and not want.all()

@@ -1,0 +1,262 @@
+import json
+import pathlib
+
+import nibabel
+import numpy as np
+import pytest
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import nnunet, records
+
+ACDC = pathlib.Path(__file__).parents[2] / "shared" / "data" / "acdc" / "Dataset027_ACDC"
+SHAPE = (5, 6, 3)
+LABELS = {"background": 0, "wall": 2, "pool": 1}
+
+
+def _save(path, array, spacing=None, unit="mm", slope=None):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  affine = np.diag([*(spacing or (1, 1, 1)), 1]).astype(float)
+  affine[:3, 3] = (10, 20, 30)
+  image = nibabel.Nifti1Image(array, affine)
+  if unit:
+    image.header.set_xyzt_units(unit)
+  if slope:
+    image.header.set_slope_inter(*slope)
+  nibabel.save(image, path)
+
+
+def _describe(root, **changes):
+  info = {"labels": LABELS, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
+  root.mkdir(parents=True, exist_ok=True)
+  (root / "dataset.json").write_text(json.dumps({**info, **changes}))
+
+
+def _image(seed, shape=SHAPE):
+  return np.random.default_rng(seed).integers(0, 200, shape).astype(np.uint8)
+
+
+def _label(seed, shape=SHAPE):
+  return (np.random.default_rng(seed).integers(0, 3, shape)).astype(np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+  """Cases p1, p2 with labels, p3 without, p4 in imagesTs."""
+  _describe(tmp_path)
+  for n in (1, 2, 3):
+    _save(tmp_path / "imagesTr" / f"p{n}_0000.nii.gz", _image(n), (2, 1.5, 8))
+  _save(tmp_path / "imagesTs" / "p4_0000.nii.gz", _image(4), (2, 1.5, 8))
+  for n in (1, 2):
+    _save(tmp_path / "labelsTr" / f"p{n}.nii.gz", _label(n))
+  return tmp_path
+
+
+def _open(root, **changes):
+  config = config_lib.base_config()
+  config.data.update({"source": "nnunet", "root": str(root), "num_classes": 0, **changes})
+  return nnunet.open_source(config)
+
+
+def _read(root, **changes):
+  source = _open(root, **changes)
+  pixels = list(source.read())
+  for entry, one in zip(source.records, pixels, strict=True):
+    records.check_pixels(one, entry, source.num_classes)
+  return source, pixels
+
+
+def test_volumes_slice_by_slice(root):
+  source, pixels = _read(root)
+  assert len(source.records) == 12 and source.dtype == "uint8"
+  assert source.class_names == ["background", "pool", "wall"] and source.num_classes == 3
+  entry = source.records[4]
+  assert (entry["record_id"], entry["case_id"], entry["slice"]) == ("p2#z001", "p2", 1)
+  assert entry["shape"] == [5, 6] and entry["spacing"] == [2.0, 1.5]
+  assert source.spacing_unit == "mm"
+  np.testing.assert_array_equal(pixels[4].image[..., 0], _image(2)[:, :, 1])
+  np.testing.assert_array_equal(pixels[4].mask, _label(2)[:, :, 1])
+  # Pixel (0, 0) of the second slice lies one slice of 8 mm beyond the volume's first voxel.
+  np.testing.assert_allclose(pixels[4].affine[:3, 3], (10, 20, 38))
+  assert [e["has_mask"] for e in source.records] == [True] * 6 + [False] * 6
+  assert pixels[6].mask is None and source.records[-1]["case_id"] == "p4"
+
+
+def test_whole_volumes(root):
+  source, pixels = _read(root, spatial_dims=3, group_pattern=r"(p)")
+  assert [e["record_id"] for e in source.records] == ["p1", "p2", "p3", "p4"]
+  assert source.records[0]["spacing"] == [2.0, 1.5, 8.0] and source.records[0]["slice"] == -1
+  assert source.records[0]["group_id"] == "p"
+  np.testing.assert_array_equal(pixels[1].image[..., 0], _image(2))
+  np.testing.assert_array_equal(pixels[1].mask, _label(2))
+
+
+def test_plain_2d_images_and_older_layout(tmp_path):
+  _describe(
+    tmp_path, labels={"0": "background", "1": "organ"}, channel_names=None,
+    modality={"0": "CT"}, file_ending=".nii",
+  )  # fmt: skip
+  _save(tmp_path / "imagesTr" / "a_0000.nii", _image(0, (5, 6)))
+  _save(tmp_path / "labelsTr" / "a.nii", _label(0, (5, 6)) // 2)
+  source, pixels = _read(tmp_path)
+  assert source.records[0]["record_id"] == "a" and source.records[0]["slice"] == -1
+  assert source.class_names == ["background", "organ"] and pixels[0].image.shape == (5, 6, 1)
+
+
+def test_channels_are_stacked_and_scaled(tmp_path):
+  _describe(tmp_path, channel_names={"0": "T1", "1": "T2"})
+  _save(tmp_path / "imagesTr" / "a_0000.nii.gz", _image(0))
+  _save(tmp_path / "imagesTr" / "a_0001.nii.gz", _image(1).astype(np.int16), slope=(0.5, -3))
+  _save(tmp_path / "labelsTr" / "a.nii.gz", _label(0).astype(np.float32))
+  source, pixels = _read(tmp_path, spatial_dims=3)
+  assert source.num_channels == 2 and source.dtype == "float32"
+  np.testing.assert_array_equal(pixels[0].image[..., 0], _image(0))
+  np.testing.assert_allclose(pixels[0].image[..., 1], 0.5 * _image(1) - 3)
+  np.testing.assert_array_equal(pixels[0].mask, _label(0))
+
+
+def test_scaled_bytes_are_no_bytes(root):
+  _save(root / "imagesTr" / "p2_0000.nii.gz", _image(2), slope=(0.5, -3))
+  source, pixels = _read(root)
+  assert source.dtype == "float32"
+  np.testing.assert_allclose(pixels[4].image[..., 0], 0.5 * _image(2)[:, :, 1] - 3)
+
+
+def test_one_unknown_unit_makes_all_spacing_unknown(root):
+  _save(root / "imagesTr" / "p3_0000.nii.gz", _image(3), (2, 1.5, 8), unit=None)
+  source = _open(root)
+  assert source.spacing_unit == "voxel"
+  assert all(entry["spacing"] is None for entry in source.records)
+
+
+def test_microns_become_mm(root):
+  _save(root / "imagesTr" / "p1_0000.nii.gz", _image(1), (500, 500, 500), unit="micron")
+  assert _open(root).records[0]["spacing"] == [0.5, 0.5]
+
+
+def _refused(root, message, **changes):
+  with pytest.raises(records.DataError, match=message):
+    _read(root, **changes)
+
+
+def test_no_such_folder(tmp_path):
+  _refused(tmp_path / "nowhere", "nowhere: no such folder")
+  _refused(tmp_path, r"dataset\.json: no such file")
+  _describe(tmp_path)
+  _refused(tmp_path, r"labelsTr: no such folder; an nnU-Net raw folder holds")
+
+
+def test_no_images(root):
+  for path in [*(root / "imagesTr").iterdir(), *(root / "imagesTs").iterdir()]:
+    path.unlink()
+  _refused(root, r"imagesTr: no images; expected files CASE_0000\.nii\.gz")
+
+
+def test_unreadable_header(root):
+  (root / "imagesTr" / "p2_0000.nii.gz").write_bytes(b"no volume at all")
+  _refused(root, r"p2_0000\.nii\.gz: no readable NIfTI header")
+
+
+@pytest.mark.parametrize("part", ["imagesTr/p2_0000.nii.gz", "labelsTr/p2.nii.gz"])
+def test_truncated_file(root, part):
+  noise = np.random.default_rng(0).integers(0, 3, (40, 40, 20)).astype(np.uint8)
+  for name in ("imagesTr/p2_0000.nii.gz", "labelsTr/p2.nii.gz"):
+    _save(root / name, noise)
+  path = root / part
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  _refused(root, f"{path.name}: truncated or damaged")
+
+
+def test_truncated_plain_file(tmp_path):
+  _describe(tmp_path, file_ending=".nii")
+  for name in ("imagesTr/a_0000.nii", "labelsTr/a.nii"):
+    _save(tmp_path / name, _label(0))
+  path = tmp_path / "imagesTr" / "a_0000.nii"
+  path.write_bytes(path.read_bytes()[:-20])
+  _refused(tmp_path, r"a_0000\.nii: truncated or damaged")
+
+
+def test_mask_of_another_size(root):
+  _save(root / "labelsTr" / "p2.nii.gz", _label(2, (5, 6, 4)))
+  _refused(root, r"labelsTr/p2\.nii\.gz: \(5, 6, 4\) voxels, but p2_0000\.nii\.gz has \(5, 6, 3\)")
+
+
+@pytest.mark.parametrize("value", [3, 1.5, np.nan, -1])
+def test_mask_value_outside_the_classes(root, value):
+  label = _label(2).astype(np.float32)
+  label[0, 0, 0] = value
+  _save(root / "labelsTr" / "p2.nii.gz", label)
+  _refused(root, rf"labelsTr/p2\.nii\.gz: the mask holds the value {value}; expected class ids")
+
+
+def test_mask_without_image(root):
+  _save(root / "labelsTr" / "p9.nii.gz", _label(0))
+  _refused(root, r"labelsTr/p9\.nii\.gz: mask without image; expected .*p9_0000\.nii\.gz")
+
+
+def test_two_images_with_one_id(root):
+  _save(root / "imagesTs" / "p1_0000.nii.gz", _image(1))
+  _refused(root, r"imagesTs/p1_0000\.nii\.gz: second image of the case 'p1'")
+
+
+def test_missing_channel_and_name_without_channel(root):
+  _describe(root, channel_names={"0": "T1", "1": "T2"})
+  _refused(root, r"case 'p1' has the channels \[0\], dataset\.json lists 2")
+  _save(root / "imagesTr" / "p7.nii.gz", _image(1))
+  _refused(root, r"p7\.nii\.gz: expected CASE_0000\.nii\.gz")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_no_number(root, value):
+  image = _image(2).astype(np.float32)
+  image[1, 1, 2] = value
+  _save(root / "imagesTr" / "p2_0000.nii.gz", image)
+  _refused(root, r"p2_0000\.nii\.gz: 1 NaN or infinite values \(p2#z002\)")
+
+
+def test_dimensions_that_do_not_fit(root):
+  _save(root / "imagesTr" / "p2_0000.nii.gz", _image(2, (5, 6, 3, 2)))
+  _refused(root, r"p2_0000\.nii\.gz: 4 dimensions, \(5, 6, 3, 2\); config\.data\.spatial_dims=2")
+  _save(root / "imagesTr" / "p2_0000.nii.gz", _image(2, (5, 6)))
+  _refused(root, r"2 dimensions, \(5, 6\); config\.data\.spatial_dims=3", spatial_dims=3)
+
+
+def test_colour_voxels(root):
+  colour = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+  _save(root / "imagesTr" / "p2_0000.nii.gz", colour)
+  _refused(root, r"p2_0000\.nii\.gz: voxels of type")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, "regions"),
+    ({"labels": {"background": 0, "a": 2}}, r"expected 0\.\.1"),
+    ({"labels": ["background", "a"]}, "'labels' is"),
+    ({"file_ending": ".mha"}, "file_ending '.mha'"),
+  ],
+)
+def test_descriptions_that_are_not_understood(root, changes, message):
+  _describe(root, **changes)
+  _refused(root, rf"dataset\.json.*{message}")
+
+
+def test_config_keys_that_contradict(root):
+  _refused(root, r"num_classes: found 4, but .*dataset\.json lists 3", num_classes=4)
+  _refused(root, r"config\.data\.case_pattern", case_pattern="(p)")
+
+
+@pytest.mark.skipif(not ACDC.is_dir(), reason="../shared/data/acdc is not there")
+def test_real_cardiac_mr(tmp_path):
+  names = ("patient001_frame01", "patient002_frame01")
+  (tmp_path / "dataset.json").symlink_to(ACDC / "dataset.json")
+  for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
+    (tmp_path / part).mkdir()
+    for name in names:
+      file = f"{name}{suffix}.nii.gz"
+      (tmp_path / part / file).symlink_to(ACDC / part / file)
+  source, pixels = _read(tmp_path, group_pattern=r"(patient\d+)")
+  assert source.class_names == ["background", "RV", "MYO", "LV"]
+  assert source.spacing_unit == "voxel"  # the repacked files do not tell
+  assert {e["case_id"] for e in source.records} == set(names)
+  assert {e["group_id"] for e in source.records} == {"patient001", "patient002"}
+  assert max(one.mask.max() for one in pixels) == 3

@@ -1,0 +1,199 @@
+"""The whole job on a tiny phantom: its files, skipping, refusals, resume, and blindness."""
+
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rndpo_jax import checkpoint, files, pipeline, training
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import phantom
+from rndpo_jax.stages import mine, pairs
+
+
+def tree_bytes(directory):
+  return {
+    str(path.relative_to(directory)): path.read_bytes()
+    for path in sorted(directory.rglob("*"))
+    if path.is_file() and "tensorboard" not in path.parts
+  }
+
+
+def test_results_hold_what_the_contract_says(tiny_run):
+  config, workdir = tiny_run
+  results = files.read_json(workdir / "results.json")
+  assert results["dataset"] == "phantom" and results["objective"] == "rn_dpo"
+  assert results["num_labelled_cases"] == 4 and results["seed"] == config.seed
+  for model in ("base", "finetuned", "selected"):
+    for split in ("val", "test"):
+      assert 0 <= results[model][split]["dice"] <= 1
+  assert [row["step"] for row in results["curve"]] == [0, 4, 8]
+  assert results["curve"][-1]["test_dice"] == results["finetuned"]["test"]["dice"]
+  assert set(results["sustained"]) >= {
+    "peak", "final", "last_third_mean", "fraction_above_base", "drop_from_peak",
+  }  # fmt: skip
+  assert set(results["judges"]) == {"agreement", "confidence", "entropy"}
+  assert results["pairs"]["count"] == files.read_json(workdir / "pairs/manifest.json")["num_pairs"]
+  assert (workdir / "report.html").read_text().startswith("<!doctype html>")
+  environment = files.read_json(workdir / "config.json")
+  assert environment["versions"]["jax"] == jax.__version__ and environment["num_devices"] == 8
+
+
+def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
+  _, workdir = tiny_run
+  results = files.read_json(workdir / "results.json")
+  text = pipeline.summary(workdir)
+  assert f"{results['finetuned']['test']['dice']:.4f}" in text
+  assert "agreement" in text and f"{results['pairs']['count']} pairs" in text
+
+
+def test_first_step_starts_at_log_two(tiny_run):
+  _, workdir = tiny_run
+  first = training.read_rows(workdir / "finetune", "train")[0]
+  # Cached margins come from another compiled program: equal but for rounding.
+  assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-5
+  assert abs(first["h_mean"]) < 1e-3 and abs(first["chosen_log_ratio"]) < 1e-2
+
+
+def test_done_stages_are_skipped_and_change_nothing(tiny_run, capsys):
+  config, workdir = tiny_run
+  before = tree_bytes(workdir)
+  pipeline.run(config, workdir)
+  assert capsys.readouterr().out.count("done before") == 6
+  assert tree_bytes(workdir) == before
+
+
+def test_another_config_in_the_same_workdir_is_refused_by_key(tiny_run, tiny_config):
+  _, workdir = tiny_run
+  changed = tiny_config(finetune__beta=3.0, data__size=(24, 24))
+  with pytest.raises(config_lib.ConfigError) as error:
+    pipeline.run(changed, workdir)
+  assert "config.finetune.beta: was 10.0, is 3.0" in str(error.value)
+  assert "config.data.size: was [16, 16], is [24, 24]" in str(error.value)
+
+
+def test_stages_out_of_order_or_unknown_are_refused(tiny_config, tmp_path):
+  with pytest.raises(config_lib.ConfigError, match="'mine' needs .*selected.json.*'base' first"):
+    pipeline.run(tiny_config(), tmp_path / "a", ["mine"])
+  with pytest.raises(config_lib.ConfigError, match="unknown stage 'mining'"):
+    pipeline.run(tiny_config(), tmp_path / "b", ["mining"])
+
+
+def test_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(config_lib.ConfigError, match="--workdir: .*file/run cannot be written"):
+    pipeline.run(tiny_config(), tmp_path / "file" / "run")
+
+
+def interrupt_after(monkeypatch, module, name, calls):
+  """Lets `module.name` work `calls` times, then raises as a kill would end it."""
+  real, count = getattr(module, name), 0
+
+  def function(*args, **kwargs):
+    nonlocal count
+    count += 1
+    if count > calls:
+      raise KeyboardInterrupt
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize(
+  "module,name,calls",
+  [
+    (checkpoint, "save", 3),  # base: its second parameters are there, their state is not
+    (pairs, "write_shard", 1),  # mine: one shard of two is done
+    (checkpoint, "save", 6),  # finetune: one checkpoint of two
+  ],
+)
+def test_resume_equals_undisturbed(tiny_run, tmp_path, monkeypatch, module, name, calls):
+  config, undisturbed = tiny_run
+  with monkeypatch.context() as patch:
+    interrupt_after(patch, module, name, calls)
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.run(config, tmp_path)
+  assert not (tmp_path / "results.json").exists()
+  pipeline.run(config, tmp_path)
+  assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+  for file in ("base/metrics.jsonl", "finetune/metrics.jsonl", "pairs/manifest.json"):
+    assert (tmp_path / file).read_bytes() == (undisturbed / file).read_bytes(), file
+
+
+def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
+  config, clean = tiny_run
+  unlabelled = set(files.read_json(clean / "splits.json")["unlabelled"])
+  assert len(unlabelled) == 20
+  real = phantom.draw
+
+  def poisoned(seed, **options):
+    image, mask = real(seed, **options)
+    if f"phantom_{seed[1]:04d}" in unlabelled:
+      mask = np.random.default_rng(9).integers(0, 2, mask.shape).astype(np.uint8)
+    return image, mask
+
+  monkeypatch.setattr(phantom, "draw", poisoned)
+  pipeline.run(config, tmp_path)
+  assert (tmp_path / "results.json").read_bytes() == (clean / "results.json").read_bytes()
+  # The oracle is handed them: there the poison must show, or this test could not fail.
+  assert tree_bytes(tmp_path / "data") != tree_bytes(clean / "data")
+
+
+def test_base_of_another_workdir_gives_the_same_job(tiny_run, tiny_config, tmp_path):
+  _, first = tiny_run
+  pipeline.run(tiny_config(base__workdir=str(first)), tmp_path)
+  assert (tmp_path / "results.json").read_bytes() == (first / "results.json").read_bytes()
+  with pytest.raises(config_lib.ConfigError, match="config.base.workdir"):
+    pipeline.run(tiny_config(base__workdir=str(tmp_path / "nowhere")), tmp_path / "second")
+
+
+def test_online_reference_with_augmentation_starts_at_exactly_log_two(
+  tiny_run, tiny_config, tmp_path
+):
+  _, first = tiny_run
+  before = tree_bytes(first / "base")
+  config = tiny_config(
+    base__workdir=str(first),
+    finetune__augment=True,
+    finetune__reference="online",
+    finetune__num_steps=4,
+  )
+  pipeline.run(config, tmp_path, ["base", "mine", "finetune"])
+  rows = training.read_rows(tmp_path / "finetune", "train")
+  assert rows[0]["loss"] == np.float32(math.log(2))
+  assert rows[0]["h_mean"] == 0 and rows[0]["chosen_log_ratio"] == 0
+  assert rows[-1]["h_mean"] > 0
+  assert tree_bytes(first / "base") == before
+
+
+def test_no_pairs_left_names_the_filter(tiny_run, tiny_config, tmp_path):
+  _, first = tiny_run
+  config = tiny_config(base__workdir=str(first), mine__min_region_size=10_000)
+  with pytest.raises(mine.MiningError, match="left no pair.*region_size [1-9]"):
+    pipeline.run(config, tmp_path)
+  assert not (tmp_path / "pairs" / "manifest.json").exists()
+
+
+def test_corrupt_shard_is_named_and_rebuilt_alone(tiny_run, tmp_path):
+  config, first = tiny_run
+  shutil.copytree(first, tmp_path / "run")
+  workdir = tmp_path / "run"
+  for name in ("finetune", "evaluate"):
+    shutil.rmtree(workdir / name)
+  (workdir / "results.json").unlink()
+  shards = [pairs.shard_path(workdir / "pairs", n, 2) for n in range(2)]
+  good = shards[1].read_bytes()
+  shards[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is corrupt.*delete"):
+    pipeline.run(config, workdir)
+  shards[1].unlink()
+  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is missing.*delete"):
+    pipeline.run(config, workdir)
+  pairs.summary_path(shards[1]).unlink()
+  (workdir / "pairs" / "manifest.json").unlink()
+  untouched = shards[0].stat().st_mtime_ns
+  pipeline.run(config, workdir)
+  assert shards[1].read_bytes() == good and shards[0].stat().st_mtime_ns == untouched
+  assert (workdir / "results.json").read_bytes() == (first / "results.json").read_bytes()

@@ -1,0 +1,165 @@
+import errno
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.data import builder, pipeline, records, splits
+from rndpo_jax.stages import prepare
+
+
+def _config(root):
+  config = config_lib.base_config()
+  config.data.update({
+    "source": "folder", "root": str(root), "size": (8, 8), "num_labelled": 1, "num_val": 1,
+    "num_test": 1,
+  })  # fmt: skip
+  return config
+
+
+@pytest.fixture
+def root(tmp_path):
+  """Six images of several sizes, the last without mask."""
+  folder = tmp_path / "files"
+  for part in ("images", "masks"):
+    (folder / part).mkdir(parents=True)
+  for n in range(6):
+    image = np.random.default_rng(n).integers(0, 255, (8 + n, 9), dtype=np.uint8)
+    Image.fromarray(image).save(folder / "images" / f"{n}.png")
+    if n < 5:
+      Image.fromarray((image > 100).astype(np.uint8)).save(folder / "masks" / f"{n}.png")
+  return folder
+
+
+def _files(path):
+  return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def test_a_folder_becomes_records_and_splits(root, tmp_path, capsys):
+  workdir = tmp_path / "work"
+  prepare.run(_config(root), workdir)
+  assert not any(".tmp" in name or "incomplete" in name for name in _files(workdir))
+  dataset = pipeline.open_dataset(_config(root), workdir)
+  assert [len(dataset.splits[name]) for name in splits.NAMES] == [1, 3, 1, 1]
+  assert 5 in dataset.splits["unlabelled"]
+  for n in range(6):
+    native = pipeline.load_native(dataset, n, with_labels=n < 5)
+    stored = np.asarray(Image.open(root / "images" / f"{n}.png"))
+    np.testing.assert_array_equal(native["image"][..., 0], stored)
+    if n < 5:
+      np.testing.assert_array_equal(native["label"], stored > 100)
+  with pytest.raises(records.DataError, match="5: it has no mask"):
+    pipeline.load_native(dataset, 5, with_labels=True)
+  assert "Dataset cases" not in capsys.readouterr().out
+
+
+def test_done_is_done(root, tmp_path, monkeypatch):
+  prepare.run(_config(root), tmp_path)
+  monkeypatch.setattr(builder, "build", lambda *_: pytest.fail("built again"))
+  prepare.run(_config(root), tmp_path)
+  (tmp_path / splits.FILE).write_text("{}")  # not whole: not done
+  with pytest.raises(pytest.fail.Exception, match="built again"):
+    prepare.run(_config(root), tmp_path)
+
+
+def test_two_runs_give_the_same(root, tmp_path):
+  contents = []
+  for name in ("a", "b"):
+    prepare.run(_config(root), tmp_path / name)
+    files = [tmp_path / name / "data" / records.FILE, tmp_path / name / splits.FILE]
+    contents.append([file.read_bytes() for file in files])
+  assert contents[0] == contents[1]
+
+
+def _fails_and_recovers(config, workdir, mend, error=records.DataError, match=""):
+  """Fails, leaves nothing that looks whole, and after `mend` the same command works."""
+  with pytest.raises(error, match=match):
+    prepare.run(config, workdir)
+  assert _files(workdir) == []
+  mend()
+  prepare.run(config, workdir)
+  assert len(pipeline.open_dataset(config, workdir).records) == 6
+
+
+def test_an_image_that_breaks_half_way(root, tmp_path):
+  path = root / "images" / "4.png"
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) // 2])
+  _fails_and_recovers(
+    _config(root), tmp_path / "w", lambda: path.write_bytes(whole), match=r"4\.png: truncated"
+  )
+
+
+def test_all_masks_empty(root, tmp_path):
+  whole = {path: path.read_bytes() for path in (root / "masks").iterdir()}
+  for path in whole:
+    array = np.asarray(Image.open(path))
+    Image.fromarray(array * 0).save(path)
+
+  def mend():
+    for path, content in whole.items():
+      path.write_bytes(content)
+
+  _fails_and_recovers(_config(root), tmp_path / "w", mend, match="every mask is empty")
+
+
+def test_more_labels_than_cases_before_any_pixel(root, tmp_path, monkeypatch):
+  config = _config(root)
+  config.data.num_labelled = 5
+  with monkeypatch.context() as patch:
+    patch.setattr(builder, "build", lambda *_: pytest.fail("read pixels first"))
+    with pytest.raises(records.DataError, match="num_labelled=5"):
+      prepare.run(config, tmp_path / "w")
+  assert _files(tmp_path) == _files(root.parent)
+
+
+def test_disk_full(root, tmp_path):
+  def full(self, *_, **__):
+    raise RuntimeError("write() failed: No space left on device")  # as ArrayRecord does
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr(builder.Cases, "download_and_prepare", full)
+  message = "w/data: the prepared data cannot be written .*No space left.*; free space"
+  _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, message)
+
+
+def test_disk_full_at_the_last_file(root, tmp_path):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr(records, "write", full)
+  _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, "No space left")
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(root, tmp_path):
+  left = tmp_path / "data" / "cases" / "1.0.0.incomplete.ABC" / "cases.array_record"
+  left.parent.mkdir(parents=True)
+  left.write_bytes(b"half")
+  (tmp_path / "data" / "mine.txt").write_text("mine")
+  prepare.run(_config(root), tmp_path)
+  assert not left.exists() and (tmp_path / "data" / "mine.txt").exists()
+
+
+def test_split_file(root, tmp_path):
+  config = _config(root)
+  path = tmp_path / "mine.json"
+  parts = {"labelled": ["0"], "unlabelled": ["5"], "val": ["1"], "test": ["2"]}
+  path.write_text(json.dumps(parts))
+  config.data.split_file = str(path)
+  prepare.run(config, tmp_path / "w")
+  assert splits.read(tmp_path / "w") == parts
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no description"])
+def test_damaged_prepared_files_are_named(root, tmp_path, damage):
+  prepare.run(_config(root), tmp_path)
+  (path,) = (tmp_path / "data" / "cases").rglob("*.array_record*")
+  if damage == "truncated":
+    path.write_bytes(path.read_bytes()[:-1000])
+  else:
+    (path if damage == "missing" else path.parent / "dataset_info.json").unlink()
+  with pytest.raises(records.DataError, match="cases: cannot be opened.*'prepare'"):
+    pipeline.open_dataset(_config(root), tmp_path)

@@ -1,0 +1,167 @@
+"""Samplers: each atom against its formula, views undone, keys per image, one encoder pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import proposals, types
+
+OPTIONS = {
+  "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
+  "threshold_shift": 3.0,
+}  # fmt: skip
+
+
+def ramp_segmenter(calls):
+  """Logits (0, image + ramp * params) pixel by pixel; dropout adds noise. Counts its calls."""
+
+  def encode(params, images):
+    calls.append("encode")
+    return images[..., 0]
+
+  def decode(params, features, key=None):
+    calls.append("decode" if key is None else "dropout")
+    ramp = jnp.arange(np.prod(features.shape[1:]), dtype=jnp.float32)
+    x = features + params * ramp.reshape(1, *features.shape[1:])
+    if key is not None:
+      x = x + jax.random.normal(key, x.shape)
+    return jnp.stack([jnp.zeros_like(x), x], axis=-1)
+
+  return types.Segmenter(None, None, encode, decode)
+
+
+@functools.cache
+def sampler(mix, options):
+  """A compiled sampler, and the calls that tracing it made."""
+  calls = []
+  segmenter, mix = ramp_segmenter(calls), config_lib.parse_mix(mix)
+
+  @jax.jit
+  def sample(params, images, keys):
+    del calls[:]
+    return proposals.sample(segmenter, params, images, keys, mix=mix, **dict(options))
+
+  return sample, calls
+
+
+def draw(mix, shape=(4, 4), params=0.1, num_images=3, first=0, **options):
+  """Samples of images first, first + 1, ... of a fixed set; returns (images, calls, proposals)."""
+  images = np.random.default_rng(0).normal(size=(8, *shape, 1)).astype(np.float32)
+  images = images[first : first + num_images]
+  keys = jax.random.split(jax.random.key(3), 8)[first : first + num_images]
+  sample, calls = sampler(mix, tuple((OPTIONS | options).items()))
+  return images[..., 0], calls, jax.device_get(sample(jnp.float32(params), images, keys))
+
+
+def test_all_entries_without_views_share_one_encoder_pass():
+  _, calls, got = draw("base:1,threshold:2,temperature+logit_noise:2,mc_dropout:3")
+  # vmap traces the dropout decoder once for all proposals.
+  assert calls == ["encode", "decode", "dropout"]
+  assert got.masks.shape == (3, 8, 4, 4) and got.masks.dtype == np.uint8
+  assert got.logits.shape == (3, 8, 4, 4, 2) and got.logits.dtype == np.float32
+  np.testing.assert_array_equal(got.masks, got.logits.argmax(-1))
+  np.testing.assert_array_equal(got.logits[:, 0], got.base_logits)
+
+
+@pytest.mark.parametrize("shape,count", [((4, 4), 7), ((4, 6), 3), ((4, 4, 2), 15), ((2, 4, 6), 7)])
+def test_views_are_distinct_symmetries(shape, count):
+  views = proposals.views(shape)
+  x = np.arange(np.prod(shape)).reshape(shape)
+  seen = {np.flip(np.rot90(x, turn), flip).tobytes() for turn, flip in views}
+  assert len(views) == len(seen) == count and x.tobytes() not in seen
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6), (4, 4, 2)])
+def test_views_are_undone(shape):
+  count = len(proposals.views(shape))
+  images, _, same = draw(f"tta:{count + 2}", shape, params=0.0)
+  # A network that works pixel by pixel sees through every view.
+  np.testing.assert_array_equal(same.logits[..., 1], np.repeat(images[:, None], count + 2, 1))
+  images, calls, got = draw(f"tta:{count + 2}", shape)
+  assert calls == ["encode", "decode", "encode", "decode"]
+  ramp = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) * np.float32(0.1)
+  for k, (turn, flip) in enumerate(proposals.views(shape)):
+    expected = images + np.rot90(np.flip(ramp, flip), -turn)
+    np.testing.assert_allclose(got.logits[:, k, ..., 1], expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(got.logits[:, count:], got.logits[:, :2])
+
+
+def test_views_with_dropout_draw_apart():
+  images, _, got = draw("tta+mc_dropout:9", params=0.0)
+  noise = got.logits[..., 1] - images[:, None]
+  flat = noise.reshape(27, 16)
+  assert abs(np.corrcoef(flat) - np.eye(27)).max() < 0.95 and flat.std() > 0.5
+
+
+def test_dropout_uses_one_key_a_proposal_and_image():
+  images, _, got = draw("base:1,mc_dropout:3", params=0.0)
+  keys = jax.random.split(jax.random.key(3), 8)
+  for image in range(3):
+    for k in range(1, 4):
+      key = jax.random.split(jax.random.fold_in(keys[image], k))[0]
+      expected = images[image] + np.asarray(jax.random.normal(key, (1, 4, 4))[0])
+      np.testing.assert_allclose(got.logits[image, k, ..., 1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_temperature_is_a_geometric_sweep_before_the_noise():
+  _, _, got = draw("temperature+logit_noise:3", noise_scale=0.0)
+  divisor = np.array([0.5, 1.0, 2.0]).reshape(1, 3, 1, 1, 1)
+  np.testing.assert_allclose(got.logits, got.base_logits[:, None] / divisor, rtol=1e-6)
+  _, _, noisy = draw("temperature+logit_noise:3")
+  _, _, hot = draw("temperature+logit_noise:3", temperature_low=1.0, temperature_high=1.0)
+  base = got.base_logits[:, None]
+  np.testing.assert_allclose(noisy.logits - base / divisor, hot.logits - base, atol=1e-5)
+
+
+def test_threshold_shifts_the_background_alone():
+  _, _, got = draw("threshold:4")
+  shift = np.array([-3, -1, 1, 3]).reshape(1, 4, 1, 1)
+  np.testing.assert_allclose(got.logits[..., 0], got.base_logits[:, None, ..., 0] - shift)
+  np.testing.assert_array_equal(
+    got.logits[..., 1], np.repeat(got.base_logits[:, None, ..., 1], 4, 1)
+  )
+  size = got.masks.sum((2, 3), dtype=int)
+  assert (np.diff(size, axis=1) >= 0).all() and (size[:, -1] > size[:, 0]).all()
+
+
+def test_an_image_does_not_depend_on_its_batch():
+  mix = "base:1,mc_dropout+logit_noise:2,tta+logit_noise:2"
+  _, _, whole = draw(mix, num_images=4)
+  for first in range(4):
+    _, _, alone = draw(mix, num_images=1, first=first)
+    np.testing.assert_array_equal(alone.masks[0], whole.masks[first])
+    np.testing.assert_allclose(alone.logits[0], whole.logits[first], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "shape,smoothing", [((9, 7, 2), 2.0), ((9, 7, 2), 0.0), ((5, 4, 3, 2), 1.0)]
+)
+def test_noise_has_unit_variance_at_every_pixel(shape, smoothing):
+  keys = jax.random.split(jax.random.key(0), 4000)
+  fields = np.asarray(jax.vmap(lambda key: proposals.smooth_noise(key, shape, smoothing))(keys))
+  assert fields.shape == (4000, *shape)
+  # Standard errors: 1 / sqrt(4000) = 0.016 of the mean, sqrt(2 / 4000) = 0.022 of the variance.
+  assert abs(fields.mean(0)).max() < 5 * 0.016
+  assert abs(fields.var(0) - 1).max() < 5 * 0.022
+  assert abs(np.mean(fields[..., 0] * fields[..., 1], axis=0)).max() < 5 * 0.016
+
+
+def test_noise_is_smooth_as_asked():
+  keys = jax.random.split(jax.random.key(1), 4000)
+  field = np.asarray(jax.vmap(lambda key: proposals.smooth_noise(key, (17, 3, 1), 4.0))(keys))
+  for distance in (1, 4, 8, 16):
+    got = np.mean(field[:, 0, 1, 0] * field[:, distance, 1, 0])
+    # White noise spread by a Gaussian of width s has correlation exp(-d^2 / (4 s^2)).
+    assert abs(got - np.exp(-(distance**2) / 64)) < 0.09
+
+
+def test_diversity_by_hand():
+  masks = np.zeros((2, 3, 2, 2), np.uint8)
+  masks[0, 0, 0] = 1  # two pixels
+  masks[0, 1, 0, 0] = 1  # one of them
+  # Pairs: 2 / 3, and 0 with the empty mask twice. All empty: all the same.
+  np.testing.assert_allclose(proposals.diversity(masks, 2), [2 / 9, 1], rtol=1e-6)

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from rndpo_jax.data import records
+
+
+def _source(entries):
+  return records.Source(
+    name="toy",
+    num_classes=2,
+    class_names=["background", "organ"],
+    num_channels=1,
+    spatial_dims=2,
+    spacing_unit="mm",
+    dtype="uint8",
+    records=entries,
+    read=lambda: iter(()),
+  )
+
+
+def _entry(**changes):
+  values = {"record_id": "a#z003", "case_id": "a", "group_id": "p", "shape": (4, 5)}
+  return records.record(**{**values, "slice_index": 3, "has_mask": True, **changes})
+
+
+def _pixels(image=None, mask=None):
+  image = np.zeros((4, 5, 1), np.float32) if image is None else image
+  return records.Pixels(image, mask, np.eye(4), "images/a.tif", "masks/a.png")
+
+
+def test_round_trip(tmp_path):
+  entries = [_entry(spacing=(1.5, 2)), _entry(record_id="b", has_mask=False)]
+  records.write(tmp_path, _source(entries))
+  content = records.read(tmp_path)
+  assert content["records"] == entries
+  assert entries[0] == {
+    "record_id": "a#z003", "case_id": "a", "group_id": "p", "slice": 3, "shape": [4, 5],
+    "spacing": [1.5, 2.0], "has_mask": True,
+  }  # fmt: skip
+  assert content["class_names"] == ["background", "organ"] and content["spacing_unit"] == "mm"
+  assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [("{", "cannot be read as JSON"), ("[]", "expected an object"), ('{"name": "a"}', "lacks")],
+)
+def test_damaged_records_are_named(tmp_path, text, message):
+  (tmp_path / records.FILE).write_text(text)
+  with pytest.raises(records.DataError, match=rf"records\.json.*{message}.*prepare"):
+    records.read(tmp_path)
+
+
+def test_missing_records_are_named(tmp_path):
+  with pytest.raises(records.DataError, match="no such file; run the stage 'prepare'"):
+    records.read(tmp_path)
+
+
+def test_extract():
+  assert records.extract(r"(case\d+)_z\d+", "case12_z3", "case_pattern") == "case12"
+  assert records.extract("", "case12_z3", "case_pattern") == "case12_z3"
+  with pytest.raises(records.DataError, match="config.data.case_pattern.*'scan1'"):
+    records.extract(r"(case\d+)_z\d+", "scan1", "case_pattern")
+
+
+def test_good_pixels_pass():
+  records.check_pixels(_pixels(mask=np.ones((4, 5), np.uint8)), _entry(), 2)
+  records.check_pixels(_pixels(), _entry(), 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_number_are_refused(value):
+  image = np.zeros((4, 5, 1), np.float32)
+  image[1, 2] = value
+  with pytest.raises(records.DataError, match=r"images/a\.tif: 1 NaN or infinite.*a#z003"):
+    records.check_pixels(_pixels(image), _entry(), 2)
+
+
+def test_mask_of_another_size_is_refused():
+  with pytest.raises(records.DataError, match=r"masks/a\.png.*\(5, 4\).*\(4, 5\)"):
+    records.check_pixels(_pixels(mask=np.zeros((5, 4), np.uint8)), _entry(), 2)
+
+
+def test_class_beyond_the_last_is_refused():
+  with pytest.raises(records.DataError, match=r"masks/a\.png.*class 2, expected 0\.\.1"):
+    records.check_pixels(_pixels(mask=np.full((4, 5), 2, np.uint8)), _entry(), 2)
+
+
+def test_image_unlike_its_header_is_refused():
+  with pytest.raises(records.DataError, match="its header says"):
+    records.check_pixels(_pixels(np.zeros((4, 4, 1), np.uint8)), _entry(), 2)

@@ -1,0 +1,106 @@
+"""Reliability figures by hand, against scipy, and where they are undefined."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rndpo_jax.reliability import reliability
+
+
+def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):
+  cases = [str(n) for n in range(len(scores))] if cases is None else cases
+  return reliability(scores, truth, cases, num_bootstrap=num_bootstrap, seed=seed)
+
+
+def test_by_hand():
+  # Informative pairs (0, 1), (0, 2), (1, 2): right, right, tied by score.
+  got = measure([[0.9, 0.2, 0.2]], [[0.8, 0.6, 0.5]])
+  assert got["pair_accuracy"] == pytest.approx(2.5 / 3)
+  assert got["kendall_tau"] == pytest.approx(2 / np.sqrt(3 * 2))
+  assert got["top1_regret"] == 0 and got["num_cases"] == 1
+  # The top of the judge is proposal 1.
+  got = measure([[0.1, 0.9, 0.2]], [[0.8, 0.6, 0.5]])
+  assert got["pair_accuracy"] == pytest.approx(1 / 3)
+  assert got["top1_regret"] == pytest.approx(0.2)
+
+
+def test_perfect_and_reversed_judges():
+  truth = np.random.default_rng(0).random((6, 5))
+  good, bad = measure(truth, truth), measure(-truth, truth)
+  assert (good["pair_accuracy"], good["kendall_tau"], good["top1_regret"]) == (1, 1, 0)
+  assert (bad["pair_accuracy"], bad["kendall_tau"]) == (0, -1)
+  assert bad["top1_regret"] == pytest.approx(np.mean(truth.max(1) - truth.min(1)))
+  assert good["pair_accuracy_ci"] == [1, 1]
+
+
+def test_kendall_tau_is_tau_b():
+  rng = np.random.default_rng(1)
+  scores, truth = rng.integers(0, 4, (30, 6)), rng.integers(0, 4, (30, 6))
+  expected = [stats.kendalltau(s, t).statistic for s, t in zip(scores, truth, strict=True)]
+  assert measure(scores, truth)["kendall_tau"] == pytest.approx(np.mean(expected))
+
+
+def test_a_case_weighs_once_however_many_slices_it_has():
+  truth = np.array([[0.2, 0.8]] * 4)
+  scores = np.array([[0, 1], [0, 1], [1, 0], [1, 0]])
+  # Case a: right, right, wrong; case b: wrong.
+  got = measure(scores, truth, ["a", "a", "a", "b"])
+  assert got["num_cases"] == 2
+  assert got["pair_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+  assert got["top1_regret"] == pytest.approx((0.2 + 0.6) / 2)
+  np.testing.assert_allclose(got["pair_accuracy_ci"], [0, 2 / 3])
+
+
+def test_images_without_an_informative_pair_are_left_out():
+  scores, truth = [[0.1, 0.2], [0.1, 0.2]], [[0.5, 0.5], [0.1, 0.9]]
+  got = measure(scores, truth)
+  assert got["pair_accuracy"] == 1 and got["pair_accuracy_ci"] is None
+  assert got["top1_regret_ci"] == [0, 0] and got["num_cases"] == 2
+
+
+def test_undefined_is_none_and_never_nan():
+  got = measure([[0.1, 0.2], [np.nan, 0.2]], [[0.5, 0.5], [0.3, 0.3]])
+  assert got["pair_accuracy"] is None and got["kendall_tau"] is None
+  assert got["pair_accuracy_ci"] is None and got["top1_regret"] == 0
+  json.dumps(got, allow_nan=False)
+  got = measure(np.zeros((0, 4)), np.zeros((0, 4)))
+  assert got["top1_regret"] is None and got["num_cases"] == 0
+
+
+def test_constant_and_unusable_scores_tell_nothing():
+  for scores in ([[0.5, 0.5, 0.5]], [[np.nan] * 3]):
+    got = measure(scores, [[0.1, 0.2, 0.3]])
+    assert got["pair_accuracy"] == 0.5 and got["kendall_tau"] == 0
+  # The proposal without a score is never the top; its pairs count one half.
+  got = measure([[0.2, np.inf, 0.1]], [[0.3, 0.2, 0.1]])
+  assert got["top1_regret"] == 0 and got["pair_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_intervals_are_seeded_and_hold_the_mean():
+  rng = np.random.default_rng(2)
+  truth = rng.random((40, 5))
+  scores = truth + 0.3 * rng.normal(size=truth.shape)
+  first, again, other = (measure(scores, truth, seed=s, num_bootstrap=500) for s in (0, 0, 1))
+  assert first == again and first != other
+  for name in ("pair_accuracy", "kendall_tau", "top1_regret"):
+    low, high = first[f"{name}_ci"]
+    assert low < first[name] < high
+  accuracy = [measure(scores[n : n + 1], truth[n : n + 1])["pair_accuracy"] for n in range(40)]
+  half = 1.96 * np.std(accuracy) / np.sqrt(40)
+  low, high = first["pair_accuracy_ci"]
+  assert (high - low) / 2 == pytest.approx(half, rel=0.2)
+
+
+@pytest.mark.parametrize(
+  "scores,truth,cases",
+  [
+    (np.zeros((2, 3)), np.zeros((2, 4)), ["a", "b"]),
+    (np.zeros((2, 3)), np.zeros((2, 3)), ["a"]),
+    (np.zeros((1, 3)), np.full((1, 3), np.nan), ["a"]),
+  ],
+)
+def test_input_that_does_not_fit_is_refused(scores, truth, cases):
+  with pytest.raises(ValueError):
+    measure(scores, truth, cases)

@@ -1,0 +1,120 @@
+import json
+
+import pytest
+
+from rndpo_jax.data import records, splits
+
+COUNTS = {"num_labelled": 2, "num_val": 1, "num_test": 2, "num_unlabelled": -1, "seed": 0}
+
+
+def _entries(groups=8, cases=2, bare=()):
+  """Two slices a case; `bare` names cases whose second slice has no mask."""
+  return [
+    records.record(
+      record_id=f"g{g}c{c}z{z}",
+      case_id=f"g{g}c{c}",
+      group_id=f"g{g}",
+      shape=(4, 4),
+      has_mask=f"g{g}c{c}" not in bare or z == 0,
+    )
+    for g in range(groups)
+    for c in range(cases)
+    for z in range(2)
+  ]
+
+
+def _make(entries, **changes):
+  return splits.make_splits(entries, **{**COUNTS, **changes})
+
+
+def _groups(cases):
+  return {case[:2] for case in cases}
+
+
+def test_groups_stay_together_and_none_is_lost():
+  parts = _make(_entries())
+  assert list(parts) == list(splits.NAMES)
+  assert {name: len(_groups(cases)) for name, cases in parts.items()} == {
+    "labelled": 2, "unlabelled": 3, "val": 1, "test": 2,
+  }  # fmt: skip
+  every = [case for cases in parts.values() for case in cases]
+  assert sorted(every) == sorted({e["case_id"] for e in _entries()})
+  groups = [group for cases in parts.values() for group in _groups(cases)]
+  assert len(groups) == len(set(groups))
+
+
+def test_the_seed_decides_and_the_order_of_records_does_not():
+  assert _make(_entries()) == _make(_entries()[::-1])
+  assert any(_make(_entries()) != _make(_entries(), seed=seed) for seed in range(1, 4))
+
+
+def test_more_labels_keep_those_there_are_and_test_and_val():
+  few, more = _make(_entries()), _make(_entries(), num_labelled=4)
+  assert set(few["labelled"]) < set(more["labelled"])
+  assert few["test"] == more["test"] and few["val"] == more["val"]
+
+
+def test_a_group_with_a_record_without_mask_is_unlabelled():
+  for seed in range(5):
+    parts = _make(_entries(bare=("g3c1",)), seed=seed)
+    assert {"g3c0", "g3c1"} <= set(parts["unlabelled"])
+
+
+def test_unlabelled_can_be_limited():
+  assert len(_groups(_make(_entries(), num_unlabelled=1)["unlabelled"])) == 1
+  assert _make(_entries(), num_unlabelled=0)["unlabelled"] == []
+
+
+def test_more_labels_asked_for_than_there_are():
+  with pytest.raises(records.DataError, match="num_labelled=6.*9 groups with masks, found 8 of 8"):
+    _make(_entries(), num_labelled=6)
+  with pytest.raises(records.DataError, match="found 4 of 8"):
+    _make(_entries(bare=("g0c0", "g1c0", "g2c0", "g3c0")))
+
+
+def test_no_unlabelled_left_or_too_few():
+  with pytest.raises(records.DataError, match="num_unlabelled"):
+    _make(_entries(groups=5))
+  with pytest.raises(records.DataError, match="found 4, but 3 groups"):
+    _make(_entries(), num_unlabelled=4)
+
+
+def _file(tmp_path, **changes):
+  content = {
+    "labelled": ["g0c0", "g0c1"], "unlabelled": ["g1c0"], "val": ["g2c0"], "test": ["g3c0"],
+  }  # fmt: skip
+  path = tmp_path / "mine.json"
+  path.write_text(json.dumps({**content, **changes}))
+  return path
+
+
+def test_split_file_is_taken_as_it_is(tmp_path):
+  parts = splits.read_split_file(_file(tmp_path), _entries())
+  assert parts["labelled"] == ["g0c0", "g0c1"] and parts["test"] == ["g3c0"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"val": ["g9c0"]}, "unknown case id 'g9c0' in 'val'"),
+    ({"val": ["g0c0"]}, "'g0c0' stands in 'labelled' and in 'val'"),
+    ({"val": ["g2c0", "g2c0"]}, "'g2c0' stands in 'val' and in 'val'"),
+    ({"val": ["g3c1"]}, "one group, 'g3'"),
+    ({"val": []}, "'val' is no list of case ids, or an empty one"),
+    ({"val": "g2c0"}, "'val' is no list"),
+    ({"train": ["g4c0"]}, "found the keys"),
+    ({"test": ["g4c0"]}, "'g4c0' in 'test' has a record without mask"),
+  ],
+)
+def test_split_files_that_cannot_be(tmp_path, changes, message):
+  with pytest.raises(records.DataError, match=f"mine.json.*{message}"):
+    splits.read_split_file(_file(tmp_path, **changes), _entries(bare=("g4c0",)))
+
+
+def test_split_file_that_is_missing_or_no_json(tmp_path):
+  with pytest.raises(records.DataError, match="nothing.json: no such file"):
+    splits.read_split_file(tmp_path / "nothing.json", _entries())
+  path = tmp_path / "text.json"
+  path.write_text("labelled: a")
+  with pytest.raises(records.DataError, match="text.json: cannot be read as JSON"):
+    splits.read_split_file(path, _entries())
