@@ -125,7 +125,12 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
   place = config_lib.STAGES.index(name)
   before = config_lib.STAGES[place - 1] if place else None
   if before == "prepare" and config.base.workdir:
-    workdir = epath.Path(config.base.workdir)
+    path = epath.Path(config.base.workdir) / DONE["base"]
+    if not path.exists():
+      raise config_lib.ConfigError(
+        f"config.base.workdir: {path} is missing; run the stages prepare and base there first"
+      )
+    return
   if before and not (workdir / DONE[before]).exists():
     raise config_lib.ConfigError(
       f"--stages: {name!r} needs {workdir / DONE[before]}, which is missing; run the stage "

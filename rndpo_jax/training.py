@@ -63,7 +63,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, me
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, step_key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    aux = {**aux, "loss": loss, "grad_norm": optax.global_norm(grads)}
+    aux = {**aux, "loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), aux
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))

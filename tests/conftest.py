@@ -6,6 +6,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import tempfile
+
 import jax
 import pytest
 
@@ -13,6 +15,9 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests that run the same program again take it from here instead of compiling it.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rndpo_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def make_tiny_config(**changes):

@@ -137,7 +137,7 @@ def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
   monkeypatch.setattr(phantom, "draw", poisoned)
   pipeline.run(config, tmp_path)
   assert (tmp_path / "results.json").read_bytes() == (clean / "results.json").read_bytes()
-  # The oracle is handed them: there the poison must show, or this test could not fail.
+  # The poison did reach the records, so the masks were there to be read.
   assert tree_bytes(tmp_path / "data") != tree_bytes(clean / "data")
 
 
@@ -162,7 +162,7 @@ def test_online_reference_with_augmentation_starts_at_exactly_log_two(
   )
   pipeline.run(config, tmp_path, ["base", "mine", "finetune"])
   rows = training.read_rows(tmp_path / "finetune", "train")
-  assert rows[0]["loss"] == np.float32(math.log(2))
+  np.testing.assert_allclose(rows[0]["loss"], math.log(2), rtol=2e-7)  # one rounding of the mean
   assert rows[0]["h_mean"] == 0 and rows[0]["chosen_log_ratio"] == 0
   assert rows[-1]["h_mean"] > 0
   assert tree_bytes(first / "base") == before

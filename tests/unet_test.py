@@ -75,3 +75,10 @@ def test_pool_takes_maxima_and_upsample_repeats():
     unet._upsample(pooled)[0, ..., 0],
     [[5, 5, 7, 7], [5, 5, 7, 7], [13, 13, 15, 15], [13, 13, 15, 15]],
   )
+
+
+def test_gradient_of_pool_goes_to_one_maximum_of_each_block():
+  x = jnp.array([[1.0, 4.0, 2.0, 2.0], [3.0, 0.0, 2.0, 1.0]]).reshape(1, 2, 4, 1)
+  gradient = jax.grad(lambda x: jnp.sum(unet._pool(x) * jnp.array([5.0, 7.0]).reshape(1, 1, 2, 1)))
+  # On ties along an axis the first is taken, so that the gradient's sum is kept.
+  np.testing.assert_array_equal(gradient(x)[0, ..., 0], [[0, 5, 7, 0], [0, 0, 0, 0]])

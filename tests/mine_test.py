@@ -1,0 +1,118 @@
+"""The mining stage: invariant to devices and batch size, no communication, files that hold."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from rndpo_jax import files, losses, models, packing, pipeline
+from rndpo_jax.data import pipeline as data_pipeline
+from rndpo_jax.stages import base, mine, pairs
+
+
+def shard_hashes(workdir):
+  return [shard["sha256"] for shard in files.read_json(workdir / "pairs/manifest.json")["shards"]]
+
+
+@pytest.mark.parametrize("devices,batch_size", [(8, 16), (1, 8), (1, 5)])
+def test_pairs_do_not_depend_on_devices_or_batch_size(
+  tiny_run, tiny_config, tmp_path, monkeypatch, devices, batch_size
+):
+  _, first = tiny_run
+  local = jax.local_devices()[:devices]
+  monkeypatch.setattr(jax, "local_devices", lambda: local)
+  monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+  config = tiny_config(base__workdir=str(first), mine__batch_size=batch_size)
+  pipeline.run(config, tmp_path, ["base", "mine"])
+  tables = [pairs.read(workdir / "pairs") for workdir in (first, tmp_path)]
+  assert len(tables[0]) == len(tables[1]) > 0
+  for ours, theirs in zip(*tables, strict=True):
+    for name in ("index", "chosen", "rejected", "valid", "region_size", "chosen_proposal"):
+      np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for name in ("scores", "reference_margin", "reference_log_prob"):
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_compiled_program_has_no_communication(tiny_run):
+  config, workdir = tiny_run
+  dataset = data_pipeline.open_dataset(config, workdir)
+  weights, score = mine.make_scorer(config, workdir, dataset)
+  program = mine.on_local_devices(mine.make_mine_batch(config, dataset, score), weights)
+  batch = next(data_pipeline.batches(dataset, range(8), batch_size=8, with_labels=False))
+  placed = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+  assert isinstance(program, functools.partial)
+  text = program.func.lower(weights, jax.random.key(0), placed).compile().as_text()
+  assert "HloModule" in text
+  for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "send(", "recv("):
+    assert word not in text, word
+
+
+def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
+  config, workdir = tiny_run
+  dataset = data_pipeline.open_dataset(config, workdir)
+  segmenter_logits = _base_logits(config, workdir, dataset)
+  manifest = files.read_json(workdir / "pairs/manifest.json")
+  count = 0
+  for record in pairs.read(workdir / "pairs"):
+    index = int(record["index"])
+    assert index in dataset.splits["unlabelled"]
+    chosen, rejected = (
+      np.asarray(packing.unpack(record[name], dataset.size, dataset.num_classes))
+      for name in ("chosen", "rejected")
+    )
+    valid = record["valid"] > 0
+    count += valid.sum()
+    sizes = (chosen != rejected).sum((1, 2))
+    np.testing.assert_array_equal(sizes[valid], record["region_size"][valid])
+    assert (sizes[valid] > 0).all() and (record["score_gap"][valid] > 0).all()
+    scores = record["scores"]
+    gap = scores[record["chosen_proposal"]] - scores[record["rejected_proposal"]]
+    np.testing.assert_allclose(gap[valid], record["score_gap"][valid], rtol=1e-5)
+    margin = losses.pair_margin(segmenter_logits(index), chosen[None], rejected[None])[0]
+    np.testing.assert_allclose(margin, record["reference_margin"], rtol=1e-3, atol=1e-3)
+  assert count == manifest["num_pairs"] > 0
+  histogram = manifest["region_size"]["histogram"]
+  assert sum(histogram["counts"]) == count
+  assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+
+
+def _base_logits(config, workdir, dataset):
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  params = base.load(config, workdir)[0]
+  apply = jax.jit(segmenter.apply)
+
+  def logits(index):
+    example = data_pipeline.load_example(dataset, index, with_labels=False)
+    return apply(params, example["image"][None])
+
+  return logits
+
+
+def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
+  config = tiny_config(
+    base__num_members=2,
+    base__num_steps=4,
+    base__eval_every_steps=4,
+    judge__name="learned",
+    judge__compare=("agreement",),
+    judge__learned__num_steps=3,
+  )
+  pipeline.run(config, tmp_path, ["prepare", "base", "mine"])
+  judges = files.read_json(tmp_path / "pairs" / "judges.json")
+  assert judges["learned"]["used"] and not judges["agreement"]["used"]
+  first, second = base.load(config, tmp_path)
+  assert any(
+    (a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+  )
+
+
+def test_oracle_has_every_pair_right(tiny_run, tiny_config, tmp_path):
+  _, first = tiny_run
+  config = tiny_config(base__workdir=str(first), judge__name="oracle", judge__compare=())
+  pipeline.run(config, tmp_path, ["base", "mine"])
+  judged = files.read_json(tmp_path / "pairs" / "judges.json")["oracle"]
+  assert judged["pair_accuracy"] == 1.0 and judged["top1_regret"] == 0.0
+  assert shard_hashes(tmp_path) != shard_hashes(first)
