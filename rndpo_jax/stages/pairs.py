@@ -94,4 +94,6 @@ class _Records(Sequence):
     return len(self._source)
 
   def __getitem__(self, index: int):
+    if not 0 <= index < len(self):
+      raise IndexError(f"pair record {index} of {len(self)}")
     return serialization.msgpack_restore(self._source[index])

@@ -1,0 +1,97 @@
+"""launch.run as a user meets it: kill -9 and go on, and errors of one clear line."""
+
+import errno
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "tests/tiny_config.py"
+
+
+def command(workdir, *arguments, config=CONFIG):
+  return [
+    sys.executable, "-m", "launch.run", f"--config={config}", f"--workdir={workdir}", *arguments,
+  ]  # fmt: skip
+
+
+def start(workdir, *arguments, **options):
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+  return subprocess.Popen(
+    command(workdir, *arguments, **options),
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def run(workdir, *arguments, **options):
+  process = start(workdir, *arguments, **options)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def kill_when(workdir, path, deadline_seconds=240):
+  """Starts the job and kills it with signal 9 as soon as `path` is there."""
+  process = start(workdir)
+  end = time.monotonic() + deadline_seconds
+  while not (workdir / path).exists():
+    assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+
+
+def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_run, tmp_path):
+  _, undisturbed = tiny_run
+  for path in ("base/state/10", "pairs/pairs-00000-of-00002.array_record", "finetune/params/4"):
+    kill_when(tmp_path, path)
+    assert not (tmp_path / "results.json").exists()
+  code, output = run(tmp_path)
+  assert code == 0, output
+  assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+  assert "base" in output and "fine-tuned (last)" in output and "report.html" in output
+
+
+@pytest.mark.parametrize(
+  "arguments,expected",
+  [
+    (("--config.finetune.betta=1",), "betta"),
+    (("--config.finetune.beta=strong",), "beta"),
+    (("--config.judge.name=magic",), "error: config.judge: unknown judge 'magic'"),
+    (("--config.data.source=folder", "--config.data.root=/nowhere"), "error: .*/nowhere"),
+  ],
+)
+def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expected):
+  code, output = run(tmp_path / "run", *arguments)
+  assert code != 0 and re.search(expected, output), output
+  assert not (tmp_path / "run" / "data").exists() or not any((tmp_path / "run" / "data").iterdir())
+  if expected.startswith("error"):
+    assert "Traceback" not in output
+
+
+def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
+  from launch import run as launch_run
+  from rndpo_jax import pipeline
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
+
+  class Value:
+    def __init__(self, value):
+      self.value = value
+
+  monkeypatch.setattr(pipeline, "run", full)
+  for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
+    monkeypatch.setattr(launch_run, name, Value(None))
+  with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):
+    launch_run.main(["run"])

@@ -1,0 +1,37 @@
+"""The whole job in seconds: a config for the tests, also for --config."""
+
+from rndpo_jax import config as config_lib
+
+
+def get_config(**changes):
+  """A locked config; `changes` are flattened keys with '__' for the dots."""
+  config = config_lib.base_config()
+  config.update_from_flattened_dict(
+    {
+      "data.size": (16, 16),
+      "data.num_labelled": 4,
+      "data.num_val": 3,
+      "data.num_test": 3,
+      "data.phantom.num_cases": 30,
+      "data.phantom.size": (20, 18),
+      "model.width": 4,
+      "model.depth": 2,
+      "base.num_steps": 20,
+      "base.batch_size": 8,
+      "base.warmup_steps": 2,
+      "base.log_every_steps": 5,
+      "base.eval_every_steps": 10,
+      "proposals.mix": "base:1,mc_dropout+logit_noise:3",
+      "mine.batch_size": 8,
+      "mine.num_shards": 2,
+      "mine.pairs_per_image": 2,
+      "finetune.num_steps": 8,
+      "finetune.batch_size": 8,
+      "finetune.log_every_steps": 1,
+      "finetune.eval_every_steps": 4,
+      "evaluate.batch_size": 8,
+      "judge.num_bootstrap": 20,
+      **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+  )
+  return config.lock()
