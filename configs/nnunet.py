@@ -2,8 +2,8 @@ r"""Any nnU-Net raw folder (dataset.json, imagesTr, labelsTr, perhaps imagesTs),
 
   python -m launch.run --config=configs/nnunet.py --config.data.root=DIR --workdir=OUT
 
-Trains on slices; for volumes add --config.data.spatial_dims=3 --config.data.size='(64,64,32)'
---config.augment.turn=0.5. Cases without a label file are unlabelled. With
+Trains on slices; for volumes add --config.data.spatial_dims=3 --config.data.size='(64,64,32)'.
+Cases without a label file are unlabelled. With
 --config.data.group_pattern='(patient\d+)' the cases of a patient stand in one split.
 """
 

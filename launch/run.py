@@ -25,14 +25,14 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import checkpoint, config, pipeline, progress, training
+  from rndpo_jax import checkpoint, config, files, judges, pipeline, progress, training
   from rndpo_jax.data import records
   from rndpo_jax.stages import mine, pairs
 
   logging.set_verbosity(logging.ERROR)
   refusals = (
     config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
-    pairs.PairsError, mine.MiningError,
+    pairs.PairsError, mine.MiningError, files.FileError, judges.JudgeError,
   )  # fmt: skip
   try:
     stages = config.STAGES if _STAGES.value is None else _STAGES.value
@@ -50,6 +50,14 @@ def main(argv):
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 
+def parse(argv):
+  """Parses flags; a config key that is unknown or of another type ends in one line."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    sys.exit(f"error: {error}; see --config and the keys of rndpo_jax/config.py")
+
+
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse)

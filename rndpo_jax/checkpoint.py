@@ -6,6 +6,7 @@ step before it as the latest.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import jax
@@ -31,10 +32,19 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 
 def save(directory: epath.PathLike, step: int, tree: Any) -> None:
-  """Writes a pytree of arrays as `directory`/`step`; replaces one that is there."""
+  """Writes a pytree of arrays as `directory`/`step`; replaces one that is there.
+
+  Raises:
+    OSError: with ENOSPC, where the disk is full.
+  """
   path = epath.Path(directory).resolve() / str(step)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path, tree, force=True)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, tree, force=True)
+  except ValueError as error:  # TensorStore's, when the disk is full
+    if "No space left" not in str(error):
+      raise
+    raise OSError(errno.ENOSPC, f"checkpoint {path} cannot be written: no space left") from error
 
 
 def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
@@ -49,11 +59,18 @@ def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
     try:
       return checkpointer.restore(path, target)
     except (ValueError, KeyError, TypeError, OSError) as error:
-      raise _unreadable(path, error) from error
+      remedy = (
+        f"Delete the folder {path} and run the same command again: the run goes on from the "
+        "checkpoint before it, or from the start of its stage"
+      )
+      raise _unreadable(path, error, remedy) from error
 
 
-def restore_params(directory: epath.PathLike, step: int) -> Any:
+def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> Any:
   """Reads `directory`/`step` as numpy arrays, in the structure that was saved.
+
+  Args:
+    stage_directory: what to delete so that the finished stage runs again; for the message.
 
   Raises:
     CheckpointError: where it is missing or corrupt.
@@ -65,7 +82,8 @@ def restore_params(directory: epath.PathLike, step: int) -> Any:
       arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
       return checkpointer.restore(path, restore_args=arguments)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-      raise _unreadable(path, error) from error
+      remedy = f"Delete the folder {stage_directory} and run the same command again: its stage runs"
+      raise _unreadable(path, error, f"{remedy} anew") from error
 
 
 def remove_before(directory: epath.PathLike, step: int) -> None:
@@ -75,10 +93,7 @@ def remove_before(directory: epath.PathLike, step: int) -> None:
       (epath.Path(directory) / str(old)).rmtree()
 
 
-def _unreadable(path: epath.Path, error: Exception) -> CheckpointError:
+def _unreadable(path: epath.Path, error: Exception, remedy: str) -> CheckpointError:
   first = str(error).strip().splitlines()
-  return CheckpointError(
-    f"checkpoint {path} cannot be read ({first[0] if first else type(error).__name__}). Delete "
-    f"the folder {path} and run the same command again: the run goes on from the checkpoint "
-    "before it, or from the start of its stage"
-  )
+  what = first[0] if first else type(error).__name__
+  return CheckpointError(f"checkpoint {path} cannot be read ({what}). {remedy}")

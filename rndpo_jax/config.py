@@ -90,7 +90,7 @@ def base_config() -> ml_collections.ConfigDict:
   base.learning_rate = 3e-3  # peak, AdamW with warm-up and cosine decay
   base.warmup_steps = 40
   base.weight_decay = 1e-4
-  base.clip_norm = 1.0
+  base.clip_norm = 1.0  # of the whole gradient; 0 does not clip
   base.dice_weight = 1.0  # loss = cross-entropy + dice_weight * (1 - soft Dice)
   base.augment = True
   base.select = "best"  # best | last checkpoint is the base segmenter
@@ -183,11 +183,6 @@ def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
   return tuple(entries)
 
 
-def num_proposals(config) -> int:
-  """K, the number of proposals an image."""
-  return sum(count for _, count in parse_mix(config.proposals.mix))
-
-
 def validate(config) -> None:
   """Refuses values that cannot work, before anything runs.
 
@@ -199,6 +194,11 @@ def validate(config) -> None:
   _check_grid(config)
   count = sum(n for _, n in parse_mix(config.proposals.mix))
   rule, pairs = config.mine.rule, config.mine.pairs_per_image
+  if rule != "random_pair" and pairs > count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but rule {rule!r} gives at most K - 1 = "
+      f"{count - 1} pairs of K = {count} proposals"
+    )
   if rule == "top_vs_rest" and pairs != count - 1:
     raise ConfigError(
       f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
@@ -246,6 +246,8 @@ def _check_choices(config) -> None:
         f"config.{key}: found {config[section][name]!r}, expected one of "
         f"{', '.join(map(str, allowed))}"
       )
+  if "noisy_oracle" in config.judge.compare:
+    raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
   for name in (config.judge.name, *config.judge.compare):
     if name not in JUDGES and ":" not in name:
       raise ConfigError(
@@ -262,7 +264,8 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
-  "model.width", "model.depth", "base.num_members", "base.num_steps", "base.batch_size",
+  "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
+  "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
   "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
   "mine.min_region_size", "mine.batch_size", "mine.num_shards", "finetune.beta",
   "finetune.num_steps", "finetune.batch_size", "finetune.learning_rate",
@@ -270,6 +273,14 @@ _POSITIVE = (
   "judge.num_bootstrap", "judge.learned.width", "judge.learned.num_steps",
   "judge.learned.batch_size", "judge.learned.masks_per_image", "judge.learned.learning_rate",
   "data.num_labelled", "data.num_val", "data.num_test",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+  "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
+  "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",
+  "proposals.threshold_shift", "judge.border", "judge.noise_level", "mine.min_score_gap",
+  "mine.max_region_size", "finetune.weight_decay", "finetune.clip_norm",
+  "evaluate.nsd_tolerance_mm", "augment.intensity_scale", "augment.gamma_scale",
+  "augment.noise_scale", "augment.elastic_scale", "augment.elastic_smoothing",
 )  # fmt: skip
 _FRACTIONS = (
   "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
@@ -282,10 +293,24 @@ def _check_ranges(config) -> None:
     value = functools.reduce(lambda section, name: section[name], key.split("."), config)
     if not value > 0 or not math.isfinite(value):
       raise ConfigError(f"config.{key}: found {value}, expected a finite value above 0")
+  for key in _NOT_NEGATIVE:
+    section, name = key.split(".")
+    if not config[section][name] >= 0 or not math.isfinite(config[section][name]):
+      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0 or more")
   for key in _FRACTIONS:
     section, name = key.split(".")
     if not 0 <= config[section][name] <= 1:
       raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
+  if config.data.num_unlabelled == 0 or config.data.num_unlabelled < -1:
+    raise ConfigError(
+      f"config.data.num_unlabelled: found {config.data.num_unlabelled}, expected a count, or -1 "
+      "for all that are left"
+    )
+  if 0 < config.mine.max_region_size < config.mine.min_region_size:
+    raise ConfigError(
+      f"config.mine.max_region_size: found {config.mine.max_region_size}, below min_region_size="
+      f"{config.mine.min_region_size}; no pair could pass"
+    )
   if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
     raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
   if "mc_dropout" in config.proposals.mix and config.model.dropout == 0:
@@ -303,6 +328,10 @@ def _check_grid(config) -> None:
     )
   if config.data.crop and len(config.data.crop) != dims:
     raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
+  if min((*size, *config.data.crop)) < 1:
+    raise ConfigError(
+      f"config.data.size: found {size} with crop {tuple(config.data.crop)}, expected values above 0"
+    )
   step = 2 ** (config.model.depth - 1)
   if any(s % step for s in size):
     raise ConfigError(

@@ -10,6 +10,10 @@ from typing import Any
 from etils import epath
 
 
+class FileError(ValueError):
+  """A file that does not hold what it should; the message names it and the remedy."""
+
+
 def write_bytes(path: os.PathLike, content: bytes) -> None:
   """Writes `content` beside `path`, then renames; makes the folder where it is missing."""
   path = epath.Path(path)
@@ -33,13 +37,13 @@ def read_json(path: os.PathLike) -> Any:
   """Reads a JSON file.
 
   Raises:
-    ValueError: where it is no JSON, naming the file.
+    FileError: where it is no JSON.
   """
   try:
     return json.loads(epath.Path(path).read_text())
   except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}: no valid JSON ({error}); delete it and run the stage that writes it again"
+    raise FileError(
+      f"{path}: no valid JSON ({error}); delete it and run the same command again"
     ) from error
 
 

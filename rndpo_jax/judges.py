@@ -17,6 +17,10 @@ import jax.numpy as jnp
 from rndpo_jax import metrics, overlap, types
 
 
+class JudgeError(ValueError):
+  """A judge that cannot work as it is set up."""
+
+
 class Context(NamedTuple):
   """What a judge may need besides images and proposals; None where there is none.
 
@@ -67,14 +71,14 @@ def build(
     judge(images, masks, probs, context) -> f32[b, K].
 
   Raises:
-    ValueError: the name is unknown, or its module or function is not found. The judge itself
+    JudgeError: the name is unknown, or its module or function is not found. The judge itself
       raises ValueError, while it is traced, when `context` lacks what it needs or a function of
       your own returns another shape.
   """
   if ":" in name:
     return _user_judge(name)
   if name not in JUDGES:
-    raise ValueError(
+    raise JudgeError(
       f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
     )
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
@@ -192,7 +196,7 @@ JUDGES = {
 
 def _need(there: bool, judge: str, what: str) -> None:
   if not there:
-    raise ValueError(f"judge {judge!r} needs {what}, found None")
+    raise JudgeError(f"judge {judge!r} needs {what}, found None")
 
 
 def _user_judge(name):
@@ -200,7 +204,7 @@ def _user_judge(name):
   try:
     function = getattr(importlib.import_module(module_name), function_name)
   except (ImportError, AttributeError) as error:
-    raise ValueError(
+    raise JudgeError(
       f"judge {name!r}: {error}; expected package.module:function, importable from here"
     ) from error
 
@@ -208,7 +212,7 @@ def _user_judge(name):
     del context
     scores = jnp.asarray(function(images, masks, probs))
     if scores.shape != masks.shape[:2]:
-      raise ValueError(
+      raise JudgeError(
         f"judge {name!r} returned shape {scores.shape}, expected (images, proposals) = "
         f"{masks.shape[:2]}"
       )

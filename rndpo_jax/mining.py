@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rndpo_jax import overlap, types
 
-FILTERS = ("tie", "score_gap", "identical", "region_size")
+FILTERS = ("not_finite", "identical", "tie", "score_gap", "region_size")
 
 
 def mine(
@@ -31,11 +31,11 @@ def mine(
 ) -> types.Pairs:
   """Mines up to P preference pairs an image.
 
-  Filters act in the order of FILTERS, and a candidate counts for the first that takes it: `tie`
-  (equal scores), `score_gap` (gap <= min_score_gap), `identical` (no pixel differs),
+  Filters act in the order of FILTERS, and a candidate counts for the first that takes it:
+  `not_finite` (a score is NaN or infinite), `identical` (no pixel differs; before `tie`, for
+  judges score equal masks equally), `tie` (equal scores), `score_gap` (gap <= min_score_gap),
   `region_size` (outside min_region_size..max_region_size). They act before the choice of P, so
-  `top_vs_random` draws among the candidates that are left. A proposal whose score is not finite
-  is never in a candidate. Empty masks are masks like others.
+  `top_vs_random` draws among the candidates that are left. Empty masks are masks like others.
 
   Args:
     scores: f32[b, K], higher is better.
@@ -67,13 +67,19 @@ def mine(
   candidate, priority = jax.vmap(RULES[rule])(ranked, keys)
   # A proposal paired with itself is no pair, whatever the rule says.
   others = jnp.broadcast_to(~jnp.eye(count, dtype=bool), candidate.shape)
-  candidate = candidate & finite[:, :, None] & finite[:, None, :] & others
+  candidate = candidate & others
   known = jnp.where(finite, scores, 0.0)
   gap = known[:, :, None] - known[:, None, :]
   size = overlap.pairwise_region_size(masks, num_classes)
   too_large = (size > max_region_size) & (max_region_size > 0)
   # In the order of FILTERS.
-  takers = (gap == 0, gap <= min_score_gap, size == 0, (size < min_region_size) | too_large)
+  takers = (
+    ~(finite[:, :, None] & finite[:, None, :]),
+    size == 0,
+    gap == 0,
+    gap <= min_score_gap,
+    (size < min_region_size) | too_large,
+  )
   candidate, dropped = _filter(candidate, takers)
   select = partial(_select, pairs_per_image=pairs_per_image)
   return types.Pairs(*jax.vmap(select)(candidate, priority, gap, size), dropped)

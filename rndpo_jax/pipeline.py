@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import files, progress
+from rndpo_jax import files, judges, parallel, progress
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
 RUNNERS = {
@@ -61,12 +62,13 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     raise config_lib.ConfigError(
       f"--stages: unknown stage {unknown[0]!r}; known: {', '.join(config_lib.STAGES)}"
     )
+  check_here(config)
   workdir = epath.Path(workdir)
   claim(config, workdir)
   for name in config_lib.STAGES:
     if name not in stages or (name == "prepare" and config.base.workdir):
       continue
-    if (workdir / DONE[name]).exists():
+    if is_done(name, workdir):
       progress.say(f"[{name}] done before")
       continue
     check_before(config, name, workdir)
@@ -74,6 +76,36 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     progress.say(f"[{name}]")
     RUNNERS[name](config, workdir)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+
+
+def is_done(name: str, workdir: epath.Path) -> bool:
+  """Whether a stage's last file is there."""
+  return prepare.is_done(workdir) if name == "prepare" else (workdir / DONE[name]).exists()
+
+
+def check_here(config: ml_collections.ConfigDict) -> None:
+  """Refuses what these devices and this installation cannot do, before any training.
+
+  Raises:
+    config.ConfigError: a batch that the devices cannot share; a judge of the user's own that
+      cannot be imported.
+  """
+  names = {config.judge.name, *config.judge.compare}
+  sizes = {"base.batch_size": config.base.batch_size}
+  sizes["finetune.batch_size"] = config.finetune.batch_size
+  if "learned" in names:
+    sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
+  for key, size in sizes.items():
+    parallel.check_batch_size(f"config.{key}", size, jax.device_count())
+  parallel.check_batch_size(
+    "config.mine.batch_size", config.mine.batch_size, jax.local_device_count()
+  )
+  for name in names:
+    if ":" in name:
+      try:
+        judges.build(name, num_classes=2, border=0, flip_rate=0.0, noise_level=0.0)
+      except judges.JudgeError as error:
+        raise config_lib.ConfigError(f"config.judge: {error}") from error
 
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -84,7 +116,8 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """
   resolved = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
-  if path.exists():
+  # A run that was refused before its first stage ended leaves nothing to protect.
+  if path.exists() and any((workdir / name).exists() for name in DONE.values()):
     there = files.read_json(path)["config"]
     changes = _differences(there, resolved)
     if changes:
@@ -96,7 +129,9 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {"config": resolved, **environment()})
-  except (PermissionError, NotADirectoryError, FileExistsError) as error:
+  except OSError as error:
+    if error.errno == errno.ENOSPC:
+      raise
     raise config_lib.ConfigError(
       f"--workdir: {workdir} cannot be written ({error.strerror}); name a folder that can"
     ) from error
@@ -130,6 +165,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
       raise config_lib.ConfigError(
         f"config.base.workdir: {path} is missing; run the stages prepare and base there first"
       )
+    _check_same_base(config)
     return
   if before and not (workdir / DONE[before]).exists():
     raise config_lib.ConfigError(
@@ -157,6 +193,27 @@ def summary(workdir: os.PathLike) -> str:
     f"size {pairs['region_size']['p50']:.0f} pixels"
   )
   return "\n".join(lines)
+
+
+def _check_same_base(config) -> None:
+  """Refuses data, model or base options other than those that `config.base.workdir` has."""
+  there = files.read_json(epath.Path(config.base.workdir) / "config.json")["config"]
+  here = json.loads(config.to_json_best_effort())
+  for content in (there, here):
+    for section, name in (
+      ("data", "num_workers"), ("data", "prefetch"), ("base", "workdir"), ("base", "num_members"),
+    ):  # fmt: skip
+      content[section].pop(name, None)
+  changes = [
+    change
+    for section in ("data", "model", "base")
+    for change in _differences(there[section], here[section], f"config.{section}")
+  ]
+  if changes:
+    raise config_lib.ConfigError(
+      f"config.base.workdir: {config.base.workdir} was made with other options: "
+      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train anew"
+    )
 
 
 def _git_revision() -> str | None:

@@ -179,8 +179,9 @@ def _flush(pending, rows, log_every_steps, description, directory) -> None:
       last = f"step {saved[-1]} in {directory / 'params'}" if saved else "none yet"
       raise TrainingError(
         f"{description}: loss {aux['loss']}, gradient norm {aux['grad_norm']} at step {step}. "
-        f"The last good checkpoint is kept ({last}). Lower the learning rate, set a clip_norm, "
-        "or check the input for extreme values"
+        f"The last good checkpoint is kept ({last}). Lower the learning rate or set a clip_norm, "
+        "in a new --workdir (with --config.base.workdir where the base is done), or check the "
+        "input for extreme values"
       )
     if step % log_every_steps == 0:
       rows.add({"step": step, "kind": "train", **{k: float(v) for k, v in sorted(aux.items())}})

@@ -61,7 +61,7 @@ class Pairs(NamedTuple):
     score_gap: f32[B, P], score of chosen minus score of rejected, > 0 where valid.
     region_size: i32[B, P], number of pixels where the two masks differ, > 0 where valid.
     valid: bool[B, P].
-    dropped: i32[B, 4], candidate pairs of the rule that a filter took, in the order of
+    dropped: i32[B, filters], candidate pairs of the rule that a filter took, in the order of
       `mining.FILTERS`.
   """
 

@@ -17,7 +17,8 @@ def saved(tmp_path):
 
 
 def test_round_trip_with_and_without_a_template(saved):
-  for tree in (checkpoint.restore_params(saved, 10), checkpoint.restore(saved, 10, TREE)):
+  plain = checkpoint.restore_params(saved, 10, stage_directory=saved)
+  for tree in (plain, checkpoint.restore(saved, 10, TREE)):
     np.testing.assert_array_equal(tree["layer"]["kernel"], TREE["layer"]["kernel"])
     assert tree["step"] == 7 and tree["step"].dtype == np.int32
 
@@ -38,10 +39,11 @@ def test_corrupt_checkpoint_is_named_with_its_remedy(saved):
   for path in (saved / "10" / "d").iterdir():
     path.write_bytes(path.read_bytes()[:10])
   for read in (
-    lambda: checkpoint.restore_params(saved, 10),
+    lambda: checkpoint.restore_params(saved, 10, stage_directory=saved),
     lambda: checkpoint.restore(saved, 10, TREE),
   ):
-    with pytest.raises(checkpoint.CheckpointError, match="10 cannot be read.*Delete the folder"):
+    message = f"10 cannot be read.*Delete the folder {saved}"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
       read()
 
 

@@ -25,7 +25,13 @@ REFUSED = [
   ("judge.flip_rate", 0.2, "noisy_oracle"),
   ("mine.rule", "magic", "config.mine.rule"),
   ("mine.rule", "top_vs_rest", "set it to 7"),
-  ("mine.pairs_per_image", 29, "only 28"),
+  ("mine.pairs_per_image", 8, "at most K - 1 = 7"),
+  ("mine.max_region_size", -1, "0 or more"),
+  ("base.weight_decay", -0.1, "0 or more"),
+  ("proposals.temperature_low", 0.0, "above 0"),
+  ("data.num_unlabelled", 0, "-1 for all"),
+  ("data.size", (0, 0), "above 0"),
+  ("judge.compare", ("noisy_oracle",), "judge.name"),
   ("finetune.objective", "magic", "config.finetune.objective"),
   ("finetune.beta", 0.0, "config.finetune.beta"),
   ("finetune.beta", float("nan"), "config.finetune.beta"),
@@ -40,7 +46,6 @@ REFUSED = [
   ("data.case_pattern", "(a", "no regular expression"),
   ("evaluate.metrics", ("dice", "magic"), "unknown metric 'magic'"),
   ("evaluate.metrics", ("iou",), "'dice' is needed"),
-  ("model.dropout", 0.0, "mc_dropout"),
   ("augment.flip", 1.5, "0..1"),
 ]
 
@@ -50,6 +55,15 @@ def test_refuses_what_cannot_work(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.validate(config)
+
+
+def test_mc_dropout_needs_dropout():
+  config = config_lib.base_config()
+  config.model.dropout = 0.0
+  config_lib.validate(config)
+  config.proposals.mix = "mc_dropout:8"
+  with pytest.raises(config_lib.ConfigError, match="config.model.dropout"):
     config_lib.validate(config)
 
 
@@ -75,9 +89,6 @@ def test_mix_is_parsed_into_entries_and_counts():
     (("tta",), 3),
     (("mc_dropout", "logit_noise"), 4),
   )
-  config = config_lib.base_config()
-  config.proposals.mix = "base:1, tta:3,mc_dropout+logit_noise:4"
-  assert config_lib.num_proposals(config) == 8
 
 
 def test_names_are_those_of_the_tables():

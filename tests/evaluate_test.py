@@ -23,6 +23,7 @@ def _config():
   config.data.phantom.num_cases, config.data.phantom.size = 14, (28, 24)
   config.data.num_labelled, config.data.num_val, config.data.num_test = 2, 3, 7
   config.model.width, config.model.depth = 4, 2
+  config.finetune.num_steps, config.finetune.eval_every_steps = 4, 2
   config.evaluate.batch_size = 4
   config.evaluate.metrics = NAMES
   config_lib.validate(config)
@@ -69,7 +70,7 @@ def _masks_by_definition(config, workdir, step):
   dataset = pipeline.open_dataset(config, workdir)
   segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
   folder = workdir / ("finetune" if step else "base") / "params"
-  params = checkpoint.restore_params(folder, step or 5)
+  params = checkpoint.restore_params(folder, step or 5, stage_directory=folder)
   apply = jax.jit(segmenter.apply)
   found = {}
   for index in dataset.splits["test"]:

@@ -55,7 +55,7 @@ def test_pairs_and_their_order_by_hand(rule, expected):
   chosen, rejected = np.array(expected).T
   np.testing.assert_array_equal(mined.score_gap[0], SCORES[0][chosen] - SCORES[0][rejected])
   np.testing.assert_array_equal(mined.region_size[0], abs(chosen - rejected))
-  np.testing.assert_array_equal(mined.dropped, [[0, 0, 0, 0]])
+  np.testing.assert_array_equal(mined.dropped, [[0, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("rule", mining.RULES)
@@ -98,34 +98,35 @@ def test_ties():
   # The lowest index is on top; the tie of 0 and 2 is dropped and counted.
   mined = mine([[0.8, 0.1, 0.8, 0.1, 0.1]], rule="top_vs_bottom")
   assert pairs_of(mined) == [(0, 1), (0, 3), (0, 4)]
-  assert mined.dropped.tolist() == [[1, 0, 0, 0]]
+  assert mined.dropped.tolist() == [[0, 0, 1, 0, 0]]
   # Ranks 0 2 | 1 3 4: three of the four neighbours tie.
   mined = mine([[0.8, 0.1, 0.8, 0.1, 0.1]], rule="adjacent")
-  assert pairs_of(mined) == [(2, 1)] and mined.dropped.tolist() == [[3, 0, 0, 0]]
+  assert pairs_of(mined) == [(2, 1)] and mined.dropped.tolist() == [[0, 0, 3, 0, 0]]
   for rule, candidates in {"random_pair": 10, "top_vs_random": 4}.items():
     mined = mine([[0.5] * 5], rule=rule)
-    assert not mined.valid.any() and mined.dropped.tolist() == [[candidates, 0, 0, 0]]
+    assert not mined.valid.any() and mined.dropped.tolist() == [[0, 0, candidates, 0, 0]]
 
 
 def test_filters_in_order_counted_by_hand():
   masks = MASKS.copy()
   masks[0, 3] = masks[0, 1]  # 3 is the same mask as the top, 1
   scores = [[0.85, 0.9, 0.9, 0.2, 0.3]]
-  # Against 1: 0 has gap 0.05; 2 ties; 3 is identical; 4 differs in 3 pixels.
+  # Against 1: 0 has gap 0.05; 2 ties; 3 is identical, so its score counts no more; 4 differs in 3
+  # pixels.
   limits = {"min_score_gap": 0.1, "min_region_size": 1, "max_region_size": 2}
   mined = mine(scores, masks, **limits)
-  assert not mined.valid.any() and mined.dropped.tolist() == [[1, 1, 1, 1]]
+  assert not mined.valid.any() and mined.dropped.tolist() == [[0, 1, 1, 1, 1]]
   mined = mine(scores, masks, **(limits | {"max_region_size": 0}))
-  assert pairs_of(mined) == [(1, 4)] and mined.dropped.tolist() == [[1, 1, 1, 0]]
+  assert pairs_of(mined) == [(1, 4)] and mined.dropped.tolist() == [[0, 1, 1, 1, 0]]
   mined = mine(scores, masks, **(limits | {"max_region_size": 3, "min_score_gap": 0.0}))
-  assert pairs_of(mined) == [(1, 0), (1, 4)] and mined.dropped.tolist() == [[1, 0, 1, 0]]
+  assert pairs_of(mined) == [(1, 0), (1, 4)] and mined.dropped.tolist() == [[0, 1, 1, 0, 0]]
   mined = mine(scores, masks, min_score_gap=0.0, min_region_size=2)
-  assert pairs_of(mined) == [(1, 4)] and mined.dropped.tolist() == [[1, 0, 1, 1]]
+  assert pairs_of(mined) == [(1, 4)] and mined.dropped.tolist() == [[0, 1, 1, 0, 1]]
 
 
 def test_a_gap_equal_to_the_minimum_is_dropped():
   mined = mine([[0.0, 1.0, 0.5, 0.25, 0.75]], min_score_gap=0.5)
-  assert pairs_of(mined) == [(1, 0), (1, 3)] and mined.dropped.tolist() == [[0, 2, 0, 0]]
+  assert pairs_of(mined) == [(1, 0), (1, 3)] and mined.dropped.tolist() == [[0, 0, 0, 2, 0]]
 
 
 def test_filters_act_before_the_choice():
@@ -133,24 +134,25 @@ def test_filters_act_before_the_choice():
   for key in range(8):
     mined = mine(SCORES, rule="top_vs_random", pairs_per_image=1, key=key, min_region_size=3)
     assert pairs_of(mined) == [(1, 4)]
-    assert mined.dropped.tolist() == [[0, 0, 0, 3]]
+    assert mined.dropped.tolist() == [[0, 0, 0, 0, 3]]
 
 
 def test_empty_masks_are_masks_like_others():
   masks = np.zeros_like(MASKS)
   mined = mine(SCORES, masks)
-  assert not mined.valid.any() and mined.dropped.tolist() == [[0, 0, 4, 0]]
+  assert not mined.valid.any() and mined.dropped.tolist() == [[0, 4, 0, 0, 0]]
   masks[0, 4] = 1
   mined = mine(SCORES, masks)
   assert pairs_of(mined) == [(1, 4)] and mined.region_size[0, 0] == 9
 
 
 @pytest.mark.parametrize("rule", mining.RULES)
-def test_scores_that_are_not_finite_are_never_candidates(rule):
+def test_scores_that_are_not_finite_are_dropped_and_counted(rule):
   scores = [[np.nan, 0.9, np.inf, 0.7, -np.inf], [np.nan] * 5]
   mined = mine(scores, np.repeat(MASKS, 2, 0), rule)
   assert pairs_of(mined) == [(1, 3)] and not mined.valid[1].any()
-  assert np.isfinite(mined.score_gap).all() and not mined.dropped.any()
+  assert np.isfinite(mined.score_gap).all()
+  assert (mined.dropped[:, 0] > 0).all() and not mined.dropped[:, 1:].any()
 
 
 @pytest.mark.parametrize("rule", ["top_vs_bottom", "adjacent"])

@@ -10,7 +10,7 @@ import pytest
 
 from rndpo_jax import checkpoint, files, pipeline, training
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import phantom
+from rndpo_jax.data import phantom, records
 from rndpo_jax.stages import mine, pairs
 
 
@@ -142,10 +142,63 @@ def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
   assert tree_bytes(tmp_path / "data") != tree_bytes(clean / "data")
 
 
+def test_a_refused_run_leaves_its_workdir_to_the_corrected_command(tiny_config, tmp_path):
+  with pytest.raises(records.DataError, match="num_labelled"):
+    pipeline.run(tiny_config(data__num_labelled=500), tmp_path, ["prepare"])
+  pipeline.run(tiny_config(), tmp_path, ["prepare"])
+  (tmp_path / "splits.json").unlink()
+  pipeline.run(tiny_config(), tmp_path, ["prepare"])
+  assert (tmp_path / "splits.json").exists()
+
+
+def test_remedy_for_a_corrupt_checkpoint_works(tiny_run, tmp_path):
+  config, first = tiny_run
+  shutil.copytree(first, tmp_path / "run")
+  workdir = tmp_path / "run"
+  shutil.rmtree(workdir / "evaluate")
+  (workdir / "results.json").unlink()
+  params = workdir / "finetune" / "params"
+  (params / "4" / "_METADATA").write_text("{")
+  with pytest.raises(checkpoint.CheckpointError, match="params/4 .*Delete the folder .*finetune "):
+    pipeline.run(config, workdir)
+  shutil.rmtree(params / "4")
+  with pytest.raises(checkpoint.CheckpointError, match=r"steps \[8\], expected \[4, 8\]"):
+    pipeline.run(config, workdir)
+  shutil.rmtree(workdir / "finetune")
+  pipeline.run(config, workdir)
+  assert (workdir / "results.json").read_bytes() == (first / "results.json").read_bytes()
+
+
+def test_volumes_of_four_classes_with_surfaces(tiny_config, tmp_path):
+  config = tiny_config(
+    data__spatial_dims=3,
+    data__size=(8, 8, 4),
+    data__phantom__size=(12, 10, 8),
+    data__num_classes=4,
+    model__norm="instance",
+    base__num_steps=4,
+    base__eval_every_steps=4,
+    finetune__objective="dpo",
+    finetune__beta=0.1,
+    finetune__num_steps=2,
+    finetune__eval_every_steps=2,
+    evaluate__metrics=("dice", "hd95", "assd", "nsd"),
+    proposals__mix="base:1,tta+threshold:3",
+  )
+  pipeline.run(config, tmp_path)
+  results = files.read_json(tmp_path / "results.json")
+  assert results["objective"] == "dpo" and results["spacing_unit"] == "voxel"
+  assert set(results["finetuned"]["test"]) == {"dice", "hd95", "assd", "nsd"}
+  assert len((tmp_path / "report.html").read_text()) > 100_000
+
+
 def test_base_of_another_workdir_gives_the_same_job(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
   pipeline.run(tiny_config(base__workdir=str(first)), tmp_path)
   assert (tmp_path / "results.json").read_bytes() == (first / "results.json").read_bytes()
+  other = tiny_config(base__workdir=str(first), model__width=8, data__num_val=2)
+  with pytest.raises(config_lib.ConfigError, match="config.data.num_val.*config.model.width"):
+    pipeline.run(other, tmp_path / "other")
   with pytest.raises(config_lib.ConfigError, match="config.base.workdir"):
     pipeline.run(tiny_config(base__workdir=str(tmp_path / "nowhere")), tmp_path / "second")
 

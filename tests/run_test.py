@@ -65,8 +65,10 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_run, tmp_path)
 @pytest.mark.parametrize(
   "arguments,expected",
   [
-    (("--config.finetune.betta=1",), "betta"),
+    (("--config.finetune.betta=1",), "error: .*betta"),
     (("--config.finetune.beta=strong",), "beta"),
+    (("--config.judge.name=nomodule:judge",), "error: config.judge: .*nomodule"),
+    (("--config.finetune.batch_size=12",), "error: config.finetune.batch_size: found 12"),
     (("--config.judge.name=magic",), "error: config.judge: unknown judge 'magic'"),
     (("--config.data.source=folder", "--config.data.root=/nowhere"), "error: .*/nowhere"),
   ],

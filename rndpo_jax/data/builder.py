@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import pathlib
 import shutil
@@ -108,8 +109,9 @@ def build(source: records.Source, directory: pathlib.Path) -> None:
       cases.download_and_prepare(download_dir=str(downloads))
     except RuntimeError as error:  # ArrayRecord's, when it cannot write
       raise OSError(
+        errno.ENOSPC,
         f"{directory}: the prepared data cannot be written ({error}); free space on that disk, "
-        "then run the stage 'prepare' again"
+        "then run the stage 'prepare' again",
       ) from error
   shutil.rmtree(downloads, ignore_errors=True)
 

@@ -17,17 +17,17 @@ from rndpo_jax.data import augment, pipeline
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, cosine decay to zero and clipping by global norm."""
+  """AdamW with linear warm-up, cosine decay to zero, clipped where clip_norm is above 0."""
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
     warmup_steps=min(config.warmup_steps, config.num_steps - 1),
     decay_steps=config.num_steps,
   )
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(schedule, weight_decay=config.weight_decay),
-  )
+  adam = optax.adamw(schedule, weight_decay=config.weight_decay)
+  if config.clip_norm > 0:
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+  return adam
 
 
 def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_options: dict | None):
@@ -69,7 +69,9 @@ def load(config, workdir: os.PathLike) -> list[types.Params]:
   for member in range(config.base.num_members):
     directory = member_directory(workdir, member)
     selected = files.read_json(directory / "selected.json")
-    members.append(checkpoint.restore_params(directory / "params", selected["step"]))
+    members.append(
+      checkpoint.restore_params(directory / "params", selected["step"], stage_directory=directory)
+    )
   return members
 
 
@@ -84,7 +86,6 @@ def _train_member(config, workdir, member: int) -> None:
   if (directory / "selected.json").exists():
     return
   mesh = parallel.make_mesh()
-  parallel.check_batch_size("config.base.batch_size", config.base.batch_size, mesh.size)
   dataset = pipeline.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
@@ -187,7 +188,7 @@ def _copy_members(config, workdir) -> None:
         f"base there first, with config.base.num_members at least {member + 1}"
       )
     selected = files.read_json(source / "selected.json")
-    params = checkpoint.restore_params(source / "params", selected["step"])
+    params = checkpoint.restore_params(source / "params", selected["step"], stage_directory=source)
     checkpoint.save(target / "params", selected["step"], params)
     files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
     files.write_json(target / "selected.json", selected)

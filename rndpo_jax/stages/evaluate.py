@@ -30,9 +30,16 @@ def run(config, workdir: os.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   tuned = checkpoint.steps(workdir / "finetune" / "params")
+  every, last = config.finetune.eval_every_steps, config.finetune.num_steps
+  expected = sorted({*range(every, last + 1, every), last})
   if not tuned:
     raise records.DataError(
       f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"
+    )
+  if tuned != expected:
+    raise checkpoint.CheckpointError(
+      f"{workdir / 'finetune' / 'params'}: found checkpoints of steps {tuned}, expected "
+      f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )
   evaluation = measure.open_evaluation(config, workdir)
   steps = [0, *tuned]

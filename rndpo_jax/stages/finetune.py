@@ -99,7 +99,6 @@ def run(config, workdir: os.PathLike) -> None:
   """
   directory = epath.Path(workdir) / "finetune"
   mesh = parallel.make_mesh()
-  parallel.check_batch_size("config.finetune.batch_size", config.finetune.batch_size, mesh.size)
   dataset = pipeline.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims

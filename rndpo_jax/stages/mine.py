@@ -33,7 +33,7 @@ from rndpo_jax import (
   types,
 )
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import audit, base, finetune, learned, pairs
+from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare
 
 
 class MiningError(RuntimeError):
@@ -48,14 +48,12 @@ def run(config, workdir: os.PathLike) -> None:
 
   Raises:
     MiningError: where no pair is left, naming the filters that took them.
-    config.ConfigError: where devices cannot share `config.mine.batch_size`.
+    records.DataError: where the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  parallel.check_batch_size(
-    "config.mine.batch_size", config.mine.batch_size, jax.local_device_count()
-  )
   dataset = pipeline.open_dataset(config, workdir)
+  prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   if not (directory / "judges.json").exists():

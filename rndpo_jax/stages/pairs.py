@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,12 +43,18 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
   """
   path = epath.Path(path)
   temporary = path.parent / f".{path.name}.tmp"
-  writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
   count = 0
-  for record in records:
-    writer.write(serialization.msgpack_serialize(record))
-    count += 1
-  writer.close()
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in records:
+      writer.write(serialization.msgpack_serialize(record))
+      count += 1
+    writer.close()
+  except RuntimeError as error:  # ArrayRecord's, when it cannot write
+    temporary.unlink(missing_ok=True)
+    if "space" not in str(error):
+      raise
+    raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
   checksum = files.sha256(temporary)
   temporary.replace(path)
   files.write_json(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from collections.abc import Sequence
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import files
 from rndpo_jax.data import builder, folder, nnunet, phantom, records, splits
 
@@ -32,6 +34,12 @@ def run(config, workdir: str | pathlib.Path) -> None:
   clear(workdir)
   source = SOURCES[config.data.source](config)
   parts = _splits(config.data, source.records)
+  blind = set(parts["unlabelled"])
+  check_truth(
+    config,
+    source.records,
+    [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
+  )
   directory.mkdir(parents=True, exist_ok=True)
   try:
     builder.build(source, directory)
@@ -40,6 +48,22 @@ def run(config, workdir: str | pathlib.Path) -> None:
   except BaseException:
     clear(workdir)
     raise
+
+
+def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:
+  """Refuses a judge that is handed true scores where unlabelled records have no mask.
+
+  Raises:
+    records.DataError: naming the first such record.
+  """
+  if config.judge.name not in config_lib.TRUTH_JUDGES:
+    return
+  for index in unlabelled:
+    if not entries[index]["has_mask"]:
+      raise records.DataError(
+        f"config.judge.name: {config.judge.name!r} needs the truth of every unlabelled image, and "
+        f"{entries[index]['record_id']!r} has no mask; take another judge, or add its mask"
+      )
 
 
 def is_done(workdir: pathlib.Path) -> bool:

@@ -204,6 +204,7 @@ def proposal_rows(manifest: Mapping) -> list[tuple[str, str]]:
 
 
 DROPPED = {
+  "not_finite": "taken: judge score not finite",
   "tie": "taken: judge scores equal",
   "score_gap": "taken: score gap too small",
   "identical": "taken: masks identical",
