@@ -1,5 +1,7 @@
 """checkpoint: round trip, ascending steps, and errors that name the folder and the remedy."""
 
+import errno
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,3 +53,13 @@ def test_another_structure_is_refused(saved):
   other = {"layer": {"kernel": jnp.zeros((5, 5))}, "step": jnp.int32(0)}
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
     checkpoint.restore(saved, 10, other)
+
+
+def test_full_disk_is_an_os_error_that_names_the_checkpoint(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+  with pytest.raises(OSError, match="checkpoint .*7 cannot be written") as error:
+    checkpoint.save(tmp_path, 7, TREE)
+  assert error.value.errno == errno.ENOSPC

@@ -1,0 +1,31 @@
+"""files: whole or not there, and errors that name the file."""
+
+import pytest
+
+from rndpo_jax import files
+
+
+def test_round_trip_leaves_one_file(tmp_path):
+  files.write_json(tmp_path / "new" / "a.json", {"b": [1, None]})
+  files.write_json(tmp_path / "new" / "a.json", {"b": 2})
+  assert files.read_json(tmp_path / "new" / "a.json") == {"b": 2}
+  assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_nan_is_refused_and_the_old_file_stays(tmp_path):
+  files.write_json(tmp_path / "a.json", {"b": 1})
+  with pytest.raises(ValueError, match="not JSON compliant"):
+    files.write_json(tmp_path / "a.json", {"b": float("nan")})
+  assert files.read_json(tmp_path / "a.json") == {"b": 1}
+
+
+def test_truncated_json_is_named(tmp_path):
+  (tmp_path / "a.json").write_text('{"b": ')
+  with pytest.raises(files.FileError, match="a.json: no valid JSON.*delete it"):
+    files.read_json(tmp_path / "a.json")
+
+
+def test_checksum_is_that_of_the_bytes(tmp_path):
+  files.write_text(tmp_path / "a", "abc")
+  expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+  assert files.sha256(tmp_path / "a") == expected
