@@ -29,7 +29,8 @@ def test_results_hold_what_the_contract_says(tiny_run):
   assert results["num_labelled_cases"] == 4 and results["seed"] == config.seed
   for model in ("base", "finetuned", "selected"):
     for split in ("val", "test"):
-      assert 0 <= results[model][split]["dice"] <= 1
+      # Far from good, yet no empty masks: equal results would say little of those.
+      assert 0.1 < results[model][split]["dice"] < 1
   assert [row["step"] for row in results["curve"]] == [0, 4, 8]
   assert results["curve"][-1]["test_dice"] == results["finetuned"]["test"]["dice"]
   assert set(results["sustained"]) >= {
@@ -196,7 +197,7 @@ def test_base_of_another_workdir_gives_the_same_job(tiny_run, tiny_config, tmp_p
   _, first = tiny_run
   pipeline.run(tiny_config(base__workdir=str(first)), tmp_path)
   assert (tmp_path / "results.json").read_bytes() == (first / "results.json").read_bytes()
-  other = tiny_config(base__workdir=str(first), model__width=8, data__num_val=2)
+  other = tiny_config(base__workdir=str(first), model__width=4, data__num_val=2)
   with pytest.raises(config_lib.ConfigError, match="config.data.num_val.*config.model.width"):
     pipeline.run(other, tmp_path / "other")
   with pytest.raises(config_lib.ConfigError, match="config.base.workdir"):
@@ -215,8 +216,8 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
   pipeline.run(config, tmp_path, ["base", "mine", "finetune"])
   rows = training.read_rows(tmp_path / "finetune", "train")
   # XLA fuses the two forward passes each in its own way: equal but for rounding of the sums.
-  np.testing.assert_allclose(rows[0]["loss"], math.log(2), rtol=1e-6)
-  assert abs(rows[0]["h_mean"]) < 1e-4 and abs(rows[0]["chosen_log_ratio"]) < 1e-4
+  assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
+  assert abs(rows[0]["h_mean"]) < 1e-3 and abs(rows[0]["chosen_log_ratio"]) < 1e-2
   assert rows[-1]["h_mean"] > 0
   assert tree_bytes(first / "base") == before
 

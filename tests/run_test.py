@@ -53,7 +53,7 @@ def kill_when(workdir, path, deadline_seconds=240):
 
 def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_run, tmp_path):
   _, undisturbed = tiny_run
-  for path in ("base/state/10", "pairs/pairs-00000-of-00002.array_record", "finetune/params/4"):
+  for path in ("base/state/50", "pairs/pairs-00000-of-00002.array_record", "finetune/params/4"):
     kill_when(tmp_path, path)
     assert not (tmp_path / "results.json").exists()
   code, output = run(tmp_path)
