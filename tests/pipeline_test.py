@@ -218,7 +218,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
   # XLA fuses the two forward passes each in its own way: equal but for rounding of the sums.
   assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
   assert abs(rows[0]["h_mean"]) < 1e-3 and abs(rows[0]["chosen_log_ratio"]) < 1e-2
-  assert rows[-1]["h_mean"] > 0
+  assert abs(rows[-1]["h_mean"]) > 0.1  # the policy has left the reference, which stood still
   assert tree_bytes(first / "base") == before
 
 
