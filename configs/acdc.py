@@ -3,8 +3,8 @@
   python -m launch.run --config=configs/acdc.py --config.data.root=DIR --workdir=OUT
 
 DIR is an nnU-Net raw folder (dataset.json, imagesTr, labelsTr) with cases patientNNN_frameMM;
-both frames of a patient stand in the same split. Takes about 10 minutes on 2 CPU cores; test Dice of
-the last checkpoint 0.705 against 0.700 of the base (seed 0, judge agreement).
+both frames of a patient stand in the same split. Takes about 10 minutes on 2 CPU cores;
+test Dice of the last checkpoint 0.705, of the base 0.700 (seed 0, judge agreement).
 """
 
 from rndpo_jax import config as config_lib
