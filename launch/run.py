@@ -24,12 +24,12 @@ _STAGES = flags.DEFINE_list("stages", None, "Stages to run; all by default.")
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  logging.set_verbosity(logging.ERROR)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import checkpoint, config, files, judges, pipeline, progress, training
   from rndpo_jax.data import records
   from rndpo_jax.stages import mine, pairs
 
-  logging.set_verbosity(logging.ERROR)
   refusals = (
     config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
     pairs.PairsError, mine.MiningError, files.FileError, judges.JudgeError,
