@@ -103,6 +103,15 @@ def test_log_two_and_zero_h_where_policy_is_the_reference(objective):
   assert loss == np.float32(math.log(2)) and metrics["h_mean"] == 0 and metrics["accuracy"] == 0.5
 
 
+def test_a_region_of_one_pixel_is_divided_by_one():
+  chosen, rejected = np.zeros((2, 1, 2, 2), np.uint8)
+  chosen[0, 0, 1] = 1
+  policy, reference = draw((1, 2, 2), 2)[:2]
+  dpo, _ = losses.dpo_loss(policy, reference, chosen, rejected, beta=1.5)
+  rn_dpo, _ = losses.rn_dpo_loss(policy, reference, chosen, rejected, beta=1.5)
+  assert dpo == rn_dpo and abs(dpo - math.log(2)) > 0.01
+
+
 def test_swapping_the_pair_negates_the_margin():
   policy, _, chosen, rejected = draw((2, 5, 6), 4)
   there = losses.pair_margin(policy, chosen, rejected)
