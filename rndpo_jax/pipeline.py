@@ -17,8 +17,8 @@ import jax
 import ml_collections
 from etils import epath
 
+from rndpo_jax import checks, files, judges, parallel, progress
 from rndpo_jax import config as config_lib
-from rndpo_jax import files, judges, parallel, progress
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
 RUNNERS = {
@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
       before it, a workdir that cannot be written or that holds another config.
     The stages' own errors.
   """
-  config_lib.validate(config)
+  checks.validate(config)
   unknown = [name for name in stages if name not in config_lib.STAGES]
   if unknown:
     raise config_lib.ConfigError(

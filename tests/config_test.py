@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
+from rndpo_jax import checks, judges, mining
 from rndpo_jax import config as config_lib
-from rndpo_jax import judges, mining
 
 CONFIGS = sorted(
   path.stem
@@ -55,22 +55,22 @@ def test_refuses_what_cannot_work(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(config_lib.ConfigError, match=message):
-    config_lib.validate(config)
+    checks.validate(config)
 
 
 def test_mc_dropout_needs_dropout():
   config = config_lib.base_config()
   config.model.dropout = 0.0
-  config_lib.validate(config)
+  checks.validate(config)
   config.proposals.mix = "mc_dropout:8"
   with pytest.raises(config_lib.ConfigError, match="config.model.dropout"):
-    config_lib.validate(config)
+    checks.validate(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_but_for_the_place_of_its_data(name):
   config = importlib.import_module(f"configs.{name}").get_config()
-  config_lib.validate(config)
+  checks.validate(config)
   assert config.is_locked
   assert not config.data.root
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, metrics, models, results, types
+from rndpo_jax import checkpoint, checks, files, metrics, models, results, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import pipeline, records
 from rndpo_jax.stages import evaluate, gallery, measure, prepare
@@ -26,7 +26,7 @@ def _config():
   config.finetune.num_steps, config.finetune.eval_every_steps = 4, 2
   config.evaluate.batch_size = 4
   config.evaluate.metrics = NAMES
-  config_lib.validate(config)
+  checks.validate(config)
   return config
 
 

@@ -1,0 +1,184 @@
+"""The checks on a config, before anything runs: values that cannot work are refused by key."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.config import ConfigError
+
+
+def validate(config) -> None:
+  """Refuses values that cannot work, before anything runs.
+
+  Raises:
+    ConfigError: naming the key, what was found and what is expected.
+  """
+  _check_choices(config)
+  _check_ranges(config)
+  _check_grid(config)
+  count = sum(n for _, n in config_lib.parse_mix(config.proposals.mix))
+  rule, pairs = config.mine.rule, config.mine.pairs_per_image
+  if rule != "random_pair" and pairs > count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but rule {rule!r} gives at most K - 1 = "
+      f"{count - 1} pairs of K = {count} proposals"
+    )
+  if rule == "top_vs_rest" and pairs != count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
+      f"image, found {pairs}; set it to {count - 1}"
+    )
+  if pairs > count * (count - 1) // 2:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but K = {count} proposals make only "
+      f"{count * (count - 1) // 2} pairs"
+    )
+  if config.finetune.augment and config.finetune.reference != "online":
+    raise ConfigError(
+      "config.finetune.reference: augmented images need an 'online' reference (cached margins "
+      "belong to the image as it was mined); set it, or set config.finetune.augment=False"
+    )
+  noisy = config.judge.flip_rate > 0 or config.judge.noise_level > 0
+  if noisy != (config.judge.name == "noisy_oracle"):
+    raise ConfigError(
+      f"config.judge: name is {config.judge.name!r} with flip_rate={config.judge.flip_rate} and "
+      f"noise_level={config.judge.noise_level}; the two are read by 'noisy_oracle' alone, which "
+      "needs one of them above 0"
+    )
+  for key in ("case_pattern", "group_pattern"):
+    _check_pattern(key, config.data[key])
+
+
+def _check_choices(config) -> None:
+  choices = {
+    "data.source": config_lib.SOURCES,
+    "data.spatial_dims": (2, 3),
+    "data.normalization": ("zscore", "minmax"),
+    "model.name": ("unet",),
+    "model.norm": ("group", "instance"),
+    "model.dtype": ("float32", "bfloat16"),
+    "base.select": ("best", "last"),
+    "mine.rule": config_lib.RULES,
+    "finetune.objective": config_lib.OBJECTIVES,
+    "finetune.schedule": ("cosine", "constant"),
+    "finetune.reference": ("cached", "online"),
+  }
+  for key, allowed in choices.items():
+    section, name = key.split(".")
+    if config[section][name] not in allowed:
+      raise ConfigError(
+        f"config.{key}: found {config[section][name]!r}, expected one of "
+        f"{', '.join(map(str, allowed))}"
+      )
+  if "noisy_oracle" in config.judge.compare:
+    raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
+  for name in (config.judge.name, *config.judge.compare):
+    if name not in config_lib.JUDGES and ":" not in name:
+      raise ConfigError(
+        f"config.judge: unknown judge {name!r}; known: {', '.join(config_lib.JUDGES)}, or a "
+        "function of your own as package.module:function"
+      )
+  for name in config.evaluate.metrics:
+    if name not in config_lib.METRICS:
+      raise ConfigError(
+        f"config.evaluate.metrics: unknown metric {name!r}; known: {', '.join(config_lib.METRICS)}"
+      )
+  if "dice" not in config.evaluate.metrics:
+    raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
+
+
+_POSITIVE = (
+  "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
+  "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
+  "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
+  "mine.min_region_size", "mine.batch_size", "mine.num_shards", "finetune.beta",
+  "finetune.num_steps", "finetune.batch_size", "finetune.learning_rate",
+  "finetune.log_every_steps", "finetune.eval_every_steps", "evaluate.batch_size",
+  "judge.num_bootstrap", "judge.learned.width", "judge.learned.num_steps",
+  "judge.learned.batch_size", "judge.learned.masks_per_image", "judge.learned.learning_rate",
+  "data.num_labelled", "data.num_val", "data.num_test",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+  "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
+  "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",
+  "proposals.threshold_shift", "judge.border", "judge.noise_level", "mine.min_score_gap",
+  "mine.max_region_size", "finetune.weight_decay", "finetune.clip_norm",
+  "evaluate.nsd_tolerance_mm", "augment.intensity_scale", "augment.gamma_scale",
+  "augment.noise_scale", "augment.elastic_scale", "augment.elastic_smoothing",
+)  # fmt: skip
+_FRACTIONS = (
+  "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
+  "augment.gamma", "augment.noise", "augment.elastic",
+)  # fmt: skip
+
+
+def _check_ranges(config) -> None:
+  for key in _POSITIVE:
+    value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+    if not value > 0 or not math.isfinite(value):
+      raise ConfigError(f"config.{key}: found {value}, expected a finite value above 0")
+  for key in _NOT_NEGATIVE:
+    section, name = key.split(".")
+    if not config[section][name] >= 0 or not math.isfinite(config[section][name]):
+      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0 or more")
+  for key in _FRACTIONS:
+    section, name = key.split(".")
+    if not 0 <= config[section][name] <= 1:
+      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
+  if config.data.num_unlabelled == 0 or config.data.num_unlabelled < -1:
+    raise ConfigError(
+      f"config.data.num_unlabelled: found {config.data.num_unlabelled}, expected a count, or -1 "
+      "for all that are left"
+    )
+  if 0 < config.mine.max_region_size < config.mine.min_region_size:
+    raise ConfigError(
+      f"config.mine.max_region_size: found {config.mine.max_region_size}, below min_region_size="
+      f"{config.mine.min_region_size}; no pair could pass"
+    )
+  if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
+    raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
+  if "mc_dropout" in config.proposals.mix and config.model.dropout == 0:
+    raise ConfigError(
+      "config.model.dropout: it is 0, so 'mc_dropout' proposals would all be the same; set it "
+      "above 0 or take mc_dropout out of config.proposals.mix"
+    )
+
+
+def _check_grid(config) -> None:
+  size, dims = tuple(config.data.size), config.data.spatial_dims
+  if len(size) != dims:
+    raise ConfigError(
+      f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
+    )
+  if config.data.crop and len(config.data.crop) != dims:
+    raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
+  if min((*size, *config.data.crop)) < 1:
+    raise ConfigError(
+      f"config.data.size: found {size} with crop {tuple(config.data.crop)}, expected values above 0"
+    )
+  step = 2 ** (config.model.depth - 1)
+  if any(s % step for s in size):
+    raise ConfigError(
+      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
+      f"multiples of {step}"
+    )
+  if config.augment.turn > 0 and size[0] != size[1]:
+    raise ConfigError(
+      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
+    )
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+  if not pattern:
+    return
+  try:
+    groups = re.compile(pattern).groups
+  except re.error as error:
+    raise ConfigError(f"config.data.{key}: {pattern!r} is no regular expression: {error}") from None
+  if groups != 1:
+    raise ConfigError(
+      f"config.data.{key}: {pattern!r} has {groups} groups, expected 1, as in '(case\\d+)_z\\d+'"
+    )
