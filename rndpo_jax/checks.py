@@ -7,6 +7,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import objectives
 from rndpo_jax.config import ConfigError
 
 
@@ -36,7 +37,8 @@ def validate(config) -> None:
       f"config.mine.pairs_per_image: found {pairs}, but K = {count} proposals make only "
       f"{count * (count - 1) // 2} pairs"
     )
-  if config.finetune.augment and config.finetune.reference != "online":
+  _check_objective(config)
+  if config.finetune.augment and config.finetune.reference == "cached":
     raise ConfigError(
       "config.finetune.reference: augmented images need an 'online' reference (cached margins "
       "belong to the image as it was mined); set it, or set config.finetune.augment=False"
@@ -52,6 +54,43 @@ def validate(config) -> None:
     _check_pattern(key, config.data[key])
 
 
+def _check_objective(config) -> None:
+  """Refuses options that the objective does not read, and those it misses."""
+  options, defaults = config.finetune, config_lib.base_config().finetune
+  power, smoothed = options.normalization == "power", options.objective in objectives.SMOOTHED
+  unread = {
+    "normalization": options.objective == "rn_dpo",
+    "power_exponent": not power,
+    "power_floor": not power,
+    "label_smoothing": not smoothed,
+    "discopop_temperature": options.objective != "discopop",
+    "anchor_weight": options.anchor == "none",
+  }
+  for key, is_unread in unread.items():
+    if is_unread and options[key] != defaults[key]:
+      raise ConfigError(
+        f"config.finetune.{key}: found {options[key]!r}, which nothing reads with objective "
+        f"{options.objective!r}, normalization {options.normalization!r} and anchor "
+        f"{options.anchor!r}; leave it at {defaults[key]!r}"
+      )
+  if smoothed and not 0 < options.label_smoothing < 0.5:
+    raise ConfigError(
+      f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
+      f"{options.objective!r} needs it above 0 and below 0.5"
+    )
+  if options.anchor != "none" and not options.anchor_weight > 0:
+    raise ConfigError(
+      f"config.finetune.anchor_weight: found {options.anchor_weight}, but anchor "
+      f"{options.anchor!r} needs it above 0"
+    )
+  wrong = [k for k in options.region_classes if not 0 <= k < (config.data.num_classes or 256)]
+  if wrong:
+    raise ConfigError(
+      f"config.finetune.region_classes: found class id {wrong[0]}, expected ids from 0 to "
+      f"data.num_classes - 1"
+    )
+
+
 def _check_choices(config) -> None:
   choices = {
     "data.source": config_lib.SOURCES,
@@ -64,7 +103,11 @@ def _check_choices(config) -> None:
     "mine.rule": config_lib.RULES,
     "finetune.objective": config_lib.OBJECTIVES,
     "finetune.schedule": ("cosine", "constant"),
-    "finetune.reference": ("cached", "online"),
+    "finetune.reference": ("cached", "online", "none"),
+    "finetune.normalization": ("", "none", "region", "power"),
+    "finetune.region_unit": ("pixel", "mm"),
+    "finetune.pair_weight": ("none", "score_gap", "reliability"),
+    "finetune.anchor": ("none", "chosen", "labelled"),
   }
   for key, allowed in choices.items():
     section, name = key.split(".")
@@ -95,6 +138,7 @@ _POSITIVE = (
   "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
   "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
   "mine.min_region_size", "mine.batch_size", "mine.num_shards", "finetune.beta",
+  "finetune.power_floor", "finetune.discopop_temperature",
   "finetune.num_steps", "finetune.batch_size", "finetune.learning_rate",
   "finetune.log_every_steps", "finetune.eval_every_steps", "evaluate.batch_size",
   "judge.num_bootstrap", "judge.learned.width", "judge.learned.num_steps",
@@ -105,7 +149,8 @@ _NOT_NEGATIVE = (
   "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
   "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",
   "proposals.threshold_shift", "judge.border", "judge.noise_level", "mine.min_score_gap",
-  "mine.max_region_size", "finetune.weight_decay", "finetune.clip_norm",
+  "mine.max_region_size", "finetune.weight_decay", "finetune.clip_norm", "finetune.power_exponent",
+  "finetune.label_smoothing", "finetune.anchor_weight",
   "evaluate.nsd_tolerance_mm", "augment.intensity_scale", "augment.gamma_scale",
   "augment.noise_scale", "augment.elastic_scale", "augment.elastic_smoothing",
 )  # fmt: skip

@@ -12,7 +12,10 @@ import ml_collections
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 SOURCES = ("phantom", "folder", "nnunet")
 RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
-OBJECTIVES = ("dpo", "rn_dpo")
+OBJECTIVES = (
+  "dpo", "rn_dpo", "cdpo", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair",
+  "sppo_hard", "apo_zero", "apo_down", "discopop",
+)  # fmt: skip
 SAMPLERS = ("base", "mc_dropout", "tta", "logit_noise", "temperature", "threshold")
 JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_oracle")
 # Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
@@ -126,9 +129,19 @@ def base_config() -> ml_collections.ConfigDict:
   mine.num_shards = 4
 
   config.finetune = finetune = ml_collections.ConfigDict()
-  finetune.objective = "rn_dpo"  # rn_dpo | dpo
+  finetune.objective = "rn_dpo"  # a name of objectives.OBJECTIVES
   finetune.beta = 10.0  # see losses.preference_loss for its conversion between objectives
-  finetune.reference = "cached"  # cached margins | online (needed with augment)
+  finetune.normalization = ""  # none | region | power; "" is the objective's own
+  finetune.power_exponent = 0.5  # power divides sums over D by max(|D|, floor)**exponent
+  finetune.power_floor = 1.0  # in region_unit
+  finetune.region_unit = "pixel"  # pixel of the model's grid | mm (mm^2 or mm^3)
+  finetune.region_classes = ()  # D counts pixels of these class ids alone; () all
+  finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
+  finetune.discopop_temperature = 0.05
+  finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
+  finetune.anchor = "none"  # none | chosen | labelled: cross-entropy added to the loss
+  finetune.anchor_weight = 0.0
+  finetune.reference = "cached"  # cached margins | online (needed with augment) | none
   finetune.augment = False
   finetune.num_steps = 300
   finetune.batch_size = 16

@@ -69,6 +69,39 @@ def _overlap(masks, labels, num_classes, spatial_dims):
   return jnp.stack(intersection, axis=-1), jnp.stack(total, axis=-1)
 
 
+def entropy(logits: Array) -> jax.Array:
+  """Entropy of a pixel's class distribution, in nats, mean over the pixels.
+
+  Args:
+    logits: f[B, *S, C], C >= 2.
+
+  Returns:
+    f32[B], 0 to log C.
+  """
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return -_pixel_mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+
+
+def kl_divergence(logits: Array, reference_logits: Array) -> jax.Array:
+  """KL(policy || reference) of a pixel's class distribution, in nats, mean over the pixels.
+
+  Args:
+    logits: f[B, *S, C], C >= 2, of the policy.
+    reference_logits: likewise.
+
+  Returns:
+    f32[B], >= 0 but for rounding.
+  """
+  log_probs, reference = (
+    jax.nn.log_softmax(z.astype(jnp.float32), axis=-1) for z in (logits, reference_logits)
+  )
+  return _pixel_mean(jnp.sum(jnp.exp(log_probs) * (log_probs - reference), axis=-1))
+
+
+def _pixel_mean(values):
+  return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
 def pixel_counts(mask: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
   """Counts the pixels of each class; the counts of a case's slices add up to the case's.
 

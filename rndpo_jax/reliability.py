@@ -66,6 +66,37 @@ def reliability(
   return result
 
 
+def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> dict:
+  """How often a judge is right, by the gap between its two scores.
+
+  Pairs that differ in truth and in score are put into bins of equal count by score gap.
+
+  Args:
+    scores: f[N, K], the judge's.
+    truth: f[N, K], the true scores.
+    num_bins: wanted; fewer where there are fewer distinct gaps.
+
+  Returns:
+    {"gap_edges": the inner edges, ascending, "accuracy": share of pairs right of each bin, one
+    more than edges}; without any pair one bin with accuracy 0.5.
+  """
+  scores, truth = np.asarray(scores, np.float64), np.asarray(truth, np.float64)
+  first, second = np.triu_indices(scores.shape[1], 1)
+  gap, true_gap = scores[:, first] - scores[:, second], truth[:, first] - truth[:, second]
+  usable = np.isfinite(gap) & (gap != 0) & (true_gap != 0)
+  gap, right = np.abs(gap[usable]), (gap * true_gap > 0)[usable]
+  if not gap.size:
+    return {"gap_edges": [], "accuracy": [0.5]}
+  edges = np.unique(np.quantile(gap, np.arange(1, num_bins) / num_bins))
+  bins = np.searchsorted(edges, gap)
+  counts = np.bincount(bins, minlength=len(edges) + 1)
+  accuracy = np.bincount(bins, weights=right, minlength=len(edges) + 1) / np.maximum(counts, 1)
+  return {
+    "gap_edges": edges.tolist(),
+    "accuracy": np.where(counts > 0, accuracy, 0.5).tolist(),
+  }
+
+
 def _pair_figures(scores, truth):
   """Pair accuracy and tau-b f[N] of each image, NaN where no pair differs in truth."""
   first, second = np.triu_indices(scores.shape[1], 1)

@@ -69,28 +69,43 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, me
   return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
 
 
-def make_validate(apply: Callable, num_classes: int, batches: Callable[[], Iterable[types.Batch]]):
-  """Mean foreground Dice on the model's grid, mean over images.
+def make_validate(
+  apply: Callable,
+  num_classes: int,
+  batches: Callable[[], Iterable[types.Batch]],
+  reference: types.Params | None = None,
+):
+  """Mean foreground Dice on the model's grid, mean over images; and how far the policy has gone.
 
   Args:
     apply: (params, images) -> logits f32[B, *S, C].
     num_classes: C.
     batches: () -> the labelled batches to go through once; padding is left out.
+    reference: parameters to measure the divergence from, or None.
 
   Returns:
-    validate(params) -> {"val_dice": float}.
+    validate(params) -> {"val_dice": float}; with a reference also "val_kl", the KL divergence
+    from it, and "val_entropy", in nats a pixel.
   """
 
   @jax.jit
-  def dice_sum(params, batch):
-    masks = jnp.argmax(apply(params, batch.images), axis=-1).astype(jnp.uint8)
+  def sums(params, reference, batch):
+    logits = apply(params, batch.images)
+    masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
     per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
-    return jnp.sum(jnp.mean(per_class, axis=-1) * batch.valid), jnp.sum(batch.valid)
+    values = {"val_dice": jnp.mean(per_class, axis=-1)}
+    if reference is not None:
+      values["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
+      values["val_entropy"] = metrics.entropy(logits)
+    return {name: jnp.sum(value * batch.valid) for name, value in values.items()}
 
   def validate(params) -> dict[str, float]:
-    sums = [dice_sum(params, batch) for batch in batches()]
-    total, count = np.sum(jax.device_get(sums), axis=0)
-    return {"val_dice": float(total / count)}
+    count, parts = 0, []
+    for batch in batches():
+      parts.append(sums(params, reference, batch))
+      count += int(np.sum(batch.valid))
+    parts = jax.device_get(parts)
+    return {name: float(sum(part[name] for part in parts) / count) for name in parts[0]}
 
   return validate
 

@@ -120,3 +120,8 @@ def test_normalisation_is_by_channel_and_finite(how):
   else:
     np.testing.assert_allclose([low, high], [0, 1], atol=1e-6)
     np.testing.assert_allclose(out[..., 0].std(), 1, atol=1e-5)
+
+
+def test_voxel_volume_of_the_model_grid():
+  assert geometry.voxel_volume((0.5, 2.0), (64, 32), (32, 32), ()) == 2.0
+  assert geometry.voxel_volume((0.5, 2.0, 3.0), (64, 32, 9), (8, 16, 4), (16, 16, 8)) == 12.0

@@ -146,3 +146,13 @@ def test_surface_metrics_of_empty_masks():
 def test_bad_spacing_is_refused(spacing):
   with pytest.raises(ValueError, match="spacing"):
     metrics.surface_metrics(np.ones((2, 2), bool), np.ones((2, 2), bool), spacing, 1.0)
+
+
+def test_entropy_and_divergence_by_hand():
+  # Class probabilities (1/4, 3/4) against (1/2, 1/2), and equal ones beside them.
+  logits = np.log(np.array([[[[1.0, 3.0], [1.0, 1.0]]]], np.float32))
+  reference = np.zeros_like(logits)
+  expected = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
+  np.testing.assert_allclose(metrics.kl_divergence(logits, reference), [expected / 2], rtol=1e-5)
+  entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75)) + np.log(2)
+  np.testing.assert_allclose(metrics.entropy(logits), [entropy / 2], rtol=1e-6)

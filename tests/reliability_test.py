@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rndpo_jax.reliability import reliability
+from rndpo_jax.reliability import calibration, reliability
 
 
 def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):
@@ -104,3 +104,12 @@ def test_intervals_are_seeded_and_hold_the_mean():
 def test_input_that_does_not_fit_is_refused(scores, truth, cases):
   with pytest.raises(ValueError):
     measure(scores, truth, cases)
+
+
+def test_calibration_counts_right_pairs_by_gap():
+  # Gaps 1, 3, 2: the first image's pairs are right at 1 and 3 and wrong at 2.
+  found = calibration([[0.0, 1.0, 3.0]], [[0.0, 0.6, 0.5]], num_bins=3)
+  assert len(found["gap_edges"]) == 2 and 1 < found["gap_edges"][0] < 2 < found["gap_edges"][1] < 3
+  assert found["accuracy"] == [1.0, 0.0, 1.0]
+  nothing = calibration([[1.0, 1.0]], [[0.0, 0.5]])
+  assert nothing == {"gap_edges": [], "accuracy": [0.5]}

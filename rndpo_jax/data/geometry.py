@@ -133,6 +133,24 @@ def to_native(logits: np.ndarray, native_shape: Sequence[int], crop: Sequence[in
   return out
 
 
+def voxel_volume(
+  spacing: Sequence[float], native_shape: Sequence[int], size: Sequence[int], crop: Sequence[int]
+) -> float:
+  """What a pixel of the model's grid stands for.
+
+  Args:
+    spacing: mm of a source pixel, one an axis.
+    native_shape: S of the source.
+    size: the model's grid.
+    crop: as in the config; () for none.
+
+  Returns:
+    mm^2 for two axes, mm^3 for three.
+  """
+  window = crop if len(crop) else native_shape
+  return math.prod(mm * n / m for mm, n, m in zip(spacing, window, size, strict=True))
+
+
 def normalize(image: np.ndarray, how: str) -> np.ndarray:
   """Normalises f32[*S, I], each channel alone; a constant channel becomes zero.
 

@@ -67,6 +67,7 @@ def write_reliability(config, directory: epath.Path, dataset, outputs: Iterable)
         num_bootstrap=config.judge.num_bootstrap,
         seed=config.seed,
       ),
+      "calibration": reliability.calibration(whole["scores"][name], truth),
       "split": "val",
       "used": name == config.judge.name,
     }

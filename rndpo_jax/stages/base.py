@@ -146,8 +146,8 @@ def labelled_batches(
   return batches
 
 
-def validation(config, dataset, segmenter: types.Segmenter):
-  """params -> {"val_dice"}: mean foreground Dice of the validation split on the model's grid."""
+def validation(config, dataset, segmenter: types.Segmenter, reference: types.Params | None = None):
+  """`training.make_validate` on the validation split."""
 
   def batches():
     return pipeline.batches(
@@ -157,7 +157,7 @@ def validation(config, dataset, segmenter: types.Segmenter):
       with_labels=True,
     )
 
-  return training.make_validate(segmenter.apply, dataset.num_classes, batches)
+  return training.make_validate(segmenter.apply, dataset.num_classes, batches, reference)
 
 
 def _select(config, directory: epath.Path) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import files, losses, models, packing, parallel, training, types
-from rndpo_jax.data import augment, pipeline
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import augment, geometry, pipeline
 from rndpo_jax.stages import base, pairs
 
 
@@ -25,70 +27,79 @@ def make_loss_fn(
   *,
   num_classes: int,
   size: tuple[int, ...],
-  objective: str,
-  beta: float,
-  augment_options: dict | None,
+  objective_options: dict,
+  region_classes: tuple[int, ...] | None = None,
+  reference: str = "cached",
+  augment_options: dict | None = None,
+  anchor: str = "none",
+  anchor_weight: float = 0.0,
+  dice_weight: float = 0.0,
 ):
   """(params, batch, key) -> (loss, metrics); policy dropout is off, so h is 0 at step 0.
 
+  Args:
+    segmenter: of the policy, and of the reference where it is online.
+    num_classes: C.
+    size: S, the model's grid.
+    objective_options: keyword arguments of `losses.preference_loss`.
+    region_classes: see `margins.region`.
+    reference: "cached" (margins in the batch), "online" (reference_params in the batch) or
+      "none" (a reference margin of 0).
+    augment_options: of `augment.augment`, or None.
+    anchor: "none", "chosen" (adds cross-entropy against the chosen masks) or "labelled" (adds the
+      supervised loss on labelled images).
+    anchor_weight: factor of the anchor.
+    dice_weight: of the supervised loss on labelled images.
+
   The batch holds image f32[B, *S, I], chosen and rejected (packed u8[B, P, bits, bytes]),
-  reference_margin, reference_log_prob (of chosen) and valid f32[B, P]; and, with an online
-  reference, reference_params.
+  reference_margin, reference_log_prob and weight f32[B, P] (0 where a slot has no pair), and
+  voxel_volume f32[B]; with a labelled anchor also labelled, as `base.make_loss_fn` takes it.
   """
+  which = {"classes": region_classes}
 
   def loss_fn(params, batch, key):
-    images = batch["image"]
-    masks = [packing.unpack(batch[name], size, num_classes) for name in ("chosen", "rejected")]
-    num_pairs = masks[0].shape[1]
+    images, packed = batch["image"], [batch["chosen"], batch["rejected"]]
+    masks = [packing.unpack(mask, size, num_classes) for mask in packed]
     if augment_options is not None:
-      images, both = augment.augment(key, images, jnp.concatenate(masks, axis=1), **augment_options)
-      masks = [both[:, :num_pairs], both[:, num_pairs:]]
-    chosen, rejected = masks
+      both = jnp.concatenate(masks, axis=1)
+      images, both = augment.augment(key, images, both, **augment_options)
+      packed, masks = None, jnp.split(both, 2, axis=1)
     logits = segmenter.apply(params, images)
-    policy_margin = losses.pair_margin(logits, chosen, rejected)
     reference_margin, reference_log_prob = batch["reference_margin"], batch["reference_log_prob"]
-    if "reference_params" in batch:
+    if reference == "online":
       frozen = segmenter.apply(batch["reference_params"], images)
-      reference_margin = losses.pair_margin(frozen, chosen, rejected)
-      reference_log_prob = log_prob(frozen, chosen)
-    region = losses.region_size(chosen, rejected, spatial_dims=len(size))
+      reference_margin = losses.pair_margin(frozen, *masks, **which)
+      reference_log_prob = losses.pair_log_prob(frozen, *masks, **which)
+    elif reference == "none":
+      reference_margin, reference_log_prob = jnp.zeros((2, *reference_margin.shape))
+    # Bit planes, where they still stand for the masks: an eighth of the bytes in both passes.
+    source = masks if packed is None else packed
     loss, metrics = losses.preference_loss(
-      policy_margin,
+      losses.pair_margin(logits, *source, packed=packed is not None, **which),
       reference_margin,
-      region,
-      objective=objective,
-      beta=beta,
-      weight=batch["valid"],
+      losses.region_size(*masks, spatial_dims=len(size), **which),
+      weight=batch["weight"],
+      policy_log_prob=losses.pair_log_prob(logits, *masks, **which),
+      reference_log_prob=reference_log_prob,
+      voxel_volume=batch["voxel_volume"][:, None],
+      **objective_options,
     )
-    chosen_log_ratio = log_prob(logits, chosen) - reference_log_prob
-    rejected_log_ratio = chosen_log_ratio - (policy_margin - reference_margin)
-    count = jnp.maximum(jnp.sum(batch["valid"]), 1.0)
-    metrics["chosen_log_ratio"] = jnp.sum(chosen_log_ratio * batch["valid"]) / count
-    metrics["rejected_log_ratio"] = jnp.sum(rejected_log_ratio * batch["valid"]) / count
-    quantiles = jnp.nanquantile(
-      jnp.where(batch["valid"] > 0, region.astype(jnp.float32), jnp.nan),
-      jnp.array([0.05, 0.5, 0.95]),
-    )
-    for name, value in zip(("p5", "p50", "p95"), quantiles, strict=True):
-      metrics[f"region_size_{name}"] = value
-    return loss, metrics
+    if anchor == "chosen":
+      metrics["anchor"] = _chosen_cross_entropy(logits, masks[0], batch["weight"])
+    elif anchor == "labelled":
+      labelled = batch["labelled"]
+      metrics["anchor"], _ = losses.supervised_loss(
+        segmenter.apply(params, labelled["image"]), labelled["label"], dice_weight=dice_weight
+      )
+    return loss + anchor_weight * metrics.get("anchor", 0.0), metrics
 
   return loss_fn
 
 
-def log_prob(logits: types.Array, masks: types.Array) -> jax.Array:
-  """log pi(y|x) = sum over all pixels of log softmax(z_p)[y_p].
-
-  Args:
-    logits: f[B, *S, C].
-    masks: u8[B, P, *S].
-
-  Returns:
-    f32[B, P].
-  """
-  pixels = masks[0, 0].size
-  mean = jax.vmap(losses.cross_entropy, in_axes=(None, 1), out_axes=1)(logits, masks)
-  return -pixels * mean
+def _chosen_cross_entropy(logits, chosen, weight):
+  """Mean over pairs and pixels of -log softmax(z_p)[y+_p]."""
+  entropy = jax.vmap(losses.cross_entropy, in_axes=(None, 1), out_axes=1)(logits, chosen)
+  return jnp.sum(entropy * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -108,9 +119,7 @@ def run(config, workdir: os.PathLike) -> None:
     segmenter,
     num_classes=dataset.num_classes,
     size=dataset.size,
-    objective=config.finetune.objective,
-    beta=config.finetune.beta,
-    augment_options=config.augment.to_dict() if config.finetune.augment else None,
+    **loss_options(config),
   )
   transformation = optimizer(config.finetune)
   reference = None
@@ -126,9 +135,36 @@ def run(config, workdir: os.PathLike) -> None:
     description="finetune",
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
-    validate=base.validation(config, dataset, segmenter),
+    validate=base.validation(config, dataset, segmenter, reference=params),
   )
   files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
+
+
+def loss_options(config) -> dict:
+  """Keyword arguments of `make_loss_fn` that the config gives."""
+  options = config.finetune
+  return {
+    "objective_options": {
+      "objective": options.objective,
+      "beta": options.beta,
+      "normalization": options.normalization or None,
+      "exponent": options.power_exponent,
+      "floor": options.power_floor,
+      "label_smoothing": options.label_smoothing,
+      "temperature": options.discopop_temperature,
+    },
+    "region_classes": region_classes(config),
+    "reference": options.reference,
+    "augment_options": config.augment.to_dict() if options.augment else None,
+    "anchor": options.anchor,
+    "anchor_weight": options.anchor_weight,
+    "dice_weight": config.base.dice_weight,
+  }
+
+
+def region_classes(config) -> tuple[int, ...] | None:
+  """The class ids whose pixels count in D; None for all."""
+  return tuple(config.finetune.region_classes) or None
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -146,14 +182,19 @@ def pair_batches(
   config, workdir, dataset, mesh: Mesh, reference: types.Params | None
 ) -> Callable[[int], Iterator[dict]]:
   """Start step -> endless batches of images with their pairs, on device; see `make_loss_fn`."""
-  table = pairs.read(epath.Path(workdir) / "pairs")
+  directory = epath.Path(workdir) / "pairs"
+  table = pairs.read(directory)
+  weigh = pair_weights(config, directory)
+  volume = voxel_volumes(config, dataset)
 
   def load(row: int) -> dict:
     record = table[row]
-    example = pipeline.load_example(dataset, int(record["index"]), with_labels=False)
+    index = int(record["index"])
     return {
-      "image": example["image"],
+      "image": pipeline.load_example(dataset, index, with_labels=False)["image"],
       **{name: record[name] for name in pairs.TRAINING_FIELDS},
+      "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
+      "voxel_volume": volume(index),
     }
 
   def put(batch):
@@ -171,6 +212,60 @@ def pair_batches(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    return pipeline.prefetch(stream, put, config.data.prefetch)
+    shown = pipeline.prefetch(stream, put, config.data.prefetch)
+    if config.finetune.anchor != "labelled":
+      return shown
+    labelled = base.labelled_batches(
+      config, dataset, mesh, batch_size=config.finetune.batch_size, seed=config.seed + 2
+    )(start_step)
+    return ({**batch, "labelled": extra} for batch, extra in zip(shown, labelled, strict=False))
 
   return batches
+
+
+def pair_weights(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Score gaps f32[P] -> weights f32[P] of the pairs, by `config.finetune.pair_weight`.
+
+  `score_gap` is the gap itself. `reliability` is 2 a - 1, a the share of pairs with such a gap
+  that the judge had right on validation (`judges.json`), and 0 where that is not above one half.
+
+  Raises:
+    ConfigError: where no pair would weigh anything.
+  """
+  how = config.finetune.pair_weight
+  if how != "reliability":
+    return np.ones_like if how == "none" else np.asarray
+  calibration = files.read_json(directory / "judges.json")[config.judge.name]["calibration"]
+  worth = np.maximum(2.0 * np.array(calibration["accuracy"]) - 1.0, 0.0)
+  if not worth.any():
+    raise ConfigError(
+      f"config.finetune.pair_weight: 'reliability' gives every pair the weight 0, for the judge "
+      f"{config.judge.name!r} has at no gap more than half of the pairs right on validation; take "
+      "another judge"
+    )
+  edges = np.array(calibration["gap_edges"])
+  return lambda gap: worth[np.searchsorted(edges, gap)]
+
+
+def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:
+  """Record index -> what a pixel of the model's grid stands for, f32[].
+
+  Raises:
+    ConfigError: where `config.finetune.region_unit` is mm and a spacing is unknown.
+  """
+  if config.finetune.region_unit == "pixel":
+    return lambda index: np.float32(1.0)
+  unknown = [entry["record_id"] for entry in dataset.records if entry["spacing"] is None]
+  if unknown:
+    raise ConfigError(
+      f"config.finetune.region_unit: 'mm' needs spacings, but that of {unknown[0]!r} is unknown; "
+      "use 'pixel'"
+    )
+
+  def volume(index: int) -> np.ndarray:
+    entry = dataset.records[index]
+    return np.float32(
+      geometry.voxel_volume(entry["spacing"], entry["shape"], dataset.size, dataset.crop)
+    )
+
+  return volume

@@ -141,6 +141,8 @@ def make_mine_batch(config, dataset, score) -> Callable:
     "max_region_size": config.mine.max_region_size,
   }
 
+  which = {"classes": finetune.region_classes(config)}
+
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))
     mined = mining.mine(scores[name], sampled.masks, keys[:, 2], **options)
@@ -156,8 +158,8 @@ def make_mine_batch(config, dataset, score) -> Callable:
       "pairs": mined,
       "chosen": pack(chosen),
       "rejected": pack(rejected),
-      "reference_margin": losses.pair_margin(sampled.base_logits, chosen, rejected),
-      "reference_log_prob": finetune.log_prob(sampled.base_logits, chosen),
+      "reference_margin": losses.pair_margin(sampled.base_logits, chosen, rejected, **which),
+      "reference_log_prob": losses.pair_log_prob(sampled.base_logits, chosen, rejected, **which),
     }
 
   return mine_batch

@@ -14,8 +14,8 @@ from flax import serialization
 
 from rndpo_jax import files
 
-# What fine-tuning takes from a record, P slots an image; `valid` is 0 where a slot has no pair.
-TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob", "valid")
+# What fine-tuning takes from a record as it stands, P slots an image.
+TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
 
 
 class PairsError(RuntimeError):

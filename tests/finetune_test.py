@@ -1,0 +1,160 @@
+"""The fine-tuning loss: references, anchors, weights and region options act as they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rndpo_jax import checks, files, losses, objectives, packing, types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.stages import finetune
+
+SIZE, CLASSES = (4, 4), 3
+
+
+def segmenter():
+  """One linear map a pixel: logits = image @ params."""
+
+  def apply(params, images, key=None):
+    del key
+    return images @ params
+
+  return types.Segmenter(None, apply, None, None)
+
+
+def draw():
+  rng = np.random.default_rng(0)
+  masks = rng.integers(0, CLASSES, (2, 2, 3, *SIZE)).astype(np.uint8)
+  params, reference = rng.normal(size=(2, 2, CLASSES)).astype(np.float32)
+  image = rng.normal(size=(2, *SIZE, 2)).astype(np.float32)
+  frozen = image @ reference
+  batch = {
+    "image": image,
+    "chosen": packing.pack(masks[0], CLASSES, 2),
+    "rejected": packing.pack(masks[1], CLASSES, 2),
+    "reference_margin": losses.pair_margin(frozen, *masks),
+    "reference_log_prob": losses.pair_log_prob(frozen, *masks),
+    "weight": np.array([[1, 1, 0], [1, 0, 0]], np.float32),
+    "voxel_volume": np.ones(2, np.float32),
+  }
+  return params, reference, batch, masks
+
+
+def loss_fn(objective="rn_dpo", beta=2.0, **options):
+  return finetune.make_loss_fn(
+    segmenter(),
+    num_classes=CLASSES,
+    size=SIZE,
+    objective_options={"objective": objective, "beta": beta},
+    **options,
+  )
+
+
+def value_and_grad(function, params, batch):
+  (value, metrics), gradient = jax.value_and_grad(
+    lambda p: function(p, batch, jax.random.key(0)), has_aux=True
+  )(params)
+  return value, gradient, metrics
+
+
+def test_cached_margins_and_online_reference_are_the_same_and_give_log_two_at_the_start():
+  params, reference, batch, _ = draw()
+  cached = value_and_grad(loss_fn(), params, batch)
+  online = value_and_grad(
+    loss_fn(reference="online"), params, {**batch, "reference_params": reference}
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cached, online)
+  start, _, metrics = value_and_grad(loss_fn(), reference, batch)
+  np.testing.assert_allclose(start, np.log(2), rtol=1e-6)
+  assert abs(metrics["chosen_log_ratio"]) < 1e-5 and metrics["num_pairs"] == 3
+
+
+def test_without_reference_the_margins_stand_alone():
+  params, _, batch, masks = draw()
+  value, _, _ = value_and_grad(loss_fn(reference="none"), params, batch)
+  margin = losses.pair_margin(batch["image"] @ params, *masks)
+  size = losses.region_size(*masks)
+  terms = np.logaddexp(0, -2.0 * np.asarray(margin) / np.asarray(size))
+  expected = np.sum(terms * batch["weight"]) / np.sum(batch["weight"])
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_anchors_add_their_cross_entropy():
+  params, _, batch, masks = draw()
+  plain, _, _ = value_and_grad(loss_fn(), params, batch)
+  logits = batch["image"] @ params
+  entropies = [losses.cross_entropy(logits, masks[0][:, pair]) for pair in range(3)]
+  expected = np.sum(np.stack(entropies, 1) * batch["weight"]) / np.sum(batch["weight"])
+  value, _, metrics = value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), params, batch)
+  np.testing.assert_allclose(value, plain + 0.5 * expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["anchor"], expected, rtol=1e-5)
+  labelled = {"image": batch["image"][::-1], "label": masks[1][:, 0]}
+  supervised, _ = losses.supervised_loss(logits[::-1], labelled["label"], dice_weight=0.7)
+  value, _, _ = value_and_grad(
+    loss_fn(anchor="labelled", anchor_weight=2.0, dice_weight=0.7),
+    params,
+    {**batch, "labelled": labelled},
+  )
+  np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "apo_zero"])
+def test_region_classes_leave_other_pixels_out(objective):
+  params, _, batch, masks = draw()
+  options = {"objective": objective, "beta": 0.3}
+  value, _, metrics = value_and_grad(loss_fn(**options, region_classes=(2,)), params, batch)
+  counted = (masks[0] == 2) | (masks[1] == 2)
+  agreed = packing.pack(np.where(counted, masks[1], masks[0]), CLASSES, 2)
+  expected, _, plain = value_and_grad(loss_fn(**options), params, {**batch, "rejected": agreed})
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  assert metrics["region_size_p95"] == plain["region_size_p95"]
+
+
+def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, tmp_path):
+  calibration = {"gap_edges": [0.1, 0.2], "accuracy": [0.4, 0.75, 1.0]}
+  files.write_json(tmp_path / "judges.json", {"agreement": {"calibration": calibration}})
+  gap = np.array([0.05, 0.15, 0.3], np.float32)
+
+  def weights(how):
+    return finetune.pair_weights(tiny_config(finetune__pair_weight=how), tmp_path)(gap)
+
+  np.testing.assert_array_equal(weights("none"), [1, 1, 1])
+  np.testing.assert_array_equal(weights("score_gap"), gap)
+  np.testing.assert_allclose(weights("reliability"), [0, 0.5, 1])
+  calibration["accuracy"] = [0.4, 0.5, 0.3]
+  files.write_json(tmp_path / "judges.json", {"agreement": {"calibration": calibration}})
+  with pytest.raises(ConfigError, match="pair_weight: 'reliability' gives every pair the weight 0"):
+    weights("reliability")
+
+
+def test_loss_options_of_every_objective_can_be_called(tiny_config):
+  params, _, batch, _ = draw()
+  for objective in objectives.OBJECTIVES:
+    changes = {"finetune__objective": objective}
+    if objective in objectives.SMOOTHED:
+      changes["finetune__label_smoothing"] = 0.1
+    config = tiny_config(**changes)
+    checks.validate(config)
+    function = finetune.make_loss_fn(
+      segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
+    )
+    assert jnp.isfinite(function(params, batch, jax.random.key(0))[0]), objective
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"label_smoothing": 0.1}, "label_smoothing: found 0.1, which nothing reads"),
+    ({"objective": "cdpo"}, "label_smoothing: found 0.0"),
+    ({"normalization": "none"}, "normalization: found 'none', which nothing reads"),
+    ({"power_exponent": 0.3}, "power_exponent: found 0.3, which nothing reads"),
+    ({"discopop_temperature": 0.3}, "discopop_temperature: found 0.3"),
+    ({"anchor": "chosen"}, "anchor_weight: found 0.0"),
+    ({"anchor_weight": 1.0}, "anchor_weight: found 1.0, which nothing reads"),
+    ({"region_classes": (5,)}, "region_classes: found class id 5"),
+    ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
+  ],
+)
+def test_options_without_effect_are_refused(tiny_config, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    checks.validate(tiny_config(**{f"finetune__{key}": value for key, value in changes.items()}))
