@@ -125,3 +125,13 @@ def test_normalisation_is_by_channel_and_finite(how):
 def test_voxel_volume_of_the_model_grid():
   assert geometry.voxel_volume((0.5, 2.0), (64, 32), (32, 32), ()) == 2.0
   assert geometry.voxel_volume((0.5, 2.0, 3.0), (64, 32, 9), (8, 16, 4), (16, 16, 8)) == 12.0
+def test_grid_shift_is_the_largest_distance_in_voxels():
+  affine = np.diag([2.0, 4, 8, 1])
+  moved, wider = affine.copy(), affine.copy()
+  moved[1, 3] = 3
+  wider[2, 2] = 8.5
+  assert geometry.grid_shift(affine, affine, (9, 9, 9)) == 0
+  assert geometry.grid_shift(affine, moved, (9, 9, 9)) == 1.5  # 3 mm, the shortest edge is 2 mm
+  assert geometry.grid_shift(affine, wider, (9, 9, 9)) == 2.0  # 8 slices of 0.5 mm
+  assert geometry.grid_shift(affine, wider, (9, 9)) == 0  # of which an image has the first
+  assert geometry.grid_shift(np.zeros((4, 4)), moved, (9, 9)) == np.inf

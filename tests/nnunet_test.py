@@ -13,10 +13,18 @@ SHAPE = (5, 6, 3)
 LABELS = {"background": 0, "wall": 2, "pool": 1}
 
 
-def _save(path, array, spacing=None, unit="mm", slope=None):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  affine = np.diag([*(spacing or (1, 1, 1)), 1]).astype(float)
+SPACING = (2, 1.5, 8)
+
+
+def _affine(spacing=SPACING):
+  affine = np.diag([*spacing, 1]).astype(float)
   affine[:3, 3] = (10, 20, 30)
+  return affine
+
+
+def _save(path, array, spacing=SPACING, unit="mm", slope=None, affine=None):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  affine = _affine(spacing) if affine is None else affine
   image = nibabel.Nifti1Image(array, affine)
   if unit:
     image.header.set_xyzt_units(unit)
@@ -44,8 +52,8 @@ def root(tmp_path):
   """Cases p1, p2 with labels, p3 without, p4 in imagesTs."""
   _describe(tmp_path)
   for n in (1, 2, 3):
-    _save(tmp_path / "imagesTr" / f"p{n}_0000.nii.gz", _image(n), (2, 1.5, 8))
-  _save(tmp_path / "imagesTs" / "p4_0000.nii.gz", _image(4), (2, 1.5, 8))
+    _save(tmp_path / "imagesTr" / f"p{n}_0000.nii.gz", _image(n))
+  _save(tmp_path / "imagesTs" / "p4_0000.nii.gz", _image(4))
   for n in (1, 2):
     _save(tmp_path / "labelsTr" / f"p{n}.nii.gz", _label(n))
   return tmp_path
@@ -122,14 +130,15 @@ def test_scaled_bytes_are_no_bytes(root):
 
 
 def test_one_unknown_unit_makes_all_spacing_unknown(root):
-  _save(root / "imagesTr" / "p3_0000.nii.gz", _image(3), (2, 1.5, 8), unit=None)
+  _save(root / "imagesTr" / "p3_0000.nii.gz", _image(3), unit=None)
   source = _open(root)
   assert source.spacing_unit == "voxel"
   assert all(entry["spacing"] is None for entry in source.records)
 
 
 def test_microns_become_mm(root):
-  _save(root / "imagesTr" / "p1_0000.nii.gz", _image(1), (500, 500, 500), unit="micron")
+  for name in ("imagesTr/p1_0000", "labelsTr/p1"):
+    _save(root / f"{name}.nii.gz", _label(1), (500, 500, 500), unit="micron")
   assert _open(root).records[0]["spacing"] == [0.5, 0.5]
 
 
@@ -177,7 +186,59 @@ def test_truncated_plain_file(tmp_path):
 
 def test_mask_of_another_size(root):
   _save(root / "labelsTr" / "p2.nii.gz", _label(2, (5, 6, 4)))
-  _refused(root, r"labelsTr/p2\.nii\.gz: \(5, 6, 4\) voxels, but p2_0000\.nii\.gz has \(5, 6, 3\)")
+  _refused(
+    root, r"labelsTr/p2\.nii\.gz: \(5, 6, 4\) voxels, but .*Tr/p2_0000\.nii\.gz has \(5, 6, 3\)"
+  )
+
+
+def _moved(place, by):
+  affine = _affine()
+  affine[place] += by
+  return affine
+
+
+@pytest.mark.parametrize(
+  ("affine", "message"),
+  [
+    (
+      _moved((0, 3), 0.5),
+      r"up to 0\.333 voxels .*Tr/p2_0000\.nii\.gz places them \(origin \[10\.5, .* origin \[10\.0",
+    ),
+    (_affine((2, 1.5, 8.5)), r"up to 0\.667 .*\(spacing .*8\.5\] against spacing .*8\.0\]\), exp"),
+    (
+      np.diag([-1, 1, 1, 1]) @ _affine(),
+      r"origin \[-10\.0.*directions \[\[-1\.0, .* copy the affine",
+    ),
+  ],
+)
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_label_on_another_grid(root, affine, message, spatial_dims):
+  _save(root / "labelsTr" / "p2.nii.gz", _label(2), affine=affine)
+  _refused(
+    root,
+    rf"labelsTr/p2\.nii\.gz: its header .*{message}",
+    spatial_dims=spatial_dims,
+  )
+
+
+def test_channel_on_another_grid(tmp_path):
+  _describe(tmp_path, channel_names={"0": "T1", "1": "T2"})
+  for channel, affine in (("0000", _affine()), ("0001", _moved((2, 3), 8))):
+    _save(tmp_path / "imagesTr" / f"a_{channel}.nii.gz", _image(0), affine=affine)
+  _save(tmp_path / "labelsTr" / "a.nii.gz", _label(0))
+  _refused(tmp_path, r"a_0001\.nii\.gz: its header .*up to 5\.33 voxels .*a_0000\.nii\.gz")
+
+
+def test_rounding_of_a_header_is_no_other_grid(root):
+  """A quaternion of float32 numbers instead of the matrix, and a millionth of a mm."""
+  turn = np.eye(4)
+  turn[:2, :2] = [[np.cos(3.1), -np.sin(3.1)], [np.sin(3.1), np.cos(3.1)]]
+  image = nibabel.Nifti1Image(_label(2), None)
+  image.set_qform(turn @ _moved((0, 3), 1e-6), code=1)
+  nibabel.save(image, root / "labelsTr" / "p2.nii.gz")
+  _save(root / "imagesTr" / "p2_0000.nii.gz", _image(2), affine=turn @ _affine())
+  assert (nibabel.load(root / "labelsTr" / "p2.nii.gz").affine != turn @ _affine()).any()
+  _read(root)
 
 
 @pytest.mark.parametrize("value", [3, 1.5, np.nan, -1])

@@ -7,6 +7,7 @@ the middle, on every grid ('half-pixel' convention), so that the way back undoes
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -168,3 +169,23 @@ def normalize(image: np.ndarray, how: str) -> np.ndarray:
   flat = scale <= 1e-6 * np.abs(shift)  # relative, for some units give tiny values
   scaled = (image - shift) / np.where(flat, 1.0, scale)
   return np.where(flat, 0.0, scaled).astype(np.float32)
+
+
+def grid_shift(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+  """How far apart two affines place the same voxel: at most this many voxels, over a whole image.
+
+  Both maps are affine, so the largest distance is at a corner of the grid.
+
+  Args:
+    affine: f[4, 4], voxel indices to world; `other` likewise.
+    shape: S, of two or three axes.
+
+  Returns:
+    The distance over the shortest edge of a voxel of `affine`; infinite for an edge of no length.
+  """
+  axes = [(0, n - 1) for n in shape] + [(0,)] * (3 - len(shape)) + [(1,)]
+  corners = np.array(list(itertools.product(*axes)), np.float64)
+  difference = np.asarray(affine, np.float64) - np.asarray(other, np.float64)
+  distance = np.linalg.norm(corners @ difference.T, axis=1).max()
+  edge = np.linalg.norm(np.asarray(affine)[:3, : len(shape)], axis=0).min()
+  return float(distance / edge) if edge > 0 else math.inf

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 import nibabel
 import numpy as np
 
-from rndpo_jax.data import folder, images, records
+from rndpo_jax.data import folder, geometry, images, records
 
 _ENDINGS = (".nii.gz", ".nii")
+# Voxels that two files of a case may lie apart: more than the rounding of a header's float32
+# numbers makes of a large image, and less than training would notice.
+_MAX_SHIFT = 0.25
 _MM = {"mm": 1.0, "meter": 1e3, "micron": 1e-3}
 _BROKEN = (
   OSError,  # gzip's BadGzipFile among them
@@ -44,8 +47,8 @@ def open_source(config) -> records.Source:
 
   Raises:
     records.DataError: on a missing folder or file, a `dataset.json` that is not understood, a
-      file without readable header, a label without image, a missing channel, sizes that differ
-      within a case, or dimensions that do not fit config.data.spatial_dims.
+      file without readable header, a label without image, a missing channel, sizes or affines
+      that differ within a case, or dimensions that do not fit config.data.spatial_dims.
   """
   data = config.data
   if data.case_pattern:
@@ -179,12 +182,9 @@ def _open_case(channels, label, spatial_dims: int) -> _Case:
       f"takes {'images or volumes, slice by slice' if spatial_dims == 2 else 'volumes'}; split "
       "time points or channels into files of their own, or change spatial_dims"
     )
-  others = [(path, _open(path)[1]) for path in (*channels[1:], *([label] if label else []))]
-  for path, other in others:
-    if other != shape:
-      raise records.DataError(
-        f"{path}: {other} voxels, but {channels[0].name} has {shape}; expected the same"
-      )
+  others = list(zip(channels[1:], opened[1:], strict=True))
+  for path, other in [*others, *([(label, _open(label))] if label else [])]:
+    _check_grid(path, *other, channels[0], image.affine, shape)
   scales = [(one.dataobj.slope, one.dataobj.inter) for one, _ in opened]
   kinds = [one.get_data_dtype() for one, _ in opened]
   return _Case(
@@ -194,6 +194,33 @@ def _open_case(channels, label, spatial_dims: int) -> _Case:
     spacing=_spacing(image, len(shape)),
     eight_bit=all(k == np.uint8 for k in kinds) and all(s == (1, 0) for s in scales),
   )
+
+
+def _check_grid(path, image, shape, first, affine, expected) -> None:
+  """Refuses a file that is not on the grid of its case's first channel."""
+  remedy = f"resample one of the two to the other's grid, or take {path.name} away"
+  if shape != expected:
+    raise records.DataError(
+      f"{path}: {shape} voxels, but {first} has {expected}; expected the same, {remedy}"
+    )
+  shift = geometry.grid_shift(affine, image.affine, shape)
+  if shift <= _MAX_SHIFT:
+    return
+  pairs = zip(_describe(image.affine), _describe(affine), strict=True)
+  words = [f"{here} against {there}" for here, there in pairs if here != there]
+  raise records.DataError(
+    f"{path}: its header places voxels up to {shift:.3g} voxels away from where {first} places "
+    f"them ({', '.join(words)}), expected the same; {remedy}, or, where the voxels do match and "
+    "one header is wrong, copy the affine of the right one"
+  )
+
+
+def _describe(affine) -> list[str]:
+  """Origin, spacing and direction cosines of an affine, as text."""
+  edges = np.linalg.norm(affine[:3, :3], axis=0)
+  cosines = affine[:3, :3] / np.where(edges > 0, edges, 1)
+  parts = {"origin": affine[:3, 3], "spacing": edges, "directions": cosines.T}
+  return [f"{name} {(np.round(value, 4) + 0.0).tolist()}" for name, value in parts.items()]
 
 
 def _spacing(image, dims: int) -> tuple[float, ...] | None:
