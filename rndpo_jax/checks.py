@@ -7,7 +7,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import objectives
+from rndpo_jax import objectives, proposals
 from rndpo_jax.config import ConfigError
 
 
@@ -20,7 +20,9 @@ def validate(config) -> None:
   _check_choices(config)
   _check_ranges(config)
   _check_grid(config)
-  count = sum(n for _, n in config_lib.parse_mix(config.proposals.mix))
+  mix = config_lib.parse_mix(config.proposals.mix)
+  _check_mix(config, mix)
+  count = sum(n for _, n in mix)
   rule, pairs = config.mine.rule, config.mine.pairs_per_image
   if rule != "random_pair" and pairs > count - 1:
     raise ConfigError(
@@ -185,11 +187,41 @@ def _check_ranges(config) -> None:
     )
   if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
     raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
-  if "mc_dropout" in config.proposals.mix and config.model.dropout == 0:
-    raise ConfigError(
-      "config.model.dropout: it is 0, so 'mc_dropout' proposals would all be the same; set it "
-      "above 0 or take mc_dropout out of config.proposals.mix"
-    )
+
+
+# What makes a sampler act, and so proposals of one view or one network differ.
+_STRENGTH = {
+  "mc_dropout": "model.dropout",
+  "logit_noise": "proposals.noise_scale",
+  "threshold": "proposals.threshold_shift",
+}
+_RANDOM = {"mc_dropout", "logit_noise"}
+
+
+def _check_mix(config, mix) -> None:
+  """Refuses a mix that is bound to give the same proposal twice."""
+  num_views = len(proposals.views(tuple(config.data.size)))
+  fixed = [frozenset(atoms) for atoms, _ in mix if not _RANDOM & set(atoms)]
+  for atoms, count in mix:
+    name = "+".join(atoms)
+    for sampler in _STRENGTH.keys() & set(atoms):
+      section, key = _STRENGTH[sampler].split(".")
+      if config[section][key] == 0:
+        raise ConfigError(
+          f"config.{section}.{key}: it is 0, so {sampler!r} proposals would all be the same; set "
+          f"it above 0 or take {sampler} out of config.proposals.mix"
+        )
+    if fixed.count(frozenset(atoms)) > 1:
+      raise ConfigError(
+        f"config.proposals.mix: {name!r} stands twice and draws nothing at random, so the second "
+        "would repeat the first; make it one entry with the sum of the counts"
+      )
+    if "tta" in atoms and not _STRENGTH.keys() & set(atoms) and count > num_views:
+      raise ConfigError(
+        f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
+        f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
+        f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
+      )
 
 
 def _check_grid(config) -> None:

@@ -20,6 +20,11 @@ REFUSED = [
   ("proposals.mix", "tta", "NAME"),
   ("proposals.mix", "temperature:8", "argmax"),
   ("proposals.mix", "base:2", "base:1"),
+  ("proposals.mix", "base:1,tta:8", r"size=\(64, 64\) has 7 flips and turns .*at most tta:7"),
+  ("proposals.mix", "tta:3,mc_dropout:2,tta:3", "'tta' stands twice"),
+  ("proposals.mix", "tta+threshold:3,threshold+tta:4", r"'tta\+threshold' stands twice"),
+  ("proposals.mix", "base:1,base:1", "'base' stands twice"),
+  ("proposals.threshold_shift", 0.0, "config.proposals.threshold_shift: it is 0"),
   ("judge.name", "magic", "unknown judge 'magic'"),
   ("judge.name", "noisy_oracle", "flip_rate"),
   ("judge.flip_rate", 0.2, "noisy_oracle"),
@@ -58,13 +63,39 @@ def test_refuses_what_cannot_work(key, value, message):
     checks.validate(config)
 
 
-def test_mc_dropout_needs_dropout():
+@pytest.mark.parametrize(
+  "key,mix", [("model.dropout", "mc_dropout:8"), ("proposals.noise_scale", "tta+logit_noise:8")]
+)
+def test_a_sampler_needs_what_makes_it_act(key, mix):
   config = config_lib.base_config()
-  config.model.dropout = 0.0
+  config.update_from_flattened_dict({key: 0.0})
   checks.validate(config)
-  config.proposals.mix = "mc_dropout:8"
-  with pytest.raises(config_lib.ConfigError, match="config.model.dropout"):
+  config.proposals.mix = mix
+  with pytest.raises(config_lib.ConfigError, match=f"config.{key}: it is 0"):
     checks.validate(config)
+
+
+@pytest.mark.parametrize(
+  "size,views", [((64, 64), 7), ((64, 32), 3), ((16, 16, 8), 15), ((16, 8, 8), 7)]
+)
+def test_no_more_views_than_the_grid_has(size, views):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict(
+    {
+      "data.size": size,
+      "data.spatial_dims": len(size),
+      "augment.turn": 0.0,
+      "mine.pairs_per_image": 2,
+    }
+  )
+  # Composed with a sampler that draws or sweeps, a view that comes again gives another mask.
+  for mix in ("tta:{}", "tta+threshold:40", "tta+mc_dropout:40,tta+mc_dropout:40"):
+    config.proposals.mix = mix.format(views)
+    checks.validate(config)
+  for mix in ("tta:{}", "mc_dropout:2,tta:{}"):
+    config.proposals.mix = mix.format(views + 1)
+    with pytest.raises(config_lib.ConfigError, match=f"has {views} flips and turns besides"):
+      checks.validate(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
