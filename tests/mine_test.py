@@ -114,5 +114,8 @@ def test_oracle_has_every_pair_right(tiny_run, tiny_config, tmp_path):
   config = tiny_config(base__workdir=str(first), judge__name="oracle", judge__compare=())
   pipeline.run(config, tmp_path, ["base", "mine"])
   judged = files.read_json(tmp_path / "pairs" / "judges.json")["oracle"]
-  assert judged["pair_accuracy"] == 1.0 and judged["top1_regret"] == 0.0
+  assert judged["split"] == "val" and judged["num_cases"] == 3
+  assert judged["labelled"]["num_cases"] == 4
+  for figures in (judged, judged["labelled"]):
+    assert figures["pair_accuracy"] == 1.0 and figures["top1_regret"] == 0.0
   assert shard_hashes(tmp_path) != shard_hashes(first)

@@ -37,6 +37,9 @@ def test_results_hold_what_the_contract_says(tiny_run):
     "peak", "final", "last_third_mean", "fraction_above_base", "drop_from_peak",
   }  # fmt: skip
   assert set(results["judges"]) == {"agreement", "confidence", "entropy"}
+  for judge in results["judges"].values():
+    # Measured on other images, so of other figures.
+    assert judge["split"] == "val" and judge["kendall_tau"] != judge["labelled"]["kendall_tau"]
   assert results["pairs"]["count"] == files.read_json(workdir / "pairs/manifest.json")["num_pairs"]
   assert (workdir / "report.html").read_text().startswith("<!doctype html>")
   environment = files.read_json(workdir / "config.json")

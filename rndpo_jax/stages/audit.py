@@ -1,9 +1,9 @@
-"""What mining is worth: judges and proposals against the truth of the validation split."""
+"""What mining is worth: judges and proposals against the truth, where there is truth."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from etils import epath
 from rndpo_jax import files, judges, proposals, reliability, types
 
 NUM_EXAMPLES = 6
+# Splits whose truth is known. The base was trained on the labelled one, so what is measured there
+# is beside the point for unlabelled images, and stands apart.
+SPLITS = ("val", "labelled")
 
 
 def make_measure(score: Callable, names: tuple[str, ...], num_classes: int) -> Callable:
@@ -37,43 +40,57 @@ def make_measure(score: Callable, names: tuple[str, ...], num_classes: int) -> C
   return measure
 
 
-def write_reliability(config, directory: epath.Path, dataset, outputs: Iterable) -> None:
+def write_reliability(
+  config, directory: epath.Path, dataset, outputs: Mapping[str, Iterable]
+) -> None:
   """Writes `proposals.json` (diversity, headroom) and `judges.json` (reliability of each judge).
+
+  Both are of the validation split; a judge's entry holds, as "labelled", its figures on the
+  labelled split too.
 
   Args:
     directory: `pairs/`.
-    outputs: (batch, output of `make_measure`'s function) over the validation split.
+    outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
   """
-  parts = [jax.tree.map(lambda x, valid=batch.valid: x[valid], out) for batch, out in outputs]
-  whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-  truth = whole["truth"]
+  measured = {split: _whole(outputs[split]) for split in SPLITS}
+  truth = measured["val"]["truth"]
   files.write_json(
     directory / "proposals.json",
     {
       "split": "val",
-      "diversity": float(whole["diversity"].mean()),
-      "base_dice": float(whole["base"].mean()),
+      "diversity": float(measured["val"]["diversity"].mean()),
+      "base_dice": float(measured["val"]["base"].mean()),
       "mean_dice": float(truth.mean()),
       "best_dice": float(truth.max(axis=1).mean()),
     },
   )
-  cases = [dataset.records[index]["case_id"] for index in dataset.splits["val"]]
+
+  def figures(name: str, split: str) -> dict:
+    return reliability.reliability(
+      measured[split]["scores"][name],
+      measured[split]["truth"],
+      [dataset.records[index]["case_id"] for index in dataset.splits[split]],
+      num_bootstrap=config.judge.num_bootstrap,
+      seed=config.seed,
+    )
+
   table = {
     name: {
-      **reliability.reliability(
-        whole["scores"][name],
-        truth,
-        cases,
-        num_bootstrap=config.judge.num_bootstrap,
-        seed=config.seed,
-      ),
-      "calibration": reliability.calibration(whole["scores"][name], truth),
+      **figures(name, "val"),
+      "calibration": reliability.calibration(measured["val"]["scores"][name], truth),
       "split": "val",
       "used": name == config.judge.name,
+      "labelled": figures(name, "labelled"),
     }
-    for name in sorted(whole["scores"])
+    for name in sorted(measured["val"]["scores"])
   }
   files.write_json(directory / "judges.json", table)
+
+
+def _whole(outputs: Iterable) -> dict:
+  """Joins the valid rows of all batches."""
+  parts = [jax.tree.map(lambda x, valid=batch.valid: x[valid], out) for batch, out in outputs]
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def example_indices(dataset) -> np.ndarray:

@@ -44,7 +44,7 @@ def run(config, workdir: os.PathLike) -> None:
   """Mines the unlabelled split; writes `pairs/`.
 
   Finished shards are kept, so an interrupted run goes on. First the judges are measured against
-  the truth of the validation split (`judges.json`); `manifest.json` comes last.
+  the truth of the validation and the labelled split (`judges.json`); `manifest.json` comes last.
 
   Raises:
     MiningError: where no pair is left, naming the filters that took them.
@@ -57,10 +57,11 @@ def run(config, workdir: os.PathLike) -> None:
   weights, score = make_scorer(config, workdir, dataset)
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   if not (directory / "judges.json").exists():
-    measure = audit.make_measure(score, names, dataset.num_classes)
-    outputs = run_batches(
-      config, dataset, dataset.splits["val"], on_local_devices(measure, weights), with_labels=True
-    )
+    measure = on_local_devices(audit.make_measure(score, names, dataset.num_classes), weights)
+    outputs = {
+      split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
+      for split in audit.SPLITS
+    }
     audit.write_reliability(config, directory, dataset, outputs)
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
   with_labels = config.judge.name in config_lib.TRUTH_JUDGES

@@ -185,7 +185,8 @@ def judge_rows(results: Mapping) -> list[tuple[str, ...]]:
     used = " (this run's)" if name == results["judge"] else ""
     keys = ("pair_accuracy", "kendall_tau", "top1_regret")
     figures = [with_interval(entry, key) for key in keys]
-    rows.append((f"{name}{used}", *figures, str(entry.get("num_cases") or "unknown")))
+    labelled = with_interval(entry.get("labelled", {}), "pair_accuracy")
+    rows.append((f"{name}{used}", *figures, str(entry.get("num_cases") or "unknown"), labelled))
   return rows
 
 
