@@ -5,10 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
-from rndpo_jax import files, losses, models, packing, pipeline
+from rndpo_jax import files, losses, models, packing, parallel, pipeline
 from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.stages import base, mine, pairs
+from rndpo_jax.stages import base, finetune, mine, pairs
 
 
 def shard_hashes(workdir):
@@ -119,3 +120,24 @@ def test_oracle_has_every_pair_right(tiny_run, tiny_config, tmp_path):
   for figures in (judged, judged["labelled"]):
     assert figures["pair_accuracy"] == 1.0 and figures["top1_regret"] == 0.0
   assert shard_hashes(tmp_path) != shard_hashes(first)
+
+
+def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
+  """Also: the pair files and their closure travel to another process."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test"])
+  _, workdir = tiny_run
+  dataset = data_pipeline.open_dataset(tiny_config(), workdir)
+  mesh = parallel.make_mesh()
+  here, there = (
+    finetune.pair_batches(tiny_config(data__num_workers=n), workdir, dataset, mesh, None)(5)
+    for n in (0, 2)
+  )
+  seen = []
+  for _ in range(3):
+    one, two = next(here), next(there)
+    assert set(one) == {"image", *pairs.TRAINING_FIELDS} == set(two)
+    for name in one:
+      np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    seen.append(np.asarray(one["image"]).tobytes())
+  assert len(set(seen)) == 3
