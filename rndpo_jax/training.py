@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rndpo_jax import checkpoint, metrics, parallel, progress, types
 
@@ -204,7 +207,11 @@ def _flush(pending, rows, log_every_steps, description, directory) -> None:
 
 
 class _Rows:
-  """Appends to metrics.jsonl and TensorBoard, first dropping rows that a resumed run repeats."""
+  """Appends to metrics.jsonl and TensorBoard, first dropping rows that a resumed run repeats.
+
+  TensorBoard's events are written here and now. SummaryWriter would leave them to a thread: on a
+  full disk that dies, and the next rows wait for it forever.
+  """
 
   def __init__(self, directory: epath.Path, start: int):
     path = directory / "metrics.jsonl"
@@ -218,15 +225,21 @@ class _Rows:
     temporary.write_text("".join(kept))
     temporary.replace(path)
     self._file = path.open("a")
-    self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+    (directory / "tensorboard").mkdir(exist_ok=True)
+    self._events = EventsWriter(str(directory / "tensorboard" / "events"))
+    self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
 
   def add(self, row: dict[str, Any]) -> None:
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
     for name, value in row.items():
       if name not in ("step", "kind"):
-        self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._add_event(row["step"], summary=summary.scalar(f"{row['kind']}/{name}", value))
+    self._events.flush()
+
+  def _add_event(self, step: int, **content) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
   def close(self) -> None:
     self._file.close()
-    self._writer.close()
+    self._events.close()
