@@ -25,6 +25,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   logging.set_verbosity(logging.ERROR)
+  logging.get_absl_logger().addFilter(is_no_full_disk)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import checkpoint, config, files, judges, pipeline, progress, training
   from rndpo_jax.data import records
@@ -48,6 +49,11 @@ def main(argv):
     )
   if "report" in stages:
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
+
+
+def is_no_full_disk(record) -> bool:
+  """False for Orbax's log of a full disk in its thread: the same error is raised in `main`."""
+  return not record.exc_info or "No space left" not in str(record.exc_info[1])
 
 
 def parse(argv):

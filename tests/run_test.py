@@ -1,6 +1,7 @@
 """launch.run as a user meets it: kill -9 and go on, and errors of one clear line."""
 
 import errno
+import logging
 import os
 import pathlib
 import re
@@ -97,3 +98,14 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(launch_run, name, Value(None))
   with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):
     launch_run.main(["run"])
+
+
+def test_the_log_of_a_full_disk_in_a_thread_is_left_out_and_no_other():
+  from launch import run as launch_run
+
+  def record(error):
+    return logging.LogRecord("absl", logging.ERROR, "", 1, "failed", (), (type(error), error, None))
+
+  assert not launch_run.is_no_full_disk(record(ValueError("Failed: No space left on device")))
+  assert launch_run.is_no_full_disk(record(ValueError("Failed: permission denied")))
+  assert launch_run.is_no_full_disk(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
