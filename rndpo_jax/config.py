@@ -113,11 +113,11 @@ def base_config() -> ml_collections.ConfigDict:
   judge.border = 3  # entropy: pixels around the mask that count
   judge.num_bootstrap = 1000  # resamples of cases for intervals
   judge.learned = learned = ml_collections.ConfigDict()
-  learned.width = 8
+  learned.width = 8  # channels of the first level; depth and dropout are the model's
   learned.num_steps = 300
-  learned.batch_size = 8  # labelled images a step
-  learned.masks_per_image = 4  # synthetic bad masks of each
-  learned.learning_rate = 1e-3
+  learned.batch_size = 16  # labelled images a step
+  learned.masks_per_image = 8  # synthetic bad masks of each
+  learned.learning_rate = 3e-3  # peak of Adam, cosine decay to zero
 
   config.mine = mine = ml_collections.ConfigDict()
   mine.rule = "top_vs_random"

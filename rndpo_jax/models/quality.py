@@ -7,57 +7,55 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
-
-class QualityNet(nn.Module):
-  """Strided convolutions over image and one-hot mask, pooled, to one number in 0..1."""
-
-  width: int
-  num_classes: int
-  spatial_dims: int
-
-  @nn.compact
-  def __call__(self, images, masks):
-    hot = jax.nn.one_hot(masks, self.num_classes, dtype=jnp.float32)
-    x = jnp.concatenate([images, hot], axis=-1)
-    kernel, stride = (3,) * self.spatial_dims, (2,) * self.spatial_dims
-    for level in range(4):
-      channels = self.width * 2**level
-      x = nn.Conv(channels, kernel, strides=stride if level else 1)(x)
-      x = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.width)(x))
-      x = nn.Conv(channels, kernel)(x)
-      x = nn.relu(nn.GroupNorm(num_groups=None, group_size=self.width)(x))
-    axes = tuple(range(1, x.ndim - 1))
-    x = jnp.concatenate([jnp.mean(x, axis=axes), jnp.max(x, axis=axes)], axis=-1)
-    x = nn.relu(nn.Dense(4 * self.width)(x))
-    return nn.sigmoid(nn.Dense(1)(x)[:, 0])
+from rndpo_jax.models import unet
 
 
 def build(
-  width: int, num_classes: int, spatial_dims: int
+  *, width: int, depth: int, dropout: float, num_classes: int, spatial_dims: int
 ) -> tuple[Callable[..., dict], Callable[..., jax.Array]]:
   """Builds the network as pure functions.
 
+  A U-Net turns the image into class probabilities q, which nothing but masks and their Dice
+  teaches; the predicted Dice of class c is (2 sum_p q_p[c] 1[y_p = c] + 1) / (sum_p q_p[c] +
+  |y = c| + 1), the mean over foreground classes. So every pixel of a mask counts for itself and
+  the masks of an image share one pass. A network that pools features of image and mask to one
+  number learned, from ten images, to order corrupted masks, but not a segmenter's proposals.
+
   Args:
-    width: channels of the first level. num_classes: C. spatial_dims: 2 or 3.
+    width: channels of the first level, doubled at each deeper one.
+    depth: levels; every size must be a multiple of 2**(depth - 1).
+    dropout: rate, in bottleneck and decoder.
+    num_classes: C. spatial_dims: 2 or 3.
 
   Returns:
-    init(key, images f32[n, *S, I], masks u8[n, *S]) -> params, and
-    apply(params, images, masks) -> f32[n], the predicted mean foreground Dice in 0..1.
+    init(key, images f32[n, *S, I]) -> params, and apply(params, images, masks u8[n, *S],
+    key=None) -> f32[n], the predicted mean foreground Dice in 0..1; a key switches dropout on. A
+    class that mask and q both lack counts 1.
   """
-  net = QualityNet(width, num_classes, spatial_dims)
+  net = unet.build(
+    num_classes=num_classes,
+    spatial_dims=spatial_dims,
+    width=width,
+    depth=depth,
+    max_width=width * 2**depth,
+    norm="group",
+    dropout=dropout,
+    dtype=jnp.float32,
+  )
 
-  def init(key, images, masks):
-    return net.init(key, images, masks)["params"]
+  def apply(params, images, masks, key=None):
+    expected = jax.nn.softmax(net.apply(params, images, key), axis=-1)
+    drawn = jax.nn.one_hot(masks, num_classes, dtype=jnp.float32)
+    axes = tuple(range(1, masks.ndim))
+    shared = jnp.sum(expected * drawn, axis=axes)
+    total = jnp.sum(expected, axis=axes) + jnp.sum(drawn, axis=axes)
+    return jnp.mean((2 * shared[:, 1:] + 1) / (total[:, 1:] + 1), axis=-1)
 
-  def apply(params, images, masks):
-    return net.apply({"params": params}, images, masks)
-
-  return init, apply
+  return net.init, apply
 
 
-def quality_loss(params, apply, images, masks, targets) -> tuple[jax.Array, dict]:
+def quality_loss(params, apply, images, masks, targets, key=None) -> tuple[jax.Array, dict]:
   """Squared error plus a ranking term over the pairs of masks of an image.
 
   loss = mean (q - t)^2 + mean over pairs with t_i > t_j of (t_i - t_j) softplus(-(q_i - q_j) s)
@@ -65,11 +63,12 @@ def quality_loss(params, apply, images, masks, targets) -> tuple[jax.Array, dict
 
   Args:
     apply: from `build`. images: f32[n, *S, I]. masks: u8[n, M, *S]. targets: f32[n, M] Dice.
+    key: of dropout, the same for all masks; None without.
 
   Returns:
     (loss f32[], {"squared_error", "pair_accuracy"} f32[] each).
   """
-  predicted = jax.vmap(lambda m: apply(params, images, m), in_axes=1, out_axes=1)(masks)
+  predicted = jax.vmap(lambda m: apply(params, images, m, key), in_axes=1, out_axes=1)(masks)
   squared_error = jnp.mean(optax.squared_error(predicted, targets))
   gap = targets[:, :, None] - targets[:, None, :]
   predicted_gap = predicted[:, :, None] - predicted[:, None, :]

@@ -32,21 +32,27 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   """
   options = config.judge.learned
   mesh = parallel.make_mesh()
-  init, apply = quality.build(options.width, dataset.num_classes, dataset.spatial_dims)
+  init, apply = quality.build(
+    width=options.width,
+    depth=config.model.depth,
+    dropout=config.model.dropout,
+    num_classes=dataset.num_classes,
+    spatial_dims=dataset.spatial_dims,
+  )
   init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
-  params = jax.jit(init)(init_key, images, jnp.zeros((1, *dataset.size), jnp.uint8))
+  params = jax.jit(init)(init_key, images)
   augment_options = config.augment.to_dict()
 
   def loss_fn(params, batch, key):
-    augment_key, corrupt_key = jax.random.split(key)
+    augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
     images, labels = augment.augment(
       augment_key, batch["image"], batch["label"][:, None], **augment_options
     )
     images, masks, targets = corruptions.training_batch(
       corrupt_key, images, labels[:, 0], dataset.num_classes, options.masks_per_image
     )
-    return quality.quality_loss(params, apply, images, masks, targets)
+    return quality.quality_loss(params, apply, images, masks, targets, dropout_key)
 
   optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.num_steps))
   state = training.fit(
