@@ -2,8 +2,7 @@
 
 A segmenter gives logits z with pixels independent given the image, so that
 log pi(y|x) = sum_p log softmax(z_p)[y_p]. For a pair of masks (chosen y+, rejected y-) the
-log-partition cancels outside and inside their disagreement region D: see `margins`, whose
-`region_size`, `pair_margin` and `pair_log_prob` are part of this module's interface, and
+log-partition cancels: see `margins`, whose functions are part of this module's interface, and
 `objectives` for what is made of the margins.
 
 Sources: DPO is Rafailov et al., "Direct Preference Optimization", NeurIPS 2023. RN-DPO, which
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import objectives, types
+from rndpo_jax.margins import margin_and_size as margin_and_size
 from rndpo_jax.margins import pair_log_prob as pair_log_prob
 from rndpo_jax.margins import pair_margin as pair_margin
 from rndpo_jax.margins import region_size as region_size
@@ -183,10 +183,11 @@ def _distribution(pair_losses, h, chosen, size, informative) -> Metrics:
 
 
 def _logits_loss(policy_logits, reference_logits, chosen, rejected, objective, beta, **which):
+  margin, size = margin_and_size(policy_logits, chosen, rejected, **which)
   return preference_loss(
-    pair_margin(policy_logits, chosen, rejected, **which),
+    margin,
     pair_margin(reference_logits, chosen, rejected, **which),
-    region_size(chosen, rejected, spatial_dims=policy_logits.ndim - 2, **which),
+    size,
     objective=objective,
     beta=beta,
   )

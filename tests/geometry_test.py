@@ -125,6 +125,8 @@ def test_normalisation_is_by_channel_and_finite(how):
 def test_voxel_volume_of_the_model_grid():
   assert geometry.voxel_volume((0.5, 2.0), (64, 32), (32, 32), ()) == 2.0
   assert geometry.voxel_volume((0.5, 2.0, 3.0), (64, 32, 9), (8, 16, 4), (16, 16, 8)) == 12.0
+
+
 def test_grid_shift_is_the_largest_distance_in_voxels():
   affine = np.diag([2.0, 4, 8, 1])
   moved, wider = affine.copy(), affine.copy()

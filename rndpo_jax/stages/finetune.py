@@ -74,10 +74,13 @@ def make_loss_fn(
       reference_margin, reference_log_prob = jnp.zeros((2, *reference_margin.shape))
     # Bit planes, where they still stand for the masks: an eighth of the bytes in both passes.
     source = masks if packed is None else packed
+    margin, region_size = losses.margin_and_size(
+      logits, *source, packed=packed is not None, **which
+    )
     loss, metrics = losses.preference_loss(
-      losses.pair_margin(logits, *source, packed=packed is not None, **which),
+      margin,
       reference_margin,
-      losses.region_size(*masks, spatial_dims=len(size), **which),
+      region_size,
       weight=batch["weight"],
       policy_log_prob=losses.pair_log_prob(logits, *masks, **which),
       reference_log_prob=reference_log_prob,

@@ -137,29 +137,52 @@ def curve_chart(results: Mapping) -> str:
 
 def training_charts(workdir: epath.Path) -> list[dict[str, str]]:
   """Charts of base training and of fine-tuning, from their `metrics.jsonl`."""
-  charts = []
-  tuned = _rows(workdir / "finetune", "train")
-  if tuned:
-    charts = [
-      _chart(tuned, {"loss": figures.BLUE}, "loss", "Preference loss; ln 2 = 0.693 at the start."),
-      _chart(tuned, {"accuracy": figures.BLUE}, "share", "Preference accuracy: pairs with h > 0."),
-      _chart(tuned, {"h_mean": figures.BLUE}, "mean h (nats)", "Mean h, the margin gained."),
-      _chart(
-        tuned,
-        {"chosen_log_ratio": figures.BLUE, "rejected_log_ratio": figures.RED},
-        "log-ratio (nats)",
-        "Change of log-probability since the base, of chosen and rejected masks.",
-      ),
-    ]
-  rows = _rows(workdir / "base", "val")
-  if rows:
-    caption = "Training of the base: validation Dice on the model's grid."
-    charts.append(_chart(rows, {"val_dice": figures.ORANGE}, "Dice", caption))
+  tuned, checked = (_rows(workdir / "finetune", kind) for kind in ("train", "val"))
+  blue, red, orange = figures.BLUE, figures.RED, figures.ORANGE
+  start = "Preference loss; ln 2 = 0.693 at the start of dpo and rn_dpo."
+  spread = {"h_p5": figures.GREY, "h_p50": blue, "h_p95": figures.GREY}
+  ratios = {"chosen_log_ratio": blue, "rejected_log_ratio": red}
+  shares = dict(zip(_shares(tuned), figures.CLASS_COLORS, strict=False))
+  base = _rows(workdir / "base", "val")
+  charts = [
+    _chart(tuned, {"loss": blue}, "loss", start),
+    _chart(tuned, {"accuracy": blue}, "share", "Preference accuracy: pairs with h > 0."),
+    _chart(tuned, {"h_mean": blue}, "mean h (nats)", "Mean h, the margin gained."),
+    _chart(tuned, spread, "h (nats)", "Spread of h over pairs: 5th, 50th, 95th percentile."),
+    _chart(
+      tuned,
+      ratios,
+      "log-ratio (nats)",
+      "Change of log-probability since the reference, of chosen and rejected masks, on the pixels "
+      "where they differ.",
+    ),
+    _chart(
+      tuned,
+      shares,
+      "share of gradient",
+      "Share of the gradient's mass by region size: pairs below so many pixels (and not below the "
+      "size before).",
+    ),
+    _chart(
+      checked,
+      {"val_kl": blue, "val_entropy": orange},
+      "nats a pixel",
+      "Validation images: KL divergence from the base, and entropy of the prediction.",
+    ),
+    _chart(base, {"val_dice": orange}, "Dice", "Base: validation Dice on the model's grid."),
+  ]
   return [chart for chart in charts if chart]
 
 
+def _shares(rows) -> list[str]:
+  """Names of the gradient shares that are ever above zero, by region size."""
+  names = [name for name in rows[0] if name.startswith("gradient_share_")] if rows else []
+  used = [name for name in names if any(row[name] > 0 for row in rows)]
+  return sorted(used, key=lambda name: float(name.rsplit("_", 1)[1]))
+
+
 def _chart(rows, keys: Mapping[str, str], ylabel: str, caption: str) -> dict[str, str] | None:
-  if any(key not in row for row in rows for key in keys):
+  if not rows or not keys or any(key not in row for row in rows for key in keys):
     return None
   steps = [row["step"] for row in rows]
   series = {
