@@ -13,20 +13,32 @@ import time
 import jax
 import pytest
 
+from rndpo_jax import pipeline
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
 
 
-def command(workdir, *arguments, config=CONFIG):
-  return [
-    sys.executable, "-m", "launch.run", f"--config={config}", f"--workdir={workdir}", *arguments,
-  ]  # fmt: skip
+# Runs launch.run until it would write a file that ends in argv[1]; then half of it, and kill -9.
+KILL_AT = """
+import os, pathlib, runpy, signal, sys
+from rndpo_jax import files
+end, write = sys.argv.pop(1), files.write_bytes
+def write_bytes(path, content):
+  if not str(path).endswith(end):
+    return write(path, content)
+  path = pathlib.Path(path)
+  (path.parent / f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+  os.kill(os.getpid(), signal.SIGKILL)
+files.write_bytes = write_bytes
+runpy.run_module("launch.run", run_name="__main__", alter_sys=True)
+"""
 
 
-def start(workdir, *arguments, **options):
+def start(workdir, *arguments, config=CONFIG, program=("-m", "launch.run")):
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
   return subprocess.Popen(
-    command(workdir, *arguments, **options),
+    [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -41,9 +53,9 @@ def run(workdir, *arguments, **options):
   return process.returncode, output
 
 
-def kill_when(workdir, path, deadline_seconds=240):
+def kill_when(workdir, path, *arguments, deadline_seconds=240):
   """Starts the job and kills it with signal 9 as soon as `path` is there."""
-  process = start(workdir)
+  process = start(workdir, *arguments)
   end = time.monotonic() + deadline_seconds
   while not (workdir / path).exists():
     assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -52,15 +64,34 @@ def kill_when(workdir, path, deadline_seconds=240):
   process.communicate()
 
 
-def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_run, tmp_path):
-  _, undisturbed = tiny_run
-  for path in ("base/state/50", "pairs/pairs-00000-of-00002.array_record", "finetune/params/4"):
-    kill_when(tmp_path, path)
-    assert not (tmp_path / "results.json").exists()
-  code, output = run(tmp_path)
+def kill_at(workdir, path, *arguments):
+  """Starts the job, which is killed with signal 9 half way through writing `path`."""
+  code, output = run(workdir, *arguments, program=("-c", KILL_AT, path))
+  assert code == -signal.SIGKILL, output
+  assert not (workdir / path).exists()
+
+
+def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_path):
+  changes = {"judge.compare": ("learned",), "judge.learned.num_steps": 20}
+  config = tiny_config(**{key.replace(".", "__"): value for key, value in changes.items()})
+  undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
+  pipeline.run(config, undisturbed)
+  arguments = [f"--config.{key}={value}" for key, value in changes.items()]
+  kill_at(workdir, "splits.json", *arguments)
+  kill_when(workdir, "base/state/50", *arguments)
+  kill_when(workdir, "pairs/judge/metrics.jsonl", *arguments)
+  assert not (workdir / "pairs" / "judge" / "params").exists()
+  kill_when(workdir, "pairs/pairs-00000-of-00002.array_record", *arguments)
+  kill_when(workdir, "finetune/params/4", *arguments)
+  kill_at(workdir, "evaluate/curve-4.json", *arguments)
+  assert (workdir / "evaluate" / "curve-0.json").exists()
+  assert not (workdir / "results.json").exists()
+  kill_at(workdir, "report.html", *arguments)
+  code, output = run(workdir, *arguments)
   assert code == 0, output
-  assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
   assert "base" in output and "fine-tuned (last)" in output and "report.html" in output
+  assert (workdir / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +115,6 @@ def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expecte
 
 def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
   from launch import run as launch_run
-  from rndpo_jax import pipeline
 
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
