@@ -1,18 +1,30 @@
-"""Orbax checkpoints: parameters of every kept step, and the one state that resumes a run.
+"""Orbax checkpoints: parameters of every kept step, and the states that resume a run.
 
 Orbax writes a step under a temporary name and renames it when it is whole, so a kill leaves the
-step before it as the latest.
+step before it as the latest. Inside, `sha256.json` vouches for every file: TensorStore itself
+reads a changed byte of an array without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
+import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from rndpo_jax import files, progress
+
+_SUMS = "sha256.json"
+# Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
+_WHOLE, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+_UNREADABLE = (ValueError, KeyError, TypeError, OSError, AttributeError)
 
 
 class CheckpointError(RuntimeError):
@@ -27,24 +39,66 @@ def steps(directory: epath.PathLike) -> list[int]:
   return sorted(
     int(path.name)
     for path in directory.iterdir()
-    if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").exists()
+    if path.name.isdigit() and (path / _WHOLE).exists()
   )
 
 
-def save(directory: epath.PathLike, step: int, tree: Any) -> None:
-  """Writes a pytree of arrays as `directory`/`step`; replaces one that is there.
+class Writer:
+  """Writes the checkpoints of one folder in the background, one at a time.
 
-  Raises:
-    OSError: with ENOSPC, where the disk is full.
+  The arrays are on the host when `save` returns, so the caller may donate them. Call `close`,
+  which waits for the last one.
   """
-  path = epath.Path(directory).resolve() / str(step)
+
+  def __init__(self, directory: epath.PathLike):
+    self._directory = epath.Path(directory).resolve()
+    self._path = self._directory
+    if self._directory.exists() and jax.process_index() == 0:
+      for left in self._directory.glob("*.orbax-checkpoint-tmp*"):  # by a run that was killed
+        left.rmtree()
+    # Several writers of a process must not meet at each other's barriers.
+    prefix = f"{self._directory.parent.name}_{self._directory.name}"
+    self._checkpointer = ocp.StandardCheckpointer(
+      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=0, barrier_sync_key_prefix=prefix
+      ),
+    )
+
+  def save(self, step: int, tree: Any) -> None:
+    """Starts to write a pytree of arrays as `directory`/`step`; replaces one that is there.
+
+    Raises:
+      OSError: with ENOSPC, where the disk was too full for this one or the one before.
+    """
+    self.wait()
+    self._path = self._directory / str(step)
+    with _full_disk_named(self._path):
+      self._checkpointer.save(self._path, tree, force=True)
+
+  def wait(self) -> None:
+    """Returns when the last checkpoint is whole; raises as `save` does."""
+    with _full_disk_named(self._path):
+      self._checkpointer.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, raises as `save` does, and ends the background threads."""
+    with _full_disk_named(self._path):
+      self._checkpointer.close()
+
+  def _write_sums(self) -> None:
+    """Runs on process 0 once every process has written, before the step counts as whole."""
+    written = self._checkpointer.get_temporary_path(self._path).get()
+    files.write_json(written / _SUMS, _sums(written))
+
+
+def save(directory: epath.PathLike, step: int, tree: Any) -> None:
+  """Writes `directory`/`step` and waits for it; raises as `Writer.save` does."""
+  writer = Writer(directory)
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(path, tree, force=True)
-  except ValueError as error:  # TensorStore's, when the disk is full
-    if "No space left" not in str(error):
-      raise
-    raise OSError(errno.ENOSPC, f"checkpoint {path} cannot be written: no space left") from error
+    writer.save(step, tree)
+  finally:
+    writer.close()
 
 
 def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
@@ -57,13 +111,42 @@ def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
   target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   with ocp.StandardCheckpointer() as checkpointer:
     try:
+      _check_sums(path)
       return checkpointer.restore(path, target)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      remedy = (
-        f"Delete the folder {path} and run the same command again: the run goes on from the "
-        "checkpoint before it, or from the start of its stage"
+    except _UNREADABLE as error:
+      remedy = f"Delete the folder {directory} and run the same command again: the stage starts"
+      raise _unreadable(path, error, f"{remedy} anew") from error
+
+
+def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | None:
+  """Reads the latest checkpoint that can be read; says so where it is not the latest there is.
+
+  Those after it are deleted, since the run writes them again.
+
+  Returns:
+    (step, tree), or None where there is no checkpoint.
+
+  Raises:
+    CheckpointError: where there are checkpoints and none can be read; nothing is deleted then.
+  """
+  unreadable: list[CheckpointError] = []
+  there = steps(directory)
+  for step in reversed(there):
+    try:
+      tree = restore(directory, step, like)
+    except CheckpointError as error:
+      unreadable.append(error)
+      continue
+    if unreadable:
+      progress.say(
+        f"checkpoint {epath.Path(directory) / str(there[-1])} cannot be read; going back to that "
+        f"of step {step}"
       )
-      raise _unreadable(path, error, remedy) from error
+      keep_only(directory, [old for old in there if old <= step])
+    return step, tree
+  if unreadable:
+    raise unreadable[0]
+  return None
 
 
 def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> Any:
@@ -78,19 +161,62 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
   path = epath.Path(directory).resolve() / str(step)
   with ocp.PyTreeCheckpointer() as checkpointer:
     try:
+      _check_sums(path)
       metadata = checkpointer.metadata(path).item_metadata.tree
       arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
       return checkpointer.restore(path, restore_args=arguments)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    except _UNREADABLE as error:
       remedy = f"Delete the folder {stage_directory} and run the same command again: its stage runs"
       raise _unreadable(path, error, f"{remedy} anew") from error
 
 
-def remove_before(directory: epath.PathLike, step: int) -> None:
-  """Deletes the checkpoints of earlier steps."""
-  for old in steps(directory):
-    if old < step:
-      (epath.Path(directory) / str(old)).rmtree()
+def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
+  """Deletes the whole checkpoints of other steps; process 0 does so for all."""
+  if jax.process_index() == 0:
+    for step in set(steps(directory)) - set(kept):
+      (epath.Path(directory) / str(step)).rmtree()
+
+
+def digest(tree: Any) -> np.ndarray:
+  """SHA-256 as u8[32] of a pytree of arrays on the host: names, dtypes, shapes and values."""
+  sha = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    leaf = np.asarray(leaf)
+    sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+    sha.update(leaf.tobytes())
+  return np.frombuffer(sha.digest(), np.uint8)
+
+
+def _sums(path: epath.Path) -> dict[str, str]:
+  """Name -> SHA-256 of every file of a checkpoint that Orbax does not write after the sums."""
+  return {
+    os.path.relpath(folder / name, path): files.sha256(folder / name)
+    for folder, _, names in path.walk()
+    for name in sorted(names)
+    if name not in (_SUMS, _WHOLE, _METADATA)
+  }
+
+
+def _check_sums(path: epath.Path) -> None:
+  """Raises ValueError where a file differs; checkpoints of before there were sums pass."""
+  if not (path / _SUMS).exists():
+    return
+  expected, found = files.read_json(path / _SUMS), _sums(path)
+  for name in sorted(expected.keys() | found.keys()):
+    if expected.get(name) != found.get(name):
+      what = "is missing" if name not in found else f"is not what {_SUMS} says"
+      raise ValueError(f"the file {name} {what}")
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: epath.Path):
+  """Turns TensorStore's error into an OSError that names the checkpoint."""
+  try:
+    yield
+  except ValueError as error:
+    if "No space left" not in str(error):
+      raise
+    raise OSError(errno.ENOSPC, f"checkpoint {path} cannot be written: no space left") from error
 
 
 def _unreadable(path: epath.Path, error: Exception, remedy: str) -> CheckpointError:

@@ -136,6 +136,7 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
+  "base.keep_checkpoints", "finetune.keep_checkpoints",
   "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
   "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
   "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
@@ -148,6 +149,7 @@ _POSITIVE = (
   "data.num_labelled", "data.num_val", "data.num_test",
 )  # fmt: skip
 _NOT_NEGATIVE = (
+  "base.checkpoint_minutes", "finetune.checkpoint_minutes",
   "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
   "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",
   "proposals.threshold_shift", "judge.border", "judge.noise_level", "mine.min_score_gap",

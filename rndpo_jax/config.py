@@ -95,6 +95,8 @@ def base_config() -> ml_collections.ConfigDict:
   base.select = "best"  # best | last checkpoint is the base segmenter
   base.log_every_steps = 20
   base.eval_every_steps = 100  # validation and checkpoint
+  base.keep_checkpoints = 2  # states to go on from; an older one serves if the latest is corrupt
+  base.checkpoint_minutes = 0.0  # between further states; 0 makes none
 
   config.proposals = proposals = ml_collections.ConfigDict()
   # Comma-separated NAME[+NAME...]:COUNT; K is the sum of the counts. '+' composes samplers.
@@ -151,6 +153,10 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.clip_norm = 0.0  # 0 does not clip
   finetune.log_every_steps = 10
   finetune.eval_every_steps = 50  # validation and checkpoint
+  finetune.keep_checkpoints = (
+    2  # states to go on from; an older one serves if the latest is corrupt
+  )
+  finetune.checkpoint_minutes = 0.0  # between further states; 0 makes none
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16

@@ -49,4 +49,5 @@ def read_json(path: os.PathLike) -> Any:
 
 def sha256(path: os.PathLike) -> str:
   """Hexadecimal SHA-256 of a file's bytes."""
-  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+  with epath.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rndpo_jax import checkpoint, metrics, parallel, progress, types
+from rndpo_jax import metrics, parallel, progress, saving, types
 
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -125,11 +125,16 @@ def fit(
   log_every_steps: int,
   eval_every_steps: int,
   validate: Callable[[types.Params], dict[str, float]] | None = None,
+  reference: np.ndarray | None = None,
+  keep_checkpoints: int = 2,
+  keep_best: bool = False,
+  checkpoint_minutes: float = 0.0,
 ) -> TrainState:
   """Trains to `num_steps`, going on from the latest checkpoint in `directory`.
 
-  Writes `params/STEP` every `eval_every_steps` and at the end, `state/STEP` (the latest alone),
-  and `metrics.jsonl`. An interrupted run ends with the arrays of an undisturbed one.
+  Writes `params/STEP` and `state/STEP` every `eval_every_steps` and at the end, in the background
+  while the steps go on, and `metrics.jsonl`. An interrupted run ends with the arrays of an
+  undisturbed one.
 
   Args:
     train_step: from `make_train_step`.
@@ -142,43 +147,55 @@ def fit(
     log_every_steps: steps between rows of training metrics.
     eval_every_steps: steps between validations and checkpoints.
     validate: params -> metrics, or None.
+    reference: `checkpoint.digest` of the parameters that the loss is relative to, kept in the
+      state: going on with others is refused.
+    keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
+    keep_best: keeps the parameters of the best validation Dice and the latest alone.
+    checkpoint_minutes: minutes between further states, looked at every `log_every_steps`; 0 for
+      none. They leave no mark on the result.
 
   Returns:
     The state at `num_steps`.
 
   Raises:
     TrainingError: at the first loss that is not finite.
-    checkpoint.CheckpointError: where the checkpoint to go on from cannot be read.
+    checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
+      another reference.
   """
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  saved = checkpoint.steps(directory / "state")
-  start = saved[-1] if saved else 0
-  if saved:
-    state = checkpoint.restore(directory / "state", start, state)
-    progress.say(f"{description}: going on from step {start}")
-  pending = []
-  shown = progress.track(
-    range(start + 1, num_steps + 1),
-    total=num_steps,
-    description=description,
-    unit="steps",
-    done=start,
-  )
-  stream = batches(start) if start < num_steps else iter(())
-  with contextlib.closing(_Rows(directory, start)) as rows:
+  with contextlib.ExitStack() as stack:
+    saver = stack.enter_context(
+      contextlib.closing(saving.Saver(directory, reference, keep_checkpoints, checkpoint_minutes))
+    )
+    start, state = saver.resume(state, description)
+    if start % eval_every_steps == 0 or start == num_steps:
+      saver.save_params_if_missing(start, state)
+    rows = stack.enter_context(contextlib.closing(_Rows(directory, start)))
+    shown = progress.track(
+      range(start + 1, num_steps + 1),
+      total=num_steps,
+      description=description,
+      unit="steps",
+      done=start,
+    )
+    stream = batches(start) if start < num_steps else iter(())
+    pending = []
     for step in shown:
       state, aux = train_step(state, next(stream), key)
       pending.append((step, aux))
       keep = step % eval_every_steps == 0 or step == num_steps
-      if keep or step % log_every_steps == 0:
-        _flush(pending, rows, log_every_steps, description, directory)
+      logged = step % log_every_steps == 0
+      if keep or logged:
+        _flush(pending, rows, log_every_steps, description, saver)
       if keep:
         if validate is not None:
           rows.add({"step": step, "kind": "val", **validate(state.params)})
-        checkpoint.save(directory / "params", step, state.params)
-        checkpoint.save(directory / "state", step, state)
-        checkpoint.remove_before(directory / "state", step)
+        saver.save_params(step, state)
+      if keep or (logged and saver.is_due()):
+        saver.save_state(step, state)
+      if keep and keep_best:
+        saver.keep_best(step, read_rows(directory, "val"))
   return state
 
 
@@ -189,12 +206,12 @@ def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
   return [row for row in rows if row["kind"] == kind]
 
 
-def _flush(pending, rows, log_every_steps, description, directory) -> None:
+def _flush(pending, rows, log_every_steps, description, saver) -> None:
   """Fetches the metrics of the steps since the last flush, and checks every loss."""
   for step, aux in jax.device_get(pending):
     if not math.isfinite(aux["loss"]) or not math.isfinite(aux["grad_norm"]):
-      saved = checkpoint.steps(directory / "state")
-      last = f"step {saved[-1]} in {directory / 'params'}" if saved else "none yet"
+      saved = saver.saved()
+      last = f"step {saved[-1]} in {saver.folders['params']}" if saved else "none yet"
       raise TrainingError(
         f"{description}: loss {aux['loss']}, gradient norm {aux['grad_norm']} at step {step}. "
         f"The last good checkpoint is kept ({last}). Lower the learning rate or set a clip_norm, "

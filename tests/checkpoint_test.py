@@ -1,12 +1,14 @@
-"""checkpoint: round trip, ascending steps, and errors that name the folder and the remedy."""
+"""checkpoint: round trip, background writing, corrupt ones refused, older ones taken instead."""
 
 import errno
+import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint
+from rndpo_jax import checkpoint, parallel
 
 TREE = {"layer": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(7)}
 
@@ -30,8 +32,8 @@ def test_steps_are_those_that_are_whole_in_numeric_order(saved):
   (saved / "11").mkdir()
   (saved / "12.orbax-checkpoint-tmp").mkdir()
   assert checkpoint.steps(saved) == [1, 2, 10]
-  checkpoint.remove_before(saved, 10)
-  assert checkpoint.steps(saved) == [10]
+  checkpoint.keep_only(saved, (2, 10, 99))
+  assert checkpoint.steps(saved) == [2, 10]
   assert checkpoint.steps(saved / "nowhere") == []
 
 
@@ -49,6 +51,47 @@ def test_corrupt_checkpoint_is_named_with_its_remedy(saved):
       read()
 
 
+def flip_one_byte(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(bytes(content))
+
+
+def array_file(step_folder):
+  """The file that holds the arrays' values: the largest that TensorStore wrote."""
+  files = (step_folder / "ocdbt.process_0" / "d").iterdir()
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_one_changed_byte_of_an_array_is_not_read_as_a_value(tmp_path):
+  random = {"x": jnp.asarray(np.random.default_rng(0).normal(size=5000), jnp.float32)}
+  checkpoint.save(tmp_path, 1, random)
+  flip_one_byte(array_file(tmp_path / "1"))
+  with pytest.raises(checkpoint.CheckpointError, match="1 cannot be read .the file .* is not what"):
+    checkpoint.restore(tmp_path, 1, random)
+  with pytest.raises(checkpoint.CheckpointError, match="the file"):
+    checkpoint.restore_params(tmp_path, 1, stage_directory=tmp_path)
+
+
+def test_a_corrupt_latest_falls_back_to_the_one_before_and_says_so(saved, capsys):
+  assert checkpoint.restore_latest(saved / "nowhere", TREE) is None
+  assert checkpoint.restore_latest(saved, TREE)[0] == 10
+  assert capsys.readouterr().out == ""
+  flip_one_byte(array_file(saved / "10"))
+  step, tree = checkpoint.restore_latest(saved, TREE)
+  np.testing.assert_array_equal(tree["layer"]["kernel"], TREE["layer"]["kernel"])
+  assert step == 2 and checkpoint.steps(saved) == [1, 2]
+  assert f"{saved / '10'} cannot be read; going back to that of step 2" in capsys.readouterr().out
+
+
+def test_no_readable_checkpoint_is_refused_and_none_deleted(saved):
+  for step in (1, 2, 10):
+    array_file(saved / str(step)).unlink()
+  with pytest.raises(checkpoint.CheckpointError, match="10 cannot be read .*is missing.*Delete"):
+    checkpoint.restore_latest(saved, TREE)
+  assert checkpoint.steps(saved) == [1, 2, 10]
+
+
 def test_another_structure_is_refused(saved):
   other = {"layer": {"kernel": jnp.zeros((5, 5))}, "step": jnp.int32(0)}
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
@@ -59,7 +102,48 @@ def test_full_disk_is_an_os_error_that_names_the_checkpoint(tmp_path, monkeypatc
   def full(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
 
-  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+  # In the background thread, where the bytes are written.
+  monkeypatch.setattr(checkpoint.Writer, "_write_sums", full)
   with pytest.raises(OSError, match="checkpoint .*7 cannot be written") as error:
     checkpoint.save(tmp_path, 7, TREE)
   assert error.value.errno == errno.ENOSPC
+  assert checkpoint.steps(tmp_path) == []
+
+
+def test_a_step_goes_on_and_donates_while_its_state_is_written(tmp_path, monkeypatch):
+  gate = threading.Event()
+  real = checkpoint.Writer._write_sums
+  monkeypatch.setattr(checkpoint.Writer, "_write_sums", lambda self: gate.wait(60) and real(self))
+  sharding = parallel.replicated(parallel.make_mesh())
+  step = jax.jit(lambda x: 2 * x + 1, donate_argnums=0, out_shardings=sharding)
+  values = np.arange(1000.0, dtype=np.float32)
+  array = jax.device_put(values, sharding)
+  writer = checkpoint.Writer(tmp_path)
+  writer.save(3, {"x": array})
+  for _ in range(3):
+    array = step(array)
+  array.block_until_ready()
+  assert checkpoint.steps(tmp_path) == []  # the three steps ran before the checkpoint was whole
+  gate.set()
+  writer.close()
+  read = checkpoint.restore_params(tmp_path, 3, stage_directory=tmp_path)
+  np.testing.assert_array_equal(read["x"], values)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+  (tmp_path / "4.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+  checkpoint.save(tmp_path, 5, TREE)
+  assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_digest_sees_names_shapes_dtypes_and_values():
+  trees = [
+    {"a": np.float32([1, 2])},
+    {"b": np.float32([1, 2])},
+    {"a": np.float32([[1, 2]])},
+    {"a": np.int32(np.float32([1, 2]).view(np.int32))},
+    {"a": np.float32([1, 3])},
+  ]
+  digests = [bytes(checkpoint.digest(tree)) for tree in trees]
+  assert len(set(digests)) == 5 and len(digests[0]) == 32
+  assert bytes(checkpoint.digest({"a": jnp.float32([1, 2])})) == digests[0]

@@ -109,9 +109,9 @@ def interrupt_after(monkeypatch, module, name, calls):
 @pytest.mark.parametrize(
   "module,name,calls",
   [
-    (checkpoint, "save", 3),  # base: its second parameters are there, their state is not
+    (checkpoint.Writer, "save", 3),  # base: its second parameters are there, their state is not
     (pairs, "write_shard", 1),  # mine: one shard of two is done
-    (checkpoint, "save", 6),  # finetune: one checkpoint of two
+    (checkpoint.Writer, "save", 6),  # finetune: one checkpoint of two
   ],
 )
 def test_resume_equals_undisturbed(tiny_run, tmp_path, monkeypatch, module, name, calls):

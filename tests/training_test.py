@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from etils import epath
 from jax.sharding import AxisType
 from tensorboardX.proto.event_pb2 import Event
 
-from rndpo_jax import checkpoint, parallel, training
+from rndpo_jax import checkpoint, parallel, saving, training
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -42,7 +43,7 @@ def batch_at(step):
   return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
 
 
-def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at):
+def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, **options):
   def batches(start_step):
     for number in itertools.count(start_step):
       if number == stop:
@@ -60,6 +61,7 @@ def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at):
     log_every_steps=2,
     eval_every_steps=3,
     validate=lambda params: {"val_dice": float(params["w"][0])},
+    **options,
   )
 
 
@@ -76,12 +78,70 @@ def test_resume_equals_uninterrupted(step, mesh, tmp_path):
   assert int(resumed.step) == 10
   for name in ("whole", "cut"):
     assert checkpoint.steps(tmp_path / name / "params") == [3, 6, 9, 10]
-    assert checkpoint.steps(tmp_path / name / "state") == [10]
+    assert checkpoint.steps(tmp_path / name / "state") == [9, 10]
   lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
   assert lines[0] == lines[1]
   rows = [json.loads(line) for line in lines[0].splitlines()]
   assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8, 10]
   assert [row["step"] for row in rows if row["kind"] == "val"] == [3, 6, 9, 10]
+
+
+def test_params_lost_by_a_kill_are_written_again_from_their_state(step, mesh, tmp_path):
+  whole = run(step, mesh, tmp_path, num_steps=6)
+  shutil.rmtree(tmp_path / "params" / "6")
+  run(step, mesh, tmp_path, num_steps=6)
+  kept = checkpoint.restore_params(tmp_path / "params", 6, stage_directory=tmp_path)
+  np.testing.assert_array_equal(kept["w"], whole.params["w"])
+
+
+def test_states_by_the_clock_serve_to_go_on_and_change_nothing(step, mesh, tmp_path):
+  whole = run(step, mesh, tmp_path / "whole", num_steps=10)
+  often = dict(num_steps=10, checkpoint_minutes=1e-9, keep_checkpoints=3)
+  with pytest.raises(KeyboardInterrupt):
+    run(step, mesh, tmp_path / "cut", stop=8, **often)
+  assert checkpoint.steps(tmp_path / "cut" / "state") == [4, 6, 8]
+  assert checkpoint.steps(tmp_path / "cut" / "params") == [3, 6]
+  resumed = run(step, mesh, tmp_path / "cut", **often)
+  np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+  for name in ("whole", "cut"):
+    assert checkpoint.steps(tmp_path / name / "params") == [3, 6, 9, 10]
+  rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+  assert rows[0] == rows[1]
+
+
+def test_a_corrupt_latest_state_costs_steps_and_not_the_result(step, mesh, tmp_path, capsys):
+  whole = run(step, mesh, tmp_path / "whole", num_steps=10)
+  with pytest.raises(KeyboardInterrupt):
+    run(step, mesh, tmp_path / "cut", num_steps=10, stop=8)
+  (tmp_path / "cut" / "state" / "6" / "_METADATA").write_text("{")
+  resumed = run(step, mesh, tmp_path / "cut", num_steps=10)
+  assert "going back to that of step 3" in capsys.readouterr().out
+  np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+  rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+  assert rows[0] == rows[1]
+
+
+def test_best_and_latest_parameters_are_kept(step, mesh, tmp_path):
+  run(step, mesh, tmp_path, num_steps=12, keep_best=True, keep_checkpoints=1)
+  rows = training.read_rows(tmp_path, "val")
+  best = max(rows, key=lambda row: row["val_dice"])["step"]
+  assert checkpoint.steps(tmp_path / "params") == sorted({best, 12}) != [12]
+  assert checkpoint.steps(tmp_path / "state") == [12]
+
+
+def test_the_first_of_equals_is_best():
+  rows = [{"step": n, "val_dice": dice} for n, dice in ((3, 0.5), (6, 0.7), (9, 0.7))]
+  assert saving.best_row(rows)["step"] == 6
+
+
+def test_another_reference_is_refused(step, mesh, tmp_path):
+  first, second = (checkpoint.digest({"w": np.full(3, x)}) for x in (1.0, 2.0))
+  run(step, mesh, tmp_path, num_steps=6, reference=first)
+  run(step, mesh, tmp_path, num_steps=6, reference=first)
+  there, here = bytes(first).hex()[:12], bytes(second).hex()[:12]
+  with pytest.raises(checkpoint.CheckpointError, match=f"6 was trained .*{there}.*{here}.*delete"):
+    run(step, mesh, tmp_path, num_steps=9, reference=second)
+  assert checkpoint.steps(tmp_path / "state") == [3, 6]
 
 
 def test_keys_differ_from_step_to_step(step, mesh, tmp_path):

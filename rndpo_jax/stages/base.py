@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import checkpoint, files, losses, models, parallel, training, types
+from rndpo_jax import checkpoint, files, losses, models, parallel, saving, training, types
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, pipeline
 
@@ -116,6 +116,9 @@ def _train_member(config, workdir, member: int) -> None:
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=config.base.eval_every_steps,
     validate=validation(config, dataset, segmenter),
+    keep_checkpoints=config.base.keep_checkpoints,
+    keep_best=True,
+    checkpoint_minutes=config.base.checkpoint_minutes,
   )
   _select(config, directory)
 
@@ -163,16 +166,12 @@ def validation(config, dataset, segmenter: types.Segmenter, reference: types.Par
 def _select(config, directory: epath.Path) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
   rows = training.read_rows(directory, "val")
-  # The first of equals, so that a later step must earn its place.
-  best = max(rows, key=lambda row: row["val_dice"])
-  chosen = best if config.base.select == "best" else rows[-1]
+  chosen = saving.best_row(rows) if config.base.select == "best" else rows[-1]
   files.write_json(
     directory / "selected.json",
     {"step": chosen["step"], "rule": config.base.select, "val_dice": chosen["val_dice"]},
   )
-  for step in checkpoint.steps(directory / "params"):
-    if step not in (chosen["step"], rows[-1]["step"]):
-      (directory / "params" / str(step)).rmtree()
+  checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
 
 
 def _copy_members(config, workdir) -> None:

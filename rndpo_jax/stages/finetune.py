@@ -16,7 +16,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import files, losses, models, packing, parallel, training, types
+from rndpo_jax import checkpoint, files, losses, models, packing, parallel, training, types
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, geometry, pipeline
 from rndpo_jax.stages import base, pairs
@@ -139,6 +139,9 @@ def run(config, workdir: os.PathLike) -> None:
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
     validate=base.validation(config, dataset, segmenter, reference=params),
+    reference=checkpoint.digest(params),
+    keep_checkpoints=config.finetune.keep_checkpoints,
+    checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
   files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
 

@@ -1,0 +1,92 @@
+"""What a training leaves on disk: parameters and states, and which of them are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from rndpo_jax import checkpoint, progress
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """The row of the best validation Dice; the first of equals, so that a later step must earn it."""
+  return max(rows, key=lambda row: row["val_dice"])
+
+
+class Saver:
+  """Writes `params/STEP` and `state/STEP` of one training, each in the background."""
+
+  def __init__(self, directory: epath.Path, reference, keep_checkpoints: int, minutes: float):
+    self.folders = {name: directory / name for name in ("params", "state")}
+    self._writers = {name: checkpoint.Writer(folder) for name, folder in self.folders.items()}
+    self._reference = reference
+    self._keep_checkpoints = keep_checkpoints
+    self._seconds = 60 * minutes
+    self._last = time.monotonic()
+
+  def resume(self, state: Any, description: str) -> tuple[int, Any]:
+    """(step, state) of the latest checkpoint that can be read; (0, `state`) where none is."""
+    found = checkpoint.restore_latest(self.folders["state"], self._content(state))
+    if found is None:
+      return 0, state
+    step, content = found
+    if self._reference is not None and (content["reference"] != self._reference).any():
+      there, here = (bytes(x).hex()[:12] for x in (content["reference"], self._reference))
+      folder = self.folders["state"]
+      raise checkpoint.CheckpointError(
+        f"{folder / str(step)} was trained against a reference with SHA-256 {there}..., now it is "
+        f"{here}...; bring that base back, or delete the folder {folder.parent} to train anew"
+      )
+    progress.say(f"{description}: going on from step {step}")
+    return step, content["state"]
+
+  def save_params(self, step: int, state: Any) -> None:
+    self._writers["params"].save(step, state.params)
+
+  def save_params_if_missing(self, step: int, state: Any) -> None:
+    """A kill can come when the state of a step is whole and its parameters are not."""
+    if step > 0 and step not in checkpoint.steps(self.folders["params"]):
+      self.save_params(step, state)
+
+  def save_state(self, step: int, state: Any) -> None:
+    """Starts to write a state, and deletes those that are too many once the one before is whole."""
+    self._writers["state"].save(step, self._content(state))
+    self._drop_old()
+    self._last = time.monotonic()
+
+  def is_due(self) -> bool:
+    """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
+    if not self._seconds:
+      return False
+    due = time.monotonic() - self._last >= self._seconds
+    return bool(multihost_utils.broadcast_one_to_all(np.array(due)))
+
+  def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
+    """Deletes all parameters but the latest and the best as of each state that is kept."""
+    ends = {*checkpoint.steps(self.folders["state"]), step}
+    best = {best_row([row for row in rows if row["step"] <= end])["step"] for end in ends}
+    checkpoint.keep_only(self.folders["params"], best | {step})
+
+  def saved(self) -> list[int]:
+    """Steps of the states, the one being written among them."""
+    self._writers["state"].wait()
+    return checkpoint.steps(self.folders["state"])
+
+  def close(self) -> None:
+    with contextlib.ExitStack() as stack:
+      for writer in self._writers.values():
+        stack.callback(writer.close)
+    self._drop_old()
+
+  def _content(self, state: Any) -> dict[str, Any]:
+    reference = {} if self._reference is None else {"reference": self._reference}
+    return {"state": state, **reference}
+
+  def _drop_old(self) -> None:
+    folder = self.folders["state"]
+    checkpoint.keep_only(folder, checkpoint.steps(folder)[-self._keep_checkpoints :])
