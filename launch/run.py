@@ -27,7 +27,7 @@ def main(argv):
   logging.set_verbosity(logging.ERROR)
   logging.get_absl_logger().addFilter(is_no_full_disk)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import checkpoint, config, files, judges, pipeline, progress, training
+  from rndpo_jax import checkpoint, config, files, judges, pipeline, preemption, progress, training
   from rndpo_jax.data import records
   from rndpo_jax.stages import mine, pairs
 
@@ -37,7 +37,11 @@ def main(argv):
   )  # fmt: skip
   try:
     stages = config.STAGES if _STAGES.value is None else _STAGES.value
+    preemption.install()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
+  except preemption.Preempted as error:
+    progress.say(f"stopped by {error}")
+    sys.exit(error.exit_code)
   except refusals as error:
     sys.exit(f"error: {error}")
   except OSError as error:

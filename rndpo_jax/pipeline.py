@@ -17,7 +17,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import checks, files, judges, parallel, progress
+from rndpo_jax import checks, files, judges, parallel, preemption, progress
 from rndpo_jax import config as config_lib
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
@@ -54,6 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   Raises:
     config.ConfigError: on a config that cannot work, a stage that is unknown or lacks the stage
       before it, a workdir that cannot be written or that holds another config.
+    preemption.Preempted: after a signal, what is finished being kept.
     The stages' own errors.
   """
   checks.validate(config)
@@ -76,6 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     progress.say(f"[{name}]")
     RUNNERS[name](config, workdir)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+    preemption.check(f"stage {name!r} is done")
 
 
 def is_done(name: str, workdir: epath.Path) -> bool:

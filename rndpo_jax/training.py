@@ -20,7 +20,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rndpo_jax import metrics, parallel, progress, saving, types
+from rndpo_jax import metrics, parallel, preemption, progress, saving, types
 
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -159,6 +159,7 @@ def fit(
 
   Raises:
     TrainingError: at the first loss that is not finite.
+    preemption.Preempted: after a signal, the state being saved.
     checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
       another reference.
   """
@@ -186,16 +187,19 @@ def fit(
       pending.append((step, aux))
       keep = step % eval_every_steps == 0 or step == num_steps
       logged = step % log_every_steps == 0
-      if keep or logged:
+      stop = preemption.reached(step)
+      if keep or logged or stop:
         _flush(pending, rows, log_every_steps, description, saver)
       if keep:
         if validate is not None:
           rows.add({"step": step, "kind": "val", **validate(state.params)})
         saver.save_params(step, state)
-      if keep or (logged and saver.is_due()):
+      if keep or stop or (logged and saver.is_due()):
         saver.save_state(step, state)
       if keep and keep_best:
         saver.keep_best(step, read_rows(directory, "val"))
+      if stop:
+        raise preemption.Preempted(f"{description}: saved at step {step}")
   return state
 
 

@@ -115,6 +115,7 @@ def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expecte
 
 def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
   from launch import run as launch_run
+  from rndpo_jax import pipeline, preemption
 
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
@@ -124,6 +125,7 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
       self.value = value
 
   monkeypatch.setattr(pipeline, "run", full)
+  monkeypatch.setattr(preemption, "install", lambda: None)
   for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
     monkeypatch.setattr(launch_run, name, Value(None))
   with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import AxisType
 from tensorboardX.proto.event_pb2 import Event
 
-from rndpo_jax import checkpoint, parallel, saving, training
+from rndpo_jax import checkpoint, parallel, preemption, saving, training
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -117,6 +117,25 @@ def test_a_corrupt_latest_state_costs_steps_and_not_the_result(step, mesh, tmp_p
   resumed = run(step, mesh, tmp_path / "cut", num_steps=10)
   assert "going back to that of step 3" in capsys.readouterr().out
   np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+  rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+  assert rows[0] == rows[1]
+
+
+def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(step, mesh, tmp_path, monkeypatch):
+  def stop_at(number):
+    monkeypatch.setattr(preemption, "reached", lambda step: step == number)
+
+  whole = run(step, mesh, tmp_path / "whole", num_steps=10)
+  for number in (5, 6, 10):
+    stop_at(number)
+    with pytest.raises(preemption.Preempted, match=f"test: saved at step {number}"):
+      run(step, mesh, tmp_path / "cut", num_steps=10)
+    assert checkpoint.steps(tmp_path / "cut" / "state")[-1] == number
+  stop_at(None)
+  resumed = run(step, mesh, tmp_path / "cut", num_steps=10)
+  np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+  for name in ("whole", "cut"):
+    assert checkpoint.steps(tmp_path / name / "params") == [3, 6, 9, 10]
   rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
   assert rows[0] == rows[1]
 

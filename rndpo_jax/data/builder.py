@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rndpo_jax import progress
+from rndpo_jax import preemption, progress
 from rndpo_jax.data import records
 
 SPLIT = "cases"  # TFDS reserves 'all'
@@ -66,6 +66,7 @@ class Cases(tfds.core.GeneratorBasedBuilder):
       source.read(), total=len(source.records), description="prepare", unit="records"
     )
     for index, (entry, pixels) in enumerate(zip(source.records, read, strict=True)):
+      preemption.check("prepare: it starts anew")
       records.check_pixels(pixels, entry, source.num_classes)
       mask = pixels.mask
       foreground |= mask is not None and bool(mask.any())

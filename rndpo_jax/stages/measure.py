@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, models, results
+from rndpo_jax import checkpoint, files, metrics, models, preemption, results
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import base
 from rndpo_jax.types import Params
@@ -118,6 +118,7 @@ def predict(
 
   ahead = pipeline.prefetch(iter(evaluation.batches(tuple(indices))), forward, 2)
   for batch, shapes, masks in ahead:
+    preemption.check("evaluate: measured checkpoints are kept")
     masks = np.asarray(masks)
     for row in np.flatnonzero(batch.valid):
       yield int(batch.index[row]), masks[row][tuple(slice(n) for n in shapes[row])]

@@ -28,6 +28,7 @@ from rndpo_jax import (
   models,
   packing,
   parallel,
+  preemption,
   progress,
   proposals,
   types,
@@ -195,6 +196,7 @@ def run_batches(config, dataset, indices, program: Callable, with_labels: bool) 
   for batch in pipeline.batches(
     dataset, indices, batch_size=config.mine.batch_size, with_labels=with_labels
   ):
+    preemption.check("mine: finished shards are kept")
     yield batch, parallel.join_local_devices(program(key, parallel.split_over_local_devices(batch)))
 
 
