@@ -136,7 +136,8 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
-  "base.keep_checkpoints", "finetune.keep_checkpoints",
+  "base.keep_checkpoints", "finetune.keep_checkpoints", "base.accumulate_steps",
+  "finetune.accumulate_steps",
   "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
   "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
   "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",

@@ -86,6 +86,7 @@ def base_config() -> ml_collections.ConfigDict:
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
   base.num_steps = 400
   base.batch_size = 16
+  base.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   base.learning_rate = 3e-3  # peak, AdamW with warm-up and cosine decay
   base.warmup_steps = 40
   base.weight_decay = 1e-4
@@ -147,6 +148,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.augment = False
   finetune.num_steps = 300
   finetune.batch_size = 16
+  finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam
   finetune.schedule = "cosine"  # cosine decay to zero | constant
   finetune.weight_decay = 0.0

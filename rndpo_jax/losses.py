@@ -84,8 +84,8 @@ def preference_loss(
       sums over D and |D| are multiplied by it. It makes no difference under region.
 
   Returns:
-    (loss f32[], metrics): loss, accuracy (share of pairs with h > 0, ties one half), num_pairs,
-    num_empty; h_mean and the quantiles p5, p50, p95 of h (sum over D), region_size and
+    (loss f32[], metrics): loss, accuracy (share of pairs with h > 0, ties one half), weight (the sum
+    that the loss is a mean over), num_pairs, num_empty; h_mean and the quantiles p5, p50, p95 of h (sum over D), region_size and
     gradient_weight (the mean over y+ and y- of |d loss / d log pi|); gradient_share_N, the
     share of the gradient's L1 mass on pairs with |D| below N and not below the edge before;
     and, with log-probabilities, chosen_log_ratio and rejected_log_ratio (means, sums over D).
@@ -121,6 +121,7 @@ def preference_loss(
     "loss": loss,
     "accuracy": mean(jnp.where(h > 0, 1.0, jnp.where(h == 0, 0.5, 0.0))),
     "h_mean": mean(h),
+    "weight": jnp.sum(informative),
     "num_pairs": jnp.sum(informative > 0),
     "num_empty": jnp.sum((size == 0) & (weight > 0)),
     **_distribution(pair_losses, h, chosen, size, informative),

@@ -99,6 +99,14 @@ def check_here(config: ml_collections.ConfigDict) -> None:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   for key, size in sizes.items():
     parallel.check_batch_size(f"config.{key}", size, jax.device_count())
+  for name in ("base", "finetune"):
+    parts = config[name].accumulate_steps
+    if config[name].batch_size % (parts * jax.device_count()):
+      raise config_lib.ConfigError(
+        f"config.{name}.accumulate_steps: found {parts}, but batch_size="
+        f"{config[name].batch_size} on {jax.device_count()} devices is no multiple of "
+        f"{parts * jax.device_count()}"
+      )
   parallel.check_batch_size(
     "config.mine.batch_size", config.mine.batch_size, jax.local_device_count()
   )
@@ -201,6 +209,9 @@ def _check_same_base(config) -> None:
   """Refuses data, model or base options other than those that `config.base.workdir` has."""
   there = files.read_json(epath.Path(config.base.workdir) / "config.json")["config"]
   here = json.loads(config.to_json_best_effort())
+  # An option that is newer than the other run had its default of today there.
+  defaults = json.loads(config_lib.base_config().to_json_best_effort())
+  there = {name: {**defaults.get(name, {}), **there[name]} for name in ("data", "model", "base")}
   for content in (there, here):
     for section, name in (
       ("data", "num_workers"), ("data", "prefetch"), ("base", "workdir"), ("base", "num_members"),

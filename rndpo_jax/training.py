@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rndpo_jax import metrics, parallel, preemption, progress, saving, types
 
+# (params, batch, key) -> (loss, metrics); see `in_micro_batches` for the names of metrics.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -47,7 +48,12 @@ def make_state(params: types.Params, optimizer: optax.GradientTransformation, me
   return jax.jit(init, out_shardings=parallel.replicated(mesh))(params)
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, mesh: Mesh):
+def make_train_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  accumulate_steps: int = 1,
+):
   """Compiles one update.
 
   Args:
@@ -55,21 +61,73 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, me
       global batch, so its gradient is that of one device holding all of it.
     optimizer: an Optax transformation.
     mesh: from `parallel.make_mesh`; the batch is sharded over its `data` axis.
+    accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
+      `in_micro_batches`.
 
   Returns:
     step(state, batch, key) -> (state, metrics); `state` is donated. `key` is the same at every
     step and folded with the step's number.
   """
 
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+  if accumulate_steps > 1:
+    gradient = in_micro_batches(gradient, accumulate_steps)
+
   def train_step(state: TrainState, batch, key):
     step_key = jax.random.fold_in(key, state.step)
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, step_key)
+    (loss, aux), grads = gradient(state.params, batch, step_key)
+    aux.pop("weight", None)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     aux = {**aux, "loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), aux
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
+
+
+def in_micro_batches(gradient: Callable, count: int) -> Callable:
+  """The gradient of a whole batch from those of its `count` parts, one after another.
+
+  With losses l_i that are means over weights w_i, the loss is sum_i w_i l_i / sum_i w_i, which is
+  that of the whole batch; gradients likewise. w_i is the metric "weight", 1 where there is none.
+  Metrics whose name starts with "num_" are added up, all others averaged as the loss is. Part i
+  holds the rows i, i + count, ..., so that every device has its share of each, and has its own
+  key: random augmentation and dropout are other ones than those of the whole batch.
+
+  Args:
+    gradient: `jax.value_and_grad` of a LossFn with has_aux.
+    count: divides B, and B / count is shared by the devices.
+
+  Returns:
+    (params, batch, key) -> ((loss, metrics), grads); the batch is a dict of arrays with leading
+    axis B, but for `reference_params`, which every part gets whole.
+  """
+
+  def accumulated(params, batch, key):
+    shared = {name: batch[name] for name in batch if name == "reference_params"}
+    rows = {name: batch[name] for name in batch if name not in shared}
+    parts = jax.tree.map(
+      lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), rows
+    )
+
+    def one(total, number_and_part):
+      number, part = number_and_part
+      (loss, aux), grads = gradient(params, {**part, **shared}, jax.random.fold_in(key, number))
+      weight = jnp.asarray(aux.pop("weight", 1.0), jnp.float32)
+      total = jax.tree.map(lambda t, g: t + weight * g, total, grads)
+      return total, (weight, {**aux, "loss": loss})
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, (weights, aux) = jax.lax.scan(one, zeros, (jnp.arange(count), parts))
+    share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
+    grads = jax.tree.map(lambda t: t / jnp.maximum(jnp.sum(weights), 1e-12), total)
+    aux = {
+      name: jnp.sum(values if name.startswith("num_") else share * values)
+      for name, values in aux.items()
+    }
+    return (aux["loss"], aux), grads
+
+  return accumulated
 
 
 def make_validate(

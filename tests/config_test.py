@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from rndpo_jax import checks, judges, mining
+from rndpo_jax import checks, judges, mining, pipeline
 from rndpo_jax import config as config_lib
 
 CONFIGS = sorted(
@@ -53,6 +53,17 @@ REFUSED = [
   ("evaluate.metrics", ("iou",), "'dice' is needed"),
   ("augment.flip", 1.5, "0..1"),
 ]
+
+
+@pytest.mark.parametrize("section", ["base", "finetune"])
+def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
+  config = config_lib.base_config()
+  config[section].accumulate_steps = 2
+  pipeline.check_here(config)
+  config[section].accumulate_steps = 4
+  message = f"config.{section}.accumulate_steps: found 4, .* on 8 devices is no multiple of 32"
+  with pytest.raises(config_lib.ConfigError, match=message):
+    pipeline.check_here(config)
 
 
 @pytest.mark.parametrize("key,value,message", REFUSED)

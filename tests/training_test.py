@@ -182,6 +182,46 @@ def test_one_device_equals_eight(step, mesh):
   np.testing.assert_allclose(states[0].params["w"], states[1].params["w"], rtol=1e-6)
 
 
+def weighted_loss(params, batch, key):
+  error = (batch["x"] @ params["w"] - batch["reference_params"]["w"][0]) ** 2
+  total = jnp.sum(batch["weight"])
+  loss = jnp.sum(error * batch["weight"]) / jnp.maximum(total, 1e-12)
+  return loss, {"num_rows": total, "mean": loss, "weight": total}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
+  batch = {
+    "x": np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32),
+    # The parts weigh differently: rows 0, 4, 8, ... of each four count, and few of the others.
+    "weight": (np.arange(32) % 4 == 0).astype(np.float32) + (np.arange(32) == 7),
+  }
+  batch = parallel.put_batch(batch, mesh)
+  batch["reference_params"] = {"w": jnp.full(3, 2.0)}
+  results = []
+  for count in (1, parts):
+    made = training.make_train_step(weighted_loss, optax.sgd(0.1), mesh, count)
+    state = training.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
+    results.append(made(state, batch, jax.random.key(0)))
+  (whole, whole_aux), (state, aux) = results
+  assert (np.asarray(whole.params["w"]) != 1).all()
+  np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-6)
+  assert set(aux) == set(whole_aux) == {"num_rows", "mean", "loss", "grad_norm"}
+  assert float(aux["num_rows"]) == 9
+  for name in whole_aux:
+    np.testing.assert_allclose(aux[name], whole_aux[name], rtol=1e-6)
+
+
+def test_a_batch_without_any_weight_moves_nothing(mesh):
+  batch = parallel.put_batch({"x": np.ones((16, 3)), "weight": np.zeros(16)}, mesh)
+  batch["reference_params"] = {"w": jnp.zeros(3)}
+  made = training.make_train_step(weighted_loss, optax.sgd(0.1), mesh, 2)
+  state = training.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
+  state, aux = made(state, batch, jax.random.key(0))
+  np.testing.assert_array_equal(state.params["w"], np.ones(3))
+  assert float(aux["loss"]) == 0
+
+
 def test_state_is_donated_and_the_parameters_it_was_made_from_are_not(step, mesh):
   params = {"w": jnp.ones(3)}
   state = training.make_state(params, OPTIMIZER, mesh)

@@ -100,7 +100,7 @@ def _train_member(config, workdir, member: int) -> None:
   )
   transformation = optimizer(config.base)
   training.fit(
-    training.make_train_step(loss_fn, transformation, mesh),
+    training.make_train_step(loss_fn, transformation, mesh, config.base.accumulate_steps),
     training.make_state(params, transformation, mesh),
     labelled_batches(
       config,

@@ -129,7 +129,7 @@ def run(config, workdir: os.PathLike) -> None:
   if config.finetune.reference == "online":
     reference = jax.device_put(params, parallel.replicated(mesh))
   training.fit(
-    training.make_train_step(loss_fn, transformation, mesh),
+    training.make_train_step(loss_fn, transformation, mesh, config.finetune.accumulate_steps),
     training.make_state(params, transformation, mesh),
     pair_batches(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
