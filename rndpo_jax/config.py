@@ -80,6 +80,7 @@ def base_config() -> ml_collections.ConfigDict:
   model.norm = "group"  # group | instance
   model.dropout = 0.2  # rate, in bottleneck and decoder
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
+  model.remat = False  # computes activations again in the backward pass: less memory, slower
 
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here

@@ -33,4 +33,5 @@ def build(
     norm=model_config.norm,
     dropout=model_config.dropout,
     dtype=jnp.dtype(model_config.dtype),
+    remat=model_config.remat,
   )

@@ -74,12 +74,14 @@ class UNet(nn.Module):
   norm: str
   dropout: float
   dtype: jnp.dtype
+  remat: bool = False
 
   def setup(self):
     kernel = (3,) * self.spatial_dims
     widths = [min(self.width * 2**level, self.max_width) for level in range(self.depth)]
-    self.down = [_Block(w, kernel, self.norm, self.dtype) for w in widths]
-    self.up = [_Block(w, kernel, self.norm, self.dtype) for w in widths[:-1]]
+    block = nn.remat(_Block) if self.remat else _Block
+    self.down = [block(w, kernel, self.norm, self.dtype) for w in widths]
+    self.up = [block(w, kernel, self.norm, self.dtype) for w in widths[:-1]]
     self.drop = nn.Dropout(self.dropout)
     # The head computes in float32: logits feed a sum over thousands of pixels.
     self.head = nn.Conv(self.num_classes, (1,) * self.spatial_dims, dtype=jnp.float32)
@@ -115,6 +117,7 @@ def build(
   norm: str,
   dropout: float,
   dtype: jnp.dtype,
+  remat: bool = False,
 ) -> types.Segmenter:
   """Builds a U-Net as pure functions.
 
@@ -127,11 +130,12 @@ def build(
     norm: "group" (four channels a group) or "instance" (one).
     dropout: rate, in bottleneck and decoder.
     dtype: of the computation; parameters and logits stay float32.
+    remat: computes a block's inside again in the backward pass instead of keeping it.
 
   Returns:
     A Segmenter.
   """
-  module = UNet(num_classes, spatial_dims, width, depth, max_width, norm, dropout, dtype)
+  module = UNet(num_classes, spatial_dims, width, depth, max_width, norm, dropout, dtype, remat)
 
   def init(key, images):
     return module.init(key, images)["params"]
