@@ -160,6 +160,7 @@ _NOT_NEGATIVE = (
   "augment.noise_scale", "augment.elastic_scale", "augment.elastic_smoothing",
 )  # fmt: skip
 _FRACTIONS = (
+  "finetune.ema_decay",
   "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
   "augment.gamma", "augment.noise", "augment.elastic",
 )  # fmt: skip
@@ -178,6 +179,8 @@ def _check_ranges(config) -> None:
     section, name = key.split(".")
     if not 0 <= config[section][name] <= 1:
       raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
+  if config.finetune.ema_decay == 1:
+    raise ConfigError("config.finetune.ema_decay: found 1, an average that never moves")
   if config.data.num_unlabelled == 0 or config.data.num_unlabelled < -1:
     raise ConfigError(
       f"config.data.num_unlabelled: found {config.data.num_unlabelled}, expected a count, or -1 "

@@ -154,6 +154,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.schedule = "cosine"  # cosine decay to zero | constant
   finetune.weight_decay = 0.0
   finetune.clip_norm = 0.0  # 0 does not clip
+  finetune.ema_decay = 0.0  # above 0, the moving average of the parameters is what is evaluated
   finetune.log_every_steps = 10
   finetune.eval_every_steps = 50  # validation and checkpoint
   finetune.keep_checkpoints = (

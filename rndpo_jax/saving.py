@@ -46,7 +46,7 @@ class Saver:
     return step, content["state"]
 
   def save_params(self, step: int, state: Any) -> None:
-    self._writers["params"].save(step, state.params)
+    self._writers["params"].save(step, state.evaluated())
 
   def save_params_if_missing(self, step: int, state: Any) -> None:
     """A kill can come when the state of a step is whole and its parameters are not."""

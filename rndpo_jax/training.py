@@ -31,19 +31,30 @@ class TrainingError(RuntimeError):
 
 
 class TrainState(NamedTuple):
-  """What a step reads and replaces: step i32[], params, opt_state. No reference network."""
+  """What a step reads and replaces: step i32[], params, opt_state. No reference network.
+
+  `ema`, None where it is off, is the exponential moving average of the parameters.
+  """
 
   step: jax.Array
   params: types.Params
   opt_state: optax.OptState
+  ema: types.Params | None = None
+
+  def evaluated(self) -> types.Params:
+    """The parameters that are validated and kept: the average where there is one."""
+    return self.params if self.ema is None else self.ema
 
 
-def make_state(params: types.Params, optimizer: optax.GradientTransformation, mesh: Mesh):
+def make_state(
+  params: types.Params, optimizer: optax.GradientTransformation, mesh: Mesh, with_ema: bool = False
+):
   """A TrainState at step 0, replicated; it owns copies, since the step donates its buffers."""
 
   def init(params):
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
   return jax.jit(init, out_shardings=parallel.replicated(mesh))(params)
 
@@ -53,6 +64,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   accumulate_steps: int = 1,
+  ema_decay: float = 0.0,
 ):
   """Compiles one update.
 
@@ -63,6 +75,8 @@ def make_train_step(
     mesh: from `parallel.make_mesh`; the batch is sharded over its `data` axis.
     accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
       `in_micro_batches`.
+    ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
+      the first parameters.
 
   Returns:
     step(state, batch, key) -> (state, metrics); `state` is donated. `key` is the same at every
@@ -80,7 +94,10 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     aux = {**aux, "loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, opt_state), aux
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), aux
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
 
@@ -250,7 +267,7 @@ def fit(
         _flush(pending, rows, log_every_steps, description, saver)
       if keep:
         if validate is not None:
-          rows.add({"step": step, "kind": "val", **validate(state.params)})
+          rows.add({"step": step, "kind": "val", **validate(state.evaluated())})
         saver.save_params(step, state)
       if keep or stop or (logged and saver.is_due()):
         saver.save_state(step, state)

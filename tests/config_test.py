@@ -52,6 +52,9 @@ REFUSED = [
   ("evaluate.metrics", ("dice", "magic"), "unknown metric 'magic'"),
   ("evaluate.metrics", ("iou",), "'dice' is needed"),
   ("augment.flip", 1.5, "0..1"),
+  ("finetune.ema_decay", 1.0, "never moves"),
+  ("base.keep_checkpoints", 0, "above 0"),
+  ("finetune.checkpoint_minutes", -1.0, "0 or more"),
 ]
 
 

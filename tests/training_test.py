@@ -43,7 +43,7 @@ def batch_at(step):
   return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
 
 
-def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, **options):
+def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=None, **options):
   def batches(start_step):
     for number in itertools.count(start_step):
       if number == stop:
@@ -52,7 +52,7 @@ def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, **options
 
   return training.fit(
     step,
-    start(mesh),
+    start(mesh) if state is None else state,
     batches,
     num_steps=num_steps,
     key=jax.random.key(5),
@@ -180,6 +180,27 @@ def test_one_device_equals_eight(step, mesh):
       state, _ = used_step(state, batch, jax.random.key(5))
     states.append(state)
   np.testing.assert_allclose(states[0].params["w"], states[1].params["w"], rtol=1e-6)
+
+
+def test_average_of_parameters_is_what_is_kept_and_validated(step, mesh, tmp_path):
+  plain = run(step, mesh, tmp_path / "plain", num_steps=4)
+  averaging = training.make_train_step(loss_fn, OPTIMIZER, mesh, ema_decay=0.75)
+
+  def begin():
+    return training.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh, with_ema=True)
+
+  state = begin()
+  expected = np.ones(3)
+  for number in range(4):
+    state, _ = averaging(state, parallel.put_batch(batch_at(number), mesh), jax.random.key(5))
+    expected = 0.75 * expected + 0.25 * np.asarray(state.params["w"])
+  np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-6)
+  kept = run(averaging, mesh, tmp_path / "ema", num_steps=4, state=begin())
+  np.testing.assert_array_equal(kept.params["w"], plain.params["w"])
+  saved = checkpoint.restore_params(tmp_path / "ema" / "params", 4, stage_directory=tmp_path)
+  np.testing.assert_array_equal(saved["w"], state.ema["w"])
+  last = training.read_rows(tmp_path / "ema", "val")[-1]
+  assert last["val_dice"] == float(state.ema["w"][0]) != float(state.params["w"][0])
 
 
 def weighted_loss(params, batch, key):

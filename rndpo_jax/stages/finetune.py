@@ -129,8 +129,14 @@ def run(config, workdir: os.PathLike) -> None:
   if config.finetune.reference == "online":
     reference = jax.device_put(params, parallel.replicated(mesh))
   training.fit(
-    training.make_train_step(loss_fn, transformation, mesh, config.finetune.accumulate_steps),
-    training.make_state(params, transformation, mesh),
+    training.make_train_step(
+      loss_fn,
+      transformation,
+      mesh,
+      config.finetune.accumulate_steps,
+      config.finetune.ema_decay,
+    ),
+    training.make_state(params, transformation, mesh, with_ema=config.finetune.ema_decay > 0),
     pair_batches(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
     key=jax.random.fold_in(jax.random.key(config.seed), 2),
