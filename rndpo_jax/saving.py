@@ -69,7 +69,8 @@ class Saver:
   def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
     """Deletes all parameters but the latest and the best as of each state that is kept."""
     ends = {*checkpoint.steps(self.folders["state"]), step}
-    best = {best_row([row for row in rows if row["step"] <= end])["step"] for end in ends}
+    known = [[row for row in rows if row["step"] <= end] for end in ends]
+    best = {best_row(part)["step"] for part in known if part}
     checkpoint.keep_only(self.folders["params"], best | {step})
 
   def saved(self) -> list[int]:
