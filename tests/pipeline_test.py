@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, pipeline, training
+from rndpo_jax import checkpoint, files, pipeline, preemption, training
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import phantom, records
 from rndpo_jax.stages import mine, pairs
@@ -127,6 +127,30 @@ def test_resume_equals_undisturbed(tiny_run, tmp_path, monkeypatch, module, name
     assert (tmp_path / file).read_bytes() == (undisturbed / file).read_bytes(), file
 
 
+def test_signal_then_corrupt_state_then_lost_manifest_end_with_the_same_results(
+  tiny_run, tmp_path, monkeypatch, capsys
+):
+  config, undisturbed = tiny_run
+  workdir = tmp_path / "run"
+  shutil.copytree(undisturbed, workdir)
+  for name in ("finetune", "evaluate"):
+    shutil.rmtree(workdir / name)
+  (workdir / "results.json").unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption, "reached", lambda step: step == 6)
+    with pytest.raises(preemption.Preempted, match="finetune: saved at step 6"):
+      pipeline.run(config, workdir)
+  written = workdir / "finetune" / "state" / "6" / "ocdbt.process_0" / "d"
+  largest = max(written.iterdir(), key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(bytes(content))
+  (workdir / "pairs" / "manifest.json").unlink()
+  pipeline.run(config, workdir)
+  assert "6 cannot be read; going back to that of step 4" in capsys.readouterr().out
+  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
 def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
   config, clean = tiny_run
   unlabelled = set(files.read_json(clean / "splits.json")["unlabelled"])
@@ -243,6 +267,9 @@ def test_corrupt_shard_is_named_and_rebuilt_alone(tiny_run, tmp_path):
   shards = [pairs.shard_path(workdir / "pairs", n, 2) for n in range(2)]
   good = shards[1].read_bytes()
   shards[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is corrupt.*delete"):
+    pipeline.run(config, workdir)
+  shards[1].write_bytes(good[: len(good) // 2])
   with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is corrupt.*delete"):
     pipeline.run(config, workdir)
   shards[1].unlink()
