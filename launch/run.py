@@ -2,7 +2,9 @@
 
   python -m launch.run --config=configs/quickstart.py --workdir=DIR [--stages=prepare,base]
 
-Options of the config are set as --config.SECTION.KEY=VALUE.
+Options of the config are set as --config.SECTION.KEY=VALUE. Several processes, each started with
+the same command, share one work directory: --coordinator_address=HOST:PORT --num_processes=N
+--process_id=I, or --distributed where a TPU pod, Slurm or a JobSet says so itself.
 """
 
 import errno
@@ -19,6 +21,20 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
 _STAGES = flags.DEFINE_list("stages", None, "Stages to run; all by default.")
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT where process 0 listens, for several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Detect the processes: TPU pod, Slurm, Open MPI, Kubernetes JobSet."
+)
+_CONNECT_SECONDS = flags.DEFINE_integer(
+  "connect_seconds", 45, "How long the processes wait for each other at the start."
+)
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 30, "A process silent for so long counts as dead, and the others stop."
+)
 
 
 def main(argv):
@@ -27,7 +43,11 @@ def main(argv):
   logging.set_verbosity(logging.ERROR)
   logging.get_absl_logger().addFilter(is_no_full_disk)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import checkpoint, config, files, judges, pipeline, preemption, progress, training
+  import jax
+
+  from rndpo_jax import (
+    checkpoint, config, files, judges, parallel, pipeline, preemption, progress, training,
+  )  # fmt: skip
   from rndpo_jax.data import records
   from rndpo_jax.stages import mine, pairs
 
@@ -35,29 +55,53 @@ def main(argv):
     config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
     pairs.PairsError, mine.MiningError, files.FileError, judges.JudgeError,
   )  # fmt: skip
+  end = sys.exit
   try:
     stages = config.STAGES if _STAGES.value is None else _STAGES.value
-    preemption.install()
+    if join_others():
+      end = parallel.stop
+    preemption.install()  # after the others are met: JAX sets a handler of its own then
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   except preemption.Preempted as error:
     progress.say(f"stopped by {error}")
     sys.exit(error.exit_code)
   except refusals as error:
-    sys.exit(f"error: {error}")
+    end(f"error: {error}")
+  except jax.errors.JaxRuntimeError as error:
+    if not parallel.is_loss_of_another(error):
+      raise
+    end(
+      f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
+      f"output ({str(error).splitlines()[0]}); the same command goes on from what is finished"
+    )
   except OSError as error:
     if error.errno != errno.ENOSPC:
       raise
-    sys.exit(
+    end(
       f"error: the disk is full ({error}); free some space, or name another --workdir, and run "
       "the same command again: finished work is kept"
     )
-  if "report" in stages:
+  if "report" in stages and parallel.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 
 def is_no_full_disk(record) -> bool:
   """False for Orbax's log of a full disk in its thread: the same error is raised in `main`."""
   return not record.exc_info or "No space left" not in str(record.exc_info[1])
+
+
+def join_others():
+  """Whether this is one process of several; they have met when it returns."""
+  from rndpo_jax import parallel
+
+  return parallel.initialize(
+    _COORDINATOR_ADDRESS.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    detect=_DISTRIBUTED.value,
+    connect_seconds=_CONNECT_SECONDS.value,
+    heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+  )
 
 
 def parse(argv):

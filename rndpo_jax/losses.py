@@ -84,11 +84,12 @@ def preference_loss(
       sums over D and |D| are multiplied by it. It makes no difference under region.
 
   Returns:
-    (loss f32[], metrics): loss, accuracy (share of pairs with h > 0, ties one half), weight (the sum
-    that the loss is a mean over), num_pairs, num_empty; h_mean and the quantiles p5, p50, p95 of h (sum over D), region_size and
-    gradient_weight (the mean over y+ and y- of |d loss / d log pi|); gradient_share_N, the
-    share of the gradient's L1 mass on pairs with |D| below N and not below the edge before;
-    and, with log-probabilities, chosen_log_ratio and rejected_log_ratio (means, sums over D).
+    (loss f32[], metrics): loss, accuracy (share of pairs with h > 0, ties one half), weight (the
+    sum that the loss is a mean over), num_pairs, num_empty; h_mean and the quantiles p5, p50, p95
+    of h (sum over D), region_size and gradient_weight (the mean over y+ and y- of
+    |d loss / d log pi|); gradient_share_N, the share of the gradient's L1 mass on pairs with |D|
+    below N and not below the edge before; and, with log-probabilities, chosen_log_ratio and
+    rejected_log_ratio (means, sums over D).
 
   Raises:
     ValueError: on an unknown name, an option that the objective does not read, or missing

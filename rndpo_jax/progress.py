@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import jax
 from rich import progress as rich_progress
 
 T = TypeVar("T")
@@ -14,8 +15,9 @@ _LINE_EVERY_SECONDS = 15.0
 
 
 def say(message: str) -> None:
-  """Prints one line at once, so that a log shows it when it happens."""
-  print(message, flush=True)
+  """Prints one line at once, so that a log shows it when it happens, and which process."""
+  which = f"[process {jax.process_index()}] " if jax.process_count() > 1 else ""
+  print(f"{which}{message}", flush=True)
 
 
 def track(
@@ -30,7 +32,7 @@ def track(
     unit: plural name of an item.
     done: items finished by an earlier run.
   """
-  if sys.stdout.isatty():
+  if sys.stdout.isatty() and jax.process_count() == 1:  # bars of several would overwrite each other
     yield from _bar(iterable, total, description, unit, done)
   else:
     yield from _lines(iterable, total, description, unit, done)
