@@ -46,7 +46,15 @@ def main(argv):
   import jax
 
   from rndpo_jax import (
-    checkpoint, config, files, judges, parallel, pipeline, preemption, progress, training,
+    checkpoint,
+    config,
+    files,
+    judges,
+    parallel,
+    pipeline,
+    preemption,
+    progress,
+    training,
   )  # fmt: skip
   from rndpo_jax.data import records
   from rndpo_jax.stages import mine, pairs

@@ -152,6 +152,8 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
 def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> Any:
   """Reads `directory`/`step` as numpy arrays, in the structure that was saved.
 
+  Each process reads for itself: none waits for another.
+
   Args:
     stage_directory: what to delete so that the finished stage runs again; for the message.
 
@@ -159,7 +161,11 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
     CheckpointError: where it is missing or corrupt.
   """
   path = epath.Path(directory).resolve() / str(step)
-  with ocp.PyTreeCheckpointer() as checkpointer:
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=jax.process_index(), active_processes={jax.process_index()}
+  )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
     try:
       _check_sums(path)
       metadata = checkpointer.metadata(path).item_metadata.tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -20,9 +21,9 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rndpo_jax import metrics, parallel, preemption, progress, saving, types
+from rndpo_jax import accumulation, metrics, parallel, preemption, progress, saving, types
 
-# (params, batch, key) -> (loss, metrics); see `in_micro_batches` for the names of metrics.
+# (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -74,7 +75,7 @@ def make_train_step(
     optimizer: an Optax transformation.
     mesh: from `parallel.make_mesh`; the batch is sharded over its `data` axis.
     accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
-      `in_micro_batches`.
+      `accumulation.in_micro_batches`.
     ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
       the first parameters.
 
@@ -85,7 +86,7 @@ def make_train_step(
 
   gradient = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate_steps > 1:
-    gradient = in_micro_batches(gradient, accumulate_steps)
+    gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
 
   def train_step(state: TrainState, batch, key):
     step_key = jax.random.fold_in(key, state.step)
@@ -102,55 +103,11 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
 
 
-def in_micro_batches(gradient: Callable, count: int) -> Callable:
-  """The gradient of a whole batch from those of its `count` parts, one after another.
-
-  With losses l_i that are means over weights w_i, the loss is sum_i w_i l_i / sum_i w_i, which is
-  that of the whole batch; gradients likewise. w_i is the metric "weight", 1 where there is none.
-  Metrics whose name starts with "num_" are added up, all others averaged as the loss is. Part i
-  holds the rows i, i + count, ..., so that every device has its share of each, and has its own
-  key: random augmentation and dropout are other ones than those of the whole batch.
-
-  Args:
-    gradient: `jax.value_and_grad` of a LossFn with has_aux.
-    count: divides B, and B / count is shared by the devices.
-
-  Returns:
-    (params, batch, key) -> ((loss, metrics), grads); the batch is a dict of arrays with leading
-    axis B, but for `reference_params`, which every part gets whole.
-  """
-
-  def accumulated(params, batch, key):
-    shared = {name: batch[name] for name in batch if name == "reference_params"}
-    rows = {name: batch[name] for name in batch if name not in shared}
-    parts = jax.tree.map(
-      lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), rows
-    )
-
-    def one(total, number_and_part):
-      number, part = number_and_part
-      (loss, aux), grads = gradient(params, {**part, **shared}, jax.random.fold_in(key, number))
-      weight = jnp.asarray(aux.pop("weight", 1.0), jnp.float32)
-      total = jax.tree.map(lambda t, g: t + weight * g, total, grads)
-      return total, (weight, {**aux, "loss": loss})
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    total, (weights, aux) = jax.lax.scan(one, zeros, (jnp.arange(count), parts))
-    share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
-    grads = jax.tree.map(lambda t: t / jnp.maximum(jnp.sum(weights), 1e-12), total)
-    aux = {
-      name: jnp.sum(values if name.startswith("num_") else share * values)
-      for name, values in aux.items()
-    }
-    return (aux["loss"], aux), grads
-
-  return accumulated
-
-
 def make_validate(
   apply: Callable,
   num_classes: int,
   batches: Callable[[], Iterable[types.Batch]],
+  mesh: Mesh,
   reference: types.Params | None = None,
 ):
   """Mean foreground Dice on the model's grid, mean over images; and how far the policy has gone.
@@ -158,34 +115,46 @@ def make_validate(
   Args:
     apply: (params, images) -> logits f32[B, *S, C].
     num_classes: C.
-    batches: () -> the labelled batches to go through once; padding is left out.
+    batches: () -> this process's rows of the labelled batches to go through once; padding is left
+      out.
+    mesh: from `parallel.make_mesh`; its devices share each batch.
     reference: parameters to measure the divergence from, or None.
 
   Returns:
-    validate(params) -> {"val_dice": float}; with a reference also "val_kl", the KL divergence
-    from it, and "val_entropy", in nats a pixel.
+    validate(params) -> {"val_dice": float}, the same on every process; with a reference also
+    "val_kl", the KL divergence from it, and "val_entropy", in nats a pixel.
+  """
+  if reference is not None:
+    reference = jax.device_put(reference, parallel.replicated(mesh))
+  per_image = make_image_figures(apply, num_classes, mesh)
+
+  def validate(params) -> dict[str, float]:
+    parts = [per_image(params, reference, parallel.put_batch(batch, mesh)) for batch in batches()]
+    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
+    valid = whole.pop("valid")
+    return {name: float(np.mean(x[valid], dtype=np.float64)) for name, x in whole.items()}
+
+  return validate
+
+
+def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callable:
+  """(params, reference or None, batch) -> figures of each image, f32[B], and valid bool[B].
+
+  Every image's figures go to every process, so that their mean does not depend on who held it.
   """
 
-  @jax.jit
-  def sums(params, reference, batch):
+  @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+  def per_image(params, reference, batch):
     logits = apply(params, batch.images)
     masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
     per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
-    values = {"val_dice": jnp.mean(per_class, axis=-1)}
+    figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid}
     if reference is not None:
-      values["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
-      values["val_entropy"] = metrics.entropy(logits)
-    return {name: jnp.sum(value * batch.valid) for name, value in values.items()}
+      figures["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
+      figures["val_entropy"] = metrics.entropy(logits)
+    return figures
 
-  def validate(params) -> dict[str, float]:
-    count, parts = 0, []
-    for batch in batches():
-      parts.append(sums(params, reference, batch))
-      count += int(np.sum(batch.valid))
-    parts = jax.device_get(parts)
-    return {name: float(sum(part[name] for part in parts) / count) for name in parts[0]}
-
-  return validate
+  return per_image
 
 
 def fit(
@@ -271,7 +240,7 @@ def fit(
         saver.save_params(step, state)
       if keep or stop or (logged and saver.is_due()):
         saver.save_state(step, state)
-      if keep and keep_best:
+      if keep and keep_best and parallel.is_first():
         saver.keep_best(step, read_rows(directory, "val"))
       if stop:
         raise preemption.Preempted(f"{description}: saved at step {step}")
@@ -307,9 +276,14 @@ class _Rows:
 
   TensorBoard's events are written here and now. SummaryWriter would leave them to a thread: on a
   full disk that dies, and the next rows wait for it forever.
+
+  Process 0 writes; in the others every method does nothing.
   """
 
   def __init__(self, directory: epath.Path, start: int):
+    self._writes = parallel.is_first()
+    if not self._writes:
+      return
     path = directory / "metrics.jsonl"
     kept = []
     if path.exists():
@@ -326,6 +300,8 @@ class _Rows:
     self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
 
   def add(self, row: dict[str, Any]) -> None:
+    if not self._writes:
+      return
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
     for name, value in row.items():
@@ -337,5 +313,7 @@ class _Rows:
     self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
   def close(self) -> None:
+    if not self._writes:
+      return
     self._file.close()
     self._events.close()

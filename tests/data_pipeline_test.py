@@ -240,3 +240,21 @@ def test_what_does_not_fit_together_is_named(workdir, tmp_path):
   (tmp_path / splits.FILE).write_text(json.dumps(parts))
   with pytest.raises(records.DataError, match="splits.json: unknown case id 'stranger' in 'val'"):
     pipeline.open_dataset(_config(), tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 7])
+def test_batches_of_two_processes_are_those_of_one(dataset, count):
+  indices = [5, 1, 2, 7, 3, 0, 4][:count]
+  options = {"batch_size": 4, "with_labels": True}
+  whole = list(pipeline.batches(dataset, indices, **options))
+  parts = [
+    list(pipeline.batches(dataset, indices, **options, process_index=i, process_count=2))
+    for i in range(2)
+  ]
+  assert len(whole) == len(parts[0]) == len(parts[1])
+  for batch, *shares in zip(whole, *parts, strict=True):
+    for field in ("images", "labels", "index", "valid"):
+      joined = np.concatenate([getattr(share, field) for share in shares])
+      seen = joined if field == "valid" else joined[batch.valid]
+      ours = getattr(batch, field)
+      np.testing.assert_array_equal(ours if field == "valid" else ours[batch.valid], seen, field)

@@ -217,23 +217,36 @@ def _order(seed: int, count: int, turn: int) -> np.ndarray:
 
 
 def batches(
-  dataset: Dataset, indices: Sequence[int], *, batch_size: int, with_labels: bool
-) -> Iterator[types.Batch]:
-  """Every record of `indices` once, in order; the last batch is padded with its last record.
+  dataset: Dataset, indices: Sequence[int], *, batch_size: int, with_labels: bool,
+  process_index: int = 0, process_count: int = 1,
+) -> Iterator[types.Batch]:  # fmt: skip
+  """Every record of `indices` once, in order; the last batch is padded.
+
+  Args:
+    dataset: from `open_dataset`.
+    indices: of records.
+    batch_size: of the global batch; process_count divides it.
+    with_labels: whether the masks are read.
+    process_index: whose contiguous rows to yield, of `process_count`.
 
   Yields:
-    types.Batch of numpy arrays, always `batch_size` rows, `valid` False on the padding.
+    types.Batch of numpy arrays, always batch_size // process_count rows, `valid` False on the
+    padding. Every process yields as many batches.
   """
+  rows = batch_size // process_count
   for start in range(0, len(indices), batch_size):
-    chosen = [int(i) for i in indices[start : start + batch_size]]
-    examples = [load_example(dataset, i, with_labels=with_labels) for i in chosen]
-    padding = batch_size - len(chosen)
-    examples += examples[-1:] * padding
+    first = start + rows * process_index
+    chosen = [int(i) for i in indices[first : first + rows]]
+    padding = rows - len(chosen)
+    # A process without a record left pads with the last of all.
+    loaded = chosen or [int(indices[-1])]
+    examples = [load_example(dataset, i, with_labels=with_labels) for i in loaded]
+    examples = (examples + examples[-1:] * padding)[:rows]
     yield types.Batch(
       images=np.stack([example["image"] for example in examples]),
       labels=np.stack([example["label"] for example in examples]),
       index=np.stack([example["index"] for example in examples]),
-      valid=np.arange(batch_size) < len(chosen),
+      valid=np.arange(rows) < len(chosen),
     )
 
 

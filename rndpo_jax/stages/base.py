@@ -83,7 +83,7 @@ def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
 
 def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
-  if (directory / "selected.json").exists():
+  if parallel.agree((directory / "selected.json").exists()):
     return
   mesh = parallel.make_mesh()
   dataset = pipeline.open_dataset(config, workdir)
@@ -115,12 +115,13 @@ def _train_member(config, workdir, member: int) -> None:
     description="base" if member == 0 else f"base, member {member}",
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=config.base.eval_every_steps,
-    validate=validation(config, dataset, segmenter),
+    validate=validation(config, dataset, segmenter, mesh),
     keep_checkpoints=config.base.keep_checkpoints,
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
-  _select(config, directory)
+  if parallel.is_first():
+    _select(config, directory)
 
 
 def labelled_batches(
@@ -149,18 +150,28 @@ def labelled_batches(
   return batches
 
 
-def validation(config, dataset, segmenter: types.Segmenter, reference: types.Params | None = None):
+def validation(
+  config,
+  dataset,
+  segmenter: types.Segmenter,
+  mesh: Mesh,
+  reference: types.Params | None = None,
+):
   """`training.make_validate` on the validation split."""
+  # Rounded up to what the devices can share: the last batch is padded in any case.
+  batch_size = -(-config.evaluate.batch_size // jax.device_count()) * jax.device_count()
 
   def batches():
     return pipeline.batches(
       dataset,
       dataset.splits["val"],
-      batch_size=config.evaluate.batch_size,
+      batch_size=batch_size,
       with_labels=True,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
 
-  return training.make_validate(segmenter.apply, dataset.num_classes, batches, reference)
+  return training.make_validate(segmenter.apply, dataset.num_classes, batches, mesh, reference)
 
 
 def _select(config, directory: epath.Path) -> None:
@@ -179,7 +190,7 @@ def _copy_members(config, workdir) -> None:
   for member in reversed(range(config.base.num_members)):
     source = member_directory(config.base.workdir, member)
     target = member_directory(workdir, member)
-    if (target / "selected.json").exists():
+    if parallel.agree((target / "selected.json").exists()):
       continue
     if not (source / "selected.json").exists():
       raise ConfigError(
@@ -189,5 +200,7 @@ def _copy_members(config, workdir) -> None:
     selected = files.read_json(source / "selected.json")
     params = checkpoint.restore_params(source / "params", selected["step"], stage_directory=source)
     checkpoint.save(target / "params", selected["step"], params)
+    if not parallel.is_first():
+      continue
     files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
     files.write_json(target / "selected.json", selected)

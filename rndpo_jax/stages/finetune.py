@@ -144,12 +144,13 @@ def run(config, workdir: os.PathLike) -> None:
     description="finetune",
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
-    validate=base.validation(config, dataset, segmenter, reference=params),
+    validate=base.validation(config, dataset, segmenter, mesh, reference=params),
     reference=checkpoint.digest(params),
     keep_checkpoints=config.finetune.keep_checkpoints,
     checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
-  files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
+  if parallel.is_first():
+    files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
 
 
 def loss_options(config) -> dict:
