@@ -129,7 +129,7 @@ def base_config() -> ml_collections.ConfigDict:
   mine.min_score_gap = 0.0  # a pair needs a gap above it
   mine.min_region_size = 1  # pixels
   mine.max_region_size = 0  # pixels; 0 sets no limit
-  mine.batch_size = 16  # images of one program, all local devices together
+  mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
   mine.num_shards = 4
 
   config.finetune = finetune = ml_collections.ConfigDict()

@@ -29,6 +29,8 @@ RUNNERS = {
   "evaluate": evaluate.run,
   "report": report.run,
 }
+# Stages without collectives: process 0 runs them while the others wait.
+ALONE = ("prepare", "report")
 # The file that a stage writes last, and so the sign that it is done.
 DONE = {
   "prepare": "data/records.json",
@@ -65,17 +67,24 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     )
   check_here(config)
   workdir = epath.Path(workdir)
-  claim(config, workdir)
+  if parallel.is_first():
+    claim(config, workdir)
+  parallel.barrier("claim")
+  if not parallel.is_first():
+    check_shared(config, workdir)
   for name in config_lib.STAGES:
     if name not in stages or (name == "prepare" and config.base.workdir):
       continue
-    if is_done(name, workdir):
+    # A file can appear between the looks of two processes: process 0 looks for all.
+    if parallel.agree(is_done(name, workdir)):
       progress.say(f"[{name}] done before")
       continue
     check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
-    RUNNERS[name](config, workdir)
+    if name not in ALONE or parallel.is_first():
+      RUNNERS[name](config, workdir)
+    parallel.barrier(name)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
     preemption.check(f"stage {name!r} is done")
 
@@ -107,9 +116,6 @@ def check_here(config: ml_collections.ConfigDict) -> None:
         f"{config[name].batch_size} on {jax.device_count()} devices is no multiple of "
         f"{parts * jax.device_count()}"
       )
-  parallel.check_batch_size(
-    "config.mine.batch_size", config.mine.batch_size, jax.local_device_count()
-  )
   for name in names:
     if ":" in name:
       try:
@@ -147,6 +153,27 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     ) from error
 
 
+def check_shared(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Refuses a process that does not share process 0's work directory and config.
+
+  Raises:
+    config.ConfigError: naming the folder, or every key that differs.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise config_lib.ConfigError(
+      f"--workdir: process {jax.process_index()} does not see {path}, which process 0 wrote; "
+      "several processes need one folder that all of them see"
+    )
+  here = json.loads(config.to_json_best_effort())
+  changes = _differences(files.read_json(path)["config"], here)
+  if changes:
+    raise config_lib.ConfigError(
+      f"--config: process {jax.process_index()} differs from process 0: {'; '.join(changes)}. "
+      "Start every process with the same command"
+    )
+
+
 def environment() -> dict[str, Any]:
   """Command, versions, devices and git revision, for `config.json`."""
   return {
@@ -157,6 +184,7 @@ def environment() -> dict[str, Any]:
     },
     "device_kind": jax.devices()[0].device_kind,
     "num_devices": jax.device_count(),
+    "num_processes": jax.process_count(),
     "git_revision": _git_revision(),
   }
 

@@ -16,7 +16,7 @@ def shard_hashes(workdir):
   return [shard["sha256"] for shard in files.read_json(workdir / "pairs/manifest.json")["shards"]]
 
 
-@pytest.mark.parametrize("devices,batch_size", [(8, 16), (1, 8), (1, 5)])
+@pytest.mark.parametrize("devices,batch_size", [(3, 1), (1, 5)])
 def test_pairs_do_not_depend_on_devices_or_batch_size(
   tiny_run, tiny_config, tmp_path, monkeypatch, devices, batch_size
 ):
@@ -26,6 +26,8 @@ def test_pairs_do_not_depend_on_devices_or_batch_size(
   monkeypatch.setattr(jax, "local_device_count", lambda: devices)
   config = tiny_config(base__workdir=str(first), mine__batch_size=batch_size)
   pipeline.run(config, tmp_path, ["base", "mine"])
+  if batch_size == 1:  # as in the first: each device runs the same program
+    assert shard_hashes(tmp_path) == shard_hashes(first)
   tables = [pairs.read(workdir / "pairs") for workdir in (first, tmp_path)]
   assert len(tables[0]) == len(tables[1]) > 0
   for ours, theirs in zip(*tables, strict=True):

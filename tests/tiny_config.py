@@ -24,7 +24,7 @@ def get_config(**changes):
       "base.log_every_steps": 25,
       "base.eval_every_steps": 50,
       "proposals.mix": "base:1,mc_dropout+logit_noise:3",
-      "mine.batch_size": 8,
+      "mine.batch_size": 1,
       "mine.num_shards": 2,
       "mine.pairs_per_image": 2,
       "finetune.num_steps": 8,

@@ -3,7 +3,8 @@
 Every checkpoint is measured by Dice for the curve; the base, the last and the selected one by
 all of `config.evaluate.metrics`. Logits are brought to each case's own grid before the argmax,
 and the slices of a case count together. What is known of a checkpoint is kept in `evaluate/`,
-so that an interrupted run goes on.
+so that an interrupted run goes on. Of several processes each measures some checkpoints on its own
+first device, and process 0 writes what all of them share.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 
+import jax
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, progress, results
+from rndpo_jax import checkpoint, files, metrics, parallel, progress, results
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import records
 from rndpo_jax.stages import gallery, measure
@@ -43,8 +45,14 @@ def run(config, workdir: os.PathLike) -> None:
     )
   evaluation = measure.open_evaluation(config, workdir)
   steps = [0, *tuned]
-  shown = progress.track(steps, total=len(steps), description="evaluate", unit="checkpoints")
+  own = steps[jax.process_index() :: jax.process_count()]
+  shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
   cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
+  parallel.barrier("curve")
+  if not parallel.is_first():
+    return
+  # What the other processes measured is read from their files.
+  cases |= {step: measure.overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   names = list(config.evaluate.metrics)

@@ -44,8 +44,10 @@ class MiningError(RuntimeError):
 def run(config, workdir: os.PathLike) -> None:
   """Mines the unlabelled split; writes `pairs/`.
 
-  Finished shards are kept, so an interrupted run goes on. First the judges are measured against
-  the truth of the validation and the labelled split (`judges.json`); `manifest.json` comes last.
+  Finished shards are kept, so an interrupted run goes on, with any number of processes: shard i is
+  of process i mod N, and process 0 writes all that is not a shard. First the judges are measured
+  against the truth of the validation and the labelled split (`judges.json`); `manifest.json`
+  comes last.
 
   Raises:
     MiningError: where no pair is left, naming the filters that took them.
@@ -57,7 +59,7 @@ def run(config, workdir: os.PathLike) -> None:
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
-  if not (directory / "judges.json").exists():
+  if parallel.is_first() and not (directory / "judges.json").exists():
     measure = on_local_devices(audit.make_measure(score, names, dataset.num_classes), weights)
     outputs = {
       split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
@@ -67,7 +69,7 @@ def run(config, workdir: os.PathLike) -> None:
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
   with_labels = config.judge.name in config_lib.TRUTH_JUDGES
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
-  if not (directory / "examples.npz").exists():
+  if parallel.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(audit.example_indices(dataset))
     audit.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
@@ -75,8 +77,10 @@ def run(config, workdir: os.PathLike) -> None:
   for shard, part in enumerate(shards):
     path = pairs.shard_path(directory, shard, config.mine.num_shards)
     if shard % jax.process_count() == jax.process_index() and not _finished(path):
-      _write_shard(path, len(part), -(-len(part) // config.mine.batch_size), mined(part))
-  _write_manifest(config, directory)
+      _write_shard(path, len(part), -(-len(part) // _batch_size(config)), mined(part))
+  parallel.barrier("shards")
+  if parallel.is_first():
+    _write_manifest(config, directory)
 
 
 def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
@@ -194,10 +198,16 @@ def run_batches(config, dataset, indices, program: Callable, with_labels: bool) 
   """
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   for batch in pipeline.batches(
-    dataset, indices, batch_size=config.mine.batch_size, with_labels=with_labels
+    dataset, indices, batch_size=_batch_size(config), with_labels=with_labels
   ):
     preemption.check("mine: finished shards are kept")
     yield batch, parallel.join_local_devices(program(key, parallel.split_over_local_devices(batch)))
+
+
+def _batch_size(config) -> int:
+  """Images of all local devices. Each device's share is the config's, so that its program, and with
+  it the last bit of every pair, does not depend on how many devices there are."""
+  return config.mine.batch_size * jax.local_device_count()
 
 
 def _write_shard(path, num_images: int, num_batches: int, outputs: Iterator) -> None:

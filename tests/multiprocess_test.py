@@ -1,0 +1,148 @@
+"""Two real processes on the loopback: the same job as one process, and what a loss of one does."""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rndpo_jax import checkpoint, files
+from rndpo_jax.stages import pairs
+
+ROOT = pathlib.Path(__file__).parent.parent
+OPTIONS = (
+  "--config=tests/tiny_config.py", "--config.finetune.num_steps=4",
+  "--config.finetune.eval_every_steps=2", "--config.judge.compare=()",
+)  # fmt: skip
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]
+
+
+def start(workdir, *arguments, devices):
+  """One process of the job, on so many simulated devices."""
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of these tests
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "launch.run", f"--workdir={workdir}", *OPTIONS, *arguments],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def start_two(workdir, *arguments):
+  """Two processes of two devices each."""
+  address = f"--coordinator_address=127.0.0.1:{free_port()}"
+  shared = (address, "--num_processes=2", "--heartbeat_seconds=15", *arguments)
+  return [start(workdir, *shared, f"--process_id={i}", devices=2) for i in range(2)]
+
+
+def finish(processes):
+  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  for process, output in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, output
+  return outputs
+
+
+def wait_for(path, processes):
+  end = time.monotonic() + 300
+  while not path.exists():
+    assert time.monotonic() < end and all(p.poll() is None for p in processes)
+    time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The job as one process of four devices."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  finish([start(workdir, devices=4)])
+  return workdir
+
+
+def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tmp_path):
+  first, second = start_two(tmp_path)
+  wait_for(tmp_path / "base" / "state" / "50", [first, second])
+  second.send_signal(signal.SIGKILL)
+  output, _ = first.communicate(timeout=60)
+  assert first.returncode != 0
+  # Waiting in a collective it sees the connection break; elsewhere JAX misses the heartbeat.
+  assert "another process of this run has stopped" in output or "another task died" in output
+  second.communicate()
+
+  outputs = finish(start_two(tmp_path))
+  for index, output in enumerate(outputs):
+    assert f"[process {index}] base: going on from step" in output
+    assert f"[process {index}] mine pairs-0000{index}-of-00002" in output
+  assert "fine-tuned (last)" in outputs[0] and "fine-tuned (last)" not in outputs[1]
+  results = [files.read_json(workdir / "results.json") for workdir in (alone, tmp_path)]
+  assert results[0] == results[1] and 0 < results[0]["base"]["test"]["dice"] < 1
+  # Each batch's gradients are added up in another order, which is all that differs.
+  params = [
+    checkpoint.restore_params(workdir / "finetune" / "params", 4, stage_directory="")
+    for workdir in (alone, tmp_path)
+  ]
+  for ours, theirs in zip(*map(jax.tree.leaves, params), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+  assert (tmp_path / "finetune/metrics.jsonl").read_text().count('"val"') == 2
+  assert files.read_json(tmp_path / "config.json")["num_processes"] == 2
+
+
+def test_two_processes_keep_a_finished_shard_and_mine_the_same_bits(alone, tmp_path):
+  shutil.copytree(alone, tmp_path / "run")
+  workdir = tmp_path / "run"
+  kept, redone = (pairs.shard_path(workdir / "pairs", shard, 2) for shard in range(2))
+  for path in (redone, pairs.summary_path(redone), workdir / "pairs" / "manifest.json"):
+    path.unlink()
+  untouched = os.stat(kept).st_mtime_ns
+  finish(start_two(workdir, "--stages=mine"))
+  assert os.stat(kept).st_mtime_ns == untouched
+  for name in (kept.name, redone.name, "manifest.json"):
+    assert (workdir / "pairs" / name).read_bytes() == (alone / "pairs" / name).read_bytes(), name
+
+
+def test_processes_that_do_not_meet_end_in_one_line(tmp_path):
+  shared = ("--num_processes=2", "--connect_seconds=3")
+  processes = [
+    start(
+      tmp_path / "run",
+      f"--coordinator_address=127.0.0.1:{free_port()}",
+      f"--process_id={index}",
+      *shared,
+      devices=1,
+    )
+    for index in range(2)  # each waits for the other at another port
+  ]
+  for index, process in enumerate(processes):
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.startswith(f"error: process {index}: the 2 processes have not met at 127.0.0.1:")
+    assert output.count("\n") == 1, output
+  assert not (tmp_path / "run").exists()
+
+
+def test_two_configs_for_one_job_are_refused_by_key(tmp_path):
+  address = f"--coordinator_address=127.0.0.1:{free_port()}"
+  shared = (address, "--num_processes=2", "--stages=prepare")
+  processes = [
+    start(tmp_path, *shared, f"--process_id={i}", f"--config.seed={i}", devices=1) for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert all(process.returncode != 0 for process in processes)
+  assert "error: --config: process 1 differs from process 0: config.seed: was 0, is 1" in outputs[1]
