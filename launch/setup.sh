@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced from the project's root: activates .venv, installing the project where that is needed.
 #   source launch/setup.sh [extra]
 _extra=${1:-}
@@ -12,4 +13,5 @@ if [ ! -e "$_stamp" ] || [ setup.cfg -nt "$_stamp" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${_extra:+[$_extra]}"
   touch "$_stamp"
 fi
+# shellcheck source=/dev/null
 source .venv/bin/activate
