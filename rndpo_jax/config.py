@@ -131,6 +131,7 @@ def base_config() -> ml_collections.ConfigDict:
   mine.max_region_size = 0  # pixels; 0 sets no limit
   mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
   mine.num_shards = 4
+  mine.keep_proposals = False  # all K masks stay in an image's record, bit-packed, for other judges
 
   config.finetune = finetune = ml_collections.ConfigDict()
   finetune.objective = "rn_dpo"  # a name of objectives.OBJECTIVES

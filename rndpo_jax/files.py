@@ -20,7 +20,16 @@ def write_bytes(path: os.PathLike, content: bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.tmp"
   temporary.write_bytes(content)
+  flush(temporary)
   temporary.replace(path)
+
+
+def flush(path: os.PathLike) -> None:
+  """Waits until a local file's bytes are on the disk: a rename must not outlive them in a crash."""
+  if "://" in os.fspath(path):
+    return  # an object store has them once it says so
+  with epath.Path(path).open("rb") as file:
+    os.fsync(file.fileno())
 
 
 def write_text(path: os.PathLike, content: str) -> None:

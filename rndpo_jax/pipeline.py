@@ -213,7 +213,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
 
 
 def summary(workdir: os.PathLike) -> str:
-  """The result table that a run ends with, from `results.json`."""
+  """The result table that a run ends with, from `results.json` and the mining manifest."""
   results = files.read_json(epath.Path(workdir) / "results.json")
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
   rows = (("base", "base"), ("fine-tuned (last)", "finetuned"), ("selected on val", "selected"))
@@ -226,9 +226,10 @@ def summary(workdir: os.PathLike) -> str:
     used = "  <- used" if name == results["judge"] else ""
     lines.append(f"judge {name:18}{shown:>10} of pairs right on {judge['split']}{used}")
   pairs = results["pairs"]
+  size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]
   lines.append(
-    f"{pairs['count']} pairs, {pairs['dropped_identical']} dropped as identical, median region "
-    f"size {pairs['region_size']['p50']:.0f} pixels"
+    f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
+    f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
   )
   return "\n".join(lines)
 

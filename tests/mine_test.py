@@ -75,6 +75,9 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
     margin = losses.pair_margin(segmenter_logits(index), chosen[None], rejected[None])[0]
     np.testing.assert_allclose(margin, record["reference_margin"], rtol=1e-3, atol=1e-3)
   assert count == manifest["num_pairs"] > 0
+  shards = [workdir / "pairs" / shard["file"] for shard in manifest["shards"]]
+  assert manifest["num_bytes"] == sum(path.stat().st_size for path in shards)
+  assert manifest["bytes_per_pair"] == manifest["num_bytes"] / count
   histogram = manifest["region_size"]["histogram"]
   assert sum(histogram["counts"]) == count
   assert len(histogram["edges"]) == len(histogram["counts"]) + 1
@@ -143,3 +146,17 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
       np.testing.assert_array_equal(one[name], two[name], err_msg=name)
     seen.append(np.asarray(one["image"]).tobytes())
   assert len(set(seen)) == 3
+def test_kept_proposals_are_those_that_the_pairs_point_at(tiny_run, tiny_config, tmp_path):
+  _, first = tiny_run
+  config = tiny_config(base__workdir=str(first), mine__keep_proposals=True, judge__compare=())
+  pipeline.run(config, tmp_path, ["base", "mine"])
+  tables = [pairs.read(workdir / "pairs") for workdir in (first, tmp_path)]
+  assert len(tables[0]) == len(tables[1]) > 0
+  for bare, record in zip(*tables, strict=True):
+    assert "proposals" not in bare
+    assert record["proposals"].shape == (4, *record["chosen"].shape[1:])
+    for name in ("chosen", "rejected"):
+      np.testing.assert_array_equal(record[name], bare[name])
+      np.testing.assert_array_equal(record["proposals"][record[f"{name}_proposal"]], record[name])
+  sizes = [files.read_json(w / "pairs/manifest.json")["bytes_per_pair"] for w in (first, tmp_path)]
+  assert sizes[1] > sizes[0]

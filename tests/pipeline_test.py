@@ -51,7 +51,7 @@ def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
   results = files.read_json(workdir / "results.json")
   text = pipeline.summary(workdir)
   assert f"{results['finetuned']['test']['dice']:.4f}" in text
-  assert "agreement" in text and f"{results['pairs']['count']} pairs" in text
+  assert "agreement" in text and f"{results['pairs']['count']} pairs of " in text
 
 
 def test_first_step_starts_at_log_two(tiny_run):

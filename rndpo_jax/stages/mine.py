@@ -136,7 +136,11 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
 
 
 def make_mine_batch(config, dataset, score) -> Callable:
-  """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins."""
+  """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins.
+
+  Packed are the chosen and rejected masks, u8[b, P, bits, bytes], and with
+  `config.mine.keep_proposals` all `proposals`, u8[b, K, bits, bytes].
+  """
   name = config.judge.name
   options = {
     "num_classes": dataset.num_classes,
@@ -158,7 +162,9 @@ def make_mine_batch(config, dataset, score) -> Callable:
     def pack(masks):
       return packing.pack(masks, dataset.num_classes, dataset.spatial_dims)
 
+    kept = {"proposals": pack(sampled.masks)} if config.mine.keep_proposals else {}
     return {
+      **kept,
       "masks": sampled.masks,
       "scores": scores[name],
       "pairs": mined,
@@ -246,6 +252,7 @@ def _record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarr
     "scores": out["scores"][row],
     "chosen_proposal": mined.chosen,
     "rejected_proposal": mined.rejected,
+    **({"proposals": out["proposals"][row]} if "proposals" in out else {}),
   }
 
 
@@ -274,6 +281,7 @@ def _write_manifest(config, directory: epath.Path) -> None:
   sizes = np.concatenate([np.array(s["region_size"], np.int64) for s in summaries])
   gaps = np.concatenate([np.array(s["score_gap"], np.float64) for s in summaries])
   num_images = sum(s["num_images"] for s in summaries)
+  num_bytes = sum(s["num_bytes"] for s in summaries)
   if sizes.size == 0:
     taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
     raise MiningError(
@@ -290,6 +298,8 @@ def _write_manifest(config, directory: epath.Path) -> None:
       "shards": [{key: s[key] for key in ("file", "sha256", "count")} for s in summaries],
       "num_images": num_images,
       "num_pairs": int(sizes.size),
+      "num_bytes": num_bytes,
+      "bytes_per_pair": num_bytes / sizes.size,
       "dropped": dropped,
       "region_size": {
         **_quantiles(sizes),

@@ -28,7 +28,7 @@ def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Pat
 
 
 def summary_path(shard: os.PathLike) -> epath.Path:
-  """The JSON beside a finished shard: checksum, counts, sizes."""
+  """The JSON beside a finished shard: checksum, counts, sizes in bytes and pixels."""
   return epath.Path(shard).with_suffix(".json")
 
 
@@ -38,8 +38,8 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
   Args:
     path: from `shard_path`.
     records: dicts of numpy arrays, encoded with msgpack.
-    summary: entries of the summary besides file, sha256 and count; read after the records are
-      exhausted, so that it may be filled while they are made.
+    summary: entries of the summary besides file, sha256, count and num_bytes; read after the
+      records are exhausted, so that it may be filled while they are made.
   """
   path = epath.Path(path)
   temporary = path.parent / f".{path.name}.tmp"
@@ -55,10 +55,18 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
     if "space" not in str(error):
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
+  files.flush(temporary)
   checksum = files.sha256(temporary)
   temporary.replace(path)
   files.write_json(
-    summary_path(path), {"file": path.name, "sha256": checksum, "count": count, **summary}
+    summary_path(path),
+    {
+      "file": path.name,
+      "sha256": checksum,
+      "count": count,
+      "num_bytes": path.stat().length,
+      **summary,
+    },
   )
 
 
