@@ -1,10 +1,15 @@
-"""Whole files that appear by rename: a reader never meets half of one."""
+"""Whole files that appear by rename: a reader never meets half of one.
+
+A path may be local or remote (`gs://BUCKET/...`, with the package gcsfs beside this one).
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -26,7 +31,7 @@ def write_bytes(path: os.PathLike, content: bytes) -> None:
 
 def flush(path: os.PathLike) -> None:
   """Waits until a local file's bytes are on the disk: a rename must not outlive them in a crash."""
-  if "://" in os.fspath(path):
+  if is_remote(path):
     return  # an object store has them once it says so
   with epath.Path(path).open("rb") as file:
     os.fsync(file.fileno())
@@ -60,3 +65,36 @@ def sha256(path: os.PathLike) -> str:
   """Hexadecimal SHA-256 of a file's bytes."""
   with epath.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_remote(path: os.PathLike) -> bool:
+  """Whether a path is in an object store, where a name is a URI."""
+  return "://" in os.fspath(path)
+
+
+def local_copy(path: os.PathLike) -> epath.Path:
+  """A file or folder on this host: `path` itself, or a copy of a remote one, made once a process.
+
+  ArrayRecord, and so TFDS, reads and writes local files alone.
+  """
+  return _fetch(os.fspath(path))[1] if is_remote(path) else epath.Path(path)
+
+
+@functools.cache
+def _fetch(path: str) -> tuple[tempfile.TemporaryDirectory, epath.Path]:
+  """The copy, and what deletes it at the end of the process."""
+  keeper = tempfile.TemporaryDirectory(prefix="rndpo_jax_")
+  target = epath.Path(keeper.name) / epath.Path(path).name
+  copy(path, target)
+  return keeper, target
+
+
+def copy(source: os.PathLike, target: os.PathLike) -> None:
+  """Copies a file or a folder with all in it, between any two places."""
+  source, target = epath.Path(source), epath.Path(target)
+  if not source.is_dir():
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.copy(target, overwrite=True)
+    return
+  for child in source.iterdir():
+    copy(child, target / child.name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import pathlib
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
-from rndpo_jax import preemption, progress
+from rndpo_jax import files, preemption, progress
 from rndpo_jax.data import records
 
 SPLIT = "cases"  # TFDS reserves 'all'
@@ -91,18 +91,23 @@ class Cases(tfds.core.GeneratorBasedBuilder):
       )
 
 
-def folder(directory: pathlib.Path) -> pathlib.Path:
+def folder(directory: epath.Path) -> epath.Path:
   """Where `build` puts the files."""
-  return directory / _FOLDER
+  return epath.Path(directory) / _FOLDER
 
 
-def build(source: records.Source, directory: pathlib.Path) -> None:
-  """Reads every pixel of the source and writes it under `directory`.
+def build(source: records.Source, directory: epath.Path) -> None:
+  """Reads every pixel of the source and writes it under `directory`, local or remote.
 
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
     OSError: where the files cannot be written, the disk being full for one.
   """
+  if files.is_remote(directory):  # ArrayRecord writes local files alone
+    with tempfile.TemporaryDirectory() as here:
+      build(source, epath.Path(here))
+      files.copy(folder(epath.Path(here)), folder(directory))
+    return
   downloads = folder(directory) / "downloads"  # TFDS makes one, and nothing is downloaded
   with _quiet():
     cases = Cases(source=source, data_dir=str(directory))
@@ -114,14 +119,17 @@ def build(source: records.Source, directory: pathlib.Path) -> None:
         f"{directory}: the prepared data cannot be written ({error}); free space on that disk, "
         "then run the stage 'prepare' again",
       ) from error
-  shutil.rmtree(downloads, ignore_errors=True)
+  if downloads.exists():
+    downloads.rmtree()
 
 
-def open_source(directory: pathlib.Path, *, with_labels: bool):
+def open_source(directory: epath.Path, *, with_labels: bool):
   """Random access to what `build` wrote; without labels, the masks' bytes are never decoded."""
   try:
     with _quiet():
-      builder = tfds.builder_from_directory(folder(directory) / str(Cases.VERSION))
+      builder = tfds.builder_from_directory(
+        files.local_copy(folder(directory)) / str(Cases.VERSION)
+      )
       skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
       opened = builder.as_data_source(split=SPLIT, decoders=skip)
       opened[0]  # the file is opened at the first read

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from etils import epath
 
 from rndpo_jax import types
 from rndpo_jax.data import builder, geometry, records, splits
@@ -50,13 +50,13 @@ class Dataset(NamedTuple):
   normalization: str
 
 
-def open_dataset(config, workdir: str | pathlib.Path) -> Dataset:
+def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   """Opens what the stage 'prepare' wrote, here or in `config.base.workdir`.
 
   Raises:
     records.DataError: where a file is missing or damaged; names it and the remedy.
   """
-  workdir = pathlib.Path(config.base.workdir or workdir)
+  workdir = epath.Path(config.base.workdir or workdir)
   directory = workdir / "data"
   content = records.read(directory)
   source = builder.open_source(directory, with_labels=True)

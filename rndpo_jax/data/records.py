@@ -8,12 +8,12 @@ cases of one group (a patient) never stand in two splits.
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from rndpo_jax import files
 
@@ -144,13 +144,13 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
     )
 
 
-def write(directory: pathlib.Path, source: Source) -> None:
+def write(directory: epath.Path, source: Source) -> None:
   """Writes `records.json` into the directory, whole or not at all."""
   content = {key: getattr(source, key) for key in _SOURCE_KEYS} | {"records": source.records}
   files.write_json(directory / FILE, content)
 
 
-def read(directory: pathlib.Path) -> dict[str, Any]:
+def read(directory: epath.Path) -> dict[str, Any]:
   """Reads `records.json`.
 
   Raises:
@@ -165,7 +165,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def read_json(path: pathlib.Path, remedy: str) -> Any:
+def read_json(path: epath.Path, remedy: str) -> Any:
   """Reads a JSON object.
 
   Raises:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from rndpo_jax.data import records
 
@@ -73,7 +73,7 @@ def _groups(entries) -> tuple[dict[str, set[str]], dict[str, bool]]:
   return cases, masked
 
 
-def read_split_file(path: pathlib.Path, entries: list[dict[str, Any]]) -> dict[str, list[str]]:
+def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str, list[str]]:
   """Reads the splits that the user gives, and checks them against the records.
 
   Args:
@@ -119,7 +119,7 @@ def read_split_file(path: pathlib.Path, entries: list[dict[str, Any]]) -> dict[s
   return {name: sorted(content[name]) for name in NAMES}
 
 
-def read(workdir: pathlib.Path) -> dict[str, list[str]]:
+def read(workdir: epath.Path) -> dict[str, list[str]]:
   """Reads `splits.json` as the stage 'prepare' wrote it.
 
   Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +44,32 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
       records are exhausted, so that it may be filled while they are made.
   """
   path = epath.Path(path)
-  temporary = path.parent / f".{path.name}.tmp"
+  with contextlib.ExitStack() as stack:
+    folder = path.parent
+    if files.is_remote(path):  # ArrayRecord writes local files alone
+      folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    temporary = folder / f".{path.name}.tmp"
+    count = _write_records(temporary, path, records)
+    files.flush(temporary)
+    checksum = files.sha256(temporary)
+    if files.is_remote(path):
+      files.copy(temporary, path)
+    else:
+      temporary.replace(path)
+  files.write_json(
+    summary_path(path),
+    {
+      "file": path.name,
+      "sha256": checksum,
+      "count": count,
+      "num_bytes": path.stat().length,
+      **summary,
+    },
+  )
+
+
+def _write_records(temporary: epath.Path, path: epath.Path, records) -> int:
+  """Writes `records` and returns how many; where that fails nothing is left."""
   count = 0
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
@@ -55,19 +82,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
     if "space" not in str(error):
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
-  files.flush(temporary)
-  checksum = files.sha256(temporary)
-  temporary.replace(path)
-  files.write_json(
-    summary_path(path),
-    {
-      "file": path.name,
-      "sha256": checksum,
-      "count": count,
-      "num_bytes": path.stat().length,
-      **summary,
-    },
-  )
+  return count
 
 
 def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
@@ -95,7 +110,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
     if files.sha256(path) != entry["sha256"]:
       raise PairsError(f"{path} is corrupt: its SHA-256 is not that of the manifest; {rebuild}")
     if entry["count"]:
-      paths.append(str(path))
+      paths.append(os.fspath(files.local_copy(path)))
   return _Records(paths)
 
 

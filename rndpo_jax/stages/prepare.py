@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-import shutil
 from collections.abc import Sequence
+
+from etils import epath
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import files
@@ -17,7 +17,7 @@ SOURCES = {
 }
 
 
-def run(config, workdir: str | pathlib.Path) -> None:
+def run(config, workdir: epath.PathLike) -> None:
   """Prepares the data; returns at once where that is done.
 
   Headers and splits are checked before a pixel is read, and every pixel before anything
@@ -27,7 +27,7 @@ def run(config, workdir: str | pathlib.Path) -> None:
     records.DataError: naming the file or key, what was found, and the remedy.
     OSError: where the work directory cannot be written.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   directory = workdir / "data"
   if is_done(workdir):
     return
@@ -66,7 +66,7 @@ def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> N
       )
 
 
-def is_done(workdir: pathlib.Path) -> bool:
+def is_done(workdir: epath.Path) -> bool:
   """Whether both files that end the stage are there and can be read."""
   try:
     records.read(workdir / "data")
@@ -76,18 +76,18 @@ def is_done(workdir: pathlib.Path) -> bool:
   return True
 
 
-def clear(workdir: pathlib.Path) -> None:
+def clear(workdir: epath.Path) -> None:
   """Removes what an earlier, broken run may have left; nothing that is not this stage's."""
   for path in (workdir / "data" / records.FILE, workdir / splits.FILE):
     path.unlink(missing_ok=True)
   built = builder.folder(workdir / "data")
   if built.exists():
-    shutil.rmtree(built)
+    built.rmtree()
 
 
 def _splits(data, entries):
   if data.split_file:
-    return splits.read_split_file(pathlib.Path(data.split_file), entries)
+    return splits.read_split_file(epath.Path(data.split_file), entries)
   return splits.make_splits(
     entries,
     num_labelled=data.num_labelled,

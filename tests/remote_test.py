@@ -1,0 +1,73 @@
+"""Work directories in an object store, played by a folder behind fsspec's name for gs://."""
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations import local
+
+from rndpo_jax import files
+from rndpo_jax.data import pipeline
+from rndpo_jax.stages import pairs, prepare
+
+
+class Bucket(local.LocalFileSystem):
+  """gs://NAME/... is FOLDER/NAME/...; whoever opens the URI as a local file finds nothing."""
+
+  protocol = ("gcs", "gs")
+  folder = None
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    path = str(path)
+    if path.startswith("gs://"):
+      path = f"{cls.folder}/{path[len('gs://') :]}"
+    return super()._strip_protocol(path)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  (tmp_path / "bucket" / "runs").mkdir(parents=True)
+  monkeypatch.setattr(Bucket, "folder", str(tmp_path / "bucket"))
+  fsspec.register_implementation("gcs", Bucket, clobber=True)
+  monkeypatch.chdir(tmp_path / "bucket" / "runs")  # where a stray 'gs:' folder would be seen
+  yield epath.Path("gs://runs")
+  assert not list(tmp_path.rglob("gs:*"))
+
+
+def test_files_appear_whole_in_a_bucket(bucket, tmp_path):
+  files.write_json(bucket / "a" / "b.json", {"c": 1})
+  files.write_json(bucket / "a" / "b.json", {"c": 2})
+  assert files.read_json(bucket / "a" / "b.json") == {"c": 2}
+  assert [path.name for path in (tmp_path / "bucket/runs/a").iterdir()] == ["b.json"]
+  assert files.sha256(bucket / "a" / "b.json") == files.sha256(tmp_path / "bucket/runs/a/b.json")
+
+
+def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_config):
+  config = tiny_config(data__phantom__num_cases=12)
+  datasets = []
+  for workdir in (bucket / "job", tmp_path / "job"):
+    prepare.run(config, workdir)
+    assert prepare.is_done(epath.Path(workdir))
+    datasets.append(pipeline.open_dataset(config, workdir))
+  assert datasets[0].records == datasets[1].records
+  examples = [pipeline.load_example(dataset, 3, with_labels=True) for dataset in datasets]
+  for name, value in examples[0].items():
+    np.testing.assert_array_equal(value, examples[1][name], err_msg=name)
+  prepare.clear(bucket / "job")
+  assert not prepare.is_done(bucket / "job")
+
+
+def test_pairs_in_a_bucket_are_checked_and_read(bucket):
+  directory = bucket / "pairs"
+  path = pairs.shard_path(directory, 0, 1)
+  records = [{"index": np.int32(i), "chosen": np.full(3, i, np.uint8)} for i in range(4)]
+  pairs.write_shard(path, records, {"num_pairs": 4})
+  summary = files.read_json(pairs.summary_path(path))
+  assert summary["num_bytes"] == path.stat().length > 0
+  files.write_json(directory / "manifest.json", {"shards": [summary]})
+  table = pairs.read(directory)
+  assert [int(record["index"]) for record in table] == [0, 1, 2, 3]
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(pairs.PairsError, match="gs://runs/pairs/pairs-00000.*is corrupt"):
+    pairs.read(directory)
