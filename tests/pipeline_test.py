@@ -92,6 +92,15 @@ def test_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
     pipeline.run(tiny_config(), tmp_path / "file" / "run")
 
 
+def test_a_process_that_does_not_share_the_workdir_is_refused(tiny_run, tiny_config, tmp_path):
+  _, workdir = tiny_run
+  pipeline.check_shared(tiny_config(), workdir)
+  with pytest.raises(config_lib.ConfigError, match="process 0 does not see .*config.json"):
+    pipeline.check_shared(tiny_config(), tmp_path)
+  with pytest.raises(config_lib.ConfigError, match="config.seed: was 0, is 1"):
+    pipeline.check_shared(tiny_config(seed=1), workdir)
+
+
 def interrupt_after(monkeypatch, module, name, calls):
   """Lets `module.name` work `calls` times, then raises as a kill would end it."""
   real, count = getattr(module, name), 0

@@ -23,3 +23,10 @@ def test_long_loops_say_what_is_left(capsys, monkeypatch):
 def test_nothing_to_do_says_nothing(capsys):
   assert list(progress.track([], total=4, description="base", unit="steps", done=4)) == []
   assert capsys.readouterr().out == ""
+
+
+def test_of_several_processes_each_says_which_it_is(capsys, monkeypatch):
+  monkeypatch.setattr(progress.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
+  progress.say("done")
+  assert capsys.readouterr().out == "[process 1] done\n"
