@@ -146,6 +146,8 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
       np.testing.assert_array_equal(one[name], two[name], err_msg=name)
     seen.append(np.asarray(one["image"]).tobytes())
   assert len(set(seen)) == 3
+
+
 def test_kept_proposals_are_those_that_the_pairs_point_at(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
   config = tiny_config(base__workdir=str(first), mine__keep_proposals=True, judge__compare=())
