@@ -1,0 +1,52 @@
+"""Runs benchmarks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from rndpo_jax import progress
+from rndpo_jax.benchmark import feed, loss, measure, mining, step
+from rndpo_jax.benchmark.options import Options
+
+RUN = {"loss": loss.run, "step": step.run, "mine": mining.run, "input": feed.run}
+
+
+def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
+  """Runs each benchmark and returns all rows.
+
+  Args:
+    resolved: from `options.resolve`.
+
+  Raises:
+    BenchmarkError: where variants disagree, or PyTorch is asked for and cannot be used.
+  """
+  rows = []
+  for name, options in resolved.items():
+    progress.say(f"{name}: {options.shape}, {options.repeats} samples of each variant")
+    rows += RUN[name](options, load_peers() if options.peers else None)
+  return rows
+
+
+def load_peers() -> Any:
+  """The module `benchmark.peers`.
+
+  Raises:
+    BenchmarkError: without PyTorch, or with several devices, over which it does not spread work.
+  """
+  if jax.device_count() > 1:
+    raise measure.BenchmarkError(
+      f"--peers: found {jax.device_count()} devices, and PyTorch is timed on one; set --devices=1"
+    )
+  try:
+    from rndpo_jax.benchmark import peers
+  except ModuleNotFoundError as error:
+    if error.name != "torch":
+      raise
+    raise measure.BenchmarkError(
+      "--peers: PyTorch is not installed; install the extra, as in pip install -e '.[peers]', or "
+      "leave --peers out"
+    ) from error
+  return peers

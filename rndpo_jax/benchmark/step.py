@@ -1,0 +1,190 @@
+"""A fine-tuning step against a supervised one: same U-Net, images and optimiser.
+
+Supervised means cross-entropy alone, without dropout or augmentation. The least that must be
+moved by a step: parameters and both moments of Adam read and written once, the batch read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rndpo_jax import losses, packing, parallel, training, types
+from rndpo_jax.benchmark import loss, measure, network
+from rndpo_jax.benchmark.options import Options
+from rndpo_jax.stages import finetune
+
+NUM_BATCHES = 8
+SUPERVISED = "supervised, cross-entropy"
+
+
+def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
+  """Times the steps of `options`.
+
+  Args:
+    options: of "step".
+    peers: the module `benchmark.peers`, or None.
+
+  Raises:
+    BenchmarkError: where PyTorch's U-Net does not give our logits, loss and gradient.
+  """
+  mesh = parallel.make_mesh()
+  segmenter, params = network.make(options)
+  variants = [copy_of_64_mib()]
+  supervised = make_batches(jax.random.key(1), options, 0, mesh)
+  optimizer = finetune.optimizer(network.make_config(options).finetune)
+
+  def make(name, loss_fn, batches, pairs):
+    return step_variant(
+      name,
+      loss_fn=loss_fn,
+      batch_of=lambda turn: batches[turn % len(batches)],
+      options=options,
+      pairs=pairs,
+      optimizer=optimizer,
+      mesh=mesh,
+      params=params,
+    )
+
+  variants.append(make(SUPERVISED, supervised_loss_fn(segmenter), supervised, 0))
+  for pairs in sorted({1, options.pairs}):
+    batches = make_batches(jax.random.key(1), options, pairs, mesh)
+    noun = f"{pairs} pair{'s' if pairs > 1 else ''}"
+    cached = preference_loss_fn(segmenter, options, "cached")
+    variants.append(make(f"RN-DPO, {noun}, cached", cached, batches, pairs))
+    if pairs == 1:
+      frozen = jax.device_put(params, parallel.replicated(mesh))
+      online = [{**batch, "reference_params": frozen} for batch in batches]
+      loss_fn = preference_loss_fn(segmenter, options, "online")
+      variants.append(make(f"RN-DPO, {noun}, online", loss_fn, online, pairs))
+  if peers is not None:
+    from rndpo_jax.benchmark import peer_network
+
+    variants.append(
+      peer_network.step_variant(options, segmenter, params, supervised, variants[1].work)
+    )
+  return measure.rows(
+    variants,
+    baseline=SUPERVISED,
+    repeats=options.repeats,
+    calls=measure.calls_per_sample(),
+    setup={**network.setup("step", options), "disagreement": options.disagreement},
+  )
+
+
+def copy_of_64_mib() -> measure.Variant:
+  """The limit where no array of the work itself is to be copied; more arrays than a cache holds."""
+  each = 64 << 20
+  arrays = [jnp.full(each // 4, float(n)) for n in range(measure.num_inputs(each))]
+  return measure.copy_variant(arrays)
+
+
+def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dict[str, jax.Array]]:
+  """Random batches on the devices: of labels without `pairs`, else as `stages.finetune` takes them.
+
+  Masks are bit-packed, as they travel.
+  """
+  parallel.check_batch_size("--shape", options.shape[0], mesh.size)
+  batch, *space = options.shape
+
+  def draw(key):
+    image_key, label_key, pair_key, margin_key = jax.random.split(key, 4)
+    image = jax.random.normal(image_key, (*options.shape, network.CHANNELS))
+    if not pairs:
+      labels = jax.random.randint(label_key, options.shape, 0, options.classes, jnp.uint8)
+      return {"image": image, "label": labels}
+    masks = loss.draw_pair(pair_key, (batch, pairs), space, options.classes, options.disagreement)
+    chosen, rejected = (packing.pack(mask, options.classes, len(space)) for mask in masks)
+    return {
+      "image": image,
+      "chosen": chosen,
+      "rejected": rejected,
+      "reference_margin": jax.random.normal(margin_key, (batch, pairs)),
+      "reference_log_prob": jnp.zeros((batch, pairs)),
+      "weight": jnp.ones((batch, pairs)),
+      "voxel_volume": jnp.ones(batch),
+    }
+
+  draw = jax.jit(draw, out_shardings=parallel.over_batch(mesh))
+  return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
+
+
+def supervised_loss_fn(segmenter: types.Segmenter) -> training.LossFn:
+  """(params, batch, key) -> (mean cross-entropy, no metrics): as little as such a step can do."""
+
+  def loss_fn(params, batch, key):
+    del key
+    logits = segmenter.apply(params, batch["image"])
+    return jnp.mean(losses.cross_entropy(logits, batch["label"])), {}
+
+  return loss_fn
+
+
+def preference_loss_fn(
+  segmenter: types.Segmenter, options: Options, reference: str
+) -> training.LossFn:
+  """The loss of the stage `finetune`, its metrics among it, with the default objective."""
+  config = network.make_config(options)
+  config.finetune.reference = reference
+  return finetune.make_loss_fn(
+    segmenter,
+    num_classes=options.classes,
+    size=tuple(options.shape[1:]),
+    **finetune.loss_options(config),
+  )
+
+
+def step_variant(
+  name: str,
+  *,
+  loss_fn: training.LossFn,
+  batch_of: Callable[[int], dict[str, Any]],
+  options: Options,
+  pairs: int,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  params: types.Params,
+) -> measure.Variant:
+  """Training steps in a row, each from the state that the one before left.
+
+  Args:
+    name: in tables.
+    loss_fn: as `training.make_train_step` takes it.
+    batch_of: (turn) -> the batch of that step, on the devices.
+    options: for the work of a step.
+    pairs: of each image, 0 where there are none.
+    optimizer: of the step.
+    mesh: from `parallel.make_mesh`.
+    params: to start from.
+  """
+  state = training.make_state(params, optimizer, mesh)
+  key, batch = jax.random.key(2), batch_of(0)
+  step = training.make_train_step(loss_fn, optimizer, mesh)
+  compiled, seconds, peak = measure.compile_ahead(step, state, batch, key)
+  moved = 2 * network.num_bytes(state) + network.num_bytes(batch)
+
+  def run(turn):
+    nonlocal state  # its buffers are donated: the next step takes what this one leaves
+    state, metrics = compiled(state, batch_of(turn), key)
+    return metrics
+
+  return measure.Variant(
+    name=name,
+    framework="jax",
+    work=measure.Work(
+      images=options.shape[0],
+      pairs=options.shape[0] * pairs,
+      pixels=math.prod(options.shape),
+      bytes_at_least=moved,
+    ),
+    run=run,
+    wait=jax.block_until_ready,
+    compile_seconds=seconds,
+    peak_bytes=peak,
+    peak_source="compiled.memory_analysis",
+  )

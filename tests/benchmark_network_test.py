@@ -1,0 +1,115 @@
+"""Steps, mining and input of the benchmarks: what they run, never how fast."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rndpo_jax import config, packing, parallel
+from rndpo_jax.benchmark import feed, measure, mining, network, options, step
+
+
+@pytest.fixture(scope="module")
+def small_unet():
+  """(options, segmenter, params) of a small U-Net."""
+  given = {"shape": (8, 4, 6), "width": 4, "depth": 2, "disagreement": 0.25}
+  chosen = options.resolve("step", given)["step"]
+  return chosen, *network.make(chosen)
+
+
+class TestStep:
+  def test_batches_are_as_the_stage_takes_them(self, small_unet):
+    given = small_unet[0]
+    first, second, *_ = step.make_batches(jax.random.key(0), given, 3, parallel.make_mesh())
+    masks = [packing.unpack(first[name], (4, 6), 2) for name in ("chosen", "rejected")]
+    assert masks[0].shape == (8, 3, 4, 6)
+    assert 0.1 < float(jnp.mean(masks[0] != masks[1])) < 0.45
+    assert first["image"].shape == (8, 4, 6, 1) and first["reference_margin"].shape == (8, 3)
+    assert not np.array_equal(first["image"], second["image"])
+    labelled = step.make_batches(jax.random.key(0), given, 0, parallel.make_mesh())[0]
+    assert set(labelled) == {"image", "label"} and labelled["label"].shape == (8, 4, 6)
+    with pytest.raises(config.ConfigError, match="--shape"):
+      odd = given._replace(shape=(3, 4, 6))
+      step.make_batches(jax.random.key(0), odd, 0, parallel.make_mesh())
+
+  def test_steps_go_on_from_each_other(self, small_unet):
+    given, segmenter, params = small_unet
+    mesh = parallel.make_mesh()
+    batches = step.make_batches(jax.random.key(0), given, 2, mesh)
+    turns = []
+
+    def batch_of(turn):
+      turns.append(turn)
+      return batches[0]
+
+    variant = step.step_variant(
+      "x", loss_fn=step.preference_loss_fn(segmenter, given), batch_of=batch_of, options=given,
+      pairs=2, optimizer=optax.adam(1e-2), mesh=mesh, params=params,
+    )  # fmt: skip
+    seen = [float(variant.run(turn)["loss"]) for turn in range(4)]
+    assert seen[0] > seen[1] > seen[2] > seen[3]  # one batch, again and again
+    assert turns == [0, 0, 1, 2, 3]  # the first to compile for
+    floats = 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = 4 * floats + 4 + 4  # parameters and both moments; the step, and Adam's own count
+    # Images f32; 24 pixels in 3 bytes of each mask; margins, log-probabilities and weights f32.
+    batch = 8 * 24 * 4 + 2 * 8 * 2 * 3 + 3 * 8 * 2 * 4
+    assert variant.work == measure.Work(8, 16, 8 * 24, 2 * state + batch)
+
+  def test_supervised_loss_is_cross_entropy(self, small_unet):
+    given, segmenter, params = small_unet
+    batch = step.make_batches(jax.random.key(0), given, 0, parallel.make_mesh())[0]
+    value, metrics = step.supervised_loss_fn(segmenter)(params, batch, jax.random.key(0))
+    logits = np.asarray(segmenter.apply(params, batch["image"]), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = np.asarray(batch["label"], np.int64)
+    picked = np.take_along_axis(log_probs, labels[..., None], -1)
+    np.testing.assert_allclose(value, -picked.mean(), rtol=1e-5)
+    assert metrics == {}
+
+
+class TestMine:
+  def test_both_ways_give_k_masks(self, small_unet):
+    given, segmenter, params = small_unet
+    images = mining.make_images(given, parallel.make_mesh())
+    work = measure.Work(8, 0, 192, 1)
+    full = mining.forward_variant(segmenter, params, images, work).run(1)
+    cfg = network.make_config(given)
+    shared = mining.sampling_variant(segmenter, params, images, work, cfg, mining.DROPOUT_MIX)
+    masks = shared.run(1)
+    assert len(full) == mining.K == masks.shape[1] and full[0].shape == (8, 4, 6)
+    assert masks.dtype == full[0].dtype == jnp.uint8
+    for some in (np.stack(full, axis=1), np.asarray(masks)):
+      differs = (some[:, :1] != some[:, 1:]).any(axis=(0, 2, 3))
+      assert differs.all()  # every pass has its own dropout
+
+
+class TestInput:
+  def test_a_sample_starts_with_no_batch_ready(self):
+    seen = []
+    variant = measure.Variant(
+      "x", "jax", measure.Work(1, 1, 1, 1), lambda turn: seen.append("run"),
+      lambda outputs: seen.append("wait"),
+    )  # fmt: skip
+    feed.settled(variant).settle()
+    assert seen == ["run"] * feed.SETTLE_STEPS + ["wait"]
+    data = network.make_config(options.resolve("input", {})["input"]).data
+    assert feed.SETTLE_STEPS > data.prefetch + 4  # Grain's buffer holds 4
+
+  def test_the_phantom_has_its_classes(self):
+    with pytest.raises(measure.BenchmarkError, match="--classes: found 3"):
+      options.resolve("input", {"classes": 3})
+
+
+def test_peer_network_is_ours(small_unet):
+  pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")
+  from rndpo_jax.benchmark import peer_network
+
+  given, segmenter, params = small_unet
+  images = jax.random.normal(jax.random.key(0), (8, 4, 6, 1))
+  peer_network.make(given, segmenter, params, images)
+  with pytest.raises(measure.BenchmarkError, match="PyTorch's U-Net takes"):
+    peer_network.make(given._replace(width=8), segmenter, params, images)
+  other = segmenter._replace(apply=lambda p, x: 1.01 * segmenter.apply(p, x))
+  with pytest.raises(measure.BenchmarkError, match="logits differ"):
+    peer_network.make(given, other, params, images)
