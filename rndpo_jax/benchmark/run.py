@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from rndpo_jax import progress
-from rndpo_jax.benchmark import feed, loss, measure, mining, step
+from rndpo_jax.benchmark import measure
 from rndpo_jax.benchmark.options import Options
 
-RUN = {"loss": loss.run, "step": step.run, "mine": mining.run, "input": feed.run}
+# Imported when asked for: the loss then needs none of the libraries that read data.
+MODULES = {"loss": "loss", "step": "step", "mine": "mining", "input": "feed"}
 
 
 def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
@@ -26,7 +28,8 @@ def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
   rows = []
   for name, options in resolved.items():
     progress.say(f"{name}: {options.shape}, {options.repeats} samples of each variant")
-    rows += RUN[name](options, load_peers() if options.peers else None)
+    module = importlib.import_module(f"rndpo_jax.benchmark.{MODULES[name]}")
+    rows += module.run(options, load_peers() if options.peers else None)
   return rows
 
 

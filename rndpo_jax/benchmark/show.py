@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ import rich.table
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402, the backend comes first
 
-from rndpo_jax import files, pipeline  # noqa: E402
+from rndpo_jax import files  # noqa: E402
 from rndpo_jax.benchmark import measure  # noqa: E402
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 METHOD = (
   "Variants are compiled (time apart) and run before they are timed. Rounds of one sample each, "
@@ -40,16 +43,18 @@ def document(rows: Sequence[dict[str, Any]], peers: bool) -> dict[str, Any]:
     rows: as `measure.rows` returns them.
     peers: whether PyTorch was timed beside, so that its version is told.
   """
-  environment = pipeline.environment()
-  environment["versions"]["jaxlib"] = importlib.metadata.version("jaxlib")
+  versions = {"python": platform.python_version()}
+  versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
   if peers:
     import torch
 
-    environment["versions"]["torch"] = torch.__version__
-    environment["torch_threads"] = torch.get_num_threads()
+    versions["torch"] = torch.__version__
   stats = jax.local_devices()[0].memory_stats() or {}
   return {
-    **environment,
+    "versions": versions,
+    "torch_threads": torch.get_num_threads() if peers else None,
+    "device_kind": jax.devices()[0].device_kind,
+    "num_devices": jax.device_count(),
     "command": shlex.join(["python", "-m", "launch.benchmark", *sys.argv[1:]]),
     "platform": jax.default_backend(),
     "processor": _processor(),
