@@ -16,9 +16,10 @@ import sys
 
 # Memory is taken as it is needed, so that PyTorch finds some on the same device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as launch.run, for the loader threads
 
 from absl import app, flags, logging
+
+from launch import cpu
 
 _BENCHMARK = flags.DEFINE_string("benchmark", None, "loss | step | mine | input | all.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
@@ -41,6 +42,7 @@ _OPTIONS = {
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  cpu.tune()  # before anything imports numpy or jax
   logging.set_verbosity(logging.ERROR)
   use_devices(_DEVICES.value)
   # Libraries that start worker processes read absl flags when imported: import after parsing.

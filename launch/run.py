@@ -8,15 +8,12 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 """
 
 import errno
-import os
 import sys
-
-# Resizing multiplies small matrices in loader threads: threads of BLAS beside them only compete
-# for the cores that compute. Read once, when numpy is first imported.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from launch import cpu
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -40,6 +37,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  cpu.tune()  # before anything imports numpy or jax
   logging.set_verbosity(logging.ERROR)
   logging.get_absl_logger().addFilter(is_no_full_disk)
   # Libraries that start worker processes read absl flags when imported: import after parsing.

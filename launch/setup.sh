@@ -15,3 +15,7 @@ if [ ! -e "$_stamp" ] || [ setup.cfg -nt "$_stamp" ]; then
 fi
 # shellcheck source=/dev/null
 source .venv/bin/activate
+
+# Huge pages for large arrays, which XLA and PyTorch allocate anew at every step: on the CPU page
+# faults are a tenth of a training step, and more of a loss. The C library reads this at its start.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"

@@ -1,0 +1,33 @@
+"""What launch/cpu.py sets, and what it leaves alone."""
+
+import importlib.metadata
+
+import pytest
+
+from launch import cpu
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+@pytest.mark.parametrize(
+  "version,before,after",
+  [
+    ("0.10.2", None, FLAG),
+    ("0.10.2", "--xla_a=1", f"--xla_a=1 {FLAG}"),
+    ("0.10.2", f"{FLAG}SOME", f"{FLAG}SOME"),
+    ("0.11.2", "--xla_a=1", "--xla_a=1"),
+  ],
+)
+def test_flag_of_xla(monkeypatch, version, before, after):
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+  monkeypatch.delenv("XLA_FLAGS")
+  if before is not None:
+    monkeypatch.setenv("XLA_FLAGS", before)
+  cpu.tune()
+  assert cpu.os.environ["XLA_FLAGS"] == after
+
+
+def test_threads_of_blas_that_the_user_set_stay(monkeypatch):
+  monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+  cpu.tune()
+  assert cpu.os.environ["OPENBLAS_NUM_THREADS"] == "7"
