@@ -47,15 +47,15 @@ def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path):
     "for i in {1..200}; do sleep 0.1; done\n"
   )
   (tmp_path / "python").chmod(0o755)
-  process = subprocess.Popen(
+  with subprocess.Popen(
     ["bash", tmp_path / "launch" / "multi_gpu.sh"],
     env={**os.environ, "CONFIG": "c", "WORKDIR": "w", "PROCESSES": "2", "GPUS": "2"},
     stdout=subprocess.PIPE,
     text=True,
-  )
-  assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
-  process.terminate()
-  assert process.wait(timeout=60) == 75
+  ) as process:
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    process.terminate()
+    assert process.wait(timeout=60) == 75
 
 
 def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():

@@ -64,7 +64,7 @@ def test_pairs_in_a_bucket_are_checked_and_read(bucket):
   records = [{"index": np.int32(i), "chosen": np.full(3, i, np.uint8)} for i in range(4)]
   pairs.write_shard(path, records, {"num_pairs": 4})
   summary = files.read_json(pairs.summary_path(path))
-  assert summary["num_bytes"] == path.stat().length > 0
+  assert summary["count"] == 4 and summary["sha256"] == files.sha256(path)
   files.write_json(directory / "manifest.json", {"shards": [summary]})
   table = pairs.read(directory)
   assert [int(record["index"]) for record in table] == [0, 1, 2, 3]

@@ -49,7 +49,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
     if files.is_remote(path):  # ArrayRecord writes local files alone
       folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     temporary = folder / f".{path.name}.tmp"
-    count = _write_records(temporary, path, records)
+    count, num_bytes = _write_records(temporary, path, records)
     files.flush(temporary)
     checksum = files.sha256(temporary)
     if files.is_remote(path):
@@ -62,27 +62,32 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
       "file": path.name,
       "sha256": checksum,
       "count": count,
-      "num_bytes": path.stat().length,
+      "num_bytes": num_bytes,
       **summary,
     },
   )
 
 
-def _write_records(temporary: epath.Path, path: epath.Path, records) -> int:
-  """Writes `records` and returns how many; where that fails nothing is left."""
-  count = 0
+def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[int, int]:
+  """Writes `records` and returns how many and their bytes; where that fails nothing is left.
+
+  The bytes are those handed to ArrayRecord, which compresses them and fills blocks of 64 KiB: the
+  size of a small file says little of what a large one needs.
+  """
+  count = num_bytes = 0
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
-      writer.write(serialization.msgpack_serialize(record))
-      count += 1
+      encoded = serialization.msgpack_serialize(record)
+      writer.write(encoded)
+      count, num_bytes = count + 1, num_bytes + len(encoded)
     writer.close()
   except RuntimeError as error:  # ArrayRecord's, when it cannot write
     temporary.unlink(missing_ok=True)
     if "space" not in str(error):
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
-  return count
+  return count, num_bytes
 
 
 def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
