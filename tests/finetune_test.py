@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import checks, files, losses, objectives, packing, types
+from rndpo_jax import (
+  checks,
+  files,
+  losses,
+  models,
+  objectives,
+  packing,
+  parallel,
+  training,
+  types,
+)
 from rndpo_jax.config import ConfigError
-from rndpo_jax.stages import finetune
+from rndpo_jax.data import pipeline
+from rndpo_jax.stages import base, finetune
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -158,3 +169,20 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
 def test_options_without_effect_are_refused(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
     checks.validate(tiny_config(**{f"finetune__{key}": value for key, value in changes.items()}))
+
+
+def test_one_program_serves_every_step(tiny_run):
+  config, workdir = tiny_run
+  dataset = pipeline.open_dataset(config, workdir)
+  mesh = parallel.make_mesh()
+  segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
+  function = finetune.make_loss_fn(
+    segmenter, num_classes=2, size=dataset.size, **finetune.loss_options(config)
+  )
+  optimizer = finetune.optimizer(config.finetune)
+  step = training.make_train_step(function, optimizer, mesh)
+  state = training.make_state(base.load(config, workdir)[0], optimizer, mesh)
+  stream = finetune.pair_batches(config, workdir, dataset, mesh, None)(0)
+  for _ in range(3):
+    state, _ = step(state, next(stream), jax.random.key(0))
+  assert step._cache_size() == 1 and int(state.step) == 3

@@ -142,7 +142,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   seen = []
   for _ in range(3):
     one, two = next(here), next(there)
-    assert set(one) == {"image", *pairs.TRAINING_FIELDS} == set(two)
+    assert set(one) == {"image", "weight", "voxel_volume", *pairs.TRAINING_FIELDS} == set(two)
     for name in one:
       np.testing.assert_array_equal(one[name], two[name], err_msg=name)
     seen.append(np.asarray(one["image"]).tobytes())

@@ -62,7 +62,7 @@ def test_the_base_is_the_best_checkpoint_or_the_last(tmp_path, monkeypatch, sele
   dice = {2: 0.5, 4: 0.8, 6: 0.7}
   for saved in dice:
     (tmp_path / "params" / str(saved)).mkdir(parents=True)
-    (tmp_path / "params" / str(saved) / "_CHECKPOINT_METADATA").touch()
+    (tmp_path / "params" / str(saved) / "commit_success.txt").touch()
   rows = [f'{{"kind": "val", "step": {s}, "val_dice": {d}}}\n' for s, d in dice.items()]
   (tmp_path / "metrics.jsonl").write_text("".join(rows))
   assert len(training.read_rows(tmp_path, "val")) == 3
