@@ -168,6 +168,8 @@ def sample(variants: Sequence[Variant], *, repeats: int, calls: int) -> np.ndarr
         variant = variants[place]
         time.sleep(PAUSE_SECONDS)
         variant.settle()
+        variant.wait(variant.run(turn))  # wakes the variant's threads, as a training loop has them
+        turn += 1
         start = time.perf_counter()
         for _ in range(calls):
           outputs = variant.run(turn)
