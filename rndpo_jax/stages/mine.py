@@ -87,17 +87,29 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   """Loads what scoring needs and returns it with the pure function that uses it.
 
   Returns:
-    (weights, score): score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
+    (weights, score): `score` from `make_score`.
+  """
+  members = base.load(config, workdir)
+  weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
+  learned_apply = None
+  if "learned" in (config.judge.name, *config.judge.compare):
+    learned_apply, weights["learned"] = learned.train(config, workdir, dataset)
+  return weights, make_score(config, dataset, learned_apply)
+
+
+def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
+  """The pure function that samples proposals and scores them.
+
+  Args:
+    dataset: num_classes and spatial_dims are read.
+    learned_apply: of `models.quality`, where the judge `learned` is used.
+
+  Returns:
+    score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
   """
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  members = base.load(config, workdir)
-  weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
-  names = {config.judge.name, *config.judge.compare}
-  learned_apply = None
-  if "learned" in names:
-    learned_apply, weights["learned"] = learned.train(config, workdir, dataset)
   table = {
     name: judges.build(
       name,
@@ -107,7 +119,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
       noise_level=config.judge.noise_level,
       learned_apply=learned_apply,
     )
-    for name in names
+    for name in {config.judge.name, *config.judge.compare}
   }
   options = {
     "mix": config_lib.parse_mix(config.proposals.mix),
@@ -132,7 +144,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
     }
     return sampled, scores
 
-  return weights, score
+  return score
 
 
 def make_mine_batch(config, dataset, score) -> Callable:
@@ -180,19 +192,27 @@ def make_mine_batch(config, dataset, score) -> Callable:
 def on_local_devices(function: Callable, weights) -> Callable:
   """Runs (weights, keys [b, 3], batch [b, ...]) on each device's own images.
 
-  An image's keys (sampling, judging, mining) come from its place in the data set alone. The
-  devices are those of this process, so that no process waits for another.
+  The devices are those of this process, so that no process waits for another.
 
   Returns:
     program: (key, batch [D, b, ...]) -> pytree of arrays [D, b, ...].
   """
 
-  def with_keys(weights, key, batch: types.Batch):
+  program = jax.pmap(with_keys(function), in_axes=(None, None, 0), devices=jax.local_devices())
+  return functools.partial(program, weights)
+
+
+def with_keys(function: Callable) -> Callable:
+  """(weights, key, batch): `function` with each image's keys for sampling, judging and mining.
+
+  They come from the image's place in the data set alone.
+  """
+
+  def keyed(weights, key, batch: types.Batch):
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(batch.index)
     return function(weights, keys, batch)
 
-  program = jax.pmap(with_keys, in_axes=(None, None, 0), devices=jax.local_devices())
-  return functools.partial(program, weights)
+  return keyed
 
 
 def run_batches(config, dataset, indices, program: Callable, with_labels: bool) -> Iterator:
