@@ -16,6 +16,17 @@ from rndpo_jax.models import quality
 from rndpo_jax.stages import base
 
 
+def build(config, dataset) -> tuple[Callable, Callable]:
+  """(init, apply) of `models.quality`; of `dataset` num_classes and spatial_dims are read."""
+  return quality.build(
+    width=config.judge.learned.width,
+    depth=config.model.depth,
+    dropout=config.model.dropout,
+    num_classes=dataset.num_classes,
+    spatial_dims=dataset.spatial_dims,
+  )
+
+
 def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params]:
   """Trains on synthetic bad masks of the labelled images, or goes on where an earlier run stopped.
 
@@ -32,13 +43,7 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   """
   options = config.judge.learned
   mesh = parallel.make_mesh()
-  init, apply = quality.build(
-    width=options.width,
-    depth=config.model.depth,
-    dropout=config.model.dropout,
-    num_classes=dataset.num_classes,
-    spatial_dims=dataset.spatial_dims,
-  )
+  init, apply = build(config, dataset)
   init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
