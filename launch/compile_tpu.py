@@ -1,0 +1,90 @@
+r"""Compiles the program for TPU slices that are not here, and says what it would cost there.
+
+  pip install -e '.[tpu-aot]'
+  python -m launch.compile_tpu --config=configs/ph2.py --config.data.size='(512,512)' \
+      --num_channels=3 --topology=v5e:4x4,v6e:16x16
+
+Needs no TPU and no data. The time is a roofline, the larger of operations over the peak and HBM
+bytes over the bandwidth: a program takes longer.
+"""
+
+import os
+import sys
+
+# Devices that are here are not wanted, and a TPU that is looked for is not found.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+PROGRAMS = ("mine", "base", "finetune", "evaluate")
+LOSSES = (((16, 256, 256, 4), "float32"), ((64, 512, 512, 4), "bfloat16"))
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_list("topology", "v5e:4x4", "CHIP:AxB[xC], several after commas.")
+_PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}, loss.")
+_BATCH = flags.DEFINE_integer("batch_per_device", 8, "Images on each chip.", lower_bound=1)
+_CHANNELS = flags.DEFINE_integer("num_channels", 1, "Channels of an image.", lower_bound=1)
+_CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes; 0 takes config.data.num_classes.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  logging.set_verbosity(logging.ERROR)
+  from rndpo_jax import aot, checks
+  from rndpo_jax.config import ConfigError
+
+  unknown = set(_PROGRAMS.value) - {*PROGRAMS, "loss"}
+  if unknown:
+    sys.exit(f"error: --programs: found {min(unknown)!r}, expected {', '.join(PROGRAMS)}, loss")
+  try:
+    checks.validate(_CONFIG.value)
+    problem = aot.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)
+    for topology in _TOPOLOGY.value:
+      show(topology, problem)
+  except ConfigError as error:
+    sys.exit(f"error: {error}")
+
+
+def show(topology, problem):
+  """Prints the programs of one slice."""
+  import jax
+
+  from rndpo_jax import aot, program_report
+
+  chip, mesh = aot.open_topology(topology)
+  batch = _BATCH.value
+  print(f"{topology}, {batch} images a chip of {problem.size}, {problem.num_classes} classes")
+  programs = aot.programs(_CONFIG.value, problem, mesh, batch)
+  for name in _PROGRAMS.value:
+    if name == "loss":
+      show_losses(mesh)
+      continue
+    try:
+      report = program_report.measure(programs[name]().compile())
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      print(f"{name:9} does not fit: {str(error).splitlines()[0][:200]}", flush=True)
+      continue
+    if name == "mine" and report.collectives:
+      sys.exit(f"error: the mining program communicates: {report.collectives}")
+    print(program_report.describe(name, report, chip, batch), flush=True)
+    if name == "finetune":
+      print(program_report.describe_scaling(report, chip), flush=True)
+
+
+def show_losses(mesh):
+  """Prints what the loss alone moves."""
+  from rndpo_jax import aot, program_report
+
+  for shape, dtype in LOSSES:
+    lowered, minimum = aot.lower_loss(mesh, shape, dtype)
+    report = program_report.measure(lowered.compile())
+    print("\n".join(program_report.describe_loss(f"{dtype}{list(shape)}", report, minimum)))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config"])
+  app.run(main)

@@ -1,0 +1,222 @@
+"""The program's compiled parts for TPU slices that are not here, from a config alone.
+
+The very functions that the stages run are lowered for the devices of a topology and compiled by
+libtpu (extra `tpu-aot`), which needs no TPU; what the compiler says is held against the chip's
+figures.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+
+from rndpo_jax import hardware, losses, models, packing, parallel, training, types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.stages import base, finetune, learned, mine
+
+# Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
+_ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Problem(NamedTuple):
+  """What a prepared data set would tell: C, I, the spatial dimensions, and S."""
+
+  num_classes: int
+  num_channels: int
+  spatial_dims: int
+  size: tuple[int, ...]
+
+
+def open_topology(name: str) -> tuple[hardware.Chip, Mesh]:
+  """The chip and the mesh of a topology such as "v5e:4x4".
+
+  Raises:
+    ConfigError: where the topology or libtpu is missing.
+  """
+  generation = name.partition(":")[0]
+  if generation not in hardware.CHIPS:
+    raise ConfigError(
+      f"--topology: found {name!r}, expected CHIP:AxB[xC] with a chip of "
+      f"{', '.join(hardware.CHIPS)}, as in v5e:4x4"
+    )
+  for key, value in _ENVIRONMENT.items():
+    os.environ.setdefault(key, value)
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise ConfigError(
+      f"--topology: {name!r} cannot be opened ({error}); it needs the extra tpu-aot "
+      "(pip install -e '.[tpu-aot]') and a slice that the chip is sold in, as in v5e:4x4"
+    ) from error
+  return hardware.CHIPS[generation], parallel.make_mesh(topology.devices)
+
+
+def problem_of(config, num_channels: int, num_classes: int) -> Problem:
+  """The problem that a config describes; 0 classes takes `config.data.num_classes`.
+
+  Raises:
+    ConfigError: where neither says how many classes there are.
+  """
+  classes = num_classes or config.data.num_classes
+  if classes < 2:
+    raise ConfigError(
+      "--num_classes: config.data.num_classes is 0 (a data set would tell); give it, as in "
+      "--num_classes=4"
+    )
+  return Problem(classes, num_channels, config.data.spatial_dims, tuple(config.data.size))
+
+
+def programs(config, problem: Problem, mesh: Mesh, batch_per_device: int) -> dict[str, Any]:
+  """The programs by name, each () -> lowered.
+
+  Args:
+    config: the whole config.
+    problem: what the data would tell.
+    mesh: from `open_topology`.
+    batch_per_device: images on each chip, in every program.
+  """
+  segmenter = models.build(
+    config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
+  )
+  batch = _batch(problem, batch_per_device * mesh.size)
+  params = jax.eval_shape(segmenter.init, _key(), batch.images)
+  shared = (config, problem, mesh, segmenter, params, batch)
+  return {
+    "mine": lambda: _mine(*shared),
+    "base": lambda: _base_step(*shared),
+    "finetune": lambda: _finetune_step(*shared),
+    "evaluate": lambda: _evaluate(*shared),
+  }
+
+
+def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
+  """Value and gradient of RN-DPO alone, one pair an image, cached margin, on one device.
+
+  The compiler chooses the layouts of arguments and results, as it does between a network and its
+  loss.
+
+  Returns:
+    (lowered, minimum): minimum is the bytes of logits read, masks read and gradient written, once
+    each.
+  """
+
+  def loss_fn(logits, chosen, rejected, reference_margin):
+    margin, size = losses.margin_and_size(logits, chosen, rejected)
+    return losses.preference_loss(margin, reference_margin, size, beta=10.0)[0]
+
+  layout = Format(Layout.AUTO, SingleDeviceSharding(mesh.devices.flat[0]))
+  logits = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+  masks = jax.ShapeDtypeStruct(shape[:-1], jnp.uint8)
+  margin = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+  program = jax.jit(jax.value_and_grad(loss_fn), in_shardings=layout, out_shardings=layout)
+  minimum = 2 * logits.size * logits.dtype.itemsize + 2 * masks.size
+  return program.lower(logits, masks, masks, margin), minimum
+
+
+def _mine(config, problem, mesh, segmenter, params, batch):
+  """Each device its own images, as under `jax.pmap`."""
+  ensemble = [params] * (config.base.num_members - 1)
+  weights = {"policy": params, "ensemble": ensemble, "learned": None}
+  learned_apply = None
+  if config.judge.name == "learned" or "learned" in config.judge.compare:
+    init, learned_apply = learned.build(config, problem)
+    weights["learned"] = jax.eval_shape(init, _key(), batch.images)
+  score = mine.make_score(config, problem, learned_apply)
+  whole, split = PartitionSpec(), PartitionSpec("data")
+  program = jax.shard_map(
+    mine.with_keys(mine.make_mine_batch(config, problem, score)),
+    mesh=mesh,
+    in_specs=(whole, whole, split),
+    out_specs=split,
+    check_vma=False,
+  )
+  return jax.jit(program).lower(
+    _placed(weights, parallel.replicated(mesh)),
+    _placed(_key(), parallel.replicated(mesh)),
+    _placed(batch, parallel.over_batch(mesh)),
+  )
+
+
+def _base_step(config, problem, mesh, segmenter, params, batch):
+  augment_options = config.augment.to_dict() if config.base.augment else None
+  loss_fn = base.make_loss_fn(
+    segmenter, dice_weight=config.base.dice_weight, augment_options=augment_options
+  )
+  labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(labelled, parallel.over_batch(mesh))
+  optimizer = base.optimizer(config.base)
+  return _step(loss_fn, optimizer, mesh, params, arrays, config.base.accumulate_steps)
+
+
+def _finetune_step(config, problem, mesh, segmenter, params, batch):
+  options = finetune.loss_options(config)
+  loss_fn = finetune.make_loss_fn(
+    segmenter, num_classes=problem.num_classes, size=problem.size, **options
+  )
+  pairs = (batch.index.shape[0], config.mine.pairs_per_image)
+  masks = jax.ShapeDtypeStruct((*pairs, *problem.size), jnp.uint8)
+  packed = jax.eval_shape(
+    lambda x: packing.pack(x, problem.num_classes, problem.spatial_dims), masks
+  )
+  number = jax.ShapeDtypeStruct(pairs, jnp.float32)
+  arrays = {
+    "image": batch.images,
+    "chosen": packed,
+    "rejected": packed,
+    "reference_margin": number,
+    "reference_log_prob": number,
+    "weight": number,
+    "voxel_volume": jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+  }
+  if options["anchor"] == "labelled":
+    arrays["labelled"] = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(arrays, parallel.over_batch(mesh))
+  if options["reference"] == "online":
+    arrays["reference_params"] = _placed(params, parallel.replicated(mesh))
+  optimizer = finetune.optimizer(config.finetune)
+  updates = (config.finetune.accumulate_steps, config.finetune.ema_decay)
+  return _step(loss_fn, optimizer, mesh, params, arrays, *updates)
+
+
+def _evaluate(config, problem, mesh, segmenter, params, batch):
+  per_image = training.make_image_figures(segmenter.apply, problem.num_classes, mesh)
+  params = _placed(params, parallel.replicated(mesh))
+  return per_image.lower(params, params, _placed(batch, parallel.over_batch(mesh)))
+
+
+def _step(loss_fn, optimizer, mesh, params, arrays, accumulate_steps, ema_decay=0.0):
+  state = jax.eval_shape(
+    lambda p: training.make_state(p, optimizer, mesh, with_ema=ema_decay > 0), params
+  )
+  whole = parallel.replicated(mesh)
+  step = training.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay)
+  return step.lower(_placed(state, whole), arrays, _placed(_key(), whole))
+
+
+def _batch(problem: Problem, size: int) -> types.Batch:
+  struct = jax.ShapeDtypeStruct
+  return types.Batch(
+    images=struct((size, *problem.size, problem.num_channels), jnp.float32),
+    labels=struct((size, *problem.size), jnp.uint8),
+    index=struct((size,), jnp.int32),
+    valid=struct((size,), jnp.bool_),
+  )
+
+
+def _key():
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _placed(tree, sharding):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,89 @@
+"""A compiled TPU program against the figures of its chip, as lines of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from rndpo_jax import hardware, program_text
+
+
+class Report(NamedTuple):
+  """One compiled program, on each device.
+
+  Attributes:
+    memory: bytes of arguments, results, temporaries and code.
+    flops: operations.
+    bytes_accessed: by XLA's count, in which traffic inside the vector memory stands too.
+    hbm_bytes: by `program_text.hbm_bytes`.
+    collectives: (kind, bytes) of each.
+    largest: (instruction, HBM bytes) of those that move a hundredth of `hbm_bytes` or more.
+  """
+
+  memory: float
+  flops: float
+  bytes_accessed: float
+  hbm_bytes: float
+  collectives: list[tuple[str, float]]
+  largest: list[tuple[str, float]]
+
+
+def measure(compiled) -> Report:
+  """Reads a compiled program's costs, memory and text."""
+  costs, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+  hbm_bytes = program_text.hbm_bytes(text)
+  return Report(
+    memory=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes,
+    flops=costs["flops"],
+    bytes_accessed=costs["bytes accessed"],
+    hbm_bytes=hbm_bytes,
+    collectives=program_text.collectives(text),
+    largest=program_text.largest(text, hbm_bytes / 100),
+  )
+
+
+def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: int) -> str:
+  """One line for a program: memory, operations, bytes, roofline, collectives."""
+  seconds, bound = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
+  return (
+    f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB, "
+    f"{report.flops / 1e9:.1f} GFLOP, {report.bytes_accessed / 1e9:.2f} GB accessed "
+    f"({report.hbm_bytes / 1e9:.2f} in HBM), at least {seconds * 1e3:.2f} ms ({bound}), "
+    f"at most {batch_per_device / seconds:.0f} images/s a chip; {_collectives(report)}"
+  )
+
+
+def describe_scaling(report: Report, chip: hardware.Chip) -> str:
+  """One line: efficiency by number of chips, from the all-reduces of a step."""
+  seconds, _ = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
+  reduced = [size for kind, size in report.collectives if kind == "all-reduce"]
+  efficiencies = hardware.weak_scaling(chip, seconds, sum(reduced), len(reduced))
+  return "          weak scaling, nothing overlapped: " + ", ".join(
+    f"{value:.3f} at {chips} chips" for chips, value in efficiencies.items()
+  )
+
+
+def describe_loss(name: str, report: Report, minimum: int) -> list[str]:
+  """The loss alone: bytes over the minimum by both counts, and the instructions that move them."""
+  lines = [
+    f"loss {name}: {report.bytes_accessed / 1e6:.1f} MB accessed, {report.hbm_bytes / 1e6:.1f} MB "
+    f"in HBM; minimum {minimum / 1e6:.1f} MB; ratio {report.bytes_accessed / minimum:.3f}, in HBM "
+    f"{report.hbm_bytes / minimum:.3f}"
+  ]
+  return lines + [f"  {size / 1e6:8.1f} MB  {instruction}" for instruction, size in report.largest]
+
+
+def _collectives(report: Report) -> str:
+  if not report.collectives:
+    return "no collectives"
+  counts, sizes = Counter(), Counter()
+  for kind, size in report.collectives:
+    counts[kind] += 1
+    sizes[kind] += size
+  return ", ".join(
+    f"{counts[kind]} {kind} of {sizes[kind] / 1e6:.3f} MB" for kind in sorted(counts)
+  )

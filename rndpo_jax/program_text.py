@@ -1,0 +1,127 @@
+"""What a compiled XLA program moves, read from its text.
+
+`cost_analysis()` of a TPU program counts traffic inside the chip's vector memory like traffic to
+HBM, a prefetch several times, and a custom call not at all. The scheduled text says where each
+array lives: a layout with `S(1)` is in vector memory, one without is in HBM.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_BITS = {
+  "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+  "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
+}  # fmt: skip
+_COLLECTIVES = (
+  "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+  "collective-broadcast", "ragged-all-to-all", "send", "recv",
+)  # fmt: skip
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+  "replica-id", "opt-barrier",
+}  # fmt: skip
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Array(NamedTuple):
+  """Bytes of an array, without the padding of its layout, and whether it lives in HBM."""
+
+  num_bytes: float
+  in_hbm: bool
+
+
+class Instruction(NamedTuple):
+  """One instruction: its arrays read and written, and the rest of its line."""
+
+  name: str
+  opcode: str
+  reads: list[Array]
+  writes: list[Array]
+  rest: str
+
+
+def instructions(text: str) -> dict[str, list[Instruction]]:
+  """Computation -> its instructions; the program itself is "ENTRY"."""
+  computations: dict[str, list[Instruction]] = {}
+  current, arrays = None, {}
+  for line in text.splitlines():
+    head = re.match(r"(ENTRY )?%(\S+) .*\{$", line)
+    if head:
+      current = computations.setdefault("ENTRY" if head[1] else head[2], [])
+      arrays = {}
+    found = _INSTRUCTION.match(line)
+    if current is None or not found:
+      continue
+    name, kind, opcode, rest = found.groups()
+    arrays[name] = _arrays(kind)
+    operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+    reads = [array for operand in operands for array in arrays.get(operand, [])]
+    current.append(Instruction(name, opcode, reads, arrays[name], rest))
+  return computations
+
+
+def hbm_bytes(text: str) -> float:
+  """Bytes that a program reads from HBM and writes to it, as far as its text says.
+
+  Loops count as often as they are known to run, else once; of the branches of a conditional the
+  costliest counts. An update in place counts as if it wrote the whole array.
+  """
+  computations = instructions(text)
+  return sum(_traffic(instruction, computations) for instruction in computations["ENTRY"])
+
+
+def largest(text: str, least: float) -> list[tuple[str, float]]:
+  """(opcode name, HBM bytes) of the program's own instructions that move `least` bytes or more."""
+  computations = instructions(text)
+  rows = [(f"{i.opcode} {i.name}", _traffic(i, computations)) for i in computations["ENTRY"]]
+  return [row for row in rows if row[1] >= least]
+
+
+def collectives(text: str) -> list[tuple[str, float]]:
+  """(kind, bytes of its results) of each collective, in every computation."""
+  found = []
+  for body in instructions(text).values():
+    for instruction in body:
+      kind = instruction.opcode.removesuffix("-start")
+      if kind in _COLLECTIVES:
+        found.append((kind, sum(array.num_bytes for array in instruction.writes)))
+  return found
+
+
+def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]]) -> float:
+  """HBM bytes of one instruction, with those of the loop, branch or call that it is."""
+
+  def total(name: str) -> float:
+    return sum(_traffic(inner, computations) for inner in computations[name])
+
+  opcode, rest = instruction.opcode, instruction.rest
+  if opcode == "while":
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+    return (int(trips[1]) if trips else 1) * total(re.search(r"body=%([\w.\-]+)", rest)[1])
+  if opcode == "conditional":
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    names = listed[1] if listed else " ".join(re.findall(r"_computation=(%[\w.\-]+)", rest))
+    return max(total(name) for name in re.findall(r"%([\w.\-]+)", names))
+  if opcode == "call":
+    return total(re.search(r"to_apply=%([\w.\-]+)", rest)[1])
+  if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in rest:
+    return 0.0
+  if opcode in ("copy-start", "slice-start"):
+    # A prefetch or eviction gives (to, from, context) or (from, to, context): the smaller moves.
+    ends = instruction.writes[:2]
+    return min(end.num_bytes for end in ends) * sum(end.in_hbm for end in ends)
+  return sum(a.num_bytes for a in (*instruction.reads, *instruction.writes) if a.in_hbm)
+
+
+def _arrays(kind: str) -> list[Array]:
+  """Arrays of a type, be it a tuple; `S(1)` and up are not HBM."""
+  found = []
+  for dtype, dims, layout in _ARRAY.findall(kind):
+    if dtype in _BITS:
+      count = math.prod(int(n) for n in dims.split(",") if n)
+      found.append(Array(count * _BITS[dtype] / 8, "S(" not in layout))
+  return found

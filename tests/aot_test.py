@@ -1,0 +1,74 @@
+"""One small config compiled for a TPU slice that is not here."""
+
+import importlib.util
+
+import pytest
+
+from rndpo_jax import aot, parallel, program_report
+from rndpo_jax.config import ConfigError
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed; it comes with the extra tpu-aot",
+)
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def slice_of_four():
+  return aot.open_topology("v5e:2x2")
+
+
+def test_programs_follow_the_stages_without_libtpu(tiny_config):
+  """Lowered alone, for the devices that are here, with options that change what a step holds."""
+  config = tiny_config(finetune__ema_decay=0.9, finetune__reference="online", judge__name="learned")
+  mesh = parallel.make_mesh()
+  programs = aot.programs(config, aot.problem_of(config, 1, 0), mesh, BATCH)
+  found = {name: lower().out_info for name, lower in programs.items()}
+  images = BATCH * mesh.size
+  # 16 x 16 pixels of two classes: one bit plane of 32 bytes.
+  assert found["mine"]["chosen"].shape == (images, 2, 1, 32)
+  assert found["mine"]["scores"].shape == (images, 4)
+  assert set(found["evaluate"]) == {"val_dice", "val_kl", "val_entropy", "valid"}
+  assert found["evaluate"]["val_dice"].shape == (images,)
+  for name in ("base", "finetune"):
+    state, metrics = found[name]
+    assert metrics["loss"].shape == () and (state.ema is not None) == (name == "finetune")
+
+
+@needs_libtpu
+def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config):
+  _, mesh = slice_of_four
+  assert mesh.size == 4
+  config = tiny_config()
+  programs = aot.programs(config, aot.problem_of(config, 1, 0), mesh, BATCH)
+  assert set(programs) == {"mine", "base", "finetune", "evaluate"}
+  step = program_report.measure(programs["finetune"]().compile())
+  # 6,400 parameters of 4 bytes and a few metrics, whatever the number of images.
+  reduced = sum(size for kind, size in step.collectives if kind == "all-reduce")
+  assert 4 * 6_000 < reduced < 4 * 7_000
+  assert 0 < step.memory < 2**30 and step.flops > 0 and step.hbm_bytes > 0
+  mined = program_report.measure(programs["mine"]().compile())
+  assert mined.collectives == []
+
+
+@needs_libtpu
+def test_loss_reads_and_writes_close_to_the_minimum(slice_of_four):
+  _, mesh = slice_of_four
+  lowered, minimum = aot.lower_loss(mesh, (16, 256, 256, 4), "float32")
+  assert minimum == 16 * 256 * 256 * (2 * 4 * 4 + 2)
+  found = program_report.measure(lowered.compile())
+  assert 0.99 * minimum < found.hbm_bytes < 1.1 * minimum
+
+
+def test_what_cannot_be_compiled_for_is_refused_by_name(tiny_config):
+  with pytest.raises(ConfigError, match=r"--topology: found 'v9z:2x2'"):
+    aot.open_topology("v9z:2x2")
+  with pytest.raises(ConfigError, match="--num_classes"):
+    aot.problem_of(tiny_config(data__num_classes=0), 1, 0)
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_refused():
+  with pytest.raises(ConfigError, match="v5e:3x5"):
+    aot.open_topology("v5e:3x5")

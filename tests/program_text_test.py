@@ -1,0 +1,84 @@
+"""Bytes and collectives of a program, counted by hand from its text."""
+
+import pytest
+
+from rndpo_jax import program_text
+
+TEXT = """\
+HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %value = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %index = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
+  %twice = f32[8,128]{1,0:T(8,128)} fusion(%value), kind=kLoop, calls=%fused
+  ROOT %next = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%index, %twice)
+}
+
+%fused (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} add(%q, %q)
+}
+
+ENTRY %main (a: f32[8,128], m: u8[64,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %m = u8[64,128]{1,0:T(32,128)(4,1)} parameter(1)
+  %prefetch = (u8[64,128]{1,0:T(32,128)(4,1)S(1)}, u8[64,128]{1,0:T(32,128)(4,1)}, u32[]{:S(2)}) \
+copy-start(%m)
+  %near = u8[64,128]{1,0:T(32,128)(4,1)S(1)} copy-done(%prefetch)
+  %slices = ((u8[64,128]{1,0:T(32,128)(4,1)}), u8[16,128]{1,0:T(32,128)(4,1)S(1)}, s32[]{:S(2)}) \
+slice-start(%m), slice={[0:16], [0:128]}
+  %use = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%a, %near), kind=kLoop
+  %first = f32[8,128]{1,0:T(8,128)} get-tuple-element(%use), index=0
+  %reduced = f32[8,128]{1,0:T(8,128)} all-reduce(%first), replica_groups={}, to_apply=%add
+  %start = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%zero, %reduced)
+  %loop = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) while(%start), condition=%cond, \
+body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %result = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+PLANE = 8 * 128 * 4
+MASK = 64 * 128
+
+
+def test_hbm_bytes():
+  prefetched = MASK + MASK / 4  # read once each; what arrives lies in vector memory
+  fusion = 2 * PLANE  # %a and %first; %near and the second result are in vector memory
+  all_reduce = 2 * PLANE
+  loop = 5 * 2 * PLANE
+  assert program_text.hbm_bytes(TEXT) == prefetched + fusion + all_reduce + loop
+
+
+def test_a_loop_that_runs_an_unknown_number_of_times_counts_once():
+  unknown = TEXT.replace('"known_trip_count":{"n":"5"}', "")
+  difference = program_text.hbm_bytes(TEXT) - program_text.hbm_bytes(unknown)
+  assert difference == 4 * 2 * PLANE
+
+
+def test_collectives_are_found_with_their_bytes():
+  assert program_text.collectives(TEXT) == [("all-reduce", PLANE)]
+
+
+@pytest.mark.parametrize(
+  "start,kind",
+  [("all-reduce-start(", "all-reduce"), ("all-gather(", "all-gather"), ("send(", "send")],
+)
+def test_other_collectives(start, kind):
+  found = program_text.collectives(TEXT.replace("all-reduce(", start))
+  assert [name for name, _ in found] == [kind]
+
+
+def test_largest_instructions_of_the_program_itself():
+  assert program_text.largest(TEXT, MASK) == [
+    ("copy-start prefetch", MASK),
+    ("fusion use", 2 * PLANE),
+    ("all-reduce reduced", 2 * PLANE),
+    ("while loop", 5 * 2 * PLANE),
+  ]
