@@ -28,9 +28,10 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Array(NamedTuple):
-  """Bytes of an array, without the padding of its layout, and whether it lives in HBM."""
+  """Bytes of an array, also with the padding of its tiles, and whether it lives in HBM."""
 
   num_bytes: float
+  padded_bytes: float
   in_hbm: bool
 
 
@@ -113,8 +114,8 @@ def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]
   if opcode in ("copy-start", "slice-start"):
     # A prefetch or eviction gives (to, from, context) or (from, to, context): the smaller moves.
     ends = instruction.writes[:2]
-    return min(end.num_bytes for end in ends) * sum(end.in_hbm for end in ends)
-  return sum(a.num_bytes for a in (*instruction.reads, *instruction.writes) if a.in_hbm)
+    return min(end.padded_bytes for end in ends) * sum(end.in_hbm for end in ends)
+  return sum(a.padded_bytes for a in (*instruction.reads, *instruction.writes) if a.in_hbm)
 
 
 def _arrays(kind: str) -> list[Array]:
@@ -122,6 +123,19 @@ def _arrays(kind: str) -> list[Array]:
   found = []
   for dtype, dims, layout in _ARRAY.findall(kind):
     if dtype in _BITS:
-      count = math.prod(int(n) for n in dims.split(",") if n)
-      found.append(Array(count * _BITS[dtype] / 8, "S(" not in layout))
+      sizes = [int(n) for n in dims.split(",") if n]
+      item = _BITS[dtype] / 8
+      padded = math.prod(_padded(sizes, layout)) * item
+      found.append(Array(math.prod(sizes) * item, padded, "S(" not in layout))
   return found
+
+
+def _padded(dims: list[int], layout: str) -> list[int]:
+  """Dimensions rounded up to the tile of a layout such as {2,0,1:T(8,128)}, minor axis first."""
+  dims = list(dims)
+  order = re.match(r"\{([\d,]+):[^}]*?T\(([\d,]+)\)", layout)
+  if order:
+    axes, tile = ([int(n) for n in part.split(",")] for part in order.groups())
+    for axis, step in zip(axes, reversed(tile), strict=False):
+      dims[axis] = -(-dims[axis] // step) * step
+  return dims

@@ -32,8 +32,8 @@ ENTRY %main (a: f32[8,128], m: u8[64,128]) -> f32[8,128] {
   %prefetch = (u8[64,128]{1,0:T(32,128)(4,1)S(1)}, u8[64,128]{1,0:T(32,128)(4,1)}, u32[]{:S(2)}) \
 copy-start(%m)
   %near = u8[64,128]{1,0:T(32,128)(4,1)S(1)} copy-done(%prefetch)
-  %slices = ((u8[64,128]{1,0:T(32,128)(4,1)}), u8[16,128]{1,0:T(32,128)(4,1)S(1)}, s32[]{:S(2)}) \
-slice-start(%m), slice={[0:16], [0:128]}
+  %slices = ((u8[64,128]{1,0:T(32,128)(4,1)}), u8[32,128]{1,0:T(32,128)(4,1)S(1)}, s32[]{:S(2)}) \
+slice-start(%m), slice={[0:32], [0:128]}
   %use = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%a, %near), kind=kLoop
   %first = f32[8,128]{1,0:T(8,128)} get-tuple-element(%use), index=0
   %reduced = f32[8,128]{1,0:T(8,128)} all-reduce(%first), replica_groups={}, to_apply=%add
@@ -49,7 +49,7 @@ MASK = 64 * 128
 
 
 def test_hbm_bytes():
-  prefetched = MASK + MASK / 4  # read once each; what arrives lies in vector memory
+  prefetched = MASK + MASK / 2  # read once each; what arrives lies in vector memory
   fusion = 2 * PLANE  # %a and %first; %near and the second result are in vector memory
   all_reduce = 2 * PLANE
   loop = 5 * 2 * PLANE
@@ -82,3 +82,20 @@ def test_largest_instructions_of_the_program_itself():
     ("all-reduce reduced", 2 * PLANE),
     ("while loop", 5 * 2 * PLANE),
   ]
+
+
+@pytest.mark.parametrize(
+  "kind,expected",
+  [
+    ("f32[16,256,256,4]{2,1,3,0:T(8,128)}", 16 * 256 * 256 * 4 * 4),
+    ("f32[16,256,256,4]{3,2,1,0:T(8,128)}", 16 * 256 * 256 * 128 * 4),
+    ("u8[3,5,130]{1,2,0:T(32,128)(4,1)}", 3 * 128 * 160),
+    ("f32[]{:T(128)}", 4),
+    ("bf16[3,5]{1,0}", 3 * 5 * 2),
+  ],
+)
+def test_arrays_are_counted_with_the_padding_of_their_tiles(kind, expected):
+  text = f"""ENTRY %main (z: f32[]) -> f32[] {{
+  ROOT %made = {kind} fusion(), kind=kLoop, calls=%fused
+}}"""
+  assert program_text.hbm_bytes(text) == expected
