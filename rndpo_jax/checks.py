@@ -85,6 +85,14 @@ def _check_objective(config) -> None:
       f"config.finetune.anchor_weight: found {options.anchor_weight}, but anchor "
       f"{options.anchor!r} needs it above 0"
     )
+  if options.accumulate_steps > 1:
+    whole = [options.objective == "bco_pair", options.anchor == "labelled"]
+    if any(whole):
+      raise ConfigError(
+        f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but "
+        f"{'objective bco_pair takes a mean over' if whole[0] else 'anchor labelled belongs to'} "
+        "the whole batch; set it to 1"
+      )
   wrong = [k for k in options.region_classes if not 0 <= k < (config.data.num_classes or 256)]
   if wrong:
     raise ConfigError(

@@ -164,6 +164,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"anchor_weight": 1.0}, "anchor_weight: found 1.0, which nothing reads"),
     ({"region_classes": (5,)}, "region_classes: found class id 5"),
     ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
+    ({"objective": "bco_pair", "accumulate_steps": 2}, "accumulate_steps: found 2.*a mean over"),
   ],
 )
 def test_options_without_effect_are_refused(tiny_config, changes, message):
