@@ -55,11 +55,11 @@ def main(argv):
     training,
   )  # fmt: skip
   from rndpo_jax.data import records
-  from rndpo_jax.stages import mine, pairs
+  from rndpo_jax.stages import pairs, shards
 
   refusals = (
     config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
-    pairs.PairsError, mine.MiningError, files.FileError, judges.JudgeError,
+    pairs.PairsError, shards.MiningError, files.FileError, judges.JudgeError,
   )  # fmt: skip
   end = sys.exit
   try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,11 +15,9 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rndpo_jax import accumulation, metrics, parallel, preemption, progress, saving, types
+from rndpo_jax.logbook import Rows, read_rows
 
 # (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -216,7 +212,7 @@ def fit(
     start, state = saver.resume(state, description)
     if start % eval_every_steps == 0 or start == num_steps:
       saver.save_params_if_missing(start, state)
-    rows = stack.enter_context(contextlib.closing(_Rows(directory, start)))
+    rows = stack.enter_context(contextlib.closing(Rows(directory, start)))
     shown = progress.track(
       range(start + 1, num_steps + 1),
       total=num_steps,
@@ -247,13 +243,6 @@ def fit(
   return state
 
 
-def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
-  """Rows of `metrics.jsonl` of one kind, "train" or "val"."""
-  path = epath.Path(directory) / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  return [row for row in rows if row["kind"] == kind]
-
-
 def _flush(pending, rows, log_every_steps, description, saver) -> None:
   """Fetches the metrics of the steps since the last flush, and checks every loss."""
   for step, aux in jax.device_get(pending):
@@ -269,51 +258,3 @@ def _flush(pending, rows, log_every_steps, description, saver) -> None:
     if step % log_every_steps == 0:
       rows.add({"step": step, "kind": "train", **{k: float(v) for k, v in sorted(aux.items())}})
   pending.clear()
-
-
-class _Rows:
-  """Appends to metrics.jsonl and TensorBoard, first dropping rows that a resumed run repeats.
-
-  TensorBoard's events are written here and now. SummaryWriter would leave them to a thread: on a
-  full disk that dies, and the next rows wait for it forever.
-
-  Process 0 writes; in the others every method does nothing.
-  """
-
-  def __init__(self, directory: epath.Path, start: int):
-    self._writes = parallel.is_first()
-    if not self._writes:
-      return
-    path = directory / "metrics.jsonl"
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines(keepends=True):
-        # A killed run can leave half a line: it belongs to a step that is repeated.
-        if line.endswith("\n") and json.loads(line)["step"] <= start:
-          kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-    self._file = path.open("a")
-    (directory / "tensorboard").mkdir(exist_ok=True)
-    self._events = EventsWriter(str(directory / "tensorboard" / "events"))
-    self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
-
-  def add(self, row: dict[str, Any]) -> None:
-    if not self._writes:
-      return
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
-    for name, value in row.items():
-      if name not in ("step", "kind"):
-        self._add_event(row["step"], summary=summary.scalar(f"{row['kind']}/{name}", value))
-    self._events.flush()
-
-  def _add_event(self, step: int, **content) -> None:
-    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-
-  def close(self) -> None:
-    if not self._writes:
-      return
-    self._file.close()
-    self._events.close()

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import files, training
+from rndpo_jax import files, logbook
 from rndpo_jax.stages import base, finetune
 
 RATE = 0.5
@@ -65,7 +65,7 @@ def test_the_base_is_the_best_checkpoint_or_the_last(tmp_path, monkeypatch, sele
     (tmp_path / "params" / str(saved) / "commit_success.txt").touch()
   rows = [f'{{"kind": "val", "step": {s}, "val_dice": {d}}}\n' for s, d in dice.items()]
   (tmp_path / "metrics.jsonl").write_text("".join(rows))
-  assert len(training.read_rows(tmp_path, "val")) == 3
+  assert len(logbook.read_rows(tmp_path, "val")) == 3
   config = config_lib.base_config()
   config.base.select = select
   base._select(config, epath.Path(tmp_path))

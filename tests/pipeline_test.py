@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, pipeline, preemption, training
+from rndpo_jax import checkpoint, files, logbook, pipeline, preemption
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import phantom, records
-from rndpo_jax.stages import mine, pairs
+from rndpo_jax.stages import pairs, shards
 
 
 def tree_bytes(directory):
@@ -56,7 +56,7 @@ def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
 
 def test_first_step_starts_at_log_two(tiny_run):
   _, workdir = tiny_run
-  first = training.read_rows(workdir / "finetune", "train")[0]
+  first = logbook.read_rows(workdir / "finetune", "train")[0]
   # Cached margins come from another compiled program: equal but for rounding.
   assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-5
   assert abs(first["h_mean"]) < 1e-3 and abs(first["chosen_log_ratio"]) < 1e-2
@@ -250,7 +250,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
     finetune__num_steps=4,
   )
   pipeline.run(config, tmp_path, ["base", "mine", "finetune"])
-  rows = training.read_rows(tmp_path / "finetune", "train")
+  rows = logbook.read_rows(tmp_path / "finetune", "train")
   # XLA fuses the two forward passes each in its own way: equal but for rounding of the sums.
   assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
   assert abs(rows[0]["h_mean"]) < 1e-3 and abs(rows[0]["chosen_log_ratio"]) < 1e-2
@@ -261,7 +261,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
 def test_no_pairs_left_names_the_filter(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
   config = tiny_config(base__workdir=str(first), mine__min_region_size=10_000)
-  with pytest.raises(mine.MiningError, match="left no pair.*region_size [1-9]"):
+  with pytest.raises(shards.MiningError, match="left no pair.*region_size [1-9]"):
     pipeline.run(config, tmp_path)
   assert not (tmp_path / "pairs" / "manifest.json").exists()
 

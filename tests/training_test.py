@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import AxisType
 from tensorboardX.proto.event_pb2 import Event
 
-from rndpo_jax import checkpoint, parallel, preemption, saving, training
+from rndpo_jax import checkpoint, logbook, parallel, preemption, saving, training
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -143,7 +143,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(step, mesh, tmp_
 def test_best_and_latest_parameters_are_kept(step, mesh, tmp_path):
   # By the clock there is a state before the first validation, too.
   run(step, mesh, tmp_path, num_steps=12, keep_best=True, checkpoint_minutes=1e-9)
-  rows = training.read_rows(tmp_path, "val")
+  rows = logbook.read_rows(tmp_path, "val")
   best = max(rows, key=lambda row: row["val_dice"])["step"]
   assert checkpoint.steps(tmp_path / "params") == sorted({best, 12}) != [12]
   assert checkpoint.steps(tmp_path / "state") == [10, 12]
@@ -166,7 +166,7 @@ def test_another_reference_is_refused(step, mesh, tmp_path):
 
 def test_keys_differ_from_step_to_step(step, mesh, tmp_path):
   run(step, mesh, tmp_path, num_steps=6)
-  noise = [row["noise"] for row in training.read_rows(tmp_path, "train")]
+  noise = [row["noise"] for row in logbook.read_rows(tmp_path, "train")]
   assert len(set(noise)) == 3
 
 
@@ -200,7 +200,7 @@ def test_average_of_parameters_is_what_is_kept_and_validated(step, mesh, tmp_pat
   np.testing.assert_array_equal(kept.params["w"], plain.params["w"])
   saved = checkpoint.restore_params(tmp_path / "ema" / "params", 4, stage_directory=tmp_path)
   np.testing.assert_array_equal(saved["w"], state.ema["w"])
-  last = training.read_rows(tmp_path / "ema", "val")[-1]
+  last = logbook.read_rows(tmp_path / "ema", "val")[-1]
   assert last["val_dice"] == float(state.ema["w"][0]) != float(state.params["w"][0])
 
 
@@ -281,7 +281,7 @@ def events(directory):
 
 
 def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
-  rows = training._Rows(epath.Path(tmp_path), start=4)
+  rows = logbook.Rows(epath.Path(tmp_path), start=4)
   rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
   (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
   assert goes_on.step == 5 and goes_on.session_log.status == goes_on.session_log.START
@@ -296,7 +296,7 @@ def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
   def full(_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  rows = training._Rows(epath.Path(tmp_path), start=0)
+  rows = logbook.Rows(epath.Path(tmp_path), start=0)
   with monkeypatch.context() as patch:
     patch.setattr(training.EventsWriter, "flush", full)
     with pytest.raises(OSError, match="No space left"):

@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import checkpoint, files, losses, models, parallel, saving, training, types
+from rndpo_jax import checkpoint, files, logbook, losses, models, parallel, saving, training, types
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, pipeline
 
@@ -176,7 +176,7 @@ def validation(
 
 def _select(config, directory: epath.Path) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
-  rows = training.read_rows(directory, "val")
+  rows = logbook.read_rows(directory, "val")
   chosen = saving.best_row(rows) if config.base.select == "best" else rows[-1]
   files.write_json(
     directory / "selected.json",

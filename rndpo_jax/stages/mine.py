@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from rndpo_jax import (
   config as config_lib,
 )
 from rndpo_jax import (
-  files,
   judges,
   losses,
   mining,
@@ -29,16 +27,11 @@ from rndpo_jax import (
   packing,
   parallel,
   preemption,
-  progress,
   proposals,
   types,
 )
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare
-
-
-class MiningError(RuntimeError):
-  """Mining that cannot give pairs; the message says which filter took them."""
+from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare, shards
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -50,7 +43,7 @@ def run(config, workdir: os.PathLike) -> None:
   comes last.
 
   Raises:
-    MiningError: where no pair is left, naming the filters that took them.
+    shards.MiningError: where no pair is left, naming the filters that took them.
     records.DataError: where the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir) / "pairs"
@@ -73,14 +66,13 @@ def run(config, workdir: os.PathLike) -> None:
     outputs = mined(audit.example_indices(dataset))
     audit.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
-  shards = np.array_split(indices, config.mine.num_shards)
-  for shard, part in enumerate(shards):
+  for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
     path = pairs.shard_path(directory, shard, config.mine.num_shards)
-    if shard % jax.process_count() == jax.process_index() and not _finished(path):
-      _write_shard(path, len(part), -(-len(part) // _batch_size(config)), mined(part))
+    if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
+      shards.write(path, len(part), -(-len(part) // _batch_size(config)), mined(part))
   parallel.barrier("shards")
   if parallel.is_first():
-    _write_manifest(config, directory)
+    shards.write_manifest(config, directory)
 
 
 def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
@@ -234,107 +226,3 @@ def _batch_size(config) -> int:
   """Images of all local devices. Each device's share is the config's, so that its program, and with
   it the last bit of every pair, does not depend on how many devices there are."""
   return config.mine.batch_size * jax.local_device_count()
-
-
-def _write_shard(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
-  """Writes the mined images of one shard; images without a valid pair leave no record."""
-  summary: dict[str, Any] = {
-    "num_images": num_images,
-    "num_pairs": 0,
-    "dropped": dict.fromkeys(mining.FILTERS, 0),
-    "region_size": [],
-    "score_gap": [],
-  }
-
-  def records():
-    for batch, out in progress.track(
-      outputs, total=num_batches, description=f"mine {path.name[:20]}", unit="batches"
-    ):
-      for row in np.flatnonzero(batch.valid):
-        mined = types.Pairs(*(field[row] for field in out["pairs"]))
-        _count(summary, mined)
-        if mined.valid.any():
-          yield _record(out, row, int(batch.index[row]), mined)
-
-  pairs.write_shard(path, records(), summary)
-
-
-def _record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
-  return {
-    "index": np.int32(index),
-    "chosen": out["chosen"][row],
-    "rejected": out["rejected"][row],
-    "reference_margin": out["reference_margin"][row],
-    "reference_log_prob": out["reference_log_prob"][row],
-    "valid": mined.valid.astype(np.float32),
-    "region_size": mined.region_size,
-    "score_gap": mined.score_gap,
-    "scores": out["scores"][row],
-    "chosen_proposal": mined.chosen,
-    "rejected_proposal": mined.rejected,
-    **({"proposals": out["proposals"][row]} if "proposals" in out else {}),
-  }
-
-
-def _count(summary, mined: types.Pairs) -> None:
-  for name, count in zip(mining.FILTERS, mined.dropped, strict=True):
-    summary["dropped"][name] += int(count)
-  summary["num_pairs"] += int(mined.valid.sum())
-  summary["region_size"] += mined.region_size[mined.valid].tolist()
-  summary["score_gap"] += [round(float(gap), 7) for gap in mined.score_gap[mined.valid]]
-
-
-def _finished(path: epath.Path) -> bool:
-  return path.exists() and pairs.summary_path(path).exists()
-
-
-def _write_manifest(config, directory: epath.Path) -> None:
-  """Adds up the shards' summaries.
-
-  Raises:
-    MiningError: where there is no pair at all.
-  """
-  count = config.mine.num_shards
-  paths = [pairs.shard_path(directory, shard, count) for shard in range(count)]
-  summaries = [files.read_json(pairs.summary_path(path)) for path in paths]
-  dropped = {name: sum(s["dropped"][name] for s in summaries) for name in mining.FILTERS}
-  sizes = np.concatenate([np.array(s["region_size"], np.int64) for s in summaries])
-  gaps = np.concatenate([np.array(s["score_gap"], np.float64) for s in summaries])
-  num_images = sum(s["num_images"] for s in summaries)
-  num_bytes = sum(s["num_bytes"] for s in summaries)
-  if sizes.size == 0:
-    taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
-    raise MiningError(
-      f"mining {num_images} images left no pair; candidate pairs taken by each filter: {taken}. "
-      "'identical' asks for more diverse proposals (config.proposals.noise_scale, mix), 'tie' for "
-      "another judge, 'score_gap' and 'region_size' for other limits in config.mine; start again "
-      "in a new workdir, with --config.base.workdir to keep the base"
-    )
-  edges = np.unique(np.geomspace(1, max(sizes.max(), 2), 25).round()).astype(np.int64)
-  counts, _ = np.histogram(sizes, bins=np.append(edges, edges[-1] + 1))
-  files.write_json(
-    directory / "manifest.json",
-    {
-      "shards": [{key: s[key] for key in ("file", "sha256", "count")} for s in summaries],
-      "num_images": num_images,
-      "num_pairs": int(sizes.size),
-      "num_bytes": num_bytes,
-      "bytes_per_pair": num_bytes / sizes.size,
-      "dropped": dropped,
-      "region_size": {
-        **_quantiles(sizes),
-        "histogram": {"edges": np.append(edges, edges[-1] + 1).tolist(), "counts": counts.tolist()},
-      },
-      "score_gap": _quantiles(gaps),
-      "rule": config.mine.rule,
-      "judge": config.judge.name,
-      "mix": config.proposals.mix,
-      "seed": config.seed,
-      "proposals": files.read_json(directory / "proposals.json"),
-    },
-  )
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-  low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-  return {"p5": float(low), "p50": float(middle), "p95": float(high)}

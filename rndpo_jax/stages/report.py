@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from etils import epath
 
-from rndpo_jax import files, training
+from rndpo_jax import files, logbook
 from rndpo_jax.stages import figures, pictures, tables
 
 TEMPLATE = "report.html.j2"
@@ -199,7 +199,7 @@ def _chart(rows, keys: Mapping[str, str], ylabel: str, caption: str) -> dict[str
 def _rows(directory: epath.Path, kind: str) -> list[dict[str, Any]]:
   if not (directory / "metrics.jsonl").exists():
     return []
-  return training.read_rows(directory, kind)
+  return logbook.read_rows(directory, kind)
 
 
 def _read_made(workdir: epath.Path) -> dict[str, Any]:
