@@ -44,16 +44,17 @@ class TestStep:
       return batches[0]
 
     variant = step.step_variant(
-      "x", loss_fn=step.preference_loss_fn(segmenter, given), batch_of=batch_of, options=given,
-      pairs=2, optimizer=optax.adam(1e-2), mesh=mesh, params=params,
+      "x", loss_fn=step.preference_loss_fn(segmenter, given, "cached"), batch_of=batch_of,
+      options=given, pairs=2, optimizer=optax.adam(1e-2), mesh=mesh, params=params,
     )  # fmt: skip
     seen = [float(variant.run(turn)["loss"]) for turn in range(4)]
     assert seen[0] > seen[1] > seen[2] > seen[3]  # one batch, again and again
     assert turns == [0, 0, 1, 2, 3]  # the first to compile for
     floats = 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
     state = 4 * floats + 4 + 4  # parameters and both moments; the step, and Adam's own count
-    # Images f32; 24 pixels in 3 bytes of each mask; margins, log-probabilities and weights f32.
-    batch = 8 * 24 * 4 + 2 * 8 * 2 * 3 + 3 * 8 * 2 * 4
+    # Images f32; 24 pixels in 3 bytes of each mask; margins, log-probabilities and weights f32,
+    # and a volume an image.
+    batch = 8 * 24 * 4 + 2 * 8 * 2 * 3 + 3 * 8 * 2 * 4 + 8 * 4
     assert variant.work == measure.Work(8, 16, 8 * 24, 2 * state + batch)
 
   def test_supervised_loss_is_cross_entropy(self, small_unet):

@@ -50,13 +50,13 @@ class TestMeasure:
     seconds = measure.sample([variant("a"), variant("b")], repeats=20, calls=2)
     assert seconds.shape == (2, 20) and (seconds > 0).all()
     turns = [turn for name, turn in calls if name in "ab"]
-    assert turns == list(range(2 * measure.WARM_UP_CALLS + 20 * 2 * 2))  # no turn comes twice
+    assert turns == list(range(2 * measure.WARM_UP_CALLS + 20 * 2 * 3))  # no turn comes twice
     timed = calls[2 * 2 * measure.WARM_UP_CALLS :]
     names = []
-    for start in range(0, len(timed), 4):
-      settle, first, second, wait = timed[start : start + 4]
-      assert settle == ("settle", first[0]) and second[0] == first[0]
-      assert wait == ("wait", second[1])
+    for start in range(0, len(timed), 6):
+      settle, waking, awake, first, second, wait = timed[start : start + 6]
+      assert settle == ("settle", first[0]) and second[0] == first[0] == waking[0]
+      assert awake == ("wait", waking[1]) and wait == ("wait", second[1])
       names.append(first[0])
     order = np.array(["a", "b"])[measure.interleaved(2, 20).ravel()]
     assert names == order.tolist()

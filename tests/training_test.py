@@ -298,7 +298,7 @@ def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
 
   rows = logbook.Rows(epath.Path(tmp_path), start=0)
   with monkeypatch.context() as patch:
-    patch.setattr(training.EventsWriter, "flush", full)
+    patch.setattr(logbook.EventsWriter, "flush", full)
     with pytest.raises(OSError, match="No space left"):
       for step in range(100):
         rows.add({"step": step, "kind": "train", "loss": 0.25})
