@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -54,19 +53,3 @@ def unpack(packed: jax.Array, shape: tuple[int, ...], num_classes: int) -> jax.A
   planes = jnp.unpackbits(packed, axis=-1, count=count)
   values = sum(planes[..., bit, :] << bit for bit in range(bits))
   return values.reshape(*packed.shape[:-2], *shape)
-
-
-def region_size(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-  """|D| of packed masks, without unpacking: the bits that differ in any plane.
-
-  Args:
-    chosen: u8[..., bits, bytes] from `pack`.
-    rejected: like `chosen`.
-
-  Returns:
-    i32[...]; 0 for identical masks.
-  """
-  differ = chosen ^ rejected
-  planes = [differ[..., bit, :] for bit in range(differ.shape[-2])]
-  count = jax.lax.population_count(functools.reduce(jnp.bitwise_or, planes))
-  return jnp.sum(count, axis=-1, dtype=jnp.int32)

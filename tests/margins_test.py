@@ -70,7 +70,7 @@ def test_packed_masks_give_the_same_bits(space, classes):
     margins.pair_margin(logits, chosen[:, 0], rejected[:, 0]),
   )
   np.testing.assert_array_equal(
-    packing.region_size(*planes),
+    margins.margin_and_size(logits, *planes, packed=True)[1],
     losses.region_size(chosen, rejected, spatial_dims=len(space) - 1),
   )
 
