@@ -201,12 +201,15 @@ def stream(
     examples = [load(items[_order(seed, len(items), turn)[place]]) for turn, place in passes]
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
-  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-  steps = grain.MapDataset.range(start_step, _ENDLESS)
-  dataset = steps.map(read).to_iter_dataset(options)
+  return _loaded_ahead(grain.MapDataset.range(start_step, _ENDLESS).map(read), num_workers)
+
+
+def _loaded_ahead(dataset: grain.MapDataset, num_workers: int) -> Iterator:
+  """Goes through `dataset`, the next elements being loaded by threads or worker processes."""
+  loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
   if num_workers:
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-  return iter(dataset)
+    loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return iter(loaded)
 
 
 @functools.lru_cache(maxsize=64)
@@ -218,15 +221,18 @@ def _order(seed: int, count: int, turn: int) -> np.ndarray:
 
 def batches(
   dataset: Dataset, indices: Sequence[int], *, batch_size: int, with_labels: bool,
-  process_index: int = 0, process_count: int = 1,
+  num_workers: int = 0, process_index: int = 0, process_count: int = 1,
 ) -> Iterator[types.Batch]:  # fmt: skip
   """Every record of `indices` once, in order; the last batch is padded.
+
+  The next batches are loaded while one is used.
 
   Args:
     dataset: from `open_dataset`.
     indices: of records.
     batch_size: of the global batch; process_count divides it.
     with_labels: whether the masks are read.
+    num_workers: as in `stream`.
     process_index: whose contiguous rows to yield, of `process_count`.
 
   Yields:
@@ -234,7 +240,8 @@ def batches(
     padding. Every process yields as many batches.
   """
   rows = batch_size // process_count
-  for start in range(0, len(indices), batch_size):
+
+  def read(start: int) -> types.Batch:
     first = start + rows * process_index
     chosen = [int(i) for i in indices[first : first + rows]]
     padding = rows - len(chosen)
@@ -242,11 +249,16 @@ def batches(
     loaded = chosen or [int(indices[-1])]
     examples = [load_example(dataset, i, with_labels=with_labels) for i in loaded]
     examples = (examples + examples[-1:] * padding)[:rows]
-    yield types.Batch(
+    return types.Batch(
       images=np.stack([example["image"] for example in examples]),
       labels=np.stack([example["label"] for example in examples]),
       index=np.stack([example["index"] for example in examples]),
       valid=np.arange(rows) < len(chosen),
+    )
+
+  if len(indices):
+    yield from _loaded_ahead(
+      grain.MapDataset.range(0, len(indices), batch_size).map(read), num_workers
     )
 
 

@@ -69,7 +69,8 @@ def run(config, workdir: os.PathLike) -> None:
   for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
     path = pairs.shard_path(directory, shard, config.mine.num_shards)
     if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
-      shards.write(path, len(part), -(-len(part) // _batch_size(config)), mined(part))
+      outputs = mined(part, stays=("masks",))
+      shards.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
   parallel.barrier("shards")
   if parallel.is_first():
     shards.write_manifest(config, directory)
@@ -207,19 +208,34 @@ def with_keys(function: Callable) -> Callable:
   return keyed
 
 
-def run_batches(config, dataset, indices, program: Callable, with_labels: bool) -> Iterator:
+def run_batches(
+  config, dataset, indices, program: Callable, with_labels: bool, stays: tuple[str, ...] = ()
+) -> Iterator:
   """Yields (batch, output) of a pmap program over batches of records, both as numpy arrays.
+
+  The devices have the next batch to work on while one is fetched and written.
 
   Args:
     program: from `on_local_devices`.
     with_labels: whether the masks of the records are read.
+    stays: entries of the output that never leave the devices.
   """
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  for batch in pipeline.batches(
-    dataset, indices, batch_size=_batch_size(config), with_labels=with_labels
-  ):
+
+  def start(batch):
     preemption.check("mine: finished shards are kept")
-    yield batch, parallel.join_local_devices(program(key, parallel.split_over_local_devices(batch)))
+    out = program(key, parallel.split_over_local_devices(batch))
+    return batch, {name: value for name, value in out.items() if name not in stays}
+
+  loaded = pipeline.batches(
+    dataset,
+    indices,
+    batch_size=_batch_size(config),
+    with_labels=with_labels,
+    num_workers=config.data.num_workers,
+  )
+  for batch, out in pipeline.prefetch(loaded, start, depth=1):
+    yield batch, parallel.join_local_devices(out)
 
 
 def _batch_size(config) -> int:
