@@ -25,6 +25,9 @@ _TOPOLOGY = flags.DEFINE_list("topology", "v5e:4x4", "CHIP:AxB[xC], several afte
 _PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}, loss.")
 _BATCH = flags.DEFINE_integer("batch_per_device", 8, "Images on each chip.", lower_bound=1)
 _CHANNELS = flags.DEFINE_integer("num_channels", 1, "Channels of an image.", lower_bound=1)
+_NUM_UNLABELLED = flags.DEFINE_integer(
+  "num_unlabelled", 0, "Also says how long mining so many images takes at least; 0 does not."
+)
 _CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes; 0 takes config.data.num_classes.")
 
 
@@ -56,7 +59,8 @@ def show(topology, problem):
   chip, mesh = aot.open_topology(topology)
   batch = _BATCH.value
   print(f"{topology}, {batch} images a chip of {problem.size}, {problem.num_classes} classes")
-  programs = aot.programs(_CONFIG.value, problem, mesh, batch)
+  images = dict.fromkeys(PROGRAMS, batch * mesh.size)
+  programs = aot.programs(_CONFIG.value, problem, mesh, images)
   for name in _PROGRAMS.value:
     if name == "loss":
       show_losses(mesh)
@@ -71,6 +75,9 @@ def show(topology, problem):
     if name == "mine" and report.collectives:
       sys.exit(f"error: the mining program communicates: {report.collectives}")
     print(program_report.describe(name, report, chip, batch), flush=True)
+    if name == "mine" and _NUM_UNLABELLED.value:
+      chips = mesh.size
+      print(program_report.describe_mining(report, chip, batch, chips, _NUM_UNLABELLED.value))
     if name == "finetune":
       print(program_report.describe_scaling(report, chip), flush=True)
 

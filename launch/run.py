@@ -18,6 +18,12 @@ from launch import cpu
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
 _STAGES = flags.DEFINE_list("stages", None, "Stages to run; all by default.")
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Says what the run would need here (memory, time, storage); writes nothing."
+)
+_NUM_UNLABELLED = flags.DEFINE_integer(
+  "num_unlabelled", 0, "--dry_run: for so many unlabelled images; 0 for those of the data set."
+)
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address", None, "HOST:PORT where process 0 listens, for several processes."
 )
@@ -46,6 +52,7 @@ def main(argv):
   from rndpo_jax import (
     checkpoint,
     config,
+    dry_run,
     files,
     judges,
     parallel,
@@ -66,6 +73,11 @@ def main(argv):
     stages = config.STAGES if _STAGES.value is None else _STAGES.value
     if join_others():
       end = parallel.stop
+    if _DRY_RUN.value:
+      progress.say("\n".join(dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)))
+      return
+    if _NUM_UNLABELLED.value:
+      raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     preemption.install()  # after the others are met: JAX sets a handler of its own then
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   except preemption.Preempted as error:

@@ -7,6 +7,7 @@ figures.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -77,27 +78,26 @@ def problem_of(config, num_channels: int, num_classes: int) -> Problem:
   return Problem(classes, num_channels, config.data.spatial_dims, tuple(config.data.size))
 
 
-def programs(config, problem: Problem, mesh: Mesh, batch_per_device: int) -> dict[str, Any]:
+def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> dict[str, Any]:
   """The programs by name, each () -> lowered.
 
   Args:
     config: the whole config.
     problem: what the data would tell.
     mesh: from `open_topology`.
-    batch_per_device: images on each chip, in every program.
+    images: of each program at once, on all devices together.
   """
   segmenter = models.build(
     config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
   )
-  batch = _batch(problem, batch_per_device * mesh.size)
-  params = jax.eval_shape(segmenter.init, _key(), batch.images)
-  shared = (config, problem, mesh, segmenter, params, batch)
-  return {
-    "mine": lambda: _mine(*shared),
-    "base": lambda: _base_step(*shared),
-    "finetune": lambda: _finetune_step(*shared),
-    "evaluate": lambda: _evaluate(*shared),
-  }
+  params = jax.eval_shape(segmenter.init, _key(), _batch(problem, 1).images)
+  lowers = {"mine": _mine, "base": _base_step, "finetune": _finetune_step, "evaluate": _evaluate}
+
+  def lower(name):
+    batch = _batch(problem, images[name])
+    return lowers[name](config, problem, mesh, segmenter, params, batch)
+
+  return {name: functools.partial(lower, name) for name in images}
 
 
 def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):

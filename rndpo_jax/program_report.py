@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from rndpo_jax import hardware, program_text
+from rndpo_jax import cost, hardware, program_text
 
 
 class Report(NamedTuple):
@@ -30,19 +30,27 @@ class Report(NamedTuple):
 
 def measure(compiled) -> Report:
   """Reads a compiled program's costs, memory and text."""
-  costs, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+  costs, text = compiled.cost_analysis(), compiled.as_text()
   hbm_bytes = program_text.hbm_bytes(text)
   return Report(
-    memory=memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes,
+    memory=memory(compiled),
     flops=costs["flops"],
     bytes_accessed=costs["bytes accessed"],
     hbm_bytes=hbm_bytes,
     collectives=program_text.collectives(text),
     largest=program_text.largest(text, hbm_bytes / 100),
+  )
+
+
+def memory(compiled) -> int:
+  """Bytes of arguments, results, temporaries and code on each device."""
+  found = compiled.memory_analysis()
+  return (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+    + found.temp_size_in_bytes
+    + found.generated_code_size_in_bytes
   )
 
 
@@ -54,6 +62,18 @@ def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: i
     f"{report.flops / 1e9:.1f} GFLOP, {report.bytes_accessed / 1e9:.2f} GB accessed "
     f"({report.hbm_bytes / 1e9:.2f} in HBM), at least {seconds * 1e3:.2f} ms ({bound}), "
     f"at most {batch_per_device / seconds:.0f} images/s a chip; {_collectives(report)}"
+  )
+
+
+def describe_mining(
+  report: Report, chip: hardware.Chip, images: int, chips: int, num_unlabelled: int
+) -> str:
+  """One line: the least time to mine so many images on a slice, and what must be read for it."""
+  seconds, _ = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
+  batches = -(-num_unlabelled // (images * chips))
+  return (
+    f"          {num_unlabelled:,} images: at least {cost.show_seconds(batches * seconds)} on "
+    f"{chips} chips, reading {images * chips / seconds:,.0f} images/s"
   )
 
 

@@ -12,6 +12,7 @@ needs_libtpu = pytest.mark.skipif(
   reason="libtpu is not installed; it comes with the extra tpu-aot",
 )
 BATCH = 2
+PROGRAMS = ("mine", "base", "finetune", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,9 @@ def test_programs_follow_the_stages_without_libtpu(tiny_config):
   """Lowered alone, for the devices that are here, with options that change what a step holds."""
   config = tiny_config(finetune__ema_decay=0.9, finetune__reference="online", judge__name="learned")
   mesh = parallel.make_mesh()
-  programs = aot.programs(config, aot.problem_of(config, 1, 0), mesh, BATCH)
+  programs = aot.programs(
+    config, aot.problem_of(config, 1, 0), mesh, dict.fromkeys(PROGRAMS, BATCH * mesh.size)
+  )
   found = {name: lower().out_info for name, lower in programs.items()}
   images = BATCH * mesh.size
   # 16 x 16 pixels of two classes: one bit plane of 32 bytes.
@@ -41,7 +44,9 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
   _, mesh = slice_of_four
   assert mesh.size == 4
   config = tiny_config()
-  programs = aot.programs(config, aot.problem_of(config, 1, 0), mesh, BATCH)
+  programs = aot.programs(
+    config, aot.problem_of(config, 1, 0), mesh, dict.fromkeys(PROGRAMS, BATCH * mesh.size)
+  )
   assert set(programs) == {"mine", "base", "finetune", "evaluate"}
   step = program_report.measure(programs["finetune"]().compile())
   # 6,400 parameters of 4 bytes and a few metrics, whatever the number of images.

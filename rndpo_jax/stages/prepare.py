@@ -33,7 +33,7 @@ def run(config, workdir: epath.PathLike) -> None:
     return
   clear(workdir)
   source = SOURCES[config.data.source](config)
-  parts = _splits(config.data, source.records)
+  parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
   check_truth(
     config,
@@ -85,7 +85,16 @@ def clear(workdir: epath.Path) -> None:
     built.rmtree()
 
 
-def _splits(data, entries):
+def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
+  """Case ids of each split, drawn or read from `config.data.split_file`.
+
+  Args:
+    data: `config.data`.
+    entries: of `records.json`.
+
+  Raises:
+    records.DataError: where they cannot be split so.
+  """
   if data.split_file:
     return splits.read_split_file(epath.Path(data.split_file), entries)
   return splits.make_splits(

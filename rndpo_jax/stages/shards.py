@@ -34,12 +34,20 @@ def write(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
         mined = types.Pairs(*(field[row] for field in out["pairs"]))
         _count(summary, mined)
         if mined.valid.any():
-          yield _record(out, row, int(batch.index[row]), mined)
+          yield record(out, row, int(batch.index[row]), mined)
 
   pairs.write_shard(path, records(), summary)
 
 
-def _record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
+def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
+  """What is written of one image.
+
+  Args:
+    out: of the mining program, leading axis b.
+    row: of the image.
+    index: of its record.
+    mined: its pairs.
+  """
   return {
     "index": np.int32(index),
     "chosen": out["chosen"][row],

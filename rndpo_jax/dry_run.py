@@ -1,0 +1,246 @@
+"""What a config would need here, before anything is trained or written.
+
+The programs of the stages are compiled for the devices that are here and run on zeros; the rest is
+arithmetic (`cost`). Nothing is written to the work directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import serialization
+from jax.sharding import Mesh
+
+from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, trial, types
+from rndpo_jax import config as config_lib
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import pipeline as data_pipeline
+from rndpo_jax.data import splits
+from rndpo_jax.stages import prepare, shards
+
+
+class Data(NamedTuple):
+  """The data set of a config: `problem`, images of each split, bytes as stored, and the prepared
+  set, None where the stage 'prepare' has not run."""
+
+  problem: aot.Problem
+  num_images: dict[str, int]
+  num_bytes: int
+  dataset: data_pipeline.Dataset | None
+
+
+def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
+  """Describes a run of `config`.
+
+  Args:
+    config: the whole config.
+    workdir: of the run; what is prepared there is measured, and its disk looked at.
+    num_unlabelled: plans for so many unlabelled images; 0 takes those of the data set.
+
+  Returns:
+    Lines of text.
+
+  Raises:
+    ConfigError: what cannot work or does not fit; the lines are printed before that.
+    records.DataError: from the source.
+  """
+  checks.validate(config)
+  pipeline.check_here(config)
+  data = describe_data(config, workdir)
+  if num_unlabelled:
+    data = _with_unlabelled(data, num_unlabelled)
+  mesh = parallel.make_mesh()
+  segmenter = models.build(
+    config.model, num_classes=data.problem.num_classes, spatial_dims=data.problem.spatial_dims
+  )
+  image = jax.ShapeDtypeStruct((1, *data.problem.size, data.problem.num_channels), jnp.float32)
+  params = jax.eval_shape(segmenter.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+  trials = trial.try_programs(config, data.problem, mesh)
+  record = example_record(trials["mine"].out_info)
+  storage = storage_of(config, data, params, record)
+  host = trial.host_seconds(data.dataset, record, trials["mine"].batch_size)
+  limit = trial.memory_limit()
+  free = None if files.is_remote(workdir) else _free_bytes(workdir)
+  lines = [
+    *_head(data, mesh, params),
+    *_table(config, data, trials, host, limit),
+    *_foot(config, data, record, storage, free),
+  ]
+  refused = refusals(config, trials, limit, storage, free)
+  if refused:
+    raise ConfigError("\n".join([*lines, *refused]))
+  return lines
+
+
+def describe_data(config, workdir: os.PathLike) -> Data:
+  """The prepared data set where there is one, else what the source's file headers tell."""
+  home = epath.Path(config.base.workdir or workdir)
+  if prepare.is_done(home):
+    dataset = data_pipeline.open_dataset(config, workdir)
+    facts, entries = dataset._asdict(), dataset.records
+    counts = {name: len(indices) for name, indices in dataset.splits.items()}
+  else:
+    dataset = None
+    source = prepare.SOURCES[config.data.source](config)
+    facts, entries = source._asdict(), source.records
+    cases = prepare.split_cases(config.data, entries)
+    counts = {name: sum(e["case_id"] in set(ids) for e in entries) for name, ids in cases.items()}
+  problem = aot.Problem(
+    facts["num_classes"], facts["num_channels"], facts["spatial_dims"], tuple(config.data.size)
+  )
+  item = 1 if facts.get("dtype") == "uint8" else 4
+  num_bytes = sum(
+    math.prod(entry["shape"]) * (problem.num_channels * item + entry["has_mask"])
+    for entry in entries
+  )
+  return Data(problem, {name: counts[name] for name in splits.NAMES}, num_bytes, dataset)
+
+
+def example_record(out_info) -> dict[str, np.ndarray]:
+  """A mined image as it is written, from the shapes of the mining program's results."""
+  out = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), out_info)
+  mined = types.Pairs(*(field[0] for field in out["pairs"]))
+  return shards.record(out, 0, 0, mined)
+
+
+def storage_of(config, data: Data, params: types.Params, record) -> cost.Storage:
+  """Bytes of data, pairs and checkpoints; compression makes the first two smaller."""
+  size = _num_bytes(params)
+  base, tuned = config.base, config.finetune
+  checkpoints = cost.checkpoint_bytes(
+    size, (3 + (tuned.ema_decay > 0)) * size, tuned.num_steps, tuned.eval_every_steps,
+    tuned.keep_checkpoints, best=False,
+  )  # fmt: skip
+  checkpoints += base.num_members * cost.checkpoint_bytes(
+    size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
+  )
+  mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
+  return cost.Storage(0 if config.base.workdir else data.num_bytes, mined, checkpoints)
+
+
+def refusals(config, trials, limit: int, storage: cost.Storage, free: int | None) -> list[str]:
+  """A line for each thing that does not fit, naming the key that makes it smaller."""
+  found = [
+    trial.too_large(
+      config, name, f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
+    )
+    for name, tried in trials.items()
+    if tried.memory > limit
+  ]
+  if free is not None and sum(storage) > free:
+    found.append(
+      f"--workdir: needs up to {cost.show_bytes(sum(storage))}, its disk has "
+      f"{cost.show_bytes(free)} free; name another, or mine fewer pairs an image "
+      f"(config.mine.pairs_per_image={config.mine.pairs_per_image})"
+    )
+  return found
+
+
+def _head(data: Data, mesh: Mesh, params) -> list[str]:
+  problem, device = data.problem, mesh.devices.flat[0]
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  counts = ", ".join(f"{count:,} {name}" for name, count in data.num_images.items())
+  return [
+    f"devices   {mesh.size} of kind {device.device_kind}, {jax.process_count()} process"
+    f"{'es' if jax.process_count() > 1 else ''}; mesh: {axes}",
+    f"images    {counts}; {problem.num_channels} channels, {problem.num_classes} classes, taken at "
+    f"{' x '.join(map(str, problem.size))}",
+    f"model     {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} parameters, "
+    f"{cost.show_bytes(_num_bytes(params))}",
+    "",
+  ]
+
+
+def _table(config, data: Data, trials: dict[str, trial.Trial], host, limit: int) -> list[str]:
+  """One row a program; a batch's seconds are those of the program on zeros."""
+  title = ("program", "batch", "memory a device", "s a batch", "batches", "in all", "images/s read")
+  rows = [title]
+  for name, count in num_batches(config, data, trials).items():
+    tried = trials[name]
+    seconds = count * tried.seconds
+    if name == "mine":
+      read, write = host
+      seconds = cost.mining_seconds(
+        count, tried.seconds, read or 0.0, write, shared=jax.default_backend() == "cpu"
+      )
+    rows.append(
+      (
+        name,
+        f"{tried.batch_size}",
+        f"{cost.show_bytes(tried.memory)} of {cost.show_bytes(limit)}",
+        f"{tried.seconds:.3g}",
+        f"{count:,}",
+        cost.show_seconds(seconds),
+        f"{tried.batch_size / tried.seconds:,.0f}",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str, int]:
+  """Batches of each program one after another, in the order of the stages."""
+  counts, tuned, base = data.num_images, config.finetune, config.base
+  evaluations = -(-tuned.num_steps // tuned.eval_every_steps)
+  supervised = 0 if base.workdir else base.num_members
+  shown = trials["evaluate"].batch_size
+  validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
+  # Validation during training; then every checkpoint and the base on validation and test.
+  evaluated = validated * -(-counts["val"] // shown)
+  evaluated += (evaluations + 1) * -(-(counts["val"] + counts["test"]) // shown)
+  local = config.mine.batch_size * jax.local_device_count()
+  processes = jax.process_count()
+  return {
+    "base": supervised * base.num_steps,
+    "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
+    "finetune": tuned.num_steps,
+    "evaluate": evaluated,
+  }
+
+
+def _foot(config, data: Data, record, storage: cost.Storage, free: int | None) -> list[str]:
+  most = data.num_images["unlabelled"] * config.mine.pairs_per_image
+  proposals = sum(count for _, count in config_lib.parse_mix(config.proposals.mix))
+  size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
+  lines = [
+    "",
+    f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {proposals} "
+    f"proposals; {size:,.0f} bytes a pair before compression",
+    f"storage   at most {cost.show_bytes(sum(storage))}: "
+    + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in storage._asdict().items())
+    + ("" if free is None else f"; {cost.show_bytes(free)} free"),
+  ]
+  if data.dataset is None:
+    lines.append(
+      "reading   not measured, for nothing is prepared; run --stages=prepare and look again"
+    )
+  return lines
+
+
+def _num_bytes(tree) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _free_bytes(workdir: os.PathLike) -> int:
+  """Of the disk that the work directory is on, or would be."""
+  folder = epath.Path(workdir).absolute()
+  while not folder.exists():
+    folder = folder.parent
+  return shutil.disk_usage(folder).free
+
+
+def _with_unlabelled(data: Data, count: int) -> Data:
+  """The data set with another number of unlabelled images, of the mean size."""
+  total = sum(data.num_images.values())
+  changed = total - data.num_images["unlabelled"] + count
+  return data._replace(
+    num_images={**data.num_images, "unlabelled": count},
+    num_bytes=data.num_bytes * changed // max(total, 1),
+  )

@@ -1,0 +1,118 @@
+"""The programs of the stages tried on the devices that are here: memory, and seconds a batch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax import aot, program_report
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import pipeline
+from rndpo_jax.stages import pairs
+
+# Images read, and records written, to see how long one takes.
+_NUM_TRIALS = 32
+# A program is run until it was timed so often or so long.
+_MAX_RUNS = 10
+_ENOUGH_SECONDS = 2.0
+
+
+class Trial(NamedTuple):
+  """One program on zeros: images a batch, bytes on each device, seconds a batch, its results."""
+
+  batch_size: int
+  memory: int
+  seconds: float
+  out_info: Any
+
+
+def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
+  """Compiles each program at the config's batch size, and times it.
+
+  Raises:
+    ConfigError: where the compiler finds that a program does not fit.
+  """
+  trials = {}
+  for name, lower in aot.programs(config, problem, mesh, batch_sizes(config, mesh)).items():
+    lowered = lower()
+    try:
+      compiled = lowered.compile()
+      seconds = _seconds(compiled)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise ConfigError(too_large(config, name, str(error).splitlines()[0][:200])) from error
+    size = batch_sizes(config, mesh)[name]
+    trials[name] = Trial(size, program_report.memory(compiled), seconds, lowered.out_info)
+  return trials
+
+
+def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
+  """Images that each program takes at once, on all devices together."""
+  share = -(-config.evaluate.batch_size // mesh.size)
+  return {
+    "mine": config.mine.batch_size * mesh.size,
+    "base": config.base.batch_size,
+    "finetune": config.finetune.batch_size,
+    "evaluate": share * mesh.size,
+  }
+
+
+def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]:
+  """Seconds of a process to read a mining batch (None before `prepare`), and to write its pairs."""
+  read = None
+  if dataset is not None:
+    indices = np.resize(dataset.splits["unlabelled"], _NUM_TRIALS)
+    start = time.perf_counter()
+    for index in indices:
+      pipeline.load_example(dataset, int(index), with_labels=False)
+    read = (time.perf_counter() - start) / _NUM_TRIALS * batch_size
+  with tempfile.TemporaryDirectory() as folder:
+    start = time.perf_counter()
+    pairs.write_shard(epath.Path(folder) / "trial.array_record", [record] * _NUM_TRIALS, {})
+    return read, (time.perf_counter() - start) / _NUM_TRIALS * batch_size
+
+
+def memory_limit() -> int:
+  """Bytes that a program may take on a device; on CPU the devices share the host's memory."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+
+
+def too_large(config, name: str, found: str) -> str:
+  """The line that refuses a program, naming the keys that make it smaller."""
+  trains = name in ("base", "finetune")
+  more = f", a larger config.{name}.accumulate_steps, config.model.remat=True" if trains else ""
+  return (
+    f"config.{name}.batch_size: found {config[name].batch_size}, with which the program "
+    f"{name!r} does not fit ({found}); take a smaller one{more}, or more devices"
+  )
+
+
+def _seconds(compiled) -> float:
+  """Median seconds of a program on zeros after its first run; donated arguments are made anew."""
+
+  def zero(info):
+    if jax.dtypes.issubdtype(info.dtype, jax.dtypes.prng_key):
+      return jax.random.key(0)
+    return jnp.zeros(info.shape, info.dtype)
+
+  (infos, _), (shardings, _) = compiled.args_info, compiled.input_shardings
+  make = jax.jit(lambda: jax.tree.map(zero, infos), out_shardings=shardings)
+  times = []
+  while len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS):
+    arguments = jax.block_until_ready(make())
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    times.append(time.perf_counter() - start)
+  return float(np.median(times[1:]))

@@ -1,0 +1,121 @@
+"""A dry run against what a run leaves, and its refusals."""
+
+import re
+
+import jax
+import pytest
+
+from rndpo_jax import checkpoint, dry_run, files, trial
+from rndpo_jax.config import ConfigError
+from rndpo_jax.stages import prepare
+
+
+@pytest.fixture(scope="module")
+def tried(tiny_run):
+  """The lines of a dry run of the tiny run's config, and the programs' trials."""
+  config, workdir = tiny_run
+  kept = {}
+
+  def keep(*arguments):
+    kept["trials"] = original(*arguments)
+    return kept["trials"]
+
+  original = trial.try_programs
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trial, "try_programs", keep)
+    return dry_run.run(config, workdir), kept["trials"]
+
+
+def test_pairs_take_the_bytes_that_were_planned(tiny_run, tried):
+  config, workdir = tiny_run
+  manifest = files.read_json(workdir / "pairs" / "manifest.json")
+  record = dry_run.example_record(tried[1]["mine"].out_info)
+  found = dry_run.storage_of(
+    config, dry_run.describe_data(config, workdir), _params(workdir), record
+  )
+  # Every record that was written is as large as planned; the plan counts images without pairs too.
+  written = sum(entry["count"] for entry in manifest["shards"])
+  assert found.pairs * written == manifest["num_bytes"] * manifest["num_images"]
+  assert manifest["num_pairs"] <= 20 * config.mine.pairs_per_image
+
+
+def test_checkpoints_take_what_was_planned(tiny_run, tried):
+  config, workdir = tiny_run
+  record = dry_run.example_record(tried[1]["mine"].out_info)
+  data = dry_run.describe_data(config, workdir)
+  planned = dry_run.storage_of(config, data, _params(workdir), record).checkpoints
+  params = sum(x.nbytes for x in jax.tree.leaves(_params(workdir)))
+  kept = {
+    (part, kind): len(list((workdir / part / kind).iterdir()))
+    for part in ("base", "finetune")
+    for kind in ("params", "state")
+  }
+  # The base's best parameters may be its last.
+  assert kept["base", "params"] <= 2
+  states = kept["base", "state"] + kept["finetune", "state"]  # parameters and two moments
+  assert planned == params * (2 + kept["finetune", "params"] + 3 * states)
+
+
+def test_the_lines_say_what_there_is(tiny_run, tried):
+  lines = "\n".join(tried[0])
+  assert "8 of kind cpu, 1 process; mesh: data 8" in lines
+  assert (
+    "4 labelled, 20 unlabelled, 3 val, 3 test; 1 channels, 2 classes, taken at 16 x 16" in lines
+  )
+  assert "at most 40: 2 an image, of 4 proposals" in lines
+  batches = {
+    row[0]: row[-3] for row in (re.split(r"  +", line) for line in tried[0]) if len(row) == 7
+  }
+  # 20 images in two shards of 10, eight devices of one image each: 2 batches a shard. Validation
+  # 2 + 2 times, then 3 checkpoints on 6 images.
+  assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
+  assert batches["evaluate"] == "7"
+  assert tried[1]["finetune"].memory > 4 * 6_000 * 3
+
+
+def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypatch):
+  config = tiny_config()
+  monkeypatch.setattr(trial, "try_programs", _no_trials)
+  with pytest.raises(_Reached):
+    dry_run.run(config, tmp_path / "run")
+  assert not list(tmp_path.iterdir())
+  data = dry_run.describe_data(config, tmp_path / "run")
+  assert data.dataset is None
+  assert data.num_images == {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
+  prepare.run(config, tmp_path / "run")
+  prepared = dry_run.describe_data(config, tmp_path / "run")
+  assert prepared.num_images == data.num_images and prepared.problem == data.problem
+
+
+def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
+  config, workdir = tiny_run
+  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
+  lines = "\n".join(dry_run.run(config, workdir, num_unlabelled=10_000_000))
+  assert "10,000,000 unlabelled" in lines and "at most 20,000,000" in lines
+  assert "mine" in lines and "1,250,000" in lines  # 5,000,000 a shard, 8 at once
+
+
+def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch):
+  config, workdir = tiny_run
+  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
+  monkeypatch.setattr(trial, "memory_limit", lambda: tried[1]["finetune"].memory - 1)
+  with pytest.raises(ConfigError, match=r"config.finetune.batch_size: found 8, with which the pro"):
+    dry_run.run(config, workdir)
+  monkeypatch.undo()
+  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
+  with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB, its disk has"):
+    dry_run.run(config, workdir, num_unlabelled=10**12)
+
+
+class _Reached(Exception):
+  pass
+
+
+def _no_trials(*_):
+  raise _Reached
+
+
+def _params(workdir):
+  step = files.read_json(workdir / "base" / "selected.json")["step"]
+  folder = workdir / "base"
+  return checkpoint.restore_params(folder / "params", step, stage_directory=folder)
