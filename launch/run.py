@@ -85,7 +85,7 @@ def main(argv):
     sys.exit(error.exit_code)
   except refusals as error:
     end(f"error: {error}")
-  except jax.errors.JaxRuntimeError as error:
+  except (jax.errors.JaxRuntimeError, ValueError) as error:  # a barrier's failure is a ValueError
     if not parallel.is_loss_of_another(error):
       raise
     end(

@@ -165,7 +165,7 @@ def signal_during(campaign, stage, number, name):
   workdir = campaign.before(stage, name)
   processes = campaign.start(workdir)
   for line in processes[0].stdout:
-    if line.startswith(f"[{stage}]"):
+    if f"[{stage}]" in line:
       break
   delay = campaign.random.uniform(0, campaign.seconds[stage])
   time.sleep(delay)
@@ -180,6 +180,36 @@ def kills(campaign, count):
     stage = STAGES[turn % len(STAGES)]
     workdir, moment, first, _ = signal_during(campaign, stage, signal.SIGKILL, f"kill-{turn}")
     campaign.finish("kill -9", moment, first, workdir)
+
+
+def one_killed(campaign):
+  """Kills one of several processes in each stage; the others must stop within a minute, by name."""
+  for turn, stage in enumerate(STAGES):
+    workdir = campaign.before(stage, f"one-{stage}")
+    processes = campaign.start(workdir, "--heartbeat_seconds=15")
+    for line in processes[0].stdout:
+      if f"[{stage}]" in line:
+        break
+    delay = campaign.random.uniform(0, campaign.seconds[stage])
+    time.sleep(delay)
+    lost = turn % len(processes)
+    processes[lost].kill()
+    start = time.monotonic()
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    seconds = time.monotonic() - start
+    codes = [process.returncode for process in processes]
+    moment = f"{stage} + {delay:.1f} s, process {lost}"
+    first = f"exit {', '.join(map(str, codes))} after {seconds:.0f} s"
+    # A process may have been over and done when the other died.
+    stopped = all(code for code in codes) or campaign.same(workdir)
+    named = [text for i, text in enumerate(outputs) if i != lost and codes[i]]
+    clear = all("another process" in text or "another task died" in text for text in named)
+    if seconds > 60 or not stopped or not clear:
+      campaign.add(
+        "one process killed", moment, first, "expected the others to stop by name", False
+      )
+      print("\n".join(outputs), flush=True)
+    campaign.finish("one process killed", moment, first, workdir)
 
 
 def sigterms(campaign):
@@ -282,7 +312,7 @@ def deleted_input(campaign):
     workdir = campaign.before(stage, "deleted")
     processes = campaign.start(workdir)
     for line in processes[0].stdout:
-      if line.startswith(f"[{stage}]"):
+      if f"[{stage}]" in line:
         break
     remove(workdir / "data")
     outputs = [process.communicate(timeout=600)[0] for process in processes]
@@ -294,6 +324,7 @@ def deleted_input(campaign):
 
 FAULTS = {
   "kill": lambda campaign, options: kills(campaign, options.kills),
+  "one": lambda campaign, _: one_killed(campaign),
   "sigterm": lambda campaign, _: sigterms(campaign),
   "disk": lambda campaign, _: full_disk(campaign),
   "damage": lambda campaign, _: damages(campaign),
@@ -306,7 +337,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--kills", type=int, default=20)
-  parser.add_argument("--only", default=",".join(FAULTS))
+  parser.add_argument("--only")
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
@@ -314,7 +345,9 @@ def main():
   options.workdir.mkdir(parents=True, exist_ok=True)
   campaign = Campaign(options)
   undisturbed(campaign)
-  for name in options.only.split(","):
+  # One process has none beside it to lose.
+  names = [name for name in FAULTS if name != "one" or options.processes > 1]
+  for name in options.only.split(",") if options.only else names:
     FAULTS[name](campaign, options)
   head = ("fault", "moment", "what happened", "the same command again", "")
   table = [head, *campaign.rows]
