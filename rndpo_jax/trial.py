@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -26,7 +27,10 @@ _ENOUGH_SECONDS = 2.0
 
 
 class Trial(NamedTuple):
-  """One program on zeros: images a batch, bytes on each device, seconds a batch, its results."""
+  """One program on zeros: images a batch, bytes on each device, seconds a batch, its results.
+
+  The seconds are NaN where the program is too large to be run.
+  """
 
   batch_size: int
   memory: int
@@ -45,13 +49,15 @@ def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
     lowered = lower()
     try:
       compiled = lowered.compile()
-      seconds = _seconds(compiled)
+      memory = program_report.memory(compiled)
+      # What is too large for the device is refused by its figure; running it would end the program.
+      seconds = _seconds(compiled) if memory <= memory_limit() else math.nan
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       raise ConfigError(too_large(config, name, str(error).splitlines()[0][:200])) from error
     size = batch_sizes(config, mesh)[name]
-    trials[name] = Trial(size, program_report.memory(compiled), seconds, lowered.out_info)
+    trials[name] = Trial(size, memory, seconds, lowered.out_info)
   return trials
 
 
