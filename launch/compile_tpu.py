@@ -23,7 +23,9 @@ LOSSES = (((16, 256, 256, 4), "float32"), ((64, 512, 512, 4), "bfloat16"))
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", "v5e:4x4", "CHIP:AxB[xC], several after commas.")
 _PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}, loss.")
-_BATCH = flags.DEFINE_integer("batch_per_device", 8, "Images on each chip.", lower_bound=1)
+_BATCH = flags.DEFINE_integer(
+  "batch_per_device", 8, "Images on each chip; in training on config.mesh.space.", lower_bound=1
+)
 _CHANNELS = flags.DEFINE_integer("num_channels", 1, "Channels of an image.", lower_bound=1)
 _NUM_UNLABELLED = flags.DEFINE_integer(
   "num_unlabelled", 0, "Also says how long mining so many images takes at least; 0 does not."
@@ -54,12 +56,15 @@ def show(topology, problem):
   """Prints the programs of one slice."""
   import jax
 
-  from rndpo_jax import aot, program_report
+  from rndpo_jax import aot, parallel, program_report
 
-  chip, mesh = aot.open_topology(topology)
+  axes = _CONFIG.value.mesh
+  chip, mesh = aot.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
   batch = _BATCH.value
-  print(f"{topology}, {batch} images a chip of {problem.size}, {problem.num_classes} classes")
-  images = dict.fromkeys(PROGRAMS, batch * mesh.size)
+  of_chips = "a chip" if axes.space == 1 else f"for {axes.space} chips (when mining, a chip)"
+  print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
+  images = dict.fromkeys(PROGRAMS, batch * parallel.num_batch_parts(mesh))
+  images["mine"] = batch * mesh.size
   programs = aot.programs(_CONFIG.value, problem, mesh, images)
   for name in _PROGRAMS.value:
     if name == "loss":
@@ -74,11 +79,12 @@ def show(topology, problem):
       continue
     if name == "mine" and report.collectives:
       sys.exit(f"error: the mining program communicates: {report.collectives}")
-    print(program_report.describe(name, report, chip, batch), flush=True)
+    images = batch if name == "mine" else batch / axes.space
+    print(program_report.describe(name, report, chip, images), flush=True)
     if name == "mine" and _NUM_UNLABELLED.value:
       chips = mesh.size
       print(program_report.describe_mining(report, chip, batch, chips, _NUM_UNLABELLED.value))
-    if name == "finetune":
+    if name == "finetune" and axes.fsdp == axes.space == 1:  # of gradients' all-reduces alone
       print(program_report.describe_scaling(report, chip), flush=True)
 
 

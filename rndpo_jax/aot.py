@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from rndpo_jax import hardware, losses, models, packing, parallel, training, types
 from rndpo_jax.config import ConfigError
@@ -39,11 +39,11 @@ class Problem(NamedTuple):
   size: tuple[int, ...]
 
 
-def open_topology(name: str) -> tuple[hardware.Chip, Mesh]:
-  """The chip and the mesh of a topology such as "v5e:4x4".
+def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[hardware.Chip, Mesh]:
+  """The chip of a topology such as "v5e:4x4", and a mesh of it as `config.mesh` says.
 
   Raises:
-    ConfigError: where the topology or libtpu is missing.
+    ConfigError: where the topology or libtpu is missing, or the chips cannot make the mesh.
   """
   generation = name.partition(":")[0]
   if generation not in hardware.CHIPS:
@@ -60,7 +60,7 @@ def open_topology(name: str) -> tuple[hardware.Chip, Mesh]:
       f"--topology: {name!r} cannot be opened ({error}); it needs the extra tpu-aot "
       "(pip install -e '.[tpu-aot]') and a slice that the chip is sold in, as in v5e:4x4"
     ) from error
-  return hardware.CHIPS[generation], parallel.make_mesh(topology.devices)
+  return hardware.CHIPS[generation], parallel.make_mesh(topology.devices, fsdp=fsdp, space=space)
 
 
 def problem_of(config, num_channels: int, num_classes: int) -> Problem:
@@ -91,11 +91,16 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
   )
   params = jax.eval_shape(segmenter.init, _key(), _batch(problem, 1).images)
-  lowers = {"mine": _mine, "base": _base_step, "finetune": _finetune_step, "evaluate": _evaluate}
+  lowers = {
+    "base": functools.partial(_base_step, segmenter=segmenter),
+    "finetune": functools.partial(_finetune_step, segmenter=segmenter),
+    "evaluate": functools.partial(_evaluate, segmenter=segmenter),
+    "mine": _mine,
+  }
 
   def lower(name):
     batch = _batch(problem, images[name])
-    return lowers[name](config, problem, mesh, segmenter, params, batch)
+    return lowers[name](config, problem, mesh, params=params, batch=batch)
 
   return {name: functools.partial(lower, name) for name in images}
 
@@ -124,7 +129,7 @@ def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
   return program.lower(logits, masks, masks, margin), minimum
 
 
-def _mine(config, problem, mesh, segmenter, params, batch):
+def _mine(config, problem, mesh, params, batch):
   """Each device its own images, as under `jax.pmap`."""
   ensemble = [params] * (config.base.num_members - 1)
   weights = {"policy": params, "ensemble": ensemble, "learned": None}
@@ -133,36 +138,37 @@ def _mine(config, problem, mesh, segmenter, params, batch):
     init, learned_apply = learned.build(config, problem)
     weights["learned"] = jax.eval_shape(init, _key(), batch.images)
   score = mine.make_score(config, problem, learned_apply)
-  whole, split = PartitionSpec(), PartitionSpec("data")
+  whole, split = parallel.replicated(mesh), parallel.over_all(mesh)
   program = jax.shard_map(
     mine.with_keys(mine.make_mine_batch(config, problem, score)),
     mesh=mesh,
-    in_specs=(whole, whole, split),
-    out_specs=split,
+    in_specs=(whole.spec, whole.spec, split.spec),
+    out_specs=split.spec,
     check_vma=False,
   )
-  return jax.jit(program).lower(
-    _placed(weights, parallel.replicated(mesh)),
-    _placed(_key(), parallel.replicated(mesh)),
-    _placed(batch, parallel.over_batch(mesh)),
-  )
+  arguments = (_placed(weights, whole), _placed(_key(), whole), _placed(batch, split))
+  return jax.jit(program).lower(*arguments)
 
 
 def _base_step(config, problem, mesh, segmenter, params, batch):
   augment_options = config.augment.to_dict() if config.base.augment else None
   loss_fn = base.make_loss_fn(
-    segmenter, dice_weight=config.base.dice_weight, augment_options=augment_options
+    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
+    dice_weight=config.base.dice_weight,
+    augment_options=augment_options,
   )
   labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
-  arrays = _placed(labelled, parallel.over_batch(mesh))
-  optimizer = base.optimizer(config.base)
-  return _step(loss_fn, optimizer, mesh, params, arrays, config.base.accumulate_steps)
+  arrays = _placed(labelled, parallel.of_batch(labelled, mesh))
+  return _step(config, config.base, loss_fn, base.optimizer(config.base), mesh, params, arrays)
 
 
 def _finetune_step(config, problem, mesh, segmenter, params, batch):
   options = finetune.loss_options(config)
   loss_fn = finetune.make_loss_fn(
-    segmenter, num_classes=problem.num_classes, size=problem.size, **options
+    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
+    num_classes=problem.num_classes,
+    size=problem.size,
+    **options,
   )
   pairs = (batch.index.shape[0], config.mine.pairs_per_image)
   masks = jax.ShapeDtypeStruct((*pairs, *problem.size), jnp.uint8)
@@ -181,27 +187,30 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
   }
   if options["anchor"] == "labelled":
     arrays["labelled"] = {"image": batch.images, "label": batch.labels, "index": batch.index}
-  arrays = _placed(arrays, parallel.over_batch(mesh))
+  arrays = _placed(arrays, parallel.of_batch(arrays, mesh))
   if options["reference"] == "online":
-    arrays["reference_params"] = _placed(params, parallel.replicated(mesh))
+    arrays["reference_params"] = _placed_params(config, params, mesh)
   optimizer = finetune.optimizer(config.finetune)
-  updates = (config.finetune.accumulate_steps, config.finetune.ema_decay)
-  return _step(loss_fn, optimizer, mesh, params, arrays, *updates)
+  ema_decay = config.finetune.ema_decay
+  return _step(config, config.finetune, loss_fn, optimizer, mesh, params, arrays, ema_decay)
 
 
 def _evaluate(config, problem, mesh, segmenter, params, batch):
   per_image = training.make_image_figures(segmenter.apply, problem.num_classes, mesh)
-  params = _placed(params, parallel.replicated(mesh))
-  return per_image.lower(params, params, _placed(batch, parallel.over_batch(mesh)))
+  params = _placed_params(config, params, mesh)
+  return per_image.lower(params, params, _placed(batch, parallel.of_batch(batch, mesh)))
 
 
-def _step(loss_fn, optimizer, mesh, params, arrays, accumulate_steps, ema_decay=0.0):
+def _step(config, options, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
+  large = config.mesh.large_parameter
   state = jax.eval_shape(
-    lambda p: training.make_state(p, optimizer, mesh, with_ema=ema_decay > 0), params
+    lambda p: training.make_state(p, optimizer, mesh, ema_decay > 0, large), params
   )
-  whole = parallel.replicated(mesh)
-  step = training.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay)
-  return step.lower(_placed(state, whole), arrays, _placed(_key(), whole))
+  step = training.make_train_step(
+    loss_fn, optimizer, mesh, options.accumulate_steps, ema_decay, large
+  )
+  key = _placed(_key(), parallel.replicated(mesh))
+  return step.lower(_placed_params(config, state, mesh), arrays, key)
 
 
 def _batch(problem: Problem, size: int) -> types.Batch:
@@ -218,5 +227,14 @@ def _key():
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _placed(tree, sharding):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _placed_params(config, tree, mesh):
+  return _placed(tree, parallel.of_params(tree, mesh, config.mesh.large_parameter))
+
+
+def _placed(tree, shardings):
+  """`tree` with one sharding, or with a tree of them."""
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
+  )

@@ -144,6 +144,7 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
+  "mesh.fsdp", "mesh.space", "mesh.large_parameter",
   "base.keep_checkpoints", "finetune.keep_checkpoints", "base.accumulate_steps",
   "finetune.accumulate_steps",
   "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
@@ -255,6 +256,13 @@ def _check_grid(config) -> None:
     raise ConfigError(
       f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
       f"multiples of {step}"
+    )
+  deepest = size[0] // step
+  if deepest % config.mesh.space:
+    divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
+    raise ConfigError(
+      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
+      f"model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
     )
   if config.augment.turn > 0 and size[0] != size[1]:
     raise ConfigError(

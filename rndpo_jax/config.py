@@ -82,6 +82,12 @@ def base_config() -> ml_collections.ConfigDict:
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
   model.remat = False  # computes activations again in the backward pass: less memory, slower
 
+  # How training and validation share the devices; mining and evaluation use each alone.
+  config.mesh = mesh = ml_collections.ConfigDict()
+  mesh.fsdp = 1  # devices that share large parameters and their optimiser state
+  mesh.space = 1  # devices that share each image, along H; the rest of the devices is `data`
+  mesh.large_parameter = 2**17  # elements from which on an array of parameters is shared
+
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement

@@ -56,7 +56,7 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   data = describe_data(config, workdir)
   if num_unlabelled:
     data = _with_unlabelled(data, num_unlabelled)
-  mesh = parallel.make_mesh()
+  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   segmenter = models.build(
     config.model, num_classes=data.problem.num_classes, spatial_dims=data.problem.spatial_dims
   )

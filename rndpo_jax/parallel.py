@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rndpo_jax.config import ConfigError
+
+AXES = ("data", "fsdp", "space")
+_BATCH = ("data", "fsdp")
+# Arrays [B, *S, ...] of a batch, by their names; all others have no spatial axes.
+_ON_GRID = ("image", "label", "images", "labels")
 
 
 def initialize(
@@ -154,34 +160,140 @@ def agree(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with `devices`, else every device of every process, on one axis, `data`."""
-  devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_mesh(
+  devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, space: int = 1
+) -> Mesh:
+  """The mesh of every training step and validation, with the axes of `AXES`.
+
+  Args:
+    devices: of the mesh; every device of every process by default.
+    fsdp: devices that share large parameters; each has its own part of the batch, too.
+    space: devices that share each image, along its first spatial axis. Those of an image belong
+      to one process, which reads it. `data` takes the rest.
+
+  Raises:
+    ConfigError: where the devices do not divide so.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  check_mesh(len(devices), fsdp, space, len(devices) // len({d.process_index for d in devices}))
+  shape = (len(devices) // (fsdp * space), fsdp, space)
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if any(len({d.process_index for d in row}) > 1 for row in placed.reshape(-1, space)):
+    devices.sort(key=lambda d: (d.process_index, d.id))
+    placed = np.array(devices).reshape(shape)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(num_devices: int, fsdp: int, space: int, num_local: int) -> None:
+  """Refuses axes that the devices cannot make.
+
+  Raises:
+    ConfigError: naming the key and what works.
+  """
+  if num_devices % (fsdp * space):
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    raise ConfigError(
+      f"config.mesh: found fsdp={fsdp} and space={space}, but {num_devices} devices cannot be "
+      f"grouped by {fsdp * space}; use a product of {', '.join(map(str, divisors))}"
+    )
+  if num_local % space:
+    divisors = [n for n in range(1, num_local + 1) if num_local % n == 0]
+    raise ConfigError(
+      f"config.mesh.space: found {space}, but the devices that share an image belong to one "
+      f"process, and each has {num_local}; use {', '.join(map(str, divisors))}"
+    )
+
+
+def num_batch_parts(mesh: Mesh) -> int:
+  """How many parts a batch is split into, each with rows of its own."""
+  return math.prod(mesh.shape[axis] for axis in _BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of parameters and optimiser state: a whole copy on each device."""
+  """A whole copy on each device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: the leading axis over `data`."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  """The sharding of what a batch holds an image: the leading axis over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(_BATCH))
 
 
-def check_batch_size(key: str, batch_size: int, num_devices: int) -> None:
-  """Refuses a batch that the devices cannot share evenly.
+def over_grid(mesh: Mesh) -> NamedSharding:
+  """The sharding of images [B, *S, I] and labels [B, *S]: also the first of S over `space`."""
+  return NamedSharding(mesh, PartitionSpec(_BATCH, "space"))
+
+
+def over_all(mesh: Mesh) -> NamedSharding:
+  """The leading axis over every device, where each works alone."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def of_batch(tree: Any, mesh: Mesh) -> Any:
+  """The sharding of each array of a batch: `over_grid` for those named in `_ON_GRID`."""
+  grid, rows = over_grid(mesh), over_batch(mesh)
+
+  def sharding(path, _):
+    name = getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
+    return grid if name in _ON_GRID else rows
+
+  return jax.tree.map_with_path(sharding, tree)
+
+
+def of_params(tree: Any, mesh: Mesh, large: int) -> Any:
+  """The sharding of each array of parameters, their averages or the optimiser's state.
+
+  An array of `large` elements or more is split over `fsdp` along its largest axis that divides
+  (the last of equals), others are whole on each device. Shapes alone decide, so that Adam's
+  moments lie where their parameters do.
+  """
+  count = mesh.shape["fsdp"]
+
+  def sharding(x):
+    axes = [axis for axis, size in enumerate(x.shape) if size % count == 0]
+    if count == 1 or math.prod(x.shape) < large or not axes:
+      return replicated(mesh)
+    axis = max(axes, key=lambda axis: (x.shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+  return jax.tree.map(sharding, tree)
+
+
+def spread(apply: Callable, mesh: Mesh) -> Callable:
+  """`apply(params, images, ...)` with whole parameters, and images placed by `over_grid`.
+
+  Left to itself XLA may split a convolution's channels and move activations for it, and it runs
+  the network on whole images where an augmentation had to gather them.
+  """
+
+  def on_mesh(params, images, *arguments):
+    params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+    images = jax.lax.with_sharding_constraint(images, over_grid(mesh))
+    return apply(params, images, *arguments)
+
+  return on_mesh
+
+
+def check_batch_size(key: str, batch_size: int, num_devices: int, space: int = 1) -> None:
+  """Refuses a batch that the devices, or groups of `space` of them, cannot share evenly.
 
   Raises:
     ConfigError: naming `key` and the nearest sizes that work.
   """
-  if batch_size % num_devices:
-    lower = batch_size // num_devices * num_devices
+  parts = num_devices // space
+  if batch_size % parts:
+    lower = batch_size // parts * parts
     raise ConfigError(
-      f"{key}: found {batch_size}, which {num_devices} devices cannot share evenly; use "
-      f"{f'{lower} or ' if lower else ''}{lower + num_devices}"
+      f"{key}: found {batch_size}, which {sharers(num_devices, space)} cannot share evenly; use "
+      f"{f'{lower} or ' if lower else ''}{lower + parts}"
     )
+
+
+def sharers(num_devices: int, space: int) -> str:
+  """What shares a batch, in words."""
+  if space == 1:
+    return f"{num_devices} devices"
+  return f"{num_devices // space} groups of {space} devices (config.mesh.space)"
 
 
 def put_batch(tree: Any, mesh: Mesh) -> Any:
@@ -192,12 +304,23 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
     mesh: from `make_mesh`.
 
   Returns:
-    The pytree of global arrays, sharded over the leading axis.
+    The pytree of global arrays, placed by `of_batch`: no device gets more than its part.
   """
-  sharding = over_batch(mesh)
   return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    lambda sharding, x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    of_batch(tree, mesh),
+    tree,
   )
+
+
+def put_params(tree: Any, mesh: Mesh, large: int) -> Any:
+  """Places parameters that every process has, by `of_params`."""
+  return jax.device_put(tree, of_params(tree, mesh, large))
+
+
+def fetch(tree: Any) -> Any:
+  """Whole numpy arrays on every process, of arrays that the processes may share."""
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def split_over_local_devices(tree: Any) -> Any:

@@ -98,23 +98,25 @@ def check_here(config: ml_collections.ConfigDict) -> None:
   """Refuses what these devices and this installation cannot do, before any training.
 
   Raises:
-    config.ConfigError: a batch that the devices cannot share; a judge of the user's own that
-      cannot be imported.
+    config.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
+      judge of the user's own that cannot be imported.
   """
   names = {config.judge.name, *config.judge.compare}
   sizes = {"base.batch_size": config.base.batch_size}
   sizes["finetune.batch_size"] = config.finetune.batch_size
   if "learned" in names:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
+  devices, space = jax.device_count(), config.mesh.space
+  parallel.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
   for key, size in sizes.items():
-    parallel.check_batch_size(f"config.{key}", size, jax.device_count())
+    parallel.check_batch_size(f"config.{key}", size, devices, space)
   for name in ("base", "finetune"):
     parts = config[name].accumulate_steps
-    if config[name].batch_size % (parts * jax.device_count()):
+    if config[name].batch_size % (parts * devices // space):
       raise config_lib.ConfigError(
         f"config.{name}.accumulate_steps: found {parts}, but batch_size="
-        f"{config[name].batch_size} on {jax.device_count()} devices is no multiple of "
-        f"{parts * jax.device_count()}"
+        f"{config[name].batch_size} on {parallel.sharers(devices, space)} is no multiple of "
+        f"{parts * devices // space}"
       )
   for name in names:
     if ":" in name:
@@ -127,6 +129,8 @@ def check_here(config: ml_collections.ConfigDict) -> None:
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """Writes `config.json`, or checks that the one there is of the same config.
 
+  The section `mesh` may differ, and that of today is written: any devices go on with a state.
+
   Raises:
     config.ConfigError: naming every key that differs, or the folder that cannot be written.
   """
@@ -134,13 +138,16 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   # A run that was refused before its first stage ended leaves nothing to protect.
   if path.exists() and any((workdir / name).exists() for name in DONE.values()):
-    there = files.read_json(path)["config"]
+    content = files.read_json(path)
+    there = {**content["config"], "mesh": resolved["mesh"]}
     changes = _differences(there, resolved)
     if changes:
       raise config_lib.ConfigError(
         f"{workdir} was made with another config; differing keys: {'; '.join(changes)}. Use a new "
         "--workdir (with --config.base.workdir to keep data and base), or the config of before"
       )
+    if content["config"] != there:
+      files.write_json(path, {**content, "config": there})
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)

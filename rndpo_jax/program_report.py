@@ -54,7 +54,7 @@ def memory(compiled) -> int:
   )
 
 
-def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: int) -> str:
+def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: float) -> str:
   """One line for a program: memory, operations, bytes, roofline, collectives."""
   seconds, bound = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
   return (

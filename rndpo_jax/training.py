@@ -44,16 +44,24 @@ class TrainState(NamedTuple):
 
 
 def make_state(
-  params: types.Params, optimizer: optax.GradientTransformation, mesh: Mesh, with_ema: bool = False
+  params: types.Params,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  with_ema: bool = False,
+  large: int = 0,
 ):
-  """A TrainState at step 0, replicated; it owns copies, since the step donates its buffers."""
+  """A TrainState at step 0; it owns copies, since the step donates its buffers.
+
+  Arrays of `large` elements or more are split over the mesh's `fsdp` axis: `parallel.of_params`.
+  """
 
   def init(params):
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
     params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-  return jax.jit(init, out_shardings=parallel.replicated(mesh))(params)
+  shardings = parallel.of_params(jax.eval_shape(init, params), mesh, large)
+  return jax.jit(init, out_shardings=shardings)(params)
 
 
 def make_train_step(
@@ -62,6 +70,7 @@ def make_train_step(
   mesh: Mesh,
   accumulate_steps: int = 1,
   ema_decay: float = 0.0,
+  large: int = 0,
 ):
   """Compiles one update.
 
@@ -69,18 +78,26 @@ def make_train_step(
     loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]). The loss is a mean over the
       global batch, so its gradient is that of one device holding all of it.
     optimizer: an Optax transformation.
-    mesh: from `parallel.make_mesh`; the batch is sharded over its `data` axis.
+    mesh: from `parallel.make_mesh`; the batch comes from `parallel.put_batch`.
     accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
       `accumulation.in_micro_batches`.
     ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
       the first parameters.
+    large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
+      add up.
 
   Returns:
     step(state, batch, key) -> (state, metrics); `state` is donated. `key` is the same at every
     step and folded with the step's number.
   """
 
-  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+  def placed(tree):
+    return jax.lax.with_sharding_constraint(tree, parallel.of_params(tree, mesh, large))
+
+  def gradient(params, batch, key):
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+    return value, placed(grads)
+
   if accumulate_steps > 1:
     gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
 
@@ -94,9 +111,9 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), aux
+    return placed(TrainState(state.step + 1, params, opt_state, ema)), aux
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=parallel.replicated(mesh))
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(None, parallel.replicated(mesh)))
 
 
 def make_validate(
@@ -105,6 +122,7 @@ def make_validate(
   batches: Callable[[], Iterable[types.Batch]],
   mesh: Mesh,
   reference: types.Params | None = None,
+  large: int = 0,
 ):
   """Mean foreground Dice on the model's grid, mean over images; and how far the policy has gone.
 
@@ -115,13 +133,14 @@ def make_validate(
       out.
     mesh: from `parallel.make_mesh`; its devices share each batch.
     reference: parameters to measure the divergence from, or None.
+    large: of the reference, as in `make_state`.
 
   Returns:
     validate(params) -> {"val_dice": float}, the same on every process; with a reference also
     "val_kl", the KL divergence from it, and "val_entropy", in nats a pixel.
   """
   if reference is not None:
-    reference = jax.device_put(reference, parallel.replicated(mesh))
+    reference = parallel.put_params(reference, mesh, large)
   per_image = make_image_figures(apply, num_classes, mesh)
 
   def validate(params) -> dict[str, float]:
@@ -138,6 +157,7 @@ def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callabl
 
   Every image's figures go to every process, so that their mean does not depend on who held it.
   """
+  apply = parallel.spread(apply, mesh)
 
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def per_image(params, reference, batch):

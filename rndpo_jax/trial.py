@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import aot, program_report
+from rndpo_jax import aot, parallel, program_report
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import pairs
@@ -63,12 +63,12 @@ def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
 
 def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   """Images that each program takes at once, on all devices together."""
-  share = -(-config.evaluate.batch_size // mesh.size)
+  parts = parallel.num_batch_parts(mesh)
   return {
     "mine": config.mine.batch_size * mesh.size,
     "base": config.base.batch_size,
     "finetune": config.finetune.batch_size,
-    "evaluate": share * mesh.size,
+    "evaluate": -(-config.evaluate.batch_size // parts) * parts,
   }
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from jax.sharding import AxisType
 from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import checkpoint, logbook, parallel, preemption, saving, training
@@ -171,7 +170,7 @@ def test_keys_differ_from_step_to_step(step, mesh, tmp_path):
 
 
 def test_one_device_equals_eight(step, mesh):
-  single = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+  single = parallel.make_mesh(jax.devices()[:1])
   one_step = training.make_train_step(loss_fn, OPTIMIZER, single)
   states = []
   for used_step, used_mesh in ((step, mesh), (one_step, single)):

@@ -85,7 +85,7 @@ def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
   if parallel.agree((directory / "selected.json").exists()):
     return
-  mesh = parallel.make_mesh()
+  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = pipeline.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
@@ -94,14 +94,16 @@ def _train_member(config, workdir, member: int) -> None:
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(
-    segmenter,
+    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=config.augment.to_dict() if config.base.augment else None,
   )
-  transformation = optimizer(config.base)
+  transformation, large = optimizer(config.base), config.mesh.large_parameter
   training.fit(
-    training.make_train_step(loss_fn, transformation, mesh, config.base.accumulate_steps),
-    training.make_state(params, transformation, mesh),
+    training.make_train_step(
+      loss_fn, transformation, mesh, config.base.accumulate_steps, large=large
+    ),
+    training.make_state(params, transformation, mesh, large=large),
     labelled_batches(
       config,
       dataset,
@@ -159,7 +161,8 @@ def validation(
 ):
   """`training.make_validate` on the validation split."""
   # Rounded up to what the devices can share: the last batch is padded in any case.
-  batch_size = -(-config.evaluate.batch_size // jax.device_count()) * jax.device_count()
+  parts = parallel.num_batch_parts(mesh)
+  batch_size = -(-config.evaluate.batch_size // parts) * parts
 
   def batches():
     return pipeline.batches(
@@ -171,7 +174,9 @@ def validation(
       process_count=jax.process_count(),
     )
 
-  return training.make_validate(segmenter.apply, dataset.num_classes, batches, mesh, reference)
+  return training.make_validate(
+    segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
+  )
 
 
 def _select(config, directory: epath.Path) -> None:

@@ -112,22 +112,22 @@ def run(config, workdir: os.PathLike) -> None:
     training.TrainingError, checkpoint.CheckpointError, pairs.PairsError, config.ConfigError.
   """
   directory = epath.Path(workdir) / "finetune"
-  mesh = parallel.make_mesh()
+  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = pipeline.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   params = base.load(config, workdir)[0]
   loss_fn = make_loss_fn(
-    segmenter,
+    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
     size=dataset.size,
     **loss_options(config),
   )
-  transformation = optimizer(config.finetune)
+  transformation, large = optimizer(config.finetune), config.mesh.large_parameter
   reference = None
   if config.finetune.reference == "online":
-    reference = jax.device_put(params, parallel.replicated(mesh))
+    reference = parallel.put_params(params, mesh, large)
   training.fit(
     training.make_train_step(
       loss_fn,
@@ -135,8 +135,9 @@ def run(config, workdir: os.PathLike) -> None:
       mesh,
       config.finetune.accumulate_steps,
       config.finetune.ema_decay,
+      large,
     ),
-    training.make_state(params, transformation, mesh, with_ema=config.finetune.ema_decay > 0),
+    training.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
     pair_batches(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
     key=jax.random.fold_in(jax.random.key(config.seed), 2),

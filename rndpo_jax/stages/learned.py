@@ -42,12 +42,14 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     (apply, params) of `models.quality`.
   """
   options = config.judge.learned
-  mesh = parallel.make_mesh()
+  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
+  large = config.mesh.large_parameter
   init, apply = build(config, dataset)
   init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
   augment_options = config.augment.to_dict()
+  on_mesh = parallel.spread(apply, mesh)
 
   def loss_fn(params, batch, key):
     augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
@@ -57,12 +59,12 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     images, masks, targets = corruptions.training_batch(
       corrupt_key, images, labels[:, 0], dataset.num_classes, options.masks_per_image
     )
-    return quality.quality_loss(params, apply, images, masks, targets, dropout_key)
+    return quality.quality_loss(params, on_mesh, images, masks, targets, dropout_key)
 
   optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.num_steps))
   state = training.fit(
-    training.make_train_step(loss_fn, optimizer, mesh),
-    training.make_state(params, optimizer, mesh),
+    training.make_train_step(loss_fn, optimizer, mesh, large=large),
+    training.make_state(params, optimizer, mesh, large=large),
     base.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=config.seed + 1
     ),
@@ -73,4 +75,4 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=options.num_steps,
   )
-  return apply, jax.device_get(state.params)
+  return apply, parallel.fetch(state.params)

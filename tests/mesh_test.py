@@ -1,0 +1,336 @@
+"""Training shared by data, fsdp and space is the training of one device, and stays shared."""
+
+import functools
+import shutil
+from collections import Counter
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from rndpo_jax import (
+  checkpoint,
+  checks,
+  files,
+  logbook,
+  models,
+  packing,
+  parallel,
+  pipeline,
+  program_text,
+  training,
+  types,
+)
+from rndpo_jax.config import ConfigError, base_config
+from rndpo_jax.stages import base, finetune
+
+BATCH, PAIRS, CLASSES = 4, 2, 3
+PLANE, VOLUME = (16, 16), (12, 44, 2)
+LARGE = 500  # elements
+# The gradient stands in the state after a step.
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def mesh_of(data, fsdp, space):
+  return parallel.make_mesh(jax.devices()[: data * fsdp * space], fsdp=fsdp, space=space)
+
+
+@functools.cache
+def network(dims):
+  config = base_config().model
+  config.width, config.depth = 4, 2
+  return models.build(config, num_classes=CLASSES, spatial_dims=dims)
+
+
+@functools.cache
+def problem(size):
+  """(params, batch of both trainings): four images, two pairs each, one slot without a pair."""
+  rng = np.random.default_rng(0)
+  masks = rng.integers(0, CLASSES, (2, BATCH, PAIRS, *size)).astype(np.uint8)
+  weight = np.ones((BATCH, PAIRS), np.float32)
+  weight[1, 1] = 0
+  batch = {
+    "image": rng.normal(size=(BATCH, *size, 1)).astype(np.float32),
+    "chosen": np.asarray(packing.pack(masks[0], CLASSES, len(size))),
+    "rejected": np.asarray(packing.pack(masks[1], CLASSES, len(size))),
+    "reference_margin": rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
+    "reference_log_prob": np.full((BATCH, PAIRS), -9.0, np.float32),
+    "weight": weight,
+    "voxel_volume": np.ones(BATCH, np.float32),
+    "label": masks[0][:, 0],
+  }
+  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), batch["image"])
+
+  def draw(x):
+    return rng.normal(float(x.ndim == 1), 0.2, x.shape).astype(np.float32)
+
+  return jax.tree.map(draw, shapes), batch
+
+
+def compile_step(kind, size, mesh, accumulate_steps=1):
+  """(compiled step, state, batch) of the base's or the fine-tuning's training."""
+  params, batch = problem(size)
+  segmenter = network(len(size))
+  segmenter = segmenter._replace(apply=parallel.spread(segmenter.apply, mesh))
+  if kind == "finetune":
+    options = {"objective": "rn_dpo", "beta": 10.0}
+    loss_fn = finetune.make_loss_fn(
+      segmenter, num_classes=CLASSES, size=size, objective_options=options
+    )
+  else:
+    options = base_config().augment.to_dict()
+    options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
+    loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
+  step = training.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
+  state = training.make_state(params, OPTIMIZER, mesh, True, LARGE)
+  batch = parallel.put_batch(batch, mesh)
+  # The partitioner and the passes on arrays run all the same; machine code is made sooner.
+  fast = {"xla_backend_optimization_level": 0}
+  lowered = step.lower(state, batch, jax.random.key(1))
+  return lowered.compile(compiler_options=fast), state, batch
+
+
+def take(compiled, state, batch):
+  return compiled(state, batch, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def volume_step():
+  """The fine-tuning step of volumes on 2 x 2 x 2 devices; its result and that of the next one."""
+  compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
+  first = jax.device_get(take(compiled, state, batch))
+  # A program takes its arguments where it was compiled for them: the state stays where it was.
+  state = training.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
+  state, _ = take(compiled, state, batch)
+  return compiled, first, take(compiled, state, batch)[0]
+
+
+def assert_same(alone, shared):
+  """Metrics, parameters, their average and their gradients after a step of the same state.
+
+  Sums of 10^3 to 10^4 float32 terms in another order differ by some 1e-6 of what is added up; the
+  gradient of a normalisation is a difference of such sums, and so is h.
+  """
+  (state, metrics), (other, other_metrics) = alone, shared
+  for name, value in metrics.items():
+    near = 2e-5 * abs(metrics["h_p95"]) if name.startswith("h_") else 1e-6
+    np.testing.assert_allclose(other_metrics[name], value, rtol=2e-5, atol=near, err_msg=name)
+  trees = [(s.params, s.ema, s.opt_state[0].trace) for s in (state, other)]
+  leaves = jax.tree.leaves_with_path(trees[0])
+  for (path, x), y in zip(leaves, jax.tree.leaves(trees[1]), strict=True):
+    bound = 2e-5 * np.max(np.abs(x))
+    np.testing.assert_allclose(y, x, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+  "kind,size,axes,parts,unshared",
+  [
+    ("base", PLANE, (2, 2, 2), 1, 4),
+    ("base", VOLUME, (2, 2, 2), 1, 4),
+    ("finetune", PLANE, (1, 2, 4), 2, 2),
+  ],
+)
+def test_a_step_on_eight_devices_is_that_of_one(kind, size, axes, parts, unshared):
+  """Also with dropout and augmentation, which draw by place, and in micro-batches."""
+  alone = compile_step(kind, size, mesh_of(1, 1, 1), parts)
+  shared = compile_step(kind, size, mesh_of(*axes), parts)
+  # An eighth of the activations, borders and the parameters; if those of an image were not shared,
+  # it would be this part.
+  memory = [program[0].memory_analysis().temp_size_in_bytes for program in (alone, shared)]
+  assert memory[1] < 0.9 * memory[0] / unshared
+  assert_same(jax.device_get(take(*alone)), jax.device_get(take(*shared)))
+
+
+def test_a_fine_tuning_step_of_volumes_on_eight_devices_is_that_of_one(volume_step):
+  alone = compile_step("finetune", VOLUME, mesh_of(1, 1, 1))
+  assert_same(jax.device_get(take(*alone)), volume_step[1])
+
+
+def test_volumes_are_shared_by_borders_and_never_gathered(volume_step):
+  """What is gathered are large parameters, once each, and numbers a pair."""
+  params, _ = problem(VOLUME)
+  found = program_text.collectives(volume_step[0].as_text())
+  gathered = Counter(size for kind, size in found if kind == "all-gather")
+  large = Counter(4 * x.size for x in jax.tree.leaves(params) if x.size >= LARGE)
+  rest = gathered - large
+  assert gathered - rest == large and len(large) == 3
+  # The quantiles sort the pairs; a mask of an image takes a byte a voxel, activations far more.
+  assert max(rest, default=0) <= 4 * BATCH * PAIRS < np.prod(VOLUME) / 10
+  kinds = Counter(kind for kind, _ in found)
+  assert kinds["collective-permute"] > 10 and "all-to-all" not in kinds
+  # A border is one plane of 12 channels, concatenated of 8 and 4.
+  borders = [size for kind, size in found if kind == "collective-permute"]
+  assert max(borders) <= 4 * 12 * np.prod(VOLUME[1:])
+
+
+def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
+  state = volume_step[2]
+  trees = (state.params, state.ema, state.opt_state[0].trace)
+  shared = 0
+  for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+    first = leaves[0]
+    part = first.addressable_shards[0].data.size
+    assert part == (first.size // 2 if first.size >= LARGE else first.size)
+    shared += part < first.size
+    assert all(leaf.sharding == first.sharding for leaf in leaves)
+  assert shared == 3 and state.step.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+  "shape,fsdp,large,spec",
+  [
+    ((3, 3, 8, 16), 2, 1000, (None, None, None, "fsdp")),
+    ((3, 3, 16, 8), 2, 1000, (None, None, "fsdp")),
+    ((3, 3, 16, 16), 2, 1000, (None, None, None, "fsdp")),
+    ((3, 3, 64, 3), 2, 1000, (None, None, "fsdp")),
+    ((64, 6), 4, 384, ("fsdp",)),
+    ((3, 3, 8, 16), 2, 1153, ()),  # one element too few
+    ((27, 27, 3), 2, 1000, ()),  # no axis divides
+    ((3, 3, 8, 16), 1, 1000, ()),
+    ((), 2, 0, ()),
+  ],
+)
+def test_the_largest_axis_that_divides_is_split(shape, fsdp, large, spec):
+  array = jax.ShapeDtypeStruct(shape, np.float32)
+  mesh = parallel.make_mesh(fsdp=fsdp)
+  assert parallel.of_params({"a": array}, mesh, large)["a"].spec == PartitionSpec(*spec)
+
+
+def test_the_default_network_stays_whole_in_two_and_three_dimensions():
+  config = base_config()
+  for dims in (2, 3):
+    net = models.build(config.model, num_classes=2, spatial_dims=dims)
+    images = np.zeros((1, *(8,) * dims, 1), np.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+    placed = parallel.of_params(shapes, mesh_of(1, 8, 1), config.mesh.large_parameter)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(placed))
+
+
+def test_no_device_gets_more_of_a_batch_than_its_part():
+  _, batch = problem(VOLUME)
+  batch = {
+    "labelled": batch,
+    "batch": types.Batch(batch["image"], batch["label"], *[np.ones(4)] * 2),
+  }
+  placed = parallel.put_batch(batch, mesh_of(2, 1, 2))
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
+  for name, shape in {
+    "image": (2, 6, 44, 2, 1),
+    "label": (2, 6, 44, 2),
+    "chosen": (2, PAIRS, 2, 132),
+    "weight": (2, PAIRS),
+  }.items():
+    assert {s.data.shape for s in placed["labelled"][name].addressable_shards} == {shape}, name
+  assert placed["batch"].images.addressable_shards[0].data.shape == (2, 6, 44, 2, 1)
+  assert placed["batch"].labels.addressable_shards[0].data.shape == (2, 6, 44, 2)
+
+
+def test_validation_on_eight_devices_is_that_of_one():
+  params, batch = problem(PLANE)
+  other = jax.tree.map(lambda x: 0.9 * x, params)
+  batch = types.Batch(
+    batch["image"], batch["label"], np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
+  )
+  results = []
+  for axes in ((1, 1, 1), (2, 2, 2)):
+    mesh = mesh_of(*axes)
+    validate = training.make_validate(
+      network(2).apply, CLASSES, lambda: [batch], mesh, other, LARGE
+    )
+    results.append(validate(parallel.put_params(params, mesh, LARGE)))
+  assert results[0].keys() == {"val_dice", "val_kl", "val_entropy"} and results[0]["val_kl"] > 1e-3
+  for name, value in results[0].items():
+    np.testing.assert_allclose(results[1][name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (8, 1, 1), (1, 4, 2)])
+def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
+  params, optimizer = problem(PLANE)[0], optax.adam(0.1)
+
+  def start(mesh):
+    state = training.make_state(params, optimizer, mesh, True, LARGE)
+    return state._replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+
+  there = start(mesh_of(2, 2, 2))
+  checkpoint.save(tmp_path, 3, there)
+  like = training.make_state(
+    jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, LARGE
+  )
+  here = checkpoint.restore(tmp_path, 3, like)
+  for x, y, z in zip(*map(jax.tree.leaves, (there, here, like)), strict=True):
+    np.testing.assert_array_equal(x, y)
+    assert y.sharding == z.sharding
+  whole = parallel.fetch(here.params)
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), whole, params)
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"mesh__fsdp": 3}, "config.mesh: found fsdp=3 and space=1, but 8 .* product of 1, 2, 4, 8"),
+    ({"mesh__fsdp": 4, "mesh__space": 4}, "config.mesh: found fsdp=4 and space=4.* grouped by 16"),
+    (
+      {"base__batch_size": 6, "mesh__space": 2},
+      "base.batch_size: found 6, which 4 groups of 2 dev",
+    ),
+    (
+      {"finetune__accumulate_steps": 4, "mesh__space": 2},
+      "accumulate_steps: found 4, but batch_size=8 on 4 groups of 2 devices .* no multiple of 16",
+    ),
+  ],
+)
+def test_a_mesh_that_the_devices_cannot_make_is_refused(tiny_config, changes, message):
+  pipeline.check_here(tiny_config(mesh__fsdp=2, mesh__space=2, finetune__accumulate_steps=2))
+  with pytest.raises(ConfigError, match=message):
+    pipeline.check_here(tiny_config(**changes))
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"mesh__space": 16}, "mesh.space: found 16, but the deepest .* has 8 rows; use 1, 2, 4, 8"),
+    ({"mesh__space": 0}, "mesh.space: found 0"),
+    ({"mesh__fsdp": -1}, "mesh.fsdp: found -1"),
+    ({"mesh__large_parameter": 0}, "mesh.large_parameter: found 0"),
+  ],
+)
+def test_values_of_the_mesh_that_cannot_work_are_refused(tiny_config, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    checks.validate(tiny_config(**changes))
+
+
+def test_an_image_stays_within_a_process():
+  parallel.check_mesh(8, 2, 2, num_local=2)
+  with pytest.raises(
+    ConfigError, match="mesh.space: found 4.* one process, and each has 2; use 1, 2"
+  ):
+    parallel.check_mesh(8, 1, 4, num_local=2)
+
+
+def test_a_job_goes_on_with_another_mesh(tiny_run, tmp_path, capsys):
+  """Begun with all devices on `data`; the second half of the fine-tuning on 2 x 2 x 2."""
+  config, there = tiny_run
+  workdir = tmp_path / "run"
+  shutil.copytree(there, workdir)
+  for step in ("state/8", "params/8"):
+    shutil.rmtree(workdir / "finetune" / step)
+  (workdir / "finetune" / "done.json").unlink()
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(
+    {"mesh.fsdp": 2, "mesh.space": 2, "mesh.large_parameter": LARGE}
+  )
+  pipeline.run(config, workdir, ("finetune",))
+  assert "finetune: going on from step 4" in capsys.readouterr().out
+  assert files.read_json(workdir / "config.json")["config"]["mesh"]["space"] == 2
+  last = [logbook.read_rows(path / "finetune", "val")[-1] for path in (there, workdir)]
+  assert last[0]["step"] == last[1]["step"] == 8
+  np.testing.assert_allclose(last[1]["val_dice"], last[0]["val_dice"], atol=0.01)
+  params = [
+    checkpoint.restore_params(path / "finetune" / "params", 8, stage_directory="")
+    for path in (there, workdir)
+  ]
+  # Four steps of Adam, each of at most the learning rate 1e-3, amplify what rounding differs by.
+  for x, y in zip(*map(jax.tree.leaves, params), strict=True):
+    np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-4)
