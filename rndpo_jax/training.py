@@ -72,36 +72,57 @@ def make_train_step(
   ema_decay: float = 0.0,
   large: int = 0,
 ):
-  """Compiles one update.
+  """Compiles `make_update` over a mesh.
 
   Args:
-    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]). The loss is a mean over the
-      global batch, so its gradient is that of one device holding all of it.
-    optimizer: an Optax transformation.
+    loss_fn: a mean over the global batch, so its gradient is that of one device holding all of it.
+    optimizer: as in `make_update`, and so the next two.
     mesh: from `parallel.make_mesh`; the batch comes from `parallel.put_batch`.
-    accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
-      `accumulation.in_micro_batches`.
-    ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
-      the first parameters.
     large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
       add up.
 
   Returns:
-    step(state, batch, key) -> (state, metrics); `state` is donated. `key` is the same at every
-    step and folded with the step's number.
+    step(state, batch, key) -> (state, metrics); `state` is donated.
   """
 
-  def placed(tree):
+  def place(tree):
     return jax.lax.with_sharding_constraint(tree, parallel.of_params(tree, mesh, large))
+
+  update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place)
+  return jax.jit(update, donate_argnums=0, out_shardings=(None, parallel.replicated(mesh)))
+
+
+def make_update(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  accumulate_steps: int = 1,
+  ema_decay: float = 0.0,
+  place: Callable = lambda tree: tree,
+):
+  """One update, pure.
+
+  Args:
+    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]).
+    optimizer: an Optax transformation.
+    accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
+      `accumulation.in_micro_batches`.
+    ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
+      the first parameters.
+    place: says where gradients and states are on a mesh.
+
+  Returns:
+    update(state, batch, key) -> (state, metrics, loss and grad_norm among them). `key` is the same
+    at every step and folded with the step's number.
+  """
 
   def gradient(params, batch, key):
     value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-    return value, placed(grads)
+    return value, place(grads)
 
   if accumulate_steps > 1:
     gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
 
-  def train_step(state: TrainState, batch, key):
+  def update(state: TrainState, batch, key):
     step_key = jax.random.fold_in(key, state.step)
     (loss, aux), grads = gradient(state.params, batch, step_key)
     aux.pop("weight", None)
@@ -111,9 +132,9 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    return placed(TrainState(state.step + 1, params, opt_state, ema)), aux
+    return place(TrainState(state.step + 1, params, opt_state, ema)), aux
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(None, parallel.replicated(mesh)))
+  return update
 
 
 def make_validate(
@@ -153,24 +174,24 @@ def make_validate(
 
 
 def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callable:
-  """(params, reference or None, batch) -> figures of each image, f32[B], and valid bool[B].
+  """`image_figures` compiled: (params, reference or None, batch) -> figures.
 
   Every image's figures go to every process, so that their mean does not depend on who held it.
   """
-  apply = parallel.spread(apply, mesh)
+  figures = functools.partial(image_figures, parallel.spread(apply, mesh), num_classes)
+  return jax.jit(figures, out_shardings=parallel.replicated(mesh))
 
-  @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-  def per_image(params, reference, batch):
-    logits = apply(params, batch.images)
-    masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
-    per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
-    figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid}
-    if reference is not None:
-      figures["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
-      figures["val_entropy"] = metrics.entropy(logits)
-    return figures
 
-  return per_image
+def image_figures(apply: Callable, num_classes: int, params, reference, batch) -> dict:
+  """Figures of each image, f32[B], and valid bool[B]; see `make_validate` for the first three."""
+  logits = apply(params, batch.images)
+  masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+  per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
+  figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid}
+  if reference is not None:
+    figures["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
+    figures["val_entropy"] = metrics.entropy(logits)
+  return figures
 
 
 def fit(

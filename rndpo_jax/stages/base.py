@@ -130,14 +130,23 @@ def labelled_batches(
   config, dataset, mesh: Mesh, *, batch_size: int, seed: int
 ) -> Callable[[int], Iterator[dict]]:
   """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
+  stream = labelled_stream(config, dataset, batch_size)
+  return lambda start_step: pipeline.prefetch(
+    stream(seed, start_step), lambda batch: parallel.put_batch(batch, mesh), config.data.prefetch
+  )
 
+
+def labelled_stream(config, dataset, batch_size: int) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> the same on the host, this process's rows."""
+
+  @pipeline.cached
   def load(index):
     return pipeline.load_example(dataset, index, with_labels=True)
 
-  def batches(start_step: int):
-    stream = pipeline.stream(
+  def stream(seed: int, start_step: int):
+    return pipeline.stream(
       dataset.splits["labelled"],
-      pipeline.cached(load),
+      load,
       batch_size=batch_size,
       seed=seed,
       start_step=start_step,
@@ -145,11 +154,8 @@ def labelled_batches(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    return pipeline.prefetch(
-      stream, lambda batch: parallel.put_batch(batch, mesh), config.data.prefetch
-    )
 
-  return batches
+  return stream
 
 
 def validation(
@@ -160,22 +166,24 @@ def validation(
   reference: types.Params | None = None,
 ):
   """`training.make_validate` on the validation split."""
-  # Rounded up to what the devices can share: the last batch is padded in any case.
-  parts = parallel.num_batch_parts(mesh)
-  batch_size = -(-config.evaluate.batch_size // parts) * parts
-
-  def batches():
-    return pipeline.batches(
-      dataset,
-      dataset.splits["val"],
-      batch_size=batch_size,
-      with_labels=True,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
+  batches = validation_batches(config, dataset)
   return training.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
+  )
+
+
+def validation_batches(config, dataset) -> Callable[[], Iterator[types.Batch]]:
+  """() -> this process's rows of the labelled batches of the validation split, on the host."""
+  # Rounded up to what the devices can share: the last batch is padded in any case.
+  parts = jax.device_count() // config.mesh.space
+  batch_size = -(-config.evaluate.batch_size // parts) * parts
+  return lambda: pipeline.batches(
+    dataset,
+    dataset.splits["val"],
+    batch_size=batch_size,
+    with_labels=True,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
 
 

@@ -35,7 +35,9 @@ def make_loss_fn(
   anchor_weight: float = 0.0,
   dice_weight: float = 0.0,
 ):
-  """(params, batch, key) -> (loss, metrics); policy dropout is off, so h is 0 at step 0.
+  """(params, batch, key, beta=None) -> (loss, metrics); dropout is off, so h is 0 at step 0.
+
+  A beta given there takes the place of the one in `objective_options`.
 
   Args:
     segmenter: of the policy, and of the reference where it is online.
@@ -57,7 +59,8 @@ def make_loss_fn(
   """
   which = {"classes": region_classes}
 
-  def loss_fn(params, batch, key):
+  def loss_fn(params, batch, key, beta=None):
+    options = objective_options if beta is None else {**objective_options, "beta": beta}
     images, packed = batch["image"], [batch["chosen"], batch["rejected"]]
     masks = [packing.unpack(mask, size, num_classes) for mask in packed]
     if augment_options is not None:
@@ -85,7 +88,7 @@ def make_loss_fn(
       policy_log_prob=losses.pair_log_prob(logits, *masks, **which),
       reference_log_prob=reference_log_prob,
       voxel_volume=batch["voxel_volume"][:, None],
-      **objective_options,
+      **options,
     )
     if anchor == "chosen":
       metrics["anchor"] = _chosen_cross_entropy(logits, masks[0], batch["weight"])
@@ -140,7 +143,7 @@ def run(config, workdir: os.PathLike) -> None:
     training.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
     pair_batches(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
-    key=jax.random.fold_in(jax.random.key(config.seed), 2),
+    key=run_key(config.seed),
     directory=directory,
     description="finetune",
     log_every_steps=config.finetune.log_every_steps,
@@ -152,6 +155,11 @@ def run(config, workdir: os.PathLike) -> None:
   )
   if parallel.is_first():
     files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
+
+
+def run_key(seed: int) -> jax.Array:
+  """The key of a fine-tuning with this seed."""
+  return jax.random.fold_in(jax.random.key(seed), 2)
 
 
 def loss_options(config) -> dict:
@@ -196,11 +204,26 @@ def pair_batches(
   config, workdir, dataset, mesh: Mesh, reference: types.Params | None
 ) -> Callable[[int], Iterator[dict]]:
   """Start step -> endless batches of images with their pairs, on device; see `make_loss_fn`."""
+  stream = pair_stream(config, workdir, dataset)
+
+  def put(batch):
+    batch = parallel.put_batch(batch, mesh)
+    return batch if reference is None else {**batch, "reference_params": reference}
+
+  return lambda start_step: pipeline.prefetch(
+    stream(config.seed, start_step), put, config.data.prefetch
+  )
+
+
+def pair_stream(config, workdir, dataset) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> endless batches, this process's rows, on the host; see `make_loss_fn`."""
   directory = epath.Path(workdir) / "pairs"
   table = pairs.read(directory)
   weigh = pair_weights(config, directory)
   volume = voxel_volumes(config, dataset)
+  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size)
 
+  @pipeline.cached
   def load(row: int) -> dict:
     record = table[row]
     index = int(record["index"])
@@ -211,30 +234,23 @@ def pair_batches(
       "voxel_volume": volume(index),
     }
 
-  def put(batch):
-    batch = parallel.put_batch(batch, mesh)
-    return batch if reference is None else {**batch, "reference_params": reference}
-
-  def batches(start_step: int):
-    stream = pipeline.stream(
+  def stream(seed: int, start_step: int):
+    shown = pipeline.stream(
       range(len(table)),
-      pipeline.cached(load),
+      load,
       batch_size=config.finetune.batch_size,
-      seed=config.seed,
+      seed=seed,
       start_step=start_step,
       num_workers=config.data.num_workers,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    shown = pipeline.prefetch(stream, put, config.data.prefetch)
     if config.finetune.anchor != "labelled":
       return shown
-    labelled = base.labelled_batches(
-      config, dataset, mesh, batch_size=config.finetune.batch_size, seed=config.seed + 2
-    )(start_step)
-    return ({**batch, "labelled": extra} for batch, extra in zip(shown, labelled, strict=False))
+    both = zip(shown, labelled(seed + 2, start_step), strict=False)
+    return ({**batch, "labelled": extra} for batch, extra in both)
 
-  return batches
+  return stream
 
 
 def pair_weights(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
