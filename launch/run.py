@@ -7,13 +7,12 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 --process_id=I, or --distributed where a TPU pod, Slurm or a JobSet says so itself.
 """
 
-import errno
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from launch import cpu
+from launch import program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -41,38 +40,14 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
-  cpu.tune()  # before anything imports numpy or jax
-  logging.set_verbosity(logging.ERROR)
-  logging.get_absl_logger().addFilter(is_no_full_disk)
+  program.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  import jax
+  from rndpo_jax import config, dry_run, parallel, pipeline, preemption, progress
 
-  from rndpo_jax import (
-    checkpoint,
-    config,
-    dry_run,
-    files,
-    judges,
-    parallel,
-    pipeline,
-    preemption,
-    progress,
-    training,
-  )  # fmt: skip
-  from rndpo_jax.data import records
-  from rndpo_jax.stages import pairs, shards
-
-  refusals = (
-    config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
-    pairs.PairsError, shards.MiningError, files.FileError, judges.JudgeError,
-  )  # fmt: skip
-  end = sys.exit
-  try:
-    stages = config.STAGES if _STAGES.value is None else _STAGES.value
-    if join_others():
-      end = parallel.stop
+  stages = config.STAGES if _STAGES.value is None else _STAGES.value
+  with program.one_line_errors():
+    end = parallel.stop if join_others() else sys.exit
+  with program.one_line_errors(end):
     if _DRY_RUN.value:
       progress.say("\n".join(dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)))
       return
@@ -80,32 +55,8 @@ def main(argv):
       raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     preemption.install()  # after the others are met: JAX sets a handler of its own then
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
-  except preemption.Preempted as error:
-    progress.say(f"stopped by {error}")
-    sys.exit(error.exit_code)
-  except refusals as error:
-    end(f"error: {error}")
-  except (jax.errors.JaxRuntimeError, ValueError) as error:  # a barrier's failure is a ValueError
-    if not parallel.is_loss_of_another(error):
-      raise
-    end(
-      f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
-      f"output ({str(error).splitlines()[0]}); the same command goes on from what is finished"
-    )
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    end(
-      f"error: the disk is full ({error}); free some space, or name another --workdir, and run "
-      "the same command again: finished work is kept"
-    )
   if "report" in stages and parallel.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
-
-
-def is_no_full_disk(record) -> bool:
-  """False for Orbax's log of a full disk in its thread: the same error is raised in `main`."""
-  return not record.exc_info or "No space left" not in str(record.exc_info[1])
 
 
 def join_others():
@@ -122,14 +73,6 @@ def join_others():
   )
 
 
-def parse(argv):
-  """Parses flags; a config key that is unknown or of another type ends in one line."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    sys.exit(f"error: {error}; see --config and the keys of rndpo_jax/config.py")
-
-
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=program.parse)

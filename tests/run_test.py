@@ -133,11 +133,11 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
 
 
 def test_the_log_of_a_full_disk_in_a_thread_is_left_out_and_no_other():
-  from launch import run as launch_run
+  from launch import program
 
   def record(error):
     return logging.LogRecord("absl", logging.ERROR, "", 1, "failed", (), (type(error), error, None))
 
-  assert not launch_run.is_no_full_disk(record(ValueError("Failed: No space left on device")))
-  assert launch_run.is_no_full_disk(record(ValueError("Failed: permission denied")))
-  assert launch_run.is_no_full_disk(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
+  assert not program.is_no_full_disk(record(ValueError("Failed: No space left on device")))
+  assert program.is_no_full_disk(record(ValueError("Failed: permission denied")))
+  assert program.is_no_full_disk(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
