@@ -332,3 +332,39 @@ def split_over_local_devices(tree: Any) -> Any:
 def join_local_devices(tree: Any) -> Any:
   """[D, b, ...] -> numpy [D * b, ...]."""
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def make_population_mesh(
+  num_seeds: int, num_settings: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over the axes `seeds` and `settings` of a population, each device with as many members.
+
+  Nothing is padded: of `devices`, else of all, the most are taken that share the members evenly,
+  so 18 members keep 6 of 8 devices busy. Devices divide the seeds first, for a device then needs
+  fewer batches.
+
+  Args:
+    num_seeds: N.
+    num_settings: R.
+    devices: to take from.
+  """
+  devices = jax.devices() if devices is None else devices
+  shares = [
+    (seeds * settings, seeds)
+    for seeds in range(1, num_seeds + 1)
+    for settings in range(1, num_settings + 1)
+    if not (num_seeds % seeds or num_settings % settings) and seeds * settings <= len(devices)
+  ]
+  count, seeds = max(shares)
+  return jax.make_mesh(
+    (seeds, count // seeds),
+    ("seeds", "settings"),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices[:count],
+  )
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+  """A tree of PartitionSpecs -> the same of NamedShardings."""
+  is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731, it has no other name
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)

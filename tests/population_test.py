@@ -1,0 +1,228 @@
+"""population: a member is what an ordinary run would be, whatever the others do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rndpo_jax import losses, packing, parallel, population, training, types
+from rndpo_jax.config import base_config
+from rndpo_jax.stages import finetune
+
+SIZE, CLASSES, ROWS, STEPS = (6, 4), 3, 8, 4
+BETAS, RATES, SEEDS = (0.5, 20.0), (0.01, 0.1), (3, 4)
+GRID = [(beta, rate) for beta in BETAS for rate in RATES]
+ONE, EIGHT = jax.devices()[:1], jax.devices()
+
+
+def segmenter():
+  """Two convolutions, enough for their gradients to be grouped ones under vmap."""
+
+  def convolve(x, kernel):
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+
+  def apply(params, images, key=None):
+    del key
+    return convolve(jnp.tanh(convolve(images, params["in"])), params["out"])
+
+  return types.Segmenter(None, apply, None, None)
+
+
+def params():
+  keys = jax.random.split(jax.random.key(0))
+  return {
+    "in": 0.5 * jax.random.normal(keys[0], (3, 3, 1, 4)),
+    "out": 0.5 * jax.random.normal(keys[1], (3, 3, 4, CLASSES)),
+  }
+
+
+def batch_of(seed, step):
+  rng = np.random.default_rng([seed, step])
+  masks = rng.integers(0, CLASSES, (2, ROWS, 2, *SIZE)).astype(np.uint8)
+  image = rng.normal(size=(ROWS, *SIZE, 1)).astype(np.float32)
+  frozen = segmenter().apply(params(), image)
+  return {
+    "image": image,
+    "chosen": np.asarray(packing.pack(masks[0], CLASSES, 2)),
+    "rejected": np.asarray(packing.pack(masks[1], CLASSES, 2)),
+    "reference_margin": np.asarray(losses.pair_margin(frozen, *masks)),
+    "reference_log_prob": np.asarray(losses.pair_log_prob(frozen, *masks)),
+    "weight": rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
+    "voxel_volume": np.ones(ROWS, np.float32),
+  }
+
+
+def options(**changes):
+  config = base_config()
+  config.augment.turn = 0.0  # a quarter needs H = W
+  config.finetune.update({"num_steps": STEPS, "weight_decay": 0.1, "clip_norm": 0.5, **changes})
+  return config
+
+
+def loss_fn(config):
+  return finetune.make_loss_fn(
+    segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
+  )
+
+
+def key_of(seed):
+  return jax.random.fold_in(jax.random.key(seed), 2)
+
+
+def with_reference(batch, config):
+  online = config.finetune.reference == "online"
+  return {**batch, "reference_params": params()} if online else batch
+
+
+def ordinary(seed, beta, rate, stop=STEPS, **changes):
+  """(state, metrics of the last step) of one run alone, on one device."""
+  config = options(beta=beta, learning_rate=rate, **changes)
+  mesh = parallel.make_mesh(ONE)
+  optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
+  step = training.make_train_step(
+    loss_fn(config), optimizer, mesh, tuned.accumulate_steps, tuned.ema_decay
+  )
+  state = training.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
+  for number in range(stop):
+    batch = with_reference(parallel.put_batch(batch_of(seed, number), mesh), config)
+    state, aux = step(state, batch, key_of(seed))
+  return jax.device_get((state, aux))
+
+
+def trained(form, devices, settings=None, spoilt=None, **changes):
+  """(State, metrics of the last step) of all members together; `spoilt` (seed, step) is a NaN."""
+  config = options(learning_rate=1.0, **changes)
+  settings = population.grid(BETAS, RATES) if settings is None else settings
+  mesh = parallel.make_population_mesh(len(SEEDS), len(settings.beta), devices)
+  assert mesh.size == len(devices)
+  optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
+  step = population.make_step(
+    loss_fn(config), optimizer, mesh, form=form,
+    accumulate_steps=tuned.accumulate_steps, ema_decay=tuned.ema_decay,
+  )  # fmt: skip
+  state = population.make_state(
+    params(), optimizer, len(SEEDS), len(settings.beta), mesh, with_ema=tuned.ema_decay > 0
+  )
+  keys = jnp.stack([key_of(seed) for seed in SEEDS])
+  for number in range(STEPS):
+    rows = [batch_of(seed, number) for seed in SEEDS]
+    if spoilt is not None and spoilt[1] == number:
+      rows[spoilt[0]]["image"][0, 0, 0] = np.nan
+    batches = population.put_batches(rows, mesh)
+    before = state
+    state, aux = step(state, with_reference(batches, config), keys, settings)
+  assert before.train.params["in"].is_deleted()
+  assert step._cache_size() == 1
+  return jax.device_get((state, aux))
+
+
+def check_members(found, expected, rtol=2e-5):
+  """Each member against the ordinary run of its seed, beta and rate."""
+  state, aux = found
+  assert int(state.train.step) == STEPS and not state.diverged.any()
+  for i, j in np.ndindex(state.diverged.shape):
+    alone, alone_aux = expected[i][j]
+    for name in ("params", "ema"):
+      member = jax.tree.map(lambda x, i=i, j=j: x[i, j], getattr(state.train, name))
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6),
+        member,
+        getattr(alone, name),
+      )
+    for name in ("loss", "grad_norm", "accuracy", "num_pairs"):
+      np.testing.assert_allclose(aux[name][i, j], alone_aux[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return [[ordinary(seed, *setting) for setting in GRID] for seed in SEEDS]
+
+
+@pytest.mark.parametrize("form", population.FORMS)
+@pytest.mark.parametrize("devices", [ONE, EIGHT], ids=["one", "eight"])
+def test_a_member_is_the_run_of_its_seed_beta_and_rate(alone, form, devices):
+  moved = [alone[0][j][0].params["out"] for j in range(len(GRID))]
+  assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(moved, moved[1:], strict=False))
+  check_members(trained(form, devices), alone)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"accumulate_steps": 2, "ema_decay": 0.5},
+    {"reference": "online", "augment": True, "objective": "apo_zero", "schedule": "constant"},
+  ],
+  ids=["accumulated", "augmented"],
+)
+def test_options_act_on_members_as_on_a_run(changes):
+  settings = population.grid(BETAS[1:], RATES[:1])
+  expected = [[ordinary(seed, BETAS[1], RATES[0], **changes)] for seed in SEEDS]
+  check_members(trained("vmap", EIGHT[:2], settings, **changes), expected)
+
+
+@pytest.mark.parametrize("form", population.FORMS)
+def test_a_member_that_diverges_is_frozen_and_leaves_the_others_bit_equal(form):
+  tame = population.grid(BETAS, (0.01, 0.1))
+  wild = tame._replace(learning_rate=np.float32([0.01, 0.1, 3e38, 0.1]))
+  (calm, _), (state, aux) = (trained(form, ONE, settings) for settings in (tame, wild))
+  np.testing.assert_array_equal(state.diverged[:, 2], [2, 2])  # step 1 threw the parameters away
+  assert not np.isfinite(aux["loss"][:, 2]).any()
+  others = [0, 1, 3]
+  assert not state.diverged[:, others].any() and np.isfinite(aux["loss"][:, others]).all()
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a[:, others], b[:, others]),
+    state.train._replace(step=None),
+    calm.train._replace(step=None),
+  )
+  counts = [x for x in jax.tree.leaves(state.train.opt_state) if x.dtype == np.int32]
+  assert counts and all((count[:, 2] == 1).all() for count in counts)  # Adam stands still, too
+
+
+def test_a_seed_with_one_spoilt_batch_stays_as_it_was_before_it():
+  state, aux = trained("vmap", EIGHT, spoilt=(1, 1))
+  calm, _ = trained("vmap", EIGHT)
+  np.testing.assert_array_equal(state.diverged, [[0] * 4, [2] * 4])
+  assert np.isfinite(aux["loss"]).all()  # the later batches would do
+  for name, kernel in state.train.params.items():
+    np.testing.assert_array_equal(kernel[0], calm.train.params[name][0])
+  alone, _ = ordinary(SEEDS[1], *GRID[3], stop=1)
+  found = state.train.params["out"][1, 3]
+  np.testing.assert_allclose(found, alone.params["out"], rtol=2e-5, atol=1e-6)
+
+
+def test_validation_is_that_of_each_member():
+  mesh = parallel.make_population_mesh(2, 4)
+  many = jax.random.normal(jax.random.key(1), (2, 4, 3, 3, 4, CLASSES))
+  members = {"in": jnp.broadcast_to(params()["in"], (2, 4, 3, 3, 1, 4)), "out": many}
+  rng = np.random.default_rng(0)
+  batch = types.Batch(
+    rng.normal(size=(ROWS, *SIZE, 1)).astype(np.float32),
+    rng.integers(0, CLASSES, (ROWS, *SIZE)).astype(np.uint8),
+    np.arange(ROWS, dtype=np.int32),
+    np.arange(ROWS) < 5,
+  )
+  apply, batches = segmenter().apply, lambda: [batch, batch]
+  plain = training.make_validate(apply, CLASSES, batches, parallel.make_mesh())
+  expected = [
+    [plain({"in": params()["in"], "out": many[i, j]})["val_dice"] for j in range(4)]
+    for i in range(2)
+  ]
+  for form in population.FORMS:
+    found = population.make_validate(apply, CLASSES, batches, mesh, form=form)(members)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert np.ptp(expected) > 0.01
+
+
+@pytest.mark.parametrize(
+  "seeds,settings,devices,shape",
+  [(2, 4, 8, (2, 4)), (8, 4, 8, (8, 1)), (3, 6, 8, (3, 2)), (1, 5, 8, (1, 5)), (1, 7, 4, (1, 1))],
+)
+def test_members_share_the_most_devices_that_they_can_share_evenly(seeds, settings, devices, shape):
+  mesh = parallel.make_population_mesh(seeds, settings, EIGHT[:devices])
+  assert mesh.devices.shape == shape and mesh.axis_names == ("seeds", "settings")
+
+
+def test_an_unknown_form_is_refused():
+  with pytest.raises(ValueError, match="form: found 'loop', expected one of vmap, map"):
+    population.make_validate(None, 2, None, parallel.make_population_mesh(1, 1), form="loop")
