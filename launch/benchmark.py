@@ -6,6 +6,7 @@
             step   a fine-tuning step against a supervised one
             mine   K proposals from one encoder pass against K forward passes; mining as a whole
             input  steps a second with real input against a batch that lies on the device
+            population  a sweep's runs as one program against one after another
             all    each of them
 
 With --output also writes a plot of the loss beside the JSON file. --peers needs the extra `peers`.
@@ -21,7 +22,9 @@ from absl import app, flags, logging
 
 from launch import cpu
 
-_BENCHMARK = flags.DEFINE_string("benchmark", None, "loss | step | mine | input | all.")
+_BENCHMARK = flags.DEFINE_string(
+  "benchmark", None, "loss | step | mine | input | population | all."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to use; 0 uses all.")
 # What is left out takes the benchmark's own default, see rndpo_jax/benchmark/options.py.
@@ -34,6 +37,8 @@ _OPTIONS = {
   "sizes": flags.DEFINE_list("sizes", None, "loss: exponents n, timed also at 2**n pixels."),
   "width": flags.DEFINE_integer("width", None, "Channels of the U-Net's first level."),
   "depth": flags.DEFINE_integer("depth", None, "Levels of the U-Net."),
+  "members": flags.DEFINE_integer("members", None, "population: runs in one program."),
+  "seeds": flags.DEFINE_integer("seeds", None, "population: seeds among them, sharing batches."),
   "repeats": flags.DEFINE_integer("repeats", None, "Samples of each variant."),
   "peers": flags.DEFINE_bool("peers", None, "Also times PyTorch."),
 }

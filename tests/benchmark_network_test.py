@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from rndpo_jax import config, packing, parallel
-from rndpo_jax.benchmark import feed, measure, mining, network, options, step
+from rndpo_jax.benchmark import feed, measure, mining, network, options, population, step
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,42 @@ class TestStep:
     picked = np.take_along_axis(log_probs, labels[..., None], -1)
     np.testing.assert_allclose(value, -picked.mean(), rtol=1e-5)
     assert metrics == {}
+
+
+class TestPopulation:
+  def test_every_variant_takes_a_step_of_each_member(self, small_unet):
+    changes = {"pairs": 2, "members": 4, "seeds": 2}
+    given = small_unet[0]._replace(**changes)
+    mesh = parallel.make_mesh()
+    batches = step.make_batches(jax.random.key(0), given, 2, mesh)
+    apart = population.apart(given, batches[:1], mesh)
+    variants = [apart, *(population.together(given, batches[:1], form) for form in ("vmap", "map"))]
+    first, second = ([v.run(turn) for v in variants] for turn in range(2))
+    assert len(first[0]) == 4 and all(aux["loss"].shape == (2, 2) for aux in first[1:])
+    # One batch for all and one start: the margins are equal, and the second step has moved on.
+    margins = np.array([aux["h_mean"] for aux in first[0]])
+    for aux in first[1:]:
+      np.testing.assert_allclose(np.ravel(aux["h_mean"]), margins, rtol=1e-4)
+    assert all((b["loss"] < a["loss"]).all() for a, b in zip(first[1:], second[1:], strict=True))
+    assert all(b["loss"] < a["loss"] for a, b in zip(first[0], second[0], strict=True))
+    work = variants[0].work
+    assert (work.images, work.pairs, work.pixels) == (32, 64, 32 * 24)
+    # The population adds a flag a member, and counts its steps once instead of for each.
+    assert {v.work.bytes_at_least - work.bytes_at_least for v in variants[1:]} == {2 * 4}
+
+  def test_rows_tell_steps_of_members(self, small_unet, monkeypatch):
+    given = small_unet[0]._replace(pairs=1, members=4, seeds=2)
+
+    def fake(name):
+      return measure.Variant(name, "jax", measure.Work(1, 1, 1, 1), None, None)
+
+    monkeypatch.setattr(step, "copy_of_64_mib", lambda: fake(measure.COPY))
+    monkeypatch.setattr(population, "apart", lambda *_: fake(population.APART))
+    monkeypatch.setattr(population, "together", lambda o, b, form: fake(population.TOGETHER[form]))
+    monkeypatch.setattr(measure, "sample", lambda v, repeats, calls: np.full((len(v), 1), 0.5))
+    rows = population.run(given, None)
+    assert [row.get("member_steps_per_second") for row in rows] == [None, 8.0, 8.0, 8.0]
+    assert rows[1]["members"] == 4 and rows[1]["seeds"] == 2
 
 
 class TestMine:

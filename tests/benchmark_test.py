@@ -119,6 +119,11 @@ class TestOptions:
     with pytest.raises(measure.BenchmarkError, match=named):
       resolve(**given)
 
+  def test_refuses_members_that_seeds_cannot_share(self):
+    for given in ({"members": 5}, {"members": 0, "seeds": 0}):
+      with pytest.raises(measure.BenchmarkError, match="--members, --seeds: found"):
+        options.resolve("population", given)
+
   def test_refuses_an_unknown_benchmark_and_a_grid_that_the_unet_cannot_halve(self):
     with pytest.raises(measure.BenchmarkError, match="--benchmark: found 'speed'"):
       options.resolve("speed", {})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rndpo_jax.benchmark.measure import BenchmarkError
 from rndpo_jax.data import phantom
 
-BENCHMARKS = ("loss", "step", "mine", "input")
+BENCHMARKS = ("loss", "step", "mine", "input", "population")
 MIN_REPEATS = 20  # fewer say little about the median
 
 
@@ -24,6 +24,8 @@ class Options(NamedTuple):
     sizes: `loss` is also timed at 2**n pixels for each n, images of the same S.
     width: channels of the U-Net's first level.
     depth: its levels.
+    members: of a population.
+    seeds: of a population; the members of each share its batch.
     repeats: samples of each variant.
     peers: whether PyTorch is timed beside.
   """
@@ -36,6 +38,8 @@ class Options(NamedTuple):
   sizes: tuple[int, ...] = ()
   width: int = 0
   depth: int = 0
+  members: int = 0
+  seeds: int = 0
   repeats: int = MIN_REPEATS
   peers: bool = False
 
@@ -76,6 +80,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dtype": "float32",
     "width": 8,
     "depth": 4,
+  },
+  "population": {
+    "shape": (16, 64, 64),
+    "classes": 2,
+    "pairs": 4,
+    "dtype": "float32",
+    "disagreement": 0.05,
+    "width": 8,
+    "depth": 4,
+    "members": 4,
+    "seeds": 2,
   },
 }
 
@@ -132,6 +147,11 @@ def _check(name: str, options: Options) -> None:
     )
   if name == "input" and options.classes not in phantom.CLASS_NAMES:
     raise BenchmarkError(f"--classes: found {options.classes}, the phantom draws 2 or 4")
+  if name == "population" and (options.seeds < 1 or options.members % options.seeds):
+    raise BenchmarkError(
+      f"--members, --seeds: found {options.members} and {options.seeds}, expected as many members "
+      "for each seed"
+    )
   if "depth" in DEFAULTS[name]:
     multiple = 2 ** max(0, options.depth - 1)
     if options.depth < 1 or options.width < 1 or any(size % multiple for size in space):

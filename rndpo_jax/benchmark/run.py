@@ -13,7 +13,13 @@ from rndpo_jax.benchmark import measure
 from rndpo_jax.benchmark.options import Options
 
 # Imported when asked for: the loss then needs none of the libraries that read data.
-MODULES = {"loss": "loss", "step": "step", "mine": "mining", "input": "feed"}
+MODULES = {
+  "loss": "loss",
+  "step": "step",
+  "mine": "mining",
+  "input": "feed",
+  "population": "population",
+}
 
 
 def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
