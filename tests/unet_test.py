@@ -1,6 +1,10 @@
 """unet: shapes, purity, encoder and decoder apart, both norms, both dtypes, two and three axes."""
 
+import math
+import re
+
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,21 +72,78 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters():
   np.testing.assert_allclose(logits, reference, atol=0.1)
 
 
-def test_pool_takes_maxima_and_upsample_repeats():
-  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-  pooled = unet._pool(x)
-  np.testing.assert_array_equal(pooled[0, ..., 0], [[5, 7], [13, 15]])
-  np.testing.assert_array_equal(
-    unet._upsample(pooled)[0, ..., 0],
-    [[5, 5, 7, 7], [5, 5, 7, 7], [13, 13, 15, 15], [13, 13, 15, 15]],
+def plain_apply(params, images):
+  """The network from its definition in Flax's layers: repeat, concatenate, convolve, normalise."""
+
+  def block(layers, x):
+    for n in range(2):
+      kernel, norm = layers[f"Conv_{n}"]["kernel"], layers[f"GroupNorm_{n}"]
+      features = kernel.shape[-1]
+      convolution = nn.Conv(features, kernel.shape[:-2], use_bias=False)
+      x = convolution.apply({"params": {"kernel": kernel}}, x)
+      x = nn.relu(nn.GroupNorm(features // 4).apply({"params": norm}, x))
+    return x
+
+  features = []
+  for level in range(2):
+    if level:
+      pooled = (2,) * (images.ndim - 2)
+      images = nn.max_pool(images, pooled, strides=pooled)
+    images = block(params[f"down_{level}"], images)
+    features.append(images)
+  for axis in range(1, images.ndim - 1):
+    images = jnp.repeat(images, 2, axis)
+  images = block(params["up_0"], jnp.concatenate([images, features[0]], axis=-1))
+  return images @ jnp.squeeze(params["head"]["kernel"]) + params["head"]["bias"].reshape(
+    (1,) * (images.ndim - 1) + (-1,)
   )
 
 
-def test_gradient_of_pool_goes_to_one_maximum_of_each_block():
-  x = jnp.array([[1.0, 4.0, 2.0, 2.0], [3.0, 0.0, 2.0, 1.0]]).reshape(1, 2, 4, 1)
-  gradient = jax.grad(lambda x: jnp.sum(unet._pool(x) * jnp.array([5.0, 7.0]).reshape(1, 1, 2, 1)))
-  # On ties along an axis the first is taken, so that the gradient's sum is kept.
-  np.testing.assert_array_equal(gradient(x)[0, ..., 0], [[0, 5, 7, 0], [0, 0, 0, 0]])
+def test_equals_the_definition_in_plain_layers_and_reads_its_parameters():
+  space = (4, 6)
+  segmenter = build(spatial_dims=len(space), depth=2)
+  images = jax.random.normal(jax.random.key(0), (1, *space, 1))
+  params = jax.jit(segmenter.init)(jax.random.key(1), images)
+  # Scales and biases start as ones and zeros, which would hide a missing one.
+  leaves, tree = jax.tree.flatten(params)
+  params = jax.tree.unflatten(
+    tree, [x + 0.1 * jax.random.normal(jax.random.key(n), x.shape) for n, x in enumerate(leaves)]
+  )
+  weight = jax.random.normal(jax.random.key(2), (1, *space, 3))
+
+  def value(apply):
+    return jax.jit(jax.value_and_grad(lambda p: jnp.sum(apply(p, images) * weight)))(params)
+
+  (plain, plain_grad), (ours, ours_grad) = value(plain_apply), value(segmenter.apply)
+  np.testing.assert_allclose(ours, plain, rtol=1e-4)
+  chex.assert_trees_all_close(ours_grad, plain_grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_skip_is_convolved_once_for_all_dropout_samples():
+  segmenter = build()
+  images, keys = jnp.zeros((2, 8, 8, 1)), jax.random.split(jax.random.key(0), (2, 5))
+  params = jax.eval_shape(segmenter.init, jax.random.key(1), images)
+
+  def samples(params, images, keys):
+    def decode(item, key):
+      return segmenter.decode(params, jax.tree.map(lambda x: x[None], item), key)
+
+    features = segmenter.encode(params, images)
+    return jax.vmap(jax.vmap(decode, (None, 0)))(features, keys)
+
+  program = jax.jit(samples).lower(params, images, keys).as_text()
+  shapes = re.findall(r"stablehlo.convolution.*: \(tensor<(.*?)xf32>, tensor<(.*?)xf32>", program)
+  seen = []
+  for image, kernel in shapes:
+    image, kernel = ([int(n) for n in shape.split("x")] for shape in (image, kernel))
+    seen.append((math.prod(image[:-3]) // 2, *kernel[-2:]))
+  # Samples at once, channels in and out, after the six convolutions of the encoder: in each block
+  # the skip for one, and for five the level below in four phases and the second convolution.
+  skips = [entry for entry in seen[6:] if entry[0] == 1]
+  assert skips == [(1, 8, 8), (1, 4, 4)]
+  assert [entry for entry in seen[6:] if entry[0] == 5] == [
+    (5, 8, 32), (5, 8, 8), (5, 8, 16), (5, 4, 4), (5, 4, 3),
+  ]  # fmt: skip
 
 
 def test_remat_gives_the_same_gradient():

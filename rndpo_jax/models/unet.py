@@ -11,54 +11,27 @@ share one encoder pass.
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from rndpo_jax import types
-
-
-def _pool(x: jax.Array) -> jax.Array:
-  """Maximum over 2 x 2 (x 2) blocks of [B, *S, F], one axis at a time.
-
-  The gradient of a windowed maximum (select-and-scatter) is several times slower on CPU. That of
-  `jnp.max` divides by the number of entries equal to the maximum: where XLA computes the entries
-  again inside a fusion and rounds them otherwise, none is, and the gradient is NaN (seen at
-  80 x 80). A selection has neither fault.
-  """
-  for axis in range(1, x.ndim - 1):
-    halves = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
-    first, second = jnp.split(halves, 2, axis=axis + 1)
-    x = jnp.squeeze(jnp.where(first >= second, first, second), axis + 1)
-  return x
-
-
-def _upsample(x: jax.Array) -> jax.Array:
-  """Repeats each entry of [B, *S, F] twice along each spatial axis."""
-  batch, *space, features = x.shape
-  ones, twos = [batch], [batch]
-  for size in space:
-    ones += [size, 1]
-    twos += [size, 2]
-  x = jnp.broadcast_to(x.reshape(*ones, features), (*twos, features))
-  return x.reshape(batch, *(2 * size for size in space), features)
+from rndpo_jax.models import layers
 
 
 class _Block(nn.Module):
-  """Twice: convolution, normalisation, ReLU."""
+  """Twice: convolution, normalisation, ReLU; the first also takes the level below, upsampled."""
 
   features: int
-  kernel: tuple[int, ...]
   norm: str
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, below=None):
     groups = self.features if self.norm == "instance" else max(1, self.features // 4)
     while self.features % groups:
       groups -= 1
-    for _ in range(2):
-      x = nn.Conv(self.features, self.kernel, use_bias=False, dtype=self.dtype)(x)
-      x = nn.GroupNorm(num_groups=groups, dtype=self.dtype)(x)
+    for level_below in (below, None):
+      x = layers.Conv(self.features, self.dtype)(x, level_below)
+      x = layers.GroupNorm(groups, self.dtype)(x)
       x = nn.relu(x)
     return x
 
@@ -77,12 +50,11 @@ class UNet(nn.Module):
   remat: bool = False
 
   def setup(self):
-    kernel = (3,) * self.spatial_dims
     widths = [min(self.width * 2**level, self.max_width) for level in range(self.depth)]
     block = nn.remat(_Block) if self.remat else _Block
-    self.down = [block(w, kernel, self.norm, self.dtype) for w in widths]
-    self.up = [block(w, kernel, self.norm, self.dtype) for w in widths[:-1]]
-    self.drop = nn.Dropout(self.dropout)
+    self.down = [block(w, self.norm, self.dtype) for w in widths]
+    self.up = [block(w, self.norm, self.dtype) for w in widths[:-1]]
+    self.drop = layers.Dropout(self.dropout)
     # The head computes in float32: logits feed a sum over thousands of pixels.
     self.head = nn.Conv(self.num_classes, (1,) * self.spatial_dims, dtype=jnp.float32)
 
@@ -91,7 +63,7 @@ class UNet(nn.Module):
     x = images.astype(self.dtype)
     features = []
     for level, block in enumerate(self.down):
-      x = block(x if level == 0 else _pool(x))
+      x = block(x if level == 0 else layers.pool(x))
       features.append(x)
     return tuple(features)
 
@@ -99,7 +71,7 @@ class UNet(nn.Module):
     """Features -> logits f32[B, *S, C]."""
     x = self.drop(features[-1], deterministic=deterministic)
     for skip, block in zip(features[-2::-1], self.up[::-1], strict=True):
-      x = block(jnp.concatenate([_upsample(x), skip], axis=-1))
+      x = block(skip, x)
       x = self.drop(x, deterministic=deterministic)
     return self.head(x.astype(jnp.float32))
 

@@ -1,0 +1,233 @@
+"""Layers of the U-Net, written for the work they leave out.
+
+Their parameters have the names and shapes of Flax's `Conv` and `GroupNorm`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rndpo_jax import threefry
+
+EPSILON = 1e-6  # added to the variance
+
+
+def pool(x: jax.Array) -> jax.Array:
+  """Maximum over 2 x 2 (x 2) blocks of [B, *S, F], one axis at a time.
+
+  The gradient of a windowed maximum (select-and-scatter) is several times slower on CPU. That of
+  `jnp.max` divides by the number of entries equal to the maximum: where XLA computes the entries
+  again inside a fusion and rounds them otherwise, none is, and the gradient is NaN (seen at
+  80 x 80). A selection has neither fault.
+  """
+  for axis in range(1, x.ndim - 1):
+    halves = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
+    first, second = jnp.split(halves, 2, axis=axis + 1)
+    x = jnp.squeeze(jnp.where(first >= second, first, second), axis + 1)
+  return x
+
+
+def convolve(x: jax.Array, kernel: jax.Array, padding="SAME") -> jax.Array:
+  """Convolution of f[B, *S, I] with f[*window, I, F]: f[B, *S, F] where padding is "SAME"."""
+  axes = tuple(range(x.ndim - 2))
+  images = (0, x.ndim - 1, *(axis + 1 for axis in axes))
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(1,) * len(axes),
+    padding=padding,
+    dimension_numbers=jax.lax.ConvDimensionNumbers(images, (x.ndim - 1, x.ndim - 2, *axes), images),
+  )
+
+
+def upsample(x: jax.Array) -> jax.Array:
+  """Repeats each entry of [B, *S, F] twice along each spatial axis."""
+  batch, *space, features = x.shape
+  ones, twos = [batch], [batch]
+  for size in space:
+    ones += [size, 1]
+    twos += [size, 2]
+  x = jnp.broadcast_to(x.reshape(*ones, features), (*twos, features))
+  return x.reshape(batch, *(2 * size for size in space), features)
+
+
+def convolve_joined(x: jax.Array, below: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`convolve` of concat([upsampled below, x]), in the dtype of x.
+
+  Args:
+    x: f[B, *S, I].
+    below: f[B, *(S / 2), J].
+    kernel: f32[*(3 an axis), J + I, F].
+
+  Returns:
+    f[B, *S, F].
+  """
+  return convolve(jnp.concatenate([upsample(below), x], axis=-1), kernel.astype(x.dtype))
+
+
+def convolve_apart(x: jax.Array, below: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`convolve_joined` without making what it convolves: it is linear in the input channels.
+
+  Under a vmap in which only `below` differs the part of x is computed once.
+  """
+  split = below.shape[-1]
+  y = convolve(x, kernel[..., split:, :].astype(x.dtype))
+  return y + _upsample_and_convolve(below, kernel[..., :split, :])
+
+
+def _upsample_and_convolve(x, kernel):
+  """`convolve` of upsampled x f[B, *S, I] with f32[*(3 an axis), I, F], without the repeats.
+
+  Of three neighbours along an axis two are the same entry. With taps a, b, c and entries
+  x[i - 1], x[i], outputs 2i - 1 and 2i are (a + b) x[i - 1] + c x[i] and a x[i - 1] + (b + c) x[i]:
+  4/9 (8/27 in three dimensions) of the multiplications, and as little in both gradients.
+  Source: Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient
+  Sub-Pixel Convolutional Neural Network", CVPR 2016.
+  """
+  dims, features = x.ndim - 2, kernel.shape[-1]
+  for axis in range(dims):
+    a, b, c = jnp.split(kernel, 3, axis)
+    odd, even = jnp.concatenate([a + b, c], axis), jnp.concatenate([a, b + c], axis)
+    kernel = jnp.stack([odd, even], axis=-2)  # [*window, I, 2, ..., 2, F]
+  kernel = kernel.reshape(*kernel.shape[: dims + 1], -1).astype(x.dtype)
+  # Padded apart from the convolution: XLA's fast path on CPU takes no gradient window that is
+  # larger than the image.
+  y = convolve(jnp.pad(x, [(0, 0), *[(1, 1)] * dims, (0, 0)]), kernel, "VALID")
+  batch, *space = y.shape[:-1]
+  y = y.reshape(batch, *space, *(2,) * dims, features)
+  order = [n for axis in range(dims) for n in (1 + axis, 1 + dims + axis)]
+  y = y.transpose(0, *order, 2 * dims + 1).reshape(batch, *(2 * s for s in space), features)
+  return y[(slice(None), *(slice(1, -1),) * dims)]  # the first output is number -1
+
+
+class Conv(nn.Module):
+  """'SAME' convolution with three taps an axis and no bias.
+
+  Attributes:
+    features: F.
+    dtype: of the computation; the kernel is float32.
+  """
+
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, below: jax.Array | None = None) -> jax.Array:
+    """f[B, *S, I] -> f[B, *S, F].
+
+    With `below`, f[B, *(S / 2), J], it is the convolution of concat([upsampled below, x]): on CPU
+    as `convolve_apart` computes it, elsewhere as it stands. On TPU v5e the sum of two
+    convolutions took more of HBM, by the program compiled ahead of time.
+    """
+    dims = x.ndim - 2
+    channels = x.shape[-1] + (0 if below is None else below.shape[-1])
+    kernel = self.param(
+      "kernel", nn.initializers.lecun_normal(), (*(3,) * dims, channels, self.features)
+    )
+    x = x.astype(self.dtype)
+    if below is None:
+      return convolve(x, kernel.astype(self.dtype))
+    return jax.lax.platform_dependent(
+      x, below.astype(self.dtype), kernel, cpu=convolve_apart, default=convolve_joined
+    )
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation of [B, *S, F]: over space and the channels of a group.
+
+  Source: Wu and He, "Group Normalization", ECCV 2018. Flax's own, but on CPU `normalize`.
+
+  Attributes:
+    num_groups: divides F.
+    dtype: of the result; scale and bias are float32.
+  """
+
+  num_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+
+    def by_channel(x, scale, bias):
+      return normalize(x, scale, bias, self.num_groups).astype(self.dtype)
+
+    def by_group(x, scale, bias):
+      norm = nn.GroupNorm(self.num_groups, epsilon=EPSILON, dtype=self.dtype, parent=None)
+      return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    return jax.lax.platform_dependent(x, scale, bias, cpu=by_channel, default=by_group)
+
+
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int) -> jax.Array:
+  """Group normalisation at the cost of two sums and one multiplication and addition a pixel.
+
+  Channels are summed one by one and their sums joined to groups; the variance is the mean of
+  squares minus the squared mean.
+
+  Args:
+    x: f[B, *S, F].
+    scale: f32[F].
+    bias: f32[F].
+    num_groups: divides F.
+
+  Returns:
+    f32[B, *S, F].
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  size = x.shape[-1] // num_groups
+  count = size * math.prod(x.shape[1:-1])
+
+  def group_mean(sums):
+    groups = jnp.sum(sums.reshape(-1, num_groups, size), axis=-1) / count
+    return jnp.repeat(groups, size, axis=-1)
+
+  mean, square = group_mean(_sum_over_space(x)), group_mean(_sum_over_space(x * x))
+  variance = jnp.maximum(0.0, square - mean * mean)  # rounding can leave it below zero
+  factor = jax.lax.rsqrt(variance + EPSILON) * scale[None]
+  offset = bias[None] - mean * factor
+  return x * _spread_over_space(factor, x.shape) + _spread_over_space(offset, x.shape)
+
+
+# Rows first, then along a row, and a barrier between, where XLA would make one reduction of the
+# two: on CPU that adds up one channel at a time and takes three times as long. The gradient of the
+# one function is the other, so both passes have it.
+
+
+def _sum_over_space(x):
+  """f[B, *S, F] -> f[B, F]."""
+  rows = jnp.sum(x, axis=tuple(range(1, x.ndim - 2)))
+  return jnp.sum(jax.lax.optimization_barrier(rows), axis=1)
+
+
+def _spread_over_space(x, shape):
+  """f[B, F] -> f[B, *S, F]."""
+  batch, length, features = shape[0], shape[-2], shape[-1]
+  row = jnp.broadcast_to(x[:, None], (batch, length, features))
+  row = jax.lax.optimization_barrier(row)
+  row = row.reshape(batch, *(1,) * (len(shape) - 3), length, features)
+  return jnp.broadcast_to(row, shape)
+
+
+class Dropout(nn.Module):
+  """Zeroes entries with probability `rate` and divides the others by 1 - rate.
+
+  Draws from the collection "dropout", the same bits as `nn.Dropout`.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    if deterministic or self.rate == 0:
+      return x
+    if self.rate == 1:  # no division by zero, in the gradient neither
+      return jnp.zeros_like(x)
+    keep = 1.0 - self.rate
+    kept = threefry.bernoulli(self.make_rng("dropout"), keep, x.shape)
+    return jnp.where(kept, x / keep, jnp.zeros_like(x))
