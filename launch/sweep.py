@@ -33,7 +33,7 @@ def main(argv):
   with program.one_line_errors():
     # Libraries that start worker processes read absl flags when imported: import after parsing.
     from rndpo_jax import pipeline, preemption, progress
-    from rndpo_jax.stages import sweep
+    from rndpo_jax.stages import sweep, sweep_results
 
     config = _CONFIG.value
     grid = {
@@ -45,7 +45,7 @@ def main(argv):
     preemption.install()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
-  progress.say(f"\n{sweep.summary(content)}")
+  progress.say(f"\n{sweep_results.summary(content)}")
   if content["best"] is not None:
     progress.say(f"as a single job:\n  {command(content['best'])}")
 

@@ -13,7 +13,7 @@ import pytest
 
 from rndpo_jax import files, logbook, preemption
 from rndpo_jax.config import ConfigError
-from rndpo_jax.stages import sweep
+from rndpo_jax.stages import sweep, sweep_results
 
 ROOT = pathlib.Path(__file__).parent.parent
 GRID = {"betas": [10.0, 30.0], "learning_rates": [1e-3, 3e38], "seeds": [0, 1]}
@@ -42,7 +42,9 @@ def test_the_member_of_the_config_is_what_the_stage_made(swept):
   assert [row["step"] for row in own["curve"]] == [row["step"] for row in stage] == [4, 8]
   found = [row["val_dice"] for row in own["curve"]]
   np.testing.assert_allclose(found, [row["val_dice"] for row in stage], atol=2e-3)
-  folder = sweep.member_directory(workdir / "sweep", config.seed, config.finetune.beta, 1e-3)
+  folder = sweep_results.member_directory(
+    workdir / "sweep", config.seed, config.finetune.beta, 1e-3
+  )
   mine, theirs = (logbook.read_rows(d, "train") for d in (folder, workdir / "finetune"))
   assert [row["step"] for row in mine] == list(range(1, 9)) and set(mine[0]) == set(theirs[0])
   losses = [[row["loss"] for row in rows] for rows in (mine, theirs)]
@@ -61,7 +63,7 @@ def test_what_diverged_is_told_and_never_chosen(swept, capsys):
   assert all(m["curve"] == [] for m in lost)
   kept = [m for m in content["members"] if m["learning_rate"] < 1]
   assert all(m["diverged"] is None and m["last"] == m["curve"][-1]["val_dice"] for m in kept)
-  table = sweep.summary(content)
+  table = sweep_results.summary(content)
   assert table.count("diverged") == 6 and "test split was not touched" in table
   assert content["num_devices"] == 8 and content["form"] == "map"
   assert not list((workdir / "sweep" / "state").iterdir())
@@ -82,16 +84,16 @@ def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):
           rows.add({"step": step, "kind": "val", "val_dice": value})
       rows.close()
       assert (folder / "metrics.jsonl").exists()
-  content = sweep.results(grid, tmp_path, np.array([[0, 0, 0], [0, 0, 6]]))
+  content = sweep_results.results(grid, tmp_path, np.array([[0, 0, 0], [0, 0, 6]]))
   assert [row["last"] for row in content["settings"]] == [0.70, pytest.approx(0.71), None]
   assert content["best"]["beta"] == 2.0 and content["settings"][2]["num_diverged"] == 1
   assert content["members"][5]["diverged"] == 6 and content["members"][5]["curve"][0]["step"] == 4
-  every = sweep.results(grid, tmp_path, np.full((2, 3), 5))
-  assert every["best"] is None and "<- best" not in sweep.summary({**every, "base": 0.5})
+  every = sweep_results.results(grid, tmp_path, np.full((2, 3), 5))
+  assert every["best"] is None and "<- best" not in sweep_results.summary({**every, "base": 0.5})
 
 
 def sweep_folder(directory, seed, beta):
-  folder = sweep.member_directory(directory, seed, beta, 0.1)
+  folder = sweep_results.member_directory(directory, seed, beta, 0.1)
   folder.mkdir(parents=True)
   return folder
 
@@ -129,7 +131,9 @@ def tree(directory):
     ({"betas": [1.0, 1.0]}, "--betas: found"),
     ({"learning_rates": [0.1, 0.0]}, "--learning_rates: found 0.0, expected finite"),
     ({"learning_rates": [float("inf")]}, "--learning_rates: found inf"),
+    ({"betas": [float("nan")]}, "--betas: found nan"),
     ({"seeds": [2, 2]}, "--seeds: found"),
+    ({"seeds": [-1]}, "--seeds: found -1, expected 0 or more"),
   ],
 )
 def test_grids_that_cannot_be_are_refused(changes, message):

@@ -23,7 +23,7 @@ from rndpo_jax import checkpoint, files, logbook, models, parallel, population, 
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
 from rndpo_jax.saving import Saver
-from rndpo_jax.stages import base, finetune
+from rndpo_jax.stages import base, finetune, sweep_results
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -41,9 +41,9 @@ def run(
   """Trains every member to `config.finetune.num_steps`; writes `sweep/`.
 
   There is a folder for each member with its `metrics.jsonl` and TensorBoard, and `sweep.json`, see
-  `results`. A killed sweep goes on from its latest state; the states are deleted at the end, and no
-  parameters are kept: a single job makes those of the best member again, with all that belongs to
-  it. `config.finetune.beta` and `learning_rate` are not read.
+  `sweep_results.results`. A killed sweep goes on from its latest state; the states are deleted at
+  the end, and no parameters are kept: a single job makes those of the best member again, with all
+  that belongs to it. `config.finetune.beta` and `learning_rate` are not read.
 
   Args:
     config: the whole config.
@@ -75,7 +75,11 @@ def run(
     f"{form} on {mesh.size} of {jax.device_count()} devices"
   )
   diverged = _train(config, workdir, directory, grid, mesh, form)
-  content = {**results(grid, directory, diverged), "form": form, "num_devices": mesh.size}
+  content = {
+    **sweep_results.results(grid, directory, diverged),
+    "form": form,
+    "num_devices": mesh.size,
+  }
   content["base"] = _base_dice(workdir)
   files.write_json(directory / DONE, content)
   checkpoint.keep_only(directory / "state", ())
@@ -89,13 +93,15 @@ def check(grid: dict[str, list]) -> None:
     ConfigError: naming the flag.
   """
   for name, values in grid.items():
-    if not values or len({f"{x:g}" for x in values}) < len(values):
+    names = {x if name == "seeds" else f"{x:g}" for x in values}
+    if not values or len(names) < len(values):
       raise ConfigError(
         f"--{name}: found {values}, expected one or more values that differ in six digits"
       )
-    wrong = [x for x in values if name != "seeds" and not (x > 0 and math.isfinite(x))]
+    wrong = [x for x in values if x < 0 or (name != "seeds" and not 0 < x < math.inf)]
     if wrong:
-      raise ConfigError(f"--{name}: found {wrong[0]}, expected finite values above 0")
+      least = "0 or more" if name == "seeds" else "finite values above 0"
+      raise ConfigError(f"--{name}: found {wrong[0]}, expected {least}")
   if jax.process_count() > 1:
     raise ConfigError(
       f"a sweep runs in one process on all its devices, found {jax.process_count()} processes; "
@@ -116,38 +122,12 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
 
 def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
-  options, seeds = config.finetune, grid["seeds"]
+  options = config.finetune
   dataset = pipeline.open_dataset(config, workdir)
-  segmenter = models.build(
-    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
-  )
   params = base.load(config, workdir)[0]
-  loss_fn = finetune.make_loss_fn(
-    segmenter,
-    num_classes=dataset.num_classes,
-    size=dataset.size,
-    **finetune.loss_options(config),
-  )
-  unit = options.copy_and_resolve_references()
-  unit.learning_rate = 1.0
-  optimizer = finetune.optimizer(unit)
+  state, train_step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
-  averages = options.ema_decay > 0
-  state = population.make_state(
-    params, optimizer, len(seeds), len(settings.beta), mesh, with_ema=averages
-  )
-  train_step = population.make_step(
-    loss_fn,
-    optimizer,
-    mesh,
-    form=form,
-    accumulate_steps=options.accumulate_steps,
-    ema_decay=options.ema_decay,
-  )
-  validate = population.make_validate(
-    segmenter.apply, dataset.num_classes, base.validation_batches(config, dataset), mesh, form=form
-  )
-  keys = jnp.stack([finetune.run_key(seed) for seed in seeds])
+  keys = jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]])
   with contextlib.ExitStack() as stack:
     saver = Saver(
       directory, checkpoint.digest(params), options.keep_checkpoints, options.checkpoint_minutes
@@ -155,7 +135,7 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
     stack.enter_context(contextlib.closing(saver))
     start, state = saver.resume(state, "sweep")
     rows = stack.enter_context(contextlib.closing(_Rows(directory, grid, start)))
-    stream = _batches(config, workdir, dataset, seeds, mesh, params, start)
+    stream = _batches(config, workdir, dataset, grid["seeds"], mesh, params, start)
     for step in progress.track(
       range(start + 1, options.num_steps + 1),
       total=options.num_steps,
@@ -178,6 +158,40 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
   return jax.device_get(state.diverged)
 
 
+def _make(config, dataset, params, grid, mesh, form):
+  """(state at step 0, step, validate), as the stage `finetune` would make them for one member."""
+  options = config.finetune
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  loss_fn = finetune.make_loss_fn(
+    segmenter,
+    num_classes=dataset.num_classes,
+    size=dataset.size,
+    **finetune.loss_options(config),
+  )
+  unit = options.copy_and_resolve_references()
+  unit.learning_rate = 1.0
+  optimizer = finetune.optimizer(unit)
+  num_settings = len(grid["betas"]) * len(grid["learning_rates"])
+  state = population.make_state(
+    params, optimizer, len(grid["seeds"]), num_settings, mesh, with_ema=options.ema_decay > 0
+  )
+  train_step = population.make_step(
+    loss_fn,
+    optimizer,
+    mesh,
+    form=form,
+    accumulate_steps=options.accumulate_steps,
+    ema_decay=options.ema_decay,
+  )
+  batches = base.validation_batches(config, dataset)
+  validate = population.make_validate(
+    segmenter.apply, dataset.num_classes, batches, mesh, form=form
+  )
+  return state, train_step, validate
+
+
 def _batches(config, workdir, dataset, seeds, mesh, params, start: int) -> Iterator[dict]:
   """Every seed's batches, on the devices."""
   stream = finetune.pair_stream(config, workdir, dataset)
@@ -192,25 +206,14 @@ def _batches(config, workdir, dataset, seeds, mesh, params, start: int) -> Itera
   return pipeline.prefetch(each, put, config.data.prefetch)
 
 
-def member_directory(directory: os.PathLike, seed: int, beta: float, rate: float) -> epath.Path:
-  """The folder of a member in `sweep/`."""
-  return epath.Path(directory) / f"seed-{seed}_beta-{beta:g}_lr-{rate:g}"
-
-
-def _members(grid: dict[str, list]) -> list[tuple[int, float, float]]:
-  """(seed, beta, learning rate) in the order of the axes [N, R]."""
-  settings = [(b, r) for b in grid["betas"] for r in grid["learning_rates"]]
-  return [(seed, *setting) for seed in grid["seeds"] for setting in settings]
-
-
 class _Rows:
   """A `logbook.Rows` for each member, which ends where the member diverges."""
 
   def __init__(self, directory: epath.Path, grid: dict[str, list], start: int):
-    self._members = _members(grid)
+    self._members = sweep_results.members_of(grid)
     self._rows, self._said = [], set()
     for member in self._members:
-      folder = member_directory(directory, *member)
+      folder = sweep_results.member_directory(directory, *member)
       folder.mkdir(parents=True, exist_ok=True)
       self._rows.append(logbook.Rows(folder, start))
 
@@ -235,58 +238,3 @@ class _Rows:
 
 def _base_dice(workdir) -> float:
   return files.read_json(base.member_directory(workdir, 0) / "selected.json")["val_dice"]
-
-
-def results(grid: dict[str, list], directory: os.PathLike, diverged: np.ndarray) -> dict[str, Any]:
-  """What the sweep found, from the members' `metrics.jsonl`.
-
-  Returns:
-    grid; split, "val"; members, one row each: seed, beta, learning_rate, curve of step and
-    val_dice, last (its last value, None where the member diverged), diverged (the step, or None);
-    settings, one row for each beta and learning rate: last, the mean over the seeds, and num_seeds,
-    num_diverged; a setting with a member that diverged has no mean; best: the setting of the
-    highest mean at the LAST step, the first of equals, or None where every one diverged.
-  """
-  members = []
-  for (seed, beta, rate), at in zip(_members(grid), diverged.ravel().tolist(), strict=True):
-    rows = logbook.read_rows(member_directory(directory, seed, beta, rate), "val")
-    curve = [{"step": row["step"], "val_dice": row["val_dice"]} for row in rows]
-    last = None if at else curve[-1]["val_dice"]
-    row = {"seed": seed, "beta": beta, "learning_rate": rate}
-    members.append({**row, "last": last, "diverged": at or None, "curve": curve})
-  settings = []
-  for _, beta, rate in _members({**grid, "seeds": grid["seeds"][:1]}):
-    last = [m["last"] for m in members if (m["beta"], m["learning_rate"]) == (beta, rate)]
-    lost = last.count(None)
-    mean = None if lost else float(np.mean(last))
-    row = {"beta": beta, "learning_rate": rate, "last": mean}
-    settings.append({**row, "num_seeds": len(last), "num_diverged": lost})
-  known = [row for row in settings if row["last"] is not None]
-  best = max(known, key=lambda row: row["last"]) if known else None
-  return {"grid": grid, "split": "val", "best": best, "settings": settings, "members": members}
-
-
-def summary(content: dict[str, Any]) -> str:
-  """The table that a sweep ends with: validation Dice at the last step, each seed and the mean."""
-  seeds = content["grid"]["seeds"]
-  head = f"{'beta':>10}{'learning rate':>16}" + "".join(f"{f'seed {s}':>10}" for s in seeds)
-  lines = [f"{head}{'mean':>10}"]
-  for row in content["settings"]:
-    own = [
-      member
-      for member in content["members"]
-      if all(member[name] == row[name] for name in ("beta", "learning_rate"))
-    ]
-    shown = "".join(f"{_dice(member['last']):>10}" for member in own)
-    chosen = "  <- best" if row == content["best"] else ""
-    line = f"{row['beta']:>10g}{row['learning_rate']:>16g}{shown}{_dice(row['last']):>10}{chosen}"
-    lines.append(line)
-  lines.append(
-    f"validation Dice at the last step, the base {content['base']:.4f}; the test split was not "
-    "touched"
-  )
-  return "\n".join(lines)
-
-
-def _dice(value: float | None) -> str:
-  return "diverged" if value is None else f"{value:.4f}"
