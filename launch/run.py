@@ -49,7 +49,7 @@ def main(argv):
     end = parallel.stop if join_others() else sys.exit
   with program.one_line_errors(end):
     if _DRY_RUN.value:
-      progress.say("\n".join(dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)))
+      dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)
       return
     if _NUM_UNLABELLED.value:
       raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")

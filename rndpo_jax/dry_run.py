@@ -18,7 +18,7 @@ from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 
-from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, trial, types
+from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline as data_pipeline
@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
 
 def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
-  """Describes a run of `config`.
+  """Says what a run of `config` needs.
 
   Args:
     config: the whole config.
@@ -45,10 +45,10 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     num_unlabelled: plans for so many unlabelled images; 0 takes those of the data set.
 
   Returns:
-    Lines of text.
+    The lines that were said.
 
   Raises:
-    ConfigError: what cannot work or does not fit; the lines are printed before that.
+    ConfigError: what cannot work or does not fit; the lines are said before that.
     records.DataError: from the source.
   """
   checks.validate(config)
@@ -73,9 +73,10 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     *_table(config, data, trials, host, limit),
     *_foot(config, data, record, storage, free),
   ]
+  progress.say("\n".join(lines))
   refused = refusals(config, trials, limit, storage, free)
   if refused:
-    raise ConfigError("\n".join([*lines, *refused]))
+    raise ConfigError("\n".join(refused))
   return lines
 
 
@@ -178,11 +179,15 @@ def _table(config, data: Data, trials: dict[str, trial.Trial], host, limit: int)
         f"{tried.seconds:.3g}",
         f"{count:,}",
         cost.show_seconds(seconds),
-        f"{tried.batch_size / tried.seconds:,.0f}",
+        _rate(tried.batch_size / tried.seconds),
       )
     )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _rate(images_a_second: float) -> str:
+  return f"{images_a_second:,.0f}" if images_a_second >= 10 else f"{images_a_second:.2g}"
 
 
 def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str, int]:

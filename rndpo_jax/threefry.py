@@ -2,7 +2,7 @@
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. JAX
 compiles its Threefry for CPU as a loop over rounds that writes its state to memory each time,
-which takes six times as long; on accelerators it is what stands here.
+which takes six times as long. On other platforms the draws are left to `jax.random`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ def bernoulli(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
   Returns:
     bool[shape].
   """
-  if jax.random.key_impl(key) != "threefry2x32" or math.prod(shape) >= 2**32:
+
+  def plain(key):
     return jax.random.bernoulli(key, p, shape)
-  # jax.random compares a uniform of 23 bits with p in float32; so does this, in integers.
-  limit = math.ceil(float(np.float32(p)) * 2**23)
-  return (_bits(key, shape) >> 9) < jnp.uint32(limit)
+
+  def fused(key):
+    # jax.random compares a uniform of 23 bits with p in float32; so does this, in integers.
+    limit = math.ceil(float(np.float32(p)) * 2**23)
+    return (_bits(key, shape) >> 9) < jnp.uint32(limit)
+
+  if jax.random.key_impl(key) != "threefry2x32" or math.prod(shape) >= 2**32:
+    return plain(key)
+  return jax.lax.platform_dependent(key, cpu=fused, default=plain)
 
 
 def _bits(key, shape):
