@@ -175,10 +175,6 @@ def test_stream_refuses_what_cannot_be():
 
 def test_worker_processes_change_nothing(dataset):
   """Also: the data set and a cached `load` travel to another process."""
-  from absl import flags
-
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(["test"])
   load = pipeline.cached(functools.partial(pipeline.load_example, dataset, with_labels=True))
   options = {"batch_size": 4, "seed": 3, "start_step": 2}
   here = pipeline.stream(dataset.splits["labelled"], load, num_workers=0, **options)

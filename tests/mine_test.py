@@ -5,7 +5,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from flax import serialization
 
 from rndpo_jax import files, losses, models, packing, parallel, pipeline
@@ -130,8 +129,6 @@ def test_oracle_has_every_pair_right(tiny_run, tiny_config, tmp_path):
 
 def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   """Also: the pair files and their closure travel to another process."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(["test"])
   _, workdir = tiny_run
   dataset = data_pipeline.open_dataset(tiny_config(), workdir)
   mesh = parallel.make_mesh()
