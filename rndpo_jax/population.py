@@ -115,9 +115,8 @@ def make_step(
     optimizer: of peak learning rate 1; its update is multiplied by a member's rate.
     mesh: from `parallel.make_population_mesh`.
     form: one of FORMS. "vmap" takes all members of a device at once, which keeps an accelerator
-      busy that a small network leaves idle. "map" takes one after another, in the memory of one; on
-      CPU, where it is faster, that is written out: without the saving, and compiled member by
-      member.
+      busy that a small network leaves idle. "map" takes one after another, in the memory of one
+      member's activations; on CPU that is faster.
     accumulate_steps: as in `training.make_update`.
     ema_decay: likewise.
 
@@ -196,11 +195,7 @@ def _at_rate(optimizer, learning_rate):
 
 def default_form(mesh: Mesh) -> str:
   """That for a platform: on CPU "map", since grouped convolutions take twice as long there."""
-  return "map" if is_cpu(mesh) else "vmap"
-
-
-def is_cpu(mesh: Mesh) -> bool:
-  return mesh.devices.flat[0].platform == "cpu"
+  return "map" if mesh.devices.flat[0].platform == "cpu" else "vmap"
 
 
 def _over_members(function: Callable, mesh: Mesh, form: str, specs: tuple) -> Callable:
@@ -226,21 +221,9 @@ def _over_members(function: Callable, mesh: Mesh, form: str, specs: tuple) -> Ca
         return inner(*(next(own) if m else arg for m, arg in zip(mapped, args, strict=True)))
 
       own = [arg for m, arg in zip(mapped, args, strict=True) if m]
-      return _written_out(at, own) if is_cpu(mesh) else jax.lax.map(at, own)
+      return jax.lax.map(at, own)
 
     return one_by_one
 
   every = over(over(function, "settings"), "seeds")
   return jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=_MEMBERS, check_vma=False)
-
-
-def _written_out(function: Callable, xs: Any) -> Any:
-  """`jax.lax.map` without a loop.
-
-  In the body of a loop XLA's CPU backend does not bring the gradients of convolutions into the
-  order of axes that its fast routine takes: they are 10 times slower there.
-  """
-  count = jax.tree.leaves(xs)[0].shape[0]
-  each = [jax.tree.map(lambda x, i=i: x[i], xs) for i in range(count)]
-  outputs = [function(x) for x in each]
-  return jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
