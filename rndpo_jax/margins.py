@@ -215,7 +215,10 @@ def _sum_and_count(terms, inside, axes):
     rows = max(n for n in range(1, 256) if height % n == 0)
     bands = inside.reshape(*lead, height // rows, rows, width)
     count = jnp.sum(bands, axis=-2, dtype=jnp.uint8)
-    return jnp.sum(terms, axis=axes), jnp.sum(count, axis=axes, dtype=jnp.int32)
+    # Columns first, and a barrier that keeps XLA from making one sum of the two: it then selects
+    # and adds in one pass, where it else writes every term to memory. 0.7 of the time.
+    columns = jax.lax.optimization_barrier(jnp.sum(terms, axis=axes[:-1]))
+    return jnp.sum(columns, axis=-1), jnp.sum(count, axis=axes, dtype=jnp.int32)
 
   def together(terms, inside):
     return jax.lax.reduce(
