@@ -2,7 +2,7 @@
 
   python -m launch.run --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes about 2 minutes on 2 CPU cores; test Dice of the last checkpoint 0.865 against 0.840 of the
+Takes about 2 minutes on 2 CPU cores; test Dice of the last checkpoint 0.873 against 0.865 of the
 base (seed 0).
 """
 
