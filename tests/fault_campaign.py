@@ -110,7 +110,9 @@ class Campaign:
     code, output = self.run(workdir)
     again = "same results" if code == 0 and self.same(workdir) else f"exit {code}"
     if code == 1 and "Traceback" not in output:
-      line = [text for text in output.splitlines() if text.startswith("error: ")][-1]
+      lines = [text for text in output.splitlines() if text.startswith("error: ")]
+      # The remedy is with the process that refused, not with those that only lost it.
+      line = [text for text in lines if "another process of this run" not in text][-1]
       for path in named_by_remedy(line):
         remove(path)
       code, output = self.run(workdir)
