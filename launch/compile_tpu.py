@@ -43,6 +43,8 @@ def main(argv):
   unknown = set(_PROGRAMS.value) - {*PROGRAMS, "loss"}
   if unknown:
     sys.exit(f"error: --programs: found {min(unknown)!r}, expected {', '.join(PROGRAMS)}, loss")
+  if _NUM_UNLABELLED.value and "mine" not in _PROGRAMS.value:
+    sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
     checks.validate(_CONFIG.value)
     problem = aot.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)

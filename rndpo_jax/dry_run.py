@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -21,14 +22,14 @@ from jax.sharding import Mesh
 from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
+from rndpo_jax.data import builder, splits
 from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.data import splits
 from rndpo_jax.stages import prepare, shards
 
 
 class Data(NamedTuple):
-  """The data set of a config: `problem`, images of each split, bytes as stored, and the prepared
-  set, None where the stage 'prepare' has not run."""
+  """The data set of a config: `problem`, images of each split, bytes as stored (before compression
+  where it is not prepared), and the prepared set, None where the stage 'prepare' has not run."""
 
   problem: aot.Problem
   num_images: dict[str, int]
@@ -65,7 +66,8 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   trials = trial.try_programs(config, data.problem, mesh)
   record = example_record(trials["mine"].out_info)
   storage = storage_of(config, data, params, record)
-  host = trial.host_seconds(data.dataset, record, trials["mine"].batch_size)
+  local = config.mine.batch_size * jax.local_device_count()
+  host = trial.host_seconds(data.dataset, record, local)
   limit = trial.memory_limit()
   free = None if files.is_remote(workdir) else _free_bytes(workdir)
   lines = [
@@ -87,19 +89,22 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     dataset = data_pipeline.open_dataset(config, workdir)
     facts, entries = dataset._asdict(), dataset.records
     counts = {name: len(indices) for name, indices in dataset.splits.items()}
+    stored = [path.stat() for path in builder.folder(home / "data").glob("*/*") if path.is_file()]
+    num_bytes = sum(stat.length for stat in stored)
   else:
     dataset = None
     source = prepare.SOURCES[config.data.source](config)
     facts, entries = source._asdict(), source.records
     cases = prepare.split_cases(config.data, entries)
-    counts = {name: sum(e["case_id"] in set(ids) for e in entries) for name, ids in cases.items()}
+    split_of = {case: name for name, ids in cases.items() for case in ids}
+    counts = Counter(split_of.get(entry["case_id"]) for entry in entries)
+    item = np.dtype(source.dtype).itemsize
+    num_bytes = sum(
+      math.prod(entry["shape"]) * (source.num_channels * item + entry["has_mask"])
+      for entry in entries
+    )
   problem = aot.Problem(
     facts["num_classes"], facts["num_channels"], facts["spatial_dims"], tuple(config.data.size)
-  )
-  item = 1 if facts.get("dtype") == "uint8" else 4
-  num_bytes = sum(
-    math.prod(entry["shape"]) * (problem.num_channels * item + entry["has_mask"])
-    for entry in entries
   )
   return Data(problem, {name: counts[name] for name in splits.NAMES}, num_bytes, dataset)
 

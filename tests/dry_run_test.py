@@ -85,6 +85,11 @@ def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypat
   prepare.run(config, tmp_path / "run")
   prepared = dry_run.describe_data(config, tmp_path / "run")
   assert prepared.num_images == data.num_images and prepared.problem == data.problem
+  # 30 images of 20 x 18 bytes with their masks; stored compressed, with names and affines.
+  assert data.num_bytes == 30 * 20 * 18 * 2
+  assert prepared.num_bytes == sum(
+    path.stat().st_size for path in (tmp_path / "run/data/cases").rglob("*") if path.is_file()
+  )
 
 
 def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
