@@ -7,6 +7,7 @@ figures.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from typing import Any, NamedTuple
@@ -87,6 +88,8 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     mesh: from `open_topology`.
     images: of each program at once, on all devices together.
   """
+  config = copy.deepcopy(config)
+  config.model.lanes = config.model.lanes or hardware.TPU_LANES
   segmenter = models.build(
     config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
   )

@@ -159,6 +159,7 @@ _POSITIVE = (
   "data.num_labelled", "data.num_val", "data.num_test",
 )  # fmt: skip
 _NOT_NEGATIVE = (
+  "model.lanes",
   "base.checkpoint_minutes", "finetune.checkpoint_minutes",
   "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
   "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",

@@ -80,6 +80,9 @@ def base_config() -> ml_collections.ConfigDict:
   model.norm = "group"  # group | instance
   model.dropout = 0.2  # rate, in bottleneck and decoder
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
+  model.lanes = (
+    0  # channels of a memory tile, filled with neighbours; 1: not; 0: 128 on TPU, else 1
+  )
   model.remat = False  # computes activations again in the backward pass: less memory, slower
 
   # How training and validation share the devices; mining and evaluation use each alone.

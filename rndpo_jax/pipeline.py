@@ -251,7 +251,8 @@ def _check_same_base(config) -> None:
   for content in (there, here):
     for section, name in (
       ("data", "num_workers"), ("data", "prefetch"), ("base", "workdir"), ("base", "num_members"),
-      ("model", "remat"), ("base", "keep_checkpoints"), ("base", "checkpoint_minutes"),
+      ("model", "remat"), ("model", "lanes"), ("base", "keep_checkpoints"),
+      ("base", "checkpoint_minutes"),
     ):  # fmt: skip
       content[section].pop(name, None)
   changes = [

@@ -16,6 +16,7 @@ class Report(NamedTuple):
     flops: operations.
     bytes_accessed: by XLA's count, in which traffic inside the vector memory stands too.
     hbm_bytes: by `program_text.hbm_bytes`.
+    cycles: the compiler's own estimate, by `program_text.cycles`.
     collectives: (kind, bytes) of each.
     largest: (instruction, HBM bytes) of those that move a hundredth of `hbm_bytes` or more.
   """
@@ -24,6 +25,7 @@ class Report(NamedTuple):
   flops: float
   bytes_accessed: float
   hbm_bytes: float
+  cycles: float
   collectives: list[tuple[str, float]]
   largest: list[tuple[str, float]]
 
@@ -37,6 +39,7 @@ def measure(compiled) -> Report:
     flops=costs["flops"],
     bytes_accessed=costs["bytes accessed"],
     hbm_bytes=hbm_bytes,
+    cycles=program_text.cycles(text),
     collectives=program_text.collectives(text),
     largest=program_text.largest(text, hbm_bytes / 100),
   )
@@ -61,6 +64,7 @@ def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: f
     f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB, "
     f"{report.flops / 1e9:.1f} GFLOP, {report.bytes_accessed / 1e9:.2f} GB accessed "
     f"({report.hbm_bytes / 1e9:.2f} in HBM), at least {seconds * 1e3:.2f} ms ({bound}), "
+    f"{report.cycles / 1e6:.1f} Mcycles estimated, "
     f"at most {batch_per_device / seconds:.0f} images/s a chip; {_collectives(report)}"
   )
 

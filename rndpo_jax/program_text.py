@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 _BITS = {
@@ -72,13 +73,24 @@ def hbm_bytes(text: str) -> float:
   costliest counts. An update in place counts as if it wrote the whole array.
   """
   computations = instructions(text)
-  return sum(_traffic(instruction, computations) for instruction in computations["ENTRY"])
+  return sum(_total(i, computations, _traffic) for i in computations["ENTRY"])
+
+
+def cycles(text: str) -> float:
+  """The TPU compiler's own estimate of a program's clock cycles, as it scheduled it.
+
+  Counted as in `hbm_bytes`. It is an estimate for choosing between programs, not a measured time.
+  """
+  computations = instructions(text)
+  return sum(_total(i, computations, _cycles) for i in computations["ENTRY"])
 
 
 def largest(text: str, least: float) -> list[tuple[str, float]]:
   """(opcode name, HBM bytes) of the program's own instructions that move `least` bytes or more."""
   computations = instructions(text)
-  rows = [(f"{i.opcode} {i.name}", _traffic(i, computations)) for i in computations["ENTRY"]]
+  rows = [
+    (f"{i.opcode} {i.name}", _total(i, computations, _traffic)) for i in computations["ENTRY"]
+  ]
   return [row for row in rows if row[1] >= least]
 
 
@@ -93,11 +105,15 @@ def collectives(text: str) -> list[tuple[str, float]]:
   return found
 
 
-def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]]) -> float:
-  """HBM bytes of one instruction, with those of the loop, branch or call that it is."""
+def _total(
+  instruction: Instruction,
+  computations: dict[str, list[Instruction]],
+  cost: Callable[[Instruction], float],
+) -> float:
+  """`cost` of one instruction, or of what the loop, branch or call that it is holds."""
 
   def total(name: str) -> float:
-    return sum(_traffic(inner, computations) for inner in computations[name])
+    return sum(_total(inner, computations, cost) for inner in computations[name])
 
   opcode, rest = instruction.opcode, instruction.rest
   if opcode == "while":
@@ -109,6 +125,17 @@ def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]
     return max(total(name) for name in re.findall(r"%([\w.\-]+)", names))
   if opcode == "call":
     return total(re.search(r"to_apply=%([\w.\-]+)", rest)[1])
+  return cost(instruction)
+
+
+def _cycles(instruction: Instruction) -> float:
+  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+  return float(found[1]) if found else 0.0
+
+
+def _traffic(instruction: Instruction) -> float:
+  """HBM bytes of one instruction."""
+  opcode, rest = instruction.opcode, instruction.rest
   if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in rest:
     return 0.0
   if opcode in ("copy-start", "slice-start"):

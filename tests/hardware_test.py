@@ -53,6 +53,6 @@ def test_slices_have_the_chips_they_are_named_for():
 
 def test_mining_many_images_takes_whole_batches_of_all_chips():
   # 100 bytes take a second for 8 images on each of 4 chips; 65 images are three batches of 32.
-  report = program_report.Report(0, 500.0, 0, 100.0, [], [])
+  report = program_report.Report(0, 500.0, 0, 100.0, 0, [], [])
   line = program_report.describe_mining(report, CHIP, 8, 4, 65)
   assert "65 images: at least 3.0 s on 4 chips, reading 32 images/s" in line

@@ -27,7 +27,7 @@ def test_gradient_of_pool_goes_to_one_maximum_of_each_block():
 def test_upsample_repeats():
   x = jnp.array([[5.0, 7.0], [13.0, 15.0]]).reshape(1, 2, 2, 1)
   np.testing.assert_array_equal(
-    layers.upsample(x)[0, ..., 0],
+    layers.upsample(x, (2, 2))[0, ..., 0],
     [[5, 5, 7, 7], [5, 5, 7, 7], [13, 13, 15, 15], [13, 13, 15, 15]],
   )
 

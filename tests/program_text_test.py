@@ -17,7 +17,8 @@ HloModule jit_step, is_scheduled=true
   %p = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
   %value = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
   %index = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
-  %twice = f32[8,128]{1,0:T(8,128)} fusion(%value), kind=kLoop, calls=%fused
+  %twice = f32[8,128]{1,0:T(8,128)} fusion(%value), kind=kLoop, calls=%fused, \
+backend_config={"estimated_cycles":"70"}
   ROOT %next = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%index, %twice)
 }
 
@@ -34,7 +35,8 @@ copy-start(%m)
   %near = u8[64,128]{1,0:T(32,128)(4,1)S(1)} copy-done(%prefetch)
   %slices = ((u8[64,128]{1,0:T(32,128)(4,1)}), u8[32,128]{1,0:T(32,128)(4,1)S(1)}, s32[]{:S(2)}) \
 slice-start(%m), slice={[0:32], [0:128]}
-  %use = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%a, %near), kind=kLoop
+  %use = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%a, %near), kind=kLoop, \
+backend_config={"estimated_cycles":"1000"}
   %first = f32[8,128]{1,0:T(8,128)} get-tuple-element(%use), index=0
   %reduced = f32[8,128]{1,0:T(8,128)} all-reduce(%first), replica_groups={}, to_apply=%add
   %start = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%zero, %reduced)
@@ -54,6 +56,10 @@ def test_hbm_bytes():
   all_reduce = 2 * PLANE
   loop = 5 * 2 * PLANE
   assert program_text.hbm_bytes(TEXT) == prefetched + fusion + all_reduce + loop
+
+
+def test_cycles():
+  assert program_text.cycles(TEXT) == 1000 + 5 * 70
 
 
 def test_a_loop_that_runs_an_unknown_number_of_times_counts_once():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from rndpo_jax import types
+from rndpo_jax import hardware, types
 from rndpo_jax.models import unet
 
 
@@ -34,4 +35,10 @@ def build(
     dropout=model_config.dropout,
     dtype=jnp.dtype(model_config.dtype),
     remat=model_config.remat,
+    lanes=lanes(model_config),
   )
+
+
+def lanes(model_config) -> int:
+  """`config.model.lanes`, where 0 is what the devices of this process have."""
+  return model_config.lanes or (hardware.TPU_LANES if jax.default_backend() == "tpu" else 1)

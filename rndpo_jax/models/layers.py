@@ -13,23 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import threefry
+from rndpo_jax.models import folding
 
 EPSILON = 1e-6  # added to the variance
 
 
-def pool(x: jax.Array) -> jax.Array:
-  """Maximum over 2 x 2 (x 2) blocks of [B, *S, F], one axis at a time.
+def pool(x: jax.Array, fold: int = 1) -> jax.Array:
+  """Maximum over 2 x 2 (x 2) blocks of [B, *S, F], one axis at a time; it halves `fold` above 1.
 
   The gradient of a windowed maximum (select-and-scatter) is several times slower on CPU. That of
   `jnp.max` divides by the number of entries equal to the maximum: where XLA computes the entries
   again inside a fusion and rounds them otherwise, none is, and the gradient is NaN (seen at
   80 x 80). A selection has neither fault.
   """
-  for axis in range(1, x.ndim - 1):
+  for axis in range(1, x.ndim - 1 - (fold > 1)):
     halves = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
     first, second = jnp.split(halves, 2, axis=axis + 1)
     x = jnp.squeeze(jnp.where(first >= second, first, second), axis + 1)
-  return x
+  return x if fold == 1 else folding.pool(x, fold)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,15 +77,16 @@ def _convolve_backward(pad, inputs, by_y):
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def upsample(x: jax.Array) -> jax.Array:
-  """Repeats each entry of [B, *S, F] twice along each spatial axis."""
+def upsample(x: jax.Array, repeats: tuple[int, ...]) -> jax.Array:
+  """Repeats each entry of [B, *S, F] so many times along each spatial axis."""
   batch, *space, features = x.shape
-  ones, twos = [batch], [batch]
-  for size in space:
+  ones, many = [batch], [batch]
+  for size, times in zip(space, repeats, strict=True):
     ones += [size, 1]
-    twos += [size, 2]
-  x = jnp.broadcast_to(x.reshape(*ones, features), (*twos, features))
-  return x.reshape(batch, *(2 * size for size in space), features)
+    many += [size, times]
+  x = jnp.broadcast_to(x.reshape(*ones, features), (*many, features))
+  shape = (size * times for size, times in zip(space, repeats, strict=True))
+  return x.reshape(batch, *shape, features)
 
 
 def convolve_joined(x: jax.Array, below: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -98,7 +100,33 @@ def convolve_joined(x: jax.Array, below: jax.Array, kernel: jax.Array) -> jax.Ar
   Returns:
     f[B, *S, F].
   """
-  return convolve(jnp.concatenate([upsample(below), x], axis=-1), kernel.astype(x.dtype))
+  below = upsample(below, (2,) * (x.ndim - 2))
+  return convolve(jnp.concatenate([below, x], axis=-1), kernel.astype(x.dtype))
+
+
+def convolve_folded(
+  x: jax.Array, below: jax.Array | None, kernel: jax.Array, fold: int
+) -> jax.Array:
+  """`convolve` of x, or `convolve_joined`, where x is folded; along its axis nothing is repeated.
+
+  Args:
+    x: f[B, *S', fold I].
+    below: f[B, *(S' / 2 but for the last axis), fold / 2 J], or None.
+    kernel: f32[*(3 an axis), J + I, F].
+
+  Returns:
+    f[B, *S', fold F].
+  """
+  if below is None:
+    return convolve(x, folding.fold_kernel(kernel, fold).astype(x.dtype))
+  split = below.shape[-1] * 2 // fold
+  kernels = (
+    folding.fold_kernel(kernel[..., :split, :], fold, repeats=2),
+    folding.fold_kernel(kernel[..., split:, :], fold),
+  )
+  below = upsample(below, (*(2,) * (x.ndim - 3), 1))
+  inputs = jnp.concatenate([below, x], axis=-1)
+  return convolve(inputs, jnp.concatenate(kernels, axis=-2).astype(x.dtype))
 
 
 def convolve_apart(x: jax.Array, below: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -142,10 +170,12 @@ class Conv(nn.Module):
   Attributes:
     features: F.
     dtype: of the computation; the kernel is float32.
+    fold: of the input x and the result (`folding`).
   """
 
   features: int
   dtype: jnp.dtype
+  fold: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, below: jax.Array | None = None) -> jax.Array:
@@ -156,38 +186,69 @@ class Conv(nn.Module):
     convolutions took more of HBM, by the program compiled ahead of time.
     """
     dims = x.ndim - 2
-    channels = x.shape[-1] + (0 if below is None else below.shape[-1])
+    channels = x.shape[-1] // self.fold
+    if below is not None:
+      channels += below.shape[-1] // max(1, self.fold // 2)
     kernel = self.param(
       "kernel", nn.initializers.lecun_normal(), (*(3,) * dims, channels, self.features)
     )
     x = x.astype(self.dtype)
+    below = None if below is None else below.astype(self.dtype)
+    if self.fold > 1:
+      return convolve_folded(x, below, kernel, self.fold)
     if below is None:
       return convolve(x, kernel.astype(self.dtype))
-    return jax.lax.platform_dependent(
-      x, below.astype(self.dtype), kernel, cpu=convolve_apart, default=convolve_joined
-    )
+    return jax.lax.platform_dependent(x, below, kernel, cpu=convolve_apart, default=convolve_joined)
+
+
+class Head(nn.Module):
+  """Logits of each pixel from its features, in float32: a margin adds up thousands of them.
+
+  Attributes:
+    features: C.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, fold: int) -> jax.Array:
+    """f[B, *S', fold F] -> f32[B, *S, C]."""
+    window = (1,) * (x.ndim - 2)
+    shape = (*window, x.shape[-1] // fold, self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+    y = _convolve(x.astype(jnp.float32), folding.fold_pointwise(kernel, fold), 0)
+    y = y + jnp.tile(bias, fold).reshape(1, *window, -1)
+    return folding.unfold(y, fold)
 
 
 class GroupNorm(nn.Module):
   """Group normalisation of [B, *S, F]: over space and the channels of a group.
 
-  Source: Wu and He, "Group Normalization", ECCV 2018. Flax's own, but on CPU `normalize`.
+  Source: Wu and He, "Group Normalization", ECCV 2018. Flax's own, but on CPU, and of a folded
+  array everywhere, `normalize`.
 
   Attributes:
     num_groups: divides F.
     dtype: of the result; scale and bias are float32.
+    fold: of the input, [B, *S', fold F] (`folding`).
   """
 
   num_groups: int
   dtype: jnp.dtype
+  fold: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    features = (x.shape[-1] // self.fold,)
+    scale = self.param("scale", nn.initializers.ones, features)
+    bias = self.param("bias", nn.initializers.zeros, features)
 
     def by_channel(x, scale, bias):
       return normalize(x, scale, bias, self.num_groups).astype(self.dtype)
+
+    if self.fold > 1:
+      return by_channel(x, scale, bias)
 
     def by_group(x, scale, bias):
       norm = nn.GroupNorm(self.num_groups, epsilon=EPSILON, dtype=self.dtype, parent=None)
@@ -203,21 +264,22 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int) 
   squares minus the squared mean.
 
   Args:
-    x: f[B, *S, F].
+    x: f[B, *S, F], or folded by n, f[B, *S', n F].
     scale: f32[F].
     bias: f32[F].
     num_groups: divides F.
 
   Returns:
-    f32[B, *S, F].
+    f32 of the shape of x.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  size = x.shape[-1] // num_groups
-  count = size * math.prod(x.shape[1:-1])
+  size, fold = scale.size // num_groups, x.shape[-1] // scale.size
+  scale, bias = jnp.tile(scale, fold), jnp.tile(bias, fold)
+  count = fold * size * math.prod(x.shape[1:-1])
 
   def group_mean(sums):
-    groups = jnp.sum(sums.reshape(-1, num_groups, size), axis=-1) / count
-    return jnp.repeat(groups, size, axis=-1)
+    groups = jnp.sum(sums.reshape(-1, fold, num_groups, size), axis=(1, 3)) / count
+    return jnp.tile(jnp.repeat(groups, size, axis=-1), (1, fold))
 
   mean, square = group_mean(_sum_over_space(x)), group_mean(_sum_over_space(x * x))
   variance = jnp.maximum(0.0, square - mean * mean)  # rounding can leave it below zero

@@ -12,7 +12,13 @@ from rndpo_jax.models import unet
 
 
 def build(
-  *, width: int, depth: int, dropout: float, num_classes: int, spatial_dims: int
+  *,
+  width: int,
+  depth: int,
+  dropout: float,
+  num_classes: int,
+  spatial_dims: int,
+  lanes: int = 1,
 ) -> tuple[Callable[..., dict], Callable[..., jax.Array]]:
   """Builds the network as pure functions.
 
@@ -26,7 +32,7 @@ def build(
     width: channels of the first level, doubled at each deeper one.
     depth: levels; every size must be a multiple of 2**(depth - 1).
     dropout: rate, in bottleneck and decoder.
-    num_classes: C. spatial_dims: 2 or 3.
+    num_classes: C. spatial_dims: 2 or 3. lanes: as in `unet.build`.
 
   Returns:
     init(key, images f32[n, *S, I]) -> params, and apply(params, images, masks u8[n, *S],
@@ -42,6 +48,7 @@ def build(
     norm="group",
     dropout=dropout,
     dtype=jnp.float32,
+    lanes=lanes,
   )
 
   def apply(params, images, masks, key=None):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rndpo_jax import types
-from rndpo_jax.models import layers
+from rndpo_jax.models import folding, layers
 
 
 class _Block(nn.Module):
@@ -25,13 +25,13 @@ class _Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, below=None):
+  def __call__(self, x, below, fold):
     groups = self.features if self.norm == "instance" else max(1, self.features // 4)
     while self.features % groups:
       groups -= 1
     for level_below in (below, None):
-      x = layers.Conv(self.features, self.dtype)(x, level_below)
-      x = layers.GroupNorm(groups, self.dtype)(x)
+      x = layers.Conv(self.features, self.dtype, fold)(x, level_below)
+      x = layers.GroupNorm(groups, self.dtype, fold)(x)
       x = nn.relu(x)
     return x
 
@@ -48,32 +48,38 @@ class UNet(nn.Module):
   dropout: float
   dtype: jnp.dtype
   remat: bool = False
+  lanes: int = 1
 
   def setup(self):
     widths = [min(self.width * 2**level, self.max_width) for level in range(self.depth)]
-    block = nn.remat(_Block) if self.remat else _Block
+    block = nn.remat(_Block, static_argnums=(3,)) if self.remat else _Block
     self.down = [block(w, self.norm, self.dtype) for w in widths]
     self.up = [block(w, self.norm, self.dtype) for w in widths[:-1]]
     self.drop = layers.Dropout(self.dropout)
-    # The head computes in float32: logits feed a sum over thousands of pixels.
-    self.head = nn.Conv(self.num_classes, (1,) * self.spatial_dims, dtype=jnp.float32)
+    self.head = layers.Head(self.num_classes)
+
+  def _folds(self, length):
+    return folding.folds(self.lanes, self.width, self.depth, length)
 
   def encode(self, images):
-    """f32[B, *S, I] -> tuple of features, finest first."""
-    x = images.astype(self.dtype)
+    """f32[B, *S, I] -> tuple of features, finest first, folded as `lanes` says."""
+    folds = self._folds(images.shape[-2])
+    x = folding.fold(images.astype(self.dtype), folds[0])
     features = []
-    for level, block in enumerate(self.down):
-      x = block(x if level == 0 else layers.pool(x))
+    for level, (block, fold) in enumerate(zip(self.down, folds, strict=True)):
+      x = block(x if level == 0 else layers.pool(x, folds[level - 1]), None, fold)
       features.append(x)
     return tuple(features)
 
   def decode(self, features, deterministic: bool):
     """Features -> logits f32[B, *S, C]."""
+    *_, length, channels = features[0].shape
+    folds = self._folds(length * (channels // min(self.width, self.max_width)))
     x = self.drop(features[-1], deterministic=deterministic)
-    for skip, block in zip(features[-2::-1], self.up[::-1], strict=True):
-      x = block(skip, x)
+    for skip, block, fold in zip(features[-2::-1], self.up[::-1], folds[-2::-1], strict=True):
+      x = block(skip, x, fold)
       x = self.drop(x, deterministic=deterministic)
-    return self.head(x.astype(jnp.float32))
+    return self.head(x, folds[0])
 
   def __call__(self, images, deterministic: bool = True):
     return self.decode(self.encode(images), deterministic)
@@ -90,6 +96,7 @@ def build(
   dropout: float,
   dtype: jnp.dtype,
   remat: bool = False,
+  lanes: int = 1,
 ) -> types.Segmenter:
   """Builds a U-Net as pure functions.
 
@@ -103,11 +110,15 @@ def build(
     dropout: rate, in bottleneck and decoder.
     dtype: of the computation; parameters and logits stay float32.
     remat: computes a block's inside again in the backward pass instead of keeping it.
+    lanes: channels of a memory tile, which levels of fewer fill with neighbours (`folding`); the
+      results are the same but for rounding. 1 does not.
 
   Returns:
     A Segmenter.
   """
-  module = UNet(num_classes, spatial_dims, width, depth, max_width, norm, dropout, dtype, remat)
+  module = UNet(
+    num_classes, spatial_dims, width, depth, max_width, norm, dropout, dtype, remat, lanes
+  )
 
   def init(key, images):
     return module.init(key, images)["params"]

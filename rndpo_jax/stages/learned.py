@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from rndpo_jax import corruptions, parallel, training, types
+from rndpo_jax import corruptions, models, parallel, training, types
 from rndpo_jax.data import augment
 from rndpo_jax.models import quality
 from rndpo_jax.stages import base
@@ -24,6 +24,7 @@ def build(config, dataset) -> tuple[Callable, Callable]:
     dropout=config.model.dropout,
     num_classes=dataset.num_classes,
     spatial_dims=dataset.spatial_dims,
+    lanes=models.lanes(config.model),
   )
 
 
