@@ -80,12 +80,10 @@ def base_config() -> ml_collections.ConfigDict:
   model.norm = "group"  # group | instance
   model.dropout = 0.2  # rate, in bottleneck and decoder
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
-  model.lanes = (
-    0  # channels of a memory tile, filled with neighbours; 1: not; 0: 128 on TPU, else 1
-  )
+  model.lanes = 0  # channels that fill a tile of memory, with neighbours; 0: 128 on TPU, else 1
   model.remat = False  # computes activations again in the backward pass: less memory, slower
 
-  # How training and validation share the devices; mining and evaluation use each alone.
+  # How training and validation share the devices; mining and evaluation give each whole images.
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.fsdp = 1  # devices that share large parameters and their optimiser state
   mesh.space = 1  # devices that share each image, along H; the rest of the devices is `data`
@@ -173,7 +171,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.checkpoint_minutes = 0.0  # between further states; 0 makes none
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
-  evaluate.batch_size = 16
+  evaluate.batch_size = 16  # records of a process, shared by its devices
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, assd, nsd
   evaluate.nsd_tolerance_mm = 2.0  # in voxels where the spacing is unknown
   return config

@@ -334,6 +334,33 @@ def join_local_devices(tree: Any) -> Any:
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
 
 
+def put_on_local_devices(tree: Any) -> Any:
+  """The same arrays on every device of this process, put there once."""
+  return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+
+
+def on_local_devices(function: Callable) -> Callable:
+  """Compiles `function(whole, rows)` so that each device of this process works on its own rows.
+
+  Args:
+    function: pytrees of arrays -> pytree of arrays; the rows, and what it returns, have a leading
+      axis that the devices share, `whole` is the same on all. Nothing is exchanged.
+  """
+  rows = PartitionSpec("local")
+  mapped = jax.shard_map(
+    function,
+    mesh=_local_mesh(),
+    in_specs=(PartitionSpec(), rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+  return jax.jit(mapped)
+
+
+def _local_mesh() -> Mesh:
+  return Mesh(np.array(jax.local_devices()), ("local",))
+
+
 def make_population_mesh(
   num_seeds: int, num_settings: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -356,12 +383,9 @@ def make_population_mesh(
     if not (num_seeds % seeds or num_settings % settings) and seeds * settings <= len(devices)
   ]
   count, seeds = max(shares)
-  return jax.make_mesh(
-    (seeds, count // seeds),
-    ("seeds", "settings"),
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[:count],
-  )
+  # Members exchange nothing, so that any devices will do; `jax.make_mesh` wants whole slices.
+  grid = np.array(devices[:count]).reshape(seeds, count // seeds)
+  return Mesh(grid, ("seeds", "settings"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

@@ -175,6 +175,11 @@ def test_what_is_known_is_not_measured_again(run, monkeypatch):
   config, workdir, _ = run
   evaluation = measure.open_evaluation(config, workdir)
   want = measure.overlap_cases(evaluation, 2)
+  batch = next(iter(evaluation.batches((0,))))
+  size = tuple(evaluation.dataset.size)
+  resize = measure.resize_matrices([size] * len(batch.images), size, evaluation.dataset.crop)
+  masks = evaluation.predict_batch(evaluation.params(2), batch.images, resize)
+  assert len(masks.sharding.device_set) == jax.local_device_count() > 1
   known = measure.surface_cases(evaluation, 0, measure.overlap_cases(evaluation, 0))
   monkeypatch.setattr(measure, "predict", None)
   got = measure.overlap_cases(evaluation, 2)
@@ -220,7 +225,9 @@ def _stack_evaluation(folder, masks):
     dataset=dataset,
     tolerance=2.0,
     groups=measure.group_cases(dataset),
-    apply=lambda params, images: np.concatenate([0.5 - images, images - 0.5], axis=-1),
+    predict_batch=lambda params, images, resize: measure.native_masks(
+      np.concatenate([0.5 - images, images - 0.5], axis=-1), resize
+    ),
     params=lambda step: {"w": np.zeros(1)},
     batches=batches,
     label=lambda index: _LABELS[index],

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, models, preemption, results
+from rndpo_jax import checkpoint, files, metrics, models, parallel, preemption, results
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import base
 from rndpo_jax.types import Params
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
     dataset: the prepared data.
     tolerance: of nsd, in the data's spacing unit.
     groups: (split, case id) -> record indices in slice order.
-    apply: (params, images) -> logits, compiled once.
+    predict_batch: (params, images, `resize_matrices`) -> masks u8[B, *N].
     params: step -> parameters; step 0 is the base.
     batches: record indices -> batches without labels.
     label: record index -> u8[*S] on the record's own grid.
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
   dataset: pipeline.Dataset
   tolerance: float
   groups: dict[tuple[str, str], list[int]]
-  apply: Callable[..., jax.Array]
+  predict_batch: Callable[..., jax.Array]
   params: Callable[[int], Params]
   batches: Callable[[tuple[int, ...]], Iterable]
   label: Callable[[int], np.ndarray]
@@ -54,6 +54,7 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
+  parts = jax.local_device_count()
   folder = workdir / "evaluate"
   folder.mkdir(parents=True, exist_ok=True)
 
@@ -64,8 +65,15 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
       workdir / "finetune" / "params", step, stage_directory=workdir / "finetune"
     )
 
+  apply = parallel.on_local_devices(segmenter.apply)
+  to_masks = parallel.on_local_devices(lambda _, arguments: native_masks(*arguments))
+
+  def predict_batch(params, images, resize):
+    return to_masks(None, (apply(params, images), resize))
+
   def batches(indices: tuple[int, ...]):
-    size = config.evaluate.batch_size
+    # As many as the devices share.
+    size = parts * -(-config.evaluate.batch_size // parts)
     return pipeline.batches(dataset, indices, batch_size=size, with_labels=False)
 
   def label(index: int) -> np.ndarray:
@@ -81,7 +89,7 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
     dataset=dataset,
     tolerance=config.evaluate.nsd_tolerance_mm,
     groups=groups,
-    apply=jax.jit(segmenter.apply),
+    predict_batch=predict_batch,
     params=params,
     batches=batches,
     label=label,
@@ -114,8 +122,9 @@ def predict(
   def forward(batch):
     shapes = [tuple(dataset.records[int(index)]["shape"]) for index in batch.index]
     resize = resize_matrices(shapes, tuple(dataset.size), tuple(dataset.crop))
-    return batch, shapes, native_masks(evaluation.apply(params, batch.images), resize)
+    return batch, shapes, evaluation.predict_batch(params, batch.images, resize)
 
+  params = parallel.put_on_local_devices(params)
   ahead = pipeline.prefetch(iter(evaluation.batches(tuple(indices))), forward, 2)
   for batch, shapes, masks in ahead:
     preemption.check("evaluate: measured checkpoints are kept")
@@ -124,7 +133,6 @@ def predict(
       yield int(batch.index[row]), masks[row][tuple(slice(n) for n in shapes[row])]
 
 
-@jax.jit
 def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
   """Brings logits to the records' own grids and takes the argmax, on the device.
 

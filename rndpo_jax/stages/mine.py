@@ -192,7 +192,8 @@ def on_local_devices(function: Callable, weights) -> Callable:
   """
 
   program = jax.pmap(with_keys(function), in_axes=(None, None, 0), devices=jax.local_devices())
-  return functools.partial(program, weights)
+  # Else every batch would send them to every device again.
+  return functools.partial(program, parallel.put_on_local_devices(weights))
 
 
 def with_keys(function: Callable) -> Callable:
