@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import (
+  accumulation,
   checks,
   files,
   losses,
@@ -107,6 +108,17 @@ def test_anchors_add_their_cross_entropy():
     {**batch, "labelled": labelled},
   )
   np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up_where_a_pair_of_an_anchor_is_empty():
+  params, _, batch, _ = draw()
+  batch["rejected"] = batch["rejected"].at[0, 0].set(batch["chosen"][0, 0])
+  gradient = jax.value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), has_aux=True)
+  (value, _), whole = gradient(params, batch, jax.random.key(0))
+  in_parts = accumulation.in_micro_batches(gradient, 2)
+  (total, _), summed = in_parts(params, batch, jax.random.key(0))
+  np.testing.assert_allclose(total, value, rtol=1e-6)
+  np.testing.assert_allclose(summed, whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "apo_zero"])

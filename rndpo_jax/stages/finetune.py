@@ -91,7 +91,9 @@ def make_loss_fn(
       **options,
     )
     if anchor == "chosen":
-      metrics["anchor"] = _chosen_cross_entropy(logits, masks[0], batch["weight"])
+      # Of the pairs that the loss is a mean of, so that parts of a batch add up.
+      weight = batch["weight"] * (region_size > 0)
+      metrics["anchor"] = _chosen_cross_entropy(logits, masks[0], weight)
     elif anchor == "labelled":
       labelled = batch["labelled"]
       metrics["anchor"], _ = losses.supervised_loss(
