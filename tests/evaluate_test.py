@@ -253,6 +253,8 @@ def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
   dataset = _stack_evaluation(tmp_path, _LABELS).dataset
   assert measure.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
   assert measure.case_spacing(dataset, [3]) == (1.0, 2.0)
+  dataset.blind_source[:] = [{"image": None, "affine": 1000 * np.eye(4) * [1, 2, 5, 1]}] * 4
+  assert measure.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
   dataset.spacing_unit = "voxel"
   assert measure.case_spacing(dataset, [1, 2, 0]) is None
 

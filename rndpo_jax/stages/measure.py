@@ -263,7 +263,9 @@ def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
   if len(group) == 1:
     return tuple(spacing)
   affine = pipeline.load_native(dataset, group[0], with_labels=False)["affine"]
-  return (*spacing, float(np.linalg.norm(affine[:3, 2])))
+  edges = np.linalg.norm(affine[:3, :3], axis=0)
+  # The affine may be in another unit, such as microns: what scaled one axis scales the others.
+  return (*spacing, float(edges[2] * spacing[0] / edges[0]))
 
 
 def _fingerprint(evaluation: Evaluation, params, *more) -> str:
