@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rndpo_jax import files, progress
+from rndpo_jax import files, parallel, progress
 
 _SUMS = "sha256.json"
 # Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
@@ -70,20 +71,21 @@ class Writer:
 
     Raises:
       OSError: with ENOSPC, where the disk was too full for this one or the one before.
+      CheckpointError: where it cannot be written for another reason, or not in time.
     """
     self.wait()
     self._path = self._directory / str(step)
-    with _full_disk_named(self._path):
+    with _failed_write_named(self._path):
       self._checkpointer.save(self._path, tree, force=True)
 
   def wait(self) -> None:
     """Returns when the last checkpoint is whole; raises as `save` does."""
-    with _full_disk_named(self._path):
+    with _failed_write_named(self._path):
       self._checkpointer.wait_until_finished()
 
   def close(self) -> None:
     """Waits, raises as `save` does, and ends the background threads."""
-    with _full_disk_named(self._path):
+    with _failed_write_named(self._path):
       self._checkpointer.close()
 
   def _write_sums(self) -> None:
@@ -114,6 +116,8 @@ def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
       _check_sums(path)
       return checkpointer.restore(path, target)
     except _UNREADABLE as error:
+      if parallel.is_loss_of_another(error):
+        raise
       remedy = f"Delete the folder {directory} and run the same command again: the stage starts"
       raise _unreadable(path, error, f"{remedy} anew") from error
 
@@ -215,14 +219,31 @@ def _check_sums(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_named(path: epath.Path):
-  """Turns TensorStore's error into an OSError that names the checkpoint."""
+def _failed_write_named(path: epath.Path):
+  """Turns TensorStore's and Orbax's errors into such that name the checkpoint."""
   try:
     yield
+  except TimeoutError as error:  # by the wall clock
+    raise CheckpointError(
+      f"checkpoint {path} was not whole in time ({str(error).splitlines()[0]}): the storage or "
+      "another process is too slow, or the clock was set ahead. Run the same command again: it "
+      "goes on from the checkpoint before"
+    ) from error
   except ValueError as error:
-    if "No space left" not in str(error):
+    if not is_failed_write(error) or parallel.is_loss_of_another(error):
       raise
+    if not files.is_full_disk(error):
+      raise CheckpointError(
+        f"checkpoint {path} cannot be written ({str(error).splitlines()[0][:300]}). Mend that and "
+        "run the same command again: it goes on from the checkpoint before"
+      ) from error
     raise OSError(errno.ENOSPC, f"checkpoint {path} cannot be written: no space left") from error
+
+
+def is_failed_write(error: BaseException) -> bool:
+  """Whether a disk or a store has failed, by what Orbax and TensorStore raise of it."""
+  status = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error))
+  return isinstance(error, OSError) or bool(status)
 
 
 def _unreadable(path: epath.Path, error: Exception, remedy: str) -> CheckpointError:

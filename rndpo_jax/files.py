@@ -5,6 +5,7 @@ A path may be local or remote (`gs://BUCKET/...`, with the package gcsfs beside 
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -65,6 +66,15 @@ def sha256(path: os.PathLike) -> str:
   """Hexadecimal SHA-256 of a file's bytes."""
   with epath.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full_disk(error: BaseException) -> bool:
+  """Whether an error says that a disk, or a user's quota on it, is full.
+
+  TensorStore and ArrayRecord say so in words alone.
+  """
+  full = (errno.ENOSPC, errno.EDQUOT)
+  return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
 def is_remote(path: os.PathLike) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -153,7 +152,7 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {"config": resolved, **environment()})
   except OSError as error:
-    if error.errno == errno.ENOSPC:
+    if files.is_full_disk(error):
       raise
     raise config_lib.ConfigError(
       f"--workdir: {workdir} cannot be written ({error.strerror}); name a folder that can"

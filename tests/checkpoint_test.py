@@ -110,6 +110,41 @@ def test_full_disk_is_an_os_error_that_names_the_checkpoint(tmp_path, monkeypatc
   assert checkpoint.steps(tmp_path) == []
 
 
+def test_a_write_that_takes_too_long_is_one_line_that_names_the_checkpoint(tmp_path, monkeypatch):
+  def late(*_):
+    raise TimeoutError("Timed out after 86400.1 seconds.")
+
+  monkeypatch.setattr(checkpoint.Writer, "_write_sums", late)
+  message = "7 was not whole in time .*86400.*: .*the same command again"
+  with pytest.raises(checkpoint.CheckpointError, match=message):
+    checkpoint.save(tmp_path, 7, TREE)
+  assert checkpoint.steps(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_is_one_line_and_a_programming_error_is_none(tmp_path, monkeypatch):
+  errors = [ValueError("NOT_FOUND: Error reading local file x"), ValueError("bad shape")]
+
+  def fails(*_):
+    raise errors.pop(0)
+
+  monkeypatch.setattr(checkpoint.Writer, "_write_sums", fails)
+  with pytest.raises(checkpoint.CheckpointError, match="7 cannot be written .NOT_FOUND.*again"):
+    checkpoint.save(tmp_path, 7, TREE)
+  with pytest.raises(ValueError, match="bad shape"):
+    checkpoint.save(tmp_path, 8, TREE)
+
+
+def test_a_checkpoint_is_not_called_unreadable_when_another_process_is_gone(saved, monkeypatch):
+  def broken(*_):
+    raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+  monkeypatch.setattr(checkpoint, "_check_sums", broken)
+  monkeypatch.setattr(parallel, "is_loss_of_another", lambda error: "Gloo" in str(error))
+  with pytest.raises(ValueError, match="Gloo"):
+    checkpoint.restore_latest(saved, TREE)
+  assert checkpoint.steps(saved) == [1, 2, 10]
+
+
 def test_a_step_goes_on_and_donates_while_its_state_is_written(tmp_path, monkeypatch):
   gate = threading.Event()
   real = checkpoint.Writer._write_sums

@@ -1,8 +1,25 @@
 """files: whole or not there, and errors that name the file."""
 
+import errno
+
 import pytest
 
 from rndpo_jax import files
+
+
+@pytest.mark.parametrize(
+  "error,full",
+  [
+    (OSError(errno.ENOSPC, "x"), True),
+    (OSError(errno.EDQUOT, "x"), True),
+    (ValueError("RESOURCE_EXHAUSTED: write: Disk quota exceeded"), True),
+    (RuntimeError("write() failed: No space left on device; at byte 8192"), True),
+    (OSError(errno.EACCES, "x"), False),
+    (ValueError("RESOURCE_EXHAUSTED: out of memory"), False),
+  ],
+)
+def test_a_full_disk_and_a_full_quota_are_known(error, full):
+  assert files.is_full_disk(error) == full
 
 
 def test_round_trip_leaves_one_file(tmp_path):

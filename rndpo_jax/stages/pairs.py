@@ -84,7 +84,7 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
     writer.close()
   except RuntimeError as error:  # ArrayRecord's, when it cannot write
     temporary.unlink(missing_ok=True)
-    if "space" not in str(error):
+    if not files.is_full_disk(error):
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
   return count, num_bytes
