@@ -6,11 +6,12 @@ import contextlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from rndpo_jax import checkpoint, progress
+from rndpo_jax import checkpoint, preemption, progress
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,19 +46,28 @@ class Saver:
     progress.say(f"{description}: going on from step {step}")
     return step, content["state"]
 
-  def save_params(self, step: int, state: Any) -> None:
-    self._writers["params"].save(step, state.evaluated())
+  def save(self, step: int, state: Any, with_params: bool = True) -> None:
+    """Starts to write a state, and the parameters to keep, once all before are whole."""
+    self.wait()
+    if with_params:
+      self._writers["params"].save(step, state.evaluated())
+    self._writers["state"].save(step, self._content(state))
+    self._drop_old()
+    self._last = time.monotonic()
+
+  def wait(self) -> None:
+    """Returns when all that was started is whole; raises as `checkpoint.Writer.save` does.
+
+    Each of several processes waits for the writers in the same order, and for all of them. So that
+    whose own write failed raises, and none waits for a process that waits for it.
+    """
+    for writer in self._writers.values():
+      writer.wait()
 
   def save_params_if_missing(self, step: int, state: Any) -> None:
     """A kill can come when the state of a step is whole and its parameters are not."""
     if step > 0 and step not in checkpoint.steps(self.folders["params"]):
-      self.save_params(step, state)
-
-  def save_state(self, step: int, state: Any) -> None:
-    """Starts to write a state, and deletes those that are too many once the one before is whole."""
-    self._writers["state"].save(step, self._content(state))
-    self._drop_old()
-    self._last = time.monotonic()
+      self._writers["params"].save(step, state.evaluated())
 
   def is_due(self) -> bool:
     """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
@@ -75,10 +85,21 @@ class Saver:
 
   def saved(self) -> list[int]:
     """Steps of the states, the one being written among them."""
-    self._writers["state"].wait()
+    self.wait()
     return checkpoint.steps(self.folders["state"])
 
-  def close(self) -> None:
+  def __enter__(self) -> Saver:
+    return self
+
+  def __exit__(self, kind, error: BaseException | None, trace) -> None:
+    """Waits for what was started; not on an error of one of several processes.
+
+    They would wait for each other's part of a checkpoint that is never whole.
+    """
+    if jax.process_count() > 1:
+      if error is not None and not isinstance(error, preemption.Preempted):
+        return
+      self.wait()
     with contextlib.ExitStack() as stack:
       for writer in self._writers.values():
         stack.callback(writer.close)

@@ -248,7 +248,7 @@ def fit(
   directory.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(
-      contextlib.closing(saving.Saver(directory, reference, keep_checkpoints, checkpoint_minutes))
+      saving.Saver(directory, reference, keep_checkpoints, checkpoint_minutes)
     )
     start, state = saver.resume(state, description)
     if start % eval_every_steps == 0 or start == num_steps:
@@ -274,9 +274,8 @@ def fit(
       if keep:
         if validate is not None:
           rows.add({"step": step, "kind": "val", **validate(state.evaluated())})
-        saver.save_params(step, state)
       if keep or stop or (logged and saver.is_due()):
-        saver.save_state(step, state)
+        saver.save(step, state, with_params=keep)
       if keep and keep_best and parallel.is_first():
         saver.keep_best(step, read_rows(directory, "val"))
       if stop:

@@ -129,10 +129,10 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
   settings = population.grid(grid["betas"], grid["learning_rates"])
   keys = jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]])
   with contextlib.ExitStack() as stack:
-    saver = Saver(
-      directory, checkpoint.digest(params), options.keep_checkpoints, options.checkpoint_minutes
+    reference = checkpoint.digest(params)
+    saver = stack.enter_context(
+      Saver(directory, reference, options.keep_checkpoints, options.checkpoint_minutes)
     )
-    stack.enter_context(contextlib.closing(saver))
     start, state = saver.resume(state, "sweep")
     rows = stack.enter_context(contextlib.closing(_Rows(directory, grid, start)))
     stream = _batches(config, workdir, dataset, grid["seeds"], mesh, params, start)
@@ -152,7 +152,7 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
       if keep:
         rows.add(step, "val", {"val_dice": validate(state.evaluated())}, state.diverged)
       if keep or stop or (logged and saver.is_due()):
-        saver.save_state(step, state)
+        saver.save(step, state, with_params=False)
       if stop:
         raise preemption.Preempted(f"sweep: saved at step {step}")
   return jax.device_get(state.diverged)
