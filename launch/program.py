@@ -1,8 +1,9 @@
 """What the programs share: how they start, how flags are parsed, and errors of one clear line."""
 
 import contextlib
-import errno
+import logging as std_logging
 import sys
+import traceback
 
 from absl import app, logging
 
@@ -15,7 +16,7 @@ def start(argv):
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   cpu.tune()
   logging.set_verbosity(logging.ERROR)
-  logging.get_absl_logger().addFilter(is_no_full_disk)
+  quiet_failed_writes()
 
 
 def parse(argv):
@@ -28,11 +29,36 @@ def parse(argv):
 
 @contextlib.contextmanager
 def one_line_errors(end=sys.exit):
-  """Ends the program by `end(message)` on what a user can mend, and after a signal by its code."""
+  """Ends the program by `end(message)` on what a user can mend, and after a signal by its code.
+
+  One of several processes ends so by every other error too, after its traceback: an orderly exit
+  would wait for processes that wait for this one.
+  """
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   import jax
 
-  from rndpo_jax import checkpoint, config, files, judges, parallel, preemption, progress, training
+  from rndpo_jax import preemption, progress
+
+  try:
+    yield
+  except preemption.Preempted as error:
+    progress.say(f"stopped by {error}")
+    sys.exit(error.exit_code)
+  except Exception as error:
+    message = one_line(error)
+    if message is None and end is sys.exit:
+      raise
+    if message is None:
+      traceback.print_exc()
+      message = f"error: process {jax.process_index()}: it stops by the error above"
+    end(message)
+
+
+def one_line(error):
+  """What to say of an error that a user can mend; None of any other."""
+  import jax
+
+  from rndpo_jax import checkpoint, config, files, judges, parallel, training
   from rndpo_jax.data import records
   from rndpo_jax.stages import pairs, shards
 
@@ -40,29 +66,43 @@ def one_line_errors(end=sys.exit):
     config.ConfigError, records.DataError, training.TrainingError, checkpoint.CheckpointError,
     pairs.PairsError, shards.MiningError, files.FileError, judges.JudgeError,
   )  # fmt: skip
-  try:
-    yield
-  except preemption.Preempted as error:
-    progress.say(f"stopped by {error}")
-    sys.exit(error.exit_code)
-  except refusals as error:
-    end(f"error: {error}")
-  except (jax.errors.JaxRuntimeError, ValueError) as error:  # a barrier fails by ValueError
-    if not parallel.is_loss_of_another(error):
-      raise
-    end(
-      f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
-      f"output ({str(error).splitlines()[0]}); the same command goes on from what is finished"
-    )
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    end(
+  if isinstance(error, refusals):
+    return f"error: {error}"
+  # A barrier fails by ValueError.
+  if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
+    lost = parallel.is_loss_of_another(error)
+    return parallel.loss_of_another(str(error).splitlines()[0]) if lost else None
+  if not isinstance(error, OSError):
+    return None
+  if files.is_full_disk(error):
+    return (
       f"error: the disk is full ({error}); free some space, or name another --workdir, and run "
       "the same command again: finished work is kept"
     )
+  if error.filename:
+    return f"error: {error}; mend that and run the same command again: finished work is kept"
+  return None
 
 
-def is_no_full_disk(record) -> bool:
-  """False for Orbax's log of a full disk in its thread: the same error is raised in the program."""
-  return not record.exc_info or "No space left" not in str(record.exc_info[1])
+def quiet_failed_writes():
+  """Leaves out what threads print of a failed write: the same error is raised in the program.
+
+  Orbax logs the first, asyncio the others, which nobody waits for any more, and TensorStore has
+  none to tell of their end.
+  """
+  for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+    logger.addFilter(is_no_failed_write)
+  others = sys.unraisablehook
+
+  def show(found):
+    if str(found.exc_value) != "Event loop is closed":
+      others(found)
+
+  sys.unraisablehook = show
+
+
+def is_no_failed_write(record) -> bool:
+  """Whether a log record is of anything but a write that failed."""
+  from rndpo_jax import checkpoint
+
+  return not record.exc_info or not checkpoint.is_failed_write(record.exc_info[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,6 +24,11 @@ AXES = ("data", "fsdp", "space")
 _BATCH = ("data", "fsdp")
 # Arrays [B, *S, ...] of a batch, by their names; all others have no spatial axes.
 _ON_GRID = ("image", "label", "images", "labels")
+# In the store of the distributed runtime: which process has stopped by an error.
+_STOPPED = "rndpo_jax/stopped"
+_LOOK_EVERY_SECONDS = 1.0
+# Held for ever by the thread that ends this process: its message is the only one.
+_ending = threading.Lock()
 
 
 def initialize(
@@ -89,6 +97,10 @@ def initialize(
     ) from error
   finally:
     timer.cancel()
+  over = threading.Event()
+  atexit.register(over.set)
+  watched = (distributed.global_state.client, over)
+  threading.Thread(target=_watch, args=watched, daemon=True).start()
   return True
 
 
@@ -124,19 +136,50 @@ def _or_detected(value: int | None) -> str:
 
 
 def stop(message: str) -> None:
-  """Ends this process of several at once with `message`; the others lose it and stop too.
+  """Ends this process of several at once with `message`; the others are told and stop too.
 
   An orderly exit would wait for processes that wait for this one.
   """
+  _ending.acquire()
+  _say_error(message)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone
+    distributed.global_state.client.key_value_set(
+      _STOPPED, str(jax.process_index()), allow_overwrite=True
+    )
   if is_first():
-    time.sleep(2)  # those that end by the same error can say so before their coordinator is gone
-  _exit(message)
+    time.sleep(2 * _LOOK_EVERY_SECONDS)  # the others look, and their coordinator is still here
+  os._exit(1)
+
+
+def _watch(client: Any, over: threading.Event) -> None:
+  """Ends this process when another says that it has stopped.
+
+  One that waits for it at a barrier of a checkpoint would learn that from the heartbeats alone, or
+  never, where each of two waits for the other's failed write.
+  """
+  while not over.wait(_LOOK_EVERY_SECONDS):
+    # None has, or the coordinator does not answer: where it is gone JAX ends this process.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      _exit(loss_of_another(f"process {client.key_value_try_get(_STOPPED)}"))
 
 
 def _exit(message: str) -> None:
+  _ending.acquire()
+  _say_error(message)
+  os._exit(1)
+
+
+def _say_error(message: str) -> None:
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
-  os._exit(1)
+
+
+def loss_of_another(what: str) -> str:
+  """The message of a process that cannot go on alone; `what` says who is gone, or how it showed."""
+  return (
+    f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
+    f"output ({what}); the same command goes on from what is finished"
+  )
 
 
 def is_loss_of_another(error: Exception) -> bool:

@@ -1,5 +1,7 @@
 """parallel: flags that name the processes, and what several devices share."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -44,6 +46,65 @@ def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   assert parallel.is_loss_of_another(broken)
   assert not parallel.is_loss_of_another(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+
+
+class Store:
+  """Stands for the distributed runtime's store: each answer is raised or returned once."""
+
+  def __init__(self, *answers):
+    self.answers, self.told = list(answers), []
+
+  def key_value_try_get(self, key):
+    answer = self.answers.pop(0)
+    if isinstance(answer, Exception):
+      raise answer
+    return answer
+
+  def key_value_set(self, key, value, allow_overwrite):
+    self.told.append(value)
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused")
+
+
+@pytest.fixture
+def ends(monkeypatch):
+  """Codes that the process would have ended with, which here end the call alone."""
+  codes = []
+
+  def end(code):
+    codes.append(code)
+    raise SystemExit(code)
+
+  monkeypatch.setattr(parallel.os, "_exit", end)
+  monkeypatch.setattr(parallel, "_LOOK_EVERY_SECONDS", 0.0)
+  monkeypatch.setattr(parallel, "_ending", threading.Lock())
+  return codes
+
+
+def test_a_process_ends_when_another_says_that_it_has_stopped(capsys, ends):
+  nothing = jax.errors.JaxRuntimeError("NOT_FOUND: Config key rndpo_jax/stopped not found.")
+  busy = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded")
+  with pytest.raises(SystemExit):
+    parallel._watch(Store(nothing, busy, nothing, "3"), threading.Event())
+  assert ends == [1]
+  assert "another process of this run has stopped" in (error := capsys.readouterr().err)
+  assert "(process 3)" in error and error.count("\n") == 1
+
+
+def test_a_process_that_is_over_looks_no_more(ends):
+  over = threading.Event()
+  over.set()
+  parallel._watch(Store(), over)
+  assert ends == []
+
+
+def test_a_process_that_stops_tells_the_others_and_speaks_alone(monkeypatch, capsys, ends):
+  store = Store()
+  monkeypatch.setattr(parallel.distributed.global_state, "client", store)
+  with pytest.raises(SystemExit):
+    parallel.stop("error: the disk is full")
+  assert ends == [1] and store.told == ["0"]
+  assert capsys.readouterr().err == "error: the disk is full\n"
+  assert parallel._ending.locked()  # so that no other thread has a message to add
 
 
 def test_split_and_join_undo_each_other():

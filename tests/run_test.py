@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -132,12 +133,54 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
     launch_run.main(["run"])
 
 
-def test_the_log_of_a_full_disk_in_a_thread_is_left_out_and_no_other():
+def ends_by(error, several, capsys):
+  """(message, what was printed) where the program, or one of several, meets an error."""
+  from launch import program
+
+  def stop(message):
+    raise SystemExit(message)
+
+  with pytest.raises(SystemExit) as end, program.one_line_errors(stop if several else sys.exit):
+    raise error
+  return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_that_is_gone_is_named_in_one_line(several, capsys):
+  gone = FileNotFoundError(errno.ENOENT, "No such file or directory", "/run/base/selected.json")
+  message, printed = ends_by(gone, several, capsys)
+  assert message.startswith("error: ") and "/run/base/selected.json" in message and not printed
+  assert "run the same command again" in message
+
+
+def test_one_of_several_ends_at_once_by_an_error_that_is_not_foreseen(capsys):
+  message, printed = ends_by(KeyError("surprise"), True, capsys)
+  assert message == "error: process 0: it stops by the error above"
+  assert "Traceback" in printed and "surprise" in printed
+  with pytest.raises(KeyError):  # alone it can end in order
+    ends_by(KeyError("surprise"), False, capsys)
+
+
+def test_what_tensorstore_says_of_a_write_that_nobody_waits_for_is_left_out(monkeypatch):
+  from launch import program
+
+  shown = []
+  monkeypatch.setattr(sys, "unraisablehook", shown.append)
+  program.quiet_failed_writes()
+  found = [types.SimpleNamespace(exc_value=RuntimeError(x)) for x in ("Event loop is closed", "x")]
+  for one in found:
+    sys.unraisablehook(one)
+  assert shown == found[1:]
+
+
+def test_the_log_of_a_failed_write_in_a_thread_is_left_out_and_no_other():
   from launch import program
 
   def record(error):
     return logging.LogRecord("absl", logging.ERROR, "", 1, "failed", (), (type(error), error, None))
 
-  assert not program.is_no_full_disk(record(ValueError("Failed: No space left on device")))
-  assert program.is_no_full_disk(record(ValueError("Failed: permission denied")))
-  assert program.is_no_full_disk(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
+  assert not program.is_no_failed_write(record(OSError(errno.ENOSPC, "No space left on device")))
+  assert not program.is_no_failed_write(record(ValueError("NOT_FOUND: Error reading /d/x")))
+  assert not program.is_no_failed_write(record(TimeoutError("Timed out after 86400 seconds.")))
+  assert program.is_no_failed_write(record(ValueError("no such key: x")))
+  assert program.is_no_failed_write(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
