@@ -1,6 +1,8 @@
 import functools
 import json
+import shutil
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -128,6 +130,24 @@ def test_a_label_that_is_not_there_is_refused(dataset):
   entries = [{**entry, "has_mask": False} for entry in dataset.records]
   with pytest.raises(records.DataError, match="phantom_0004: it has no mask"):
     pipeline.load_example(dataset._replace(records=entries), 4, with_labels=True)
+
+
+def test_what_is_opened_opens_anew_in_a_worker_and_names_what_it_cannot_read(workdir, tmp_path):
+  shutil.copytree(workdir, tmp_path / "run")
+  copied = pipeline.open_dataset(_config(), tmp_path / "run").blind_source
+  again = cloudpickle.loads(packed := cloudpickle.dumps(copied))
+  np.testing.assert_array_equal(again[3]["image"], copied[3]["image"])
+  assert not isinstance(again[3]["mask"], np.ndarray) and len(again) == len(copied)
+  (file,) = (tmp_path / "run" / "data").rglob("*array_record*")
+  content = bytearray(file.read_bytes())
+  content[4000] ^= 1  # within the records; zeros fill the file up
+  file.write_bytes(content)
+  message = f"data/cases: cannot be read .*; remove {tmp_path / 'run' / 'data'} and run"
+  with pytest.raises(records.DataError, match=message):
+    [copied[index] for index in range(12)]
+  shutil.rmtree(tmp_path / "run" / "data")
+  with pytest.raises(records.DataError, match=message):
+    cloudpickle.loads(packed)
 
 
 def _index(item):

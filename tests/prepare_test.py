@@ -161,5 +161,5 @@ def test_damaged_prepared_files_are_named(root, tmp_path, damage):
     path.write_bytes(path.read_bytes()[:-1000])
   else:
     (path if damage == "missing" else path.parent / "dataset_info.json").unlink()
-  with pytest.raises(records.DataError, match="cases: cannot be opened.*'prepare'"):
+  with pytest.raises(records.DataError, match="cases: cannot be read.*'prepare'"):
     pipeline.open_dataset(_config(root), tmp_path)

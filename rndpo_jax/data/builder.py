@@ -123,20 +123,52 @@ def build(source: records.Source, directory: epath.Path) -> None:
     downloads.rmtree()
 
 
-def open_source(directory: epath.Path, *, with_labels: bool):
-  """Random access to what `build` wrote; without labels, the masks' bytes are never decoded."""
-  try:
-    with _quiet():
-      builder = tfds.builder_from_directory(
-        files.local_copy(folder(directory)) / str(Cases.VERSION)
-      )
+def open_source(directory: epath.Path, *, with_labels: bool) -> Opened:
+  """Random access to what `build` wrote; without labels, the masks' bytes are never decoded.
+
+  Raises:
+    records.DataError: where it cannot be opened.
+  """
+  with _named(directory):
+    return Opened(directory, files.local_copy(folder(directory)), with_labels)
+
+
+class Opened:
+  """The records, read on access; worker processes open the files anew.
+
+  Raises:
+    records.DataError: where a record cannot be read (any more), also in a worker.
+  """
+
+  def __init__(self, directory: epath.Path, local: epath.Path, with_labels: bool):
+    self._from = directory, local, with_labels
+    with _named(directory), _quiet():
+      builder = tfds.builder_from_directory(local / str(Cases.VERSION))
       skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
-      opened = builder.as_data_source(split=SPLIT, decoders=skip)
-      opened[0]  # the file is opened at the first read
-      return opened
+      self._opened = builder.as_data_source(split=SPLIT, decoders=skip)
+      self._opened[0]  # the file is opened at the first read
+
+  def __reduce__(self):
+    return Opened, self._from
+
+  def __len__(self) -> int:
+    return len(self._opened)
+
+  def __getitem__(self, index: int):
+    with _named(self._from[0]):
+      return self._opened[index]
+
+
+@contextlib.contextmanager
+def _named(directory: epath.Path) -> Iterator[None]:
+  """Turns an error of reading into one that names the data and the remedy."""
+  try:
+    yield
   except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own
+    if isinstance(error, records.DataError):
+      raise
     raise records.DataError(
-      f"{folder(directory)}: cannot be opened ({error}); remove {directory} and run the stage "
+      f"{folder(directory)}: cannot be read ({error}); remove {directory} and run the stage "
       "'prepare' again"
     ) from error
 
