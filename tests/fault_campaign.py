@@ -4,7 +4,8 @@
 
 An undisturbed run of `tests/tiny_config.py` comes first (its stages are the starting points), then
 each fault. A fault passes if the rerun ends with the same `results.json`, or if it is refused in
-one line with exit code 1 and the remedy that the line names leads there. Exit code 1 if any fails.
+one line with exit code 1 and the remedy that the line names leads there, and if all processes are
+gone within a minute of the first. Exit code 1 if any fails. DIR/output has what each run printed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
@@ -27,16 +29,48 @@ WRITES = {
   "finetune": ("finetune",), "evaluate": ("evaluate", "results.json"), "report": ("report.html",),
 }  # fmt: skip
 SETTINGS = ("--config.base.eval_every_steps=20", "--config.finetune.num_steps=40")
-# Moves the wall clock a day back while the program runs; the job must not care.
+# Moves the wall clock by argv[1] seconds as soon as the file argv[2] is there.
 CLOCK_JUMP = """
-import runpy, sys, time
-real, real_ns, start = time.time, time.time_ns, time.monotonic()
-late = lambda: 86400 if time.monotonic() - start > 12 else 0
-time.time = lambda: real() - late()
-time.time_ns = lambda: real_ns() - late() * 10**9
-sys.argv = ["launch.run", *sys.argv[1:]]
+import os, runpy, sys, time
+real, real_ns = time.time, time.time_ns
+seconds, path = int(sys.argv.pop(1)), sys.argv.pop(1)
+moved = []
+def off():
+  if not moved and os.path.exists(path):
+    moved.append(seconds)
+  return sum(moved)
+time.time = lambda: real() + off()
+time.time_ns = lambda: real_ns() + off() * 10**9
+sys.argv[0] = "launch.run"
 runpy.run_module("launch.run", run_name="__main__")
 """
+PROGRAM = (sys.executable, "-m", "launch.run")
+
+
+class Ended(NamedTuple):
+  """How the processes of a run ended: exit codes, what they printed, if all did within a minute."""
+
+  codes: list[int]
+  outputs: list[str]
+  in_time: bool
+
+  def output(self):
+    return "\n".join(self.outputs)
+
+  def shown(self):
+    return f"exit {', '.join(map(str, self.codes))}" + ("" if self.in_time else ", HUNG")
+
+  def in_one_line(self):
+    """Whether every process ended well, or with one line that says why it did not."""
+    clear = (
+      code == 0 or (code == 1 and len(errors(text)) == 1)
+      for code, text in zip(self.codes, self.outputs, strict=True)
+    )
+    return self.in_time and all(clear) and "Traceback" not in self.output()
+
+
+def errors(output):
+  return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 class Campaign:
@@ -49,43 +83,58 @@ class Campaign:
     self.undisturbed = options.workdir / "undisturbed"
     self.rows = []
     self.seconds = {}
+    self.runs = 0
 
-  def start(self, workdir, *arguments, prefix=("-m", "launch.run")):
-    """One process, or several on loopback; the list of them."""
+  def start(self, workdir, *arguments, programs=None):
+    """One process, or several on loopback; the list of them. `programs`: of each process."""
     environment = {
       **os.environ,
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PLATFORMS": "cpu",
     }
-    command = [
-      sys.executable, *prefix, "--config=tests/tiny_config.py", f"--workdir={workdir}", *SETTINGS,
-      *arguments,
-    ]  # fmt: skip
+    given = ["--config=tests/tiny_config.py", f"--workdir={workdir}", *SETTINGS, *arguments]
     port = free_port()
     together = [
       f"--coordinator_address=localhost:{port}", f"--num_processes={self.processes}",
     ]  # fmt: skip
+    self.runs += 1
+    (self.folder / "output").mkdir(exist_ok=True)
     started = []
-    for process in range(self.processes):
+    for process, program in enumerate(programs or [PROGRAM] * self.processes):
       several = [*together, f"--process_id={process}"] if self.processes > 1 else []
-      started.append(
-        subprocess.Popen(
-          [*command, *several],
-          cwd=ROOT,
-          env=environment,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-          text=True,
+      path = self.folder / "output" / f"{self.runs:03d}-{workdir.name}-process-{process}.txt"
+      with path.open("w") as file:
+        started.append(
+          subprocess.Popen(
+            [*program, *given, *several],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+          )
         )
-      )
+      started[-1].path = path
     return started
 
+  def end(self, processes):
+    """Waits for all of them, but a minute at most from the end of the first."""
+    last, first = time.monotonic() + 300 + 5 * sum(self.seconds.values()), None
+    while any(process.poll() is None for process in processes):
+      if first is None and any(process.returncode is not None for process in processes):
+        first = time.monotonic()
+        last = first + 60
+      if time.monotonic() > last:
+        break
+      time.sleep(0.1)
+    in_time = all(process.returncode is not None for process in processes)
+    for process in processes:
+      process.kill()
+    codes = [process.wait() for process in processes]
+    return Ended(codes, [process.path.read_text() for process in processes], in_time)
+
   def run(self, workdir, *arguments, **options):
-    """(exit code of process 0, all output) of a run to its end."""
-    processes = self.start(workdir, *arguments, **options)
-    outputs = [process.communicate(timeout=1200)[0] for process in processes]
-    return processes[0].returncode, "\n".join(outputs)
+    return self.end(self.start(workdir, *arguments, **options))
 
   def before(self, stage, name):
     """A copy of the undisturbed run, standing before `stage`."""
@@ -105,22 +154,21 @@ class Campaign:
     self.rows.append((fault, moment, first, again, "ok" if ok else "FAILED"))
     print(" | ".join(self.rows[-1]), flush=True)
 
-  def finish(self, fault, moment, first, workdir):
+  def finish(self, fault, moment, first, workdir, *arguments, ok=True):
     """Runs again: the same results, or a refusal of one line whose remedy works."""
-    code, output = self.run(workdir)
-    again = "same results" if code == 0 and self.same(workdir) else f"exit {code}"
-    if code == 1 and "Traceback" not in output:
-      lines = [text for text in output.splitlines() if text.startswith("error: ")]
+    ended = self.run(workdir, *arguments)
+    again = "same results" if self.same(workdir) else ended.shown()
+    if any(ended.codes) and ended.in_one_line():
       # The remedy is with the process that refused, not with those that only lost it.
-      line = [text for text in lines if "another process of this run" not in text][-1]
-      for path in named_by_remedy(line):
+      lines = [text for text in errors(ended.output()) if "another process of" not in text]
+      for path in named_by_remedy(lines[-1]):
         remove(path)
-      code, output = self.run(workdir)
+      ended = self.run(workdir, *arguments)
       again = "refused; after its remedy " + ("the same results" if self.same(workdir) else "NOT")
-    ok = code == 0 and self.same(workdir)
-    self.add(fault, moment, first, again, ok)
-    if not ok:
-      print(output, flush=True)
+    good = not any(ended.codes) and ended.in_time and self.same(workdir)
+    self.add(fault, moment, first, again, ok and good)
+    if not good:
+      print(ended.output(), flush=True)
     shutil.rmtree(workdir)
 
 
@@ -153,35 +201,43 @@ def undisturbed(campaign):
   """Runs twice, so that the second one's times are those with compiled programs at hand."""
   for workdir in (campaign.folder / "first", campaign.undisturbed):
     shutil.rmtree(workdir, ignore_errors=True)
-    code, output = campaign.run(workdir)
-    assert code == 0, output
+    ended = campaign.run(workdir)
+    assert not any(ended.codes), ended.output()
   assert campaign.same(campaign.folder / "first"), "two undisturbed runs differ"
   for name in STAGES:
-    found = re.search(rf"\[{name}\] ([\d.]+) s", output)
+    found = re.search(rf"\[{name}\] ([\d.]+) s", ended.outputs[0])
     campaign.seconds[name] = float(found.group(1))
   print("seconds of the stages:", campaign.seconds, flush=True)
+
+
+def wait_until(processes, there):
+  """Returns when `there()`, or when a process has ended."""
+  while not there() and all(process.poll() is None for process in processes):
+    time.sleep(0.02)
+
+
+def wait_for_stage(processes, stage):
+  wait_until(processes, lambda: f"[{stage}]" in processes[0].path.read_text())
 
 
 def signal_during(campaign, stage, number, name):
   """Sends `number` to every process at a random moment of a stage; the row's middle entries."""
   workdir = campaign.before(stage, name)
   processes = campaign.start(workdir)
-  for line in processes[0].stdout:
-    if f"[{stage}]" in line:
-      break
+  wait_for_stage(processes, stage)
   delay = campaign.random.uniform(0, campaign.seconds[stage])
   time.sleep(delay)
   for process in processes:
     process.send_signal(number)
-  codes = [process.communicate(timeout=600) and process.returncode for process in processes]
-  return workdir, f"{stage} + {delay:.1f} s", f"exit {', '.join(map(str, codes))}", codes
+  ended = campaign.end(processes)
+  return workdir, f"{stage} + {delay:.1f} s", ended
 
 
 def kills(campaign, count):
   for turn in range(count):
     stage = STAGES[turn % len(STAGES)]
-    workdir, moment, first, _ = signal_during(campaign, stage, signal.SIGKILL, f"kill-{turn}")
-    campaign.finish("kill -9", moment, first, workdir)
+    workdir, moment, ended = signal_during(campaign, stage, signal.SIGKILL, f"kill-{turn}")
+    campaign.finish("kill -9", moment, ended.shown(), workdir)
 
 
 def one_killed(campaign):
@@ -189,38 +245,27 @@ def one_killed(campaign):
   for turn, stage in enumerate(STAGES):
     workdir = campaign.before(stage, f"one-{stage}")
     processes = campaign.start(workdir, "--heartbeat_seconds=15")
-    for line in processes[0].stdout:
-      if f"[{stage}]" in line:
-        break
+    wait_for_stage(processes, stage)
     delay = campaign.random.uniform(0, campaign.seconds[stage])
     time.sleep(delay)
     lost = turn % len(processes)
     processes[lost].kill()
-    start = time.monotonic()
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    seconds = time.monotonic() - start
-    codes = [process.returncode for process in processes]
+    ended = campaign.end(processes)
     moment = f"{stage} + {delay:.1f} s, process {lost}"
-    first = f"exit {', '.join(map(str, codes))} after {seconds:.0f} s"
     # A process may have been over and done when the other died.
-    stopped = all(code for code in codes) or campaign.same(workdir)
-    named = [text for i, text in enumerate(outputs) if i != lost and codes[i]]
+    stopped = all(ended.codes) or campaign.same(workdir)
+    named = [text for i, text in enumerate(ended.outputs) if i != lost and ended.codes[i]]
     clear = all("another process" in text or "another task died" in text for text in named)
-    if seconds > 60 or not stopped or not clear:
-      campaign.add(
-        "one process killed", moment, first, "expected the others to stop by name", False
-      )
-      print("\n".join(outputs), flush=True)
-    campaign.finish("one process killed", moment, first, workdir)
+    ok = ended.in_time and stopped and clear
+    campaign.finish("one process killed", moment, ended.shown(), workdir, ok=ok)
 
 
 def sigterms(campaign):
   for stage in STAGES:
-    workdir, moment, first, codes = signal_during(campaign, stage, signal.SIGTERM, f"term-{stage}")
+    workdir, moment, ended = signal_during(campaign, stage, signal.SIGTERM, f"term-{stage}")
     # 0 where the job was over before the signal was looked at.
-    if not all(code in (0, 75) for code in codes):
-      campaign.add("SIGTERM", moment, first, "expected exit 75", False)
-    campaign.finish("SIGTERM", moment, first, workdir)
+    ok = ended.in_time and all(code in (0, 75) for code in ended.codes)
+    campaign.finish("SIGTERM", moment, ended.shown(), workdir, ok=ok)
 
 
 def full_disk(campaign):
@@ -232,22 +277,30 @@ def full_disk(campaign):
     if subprocess.run(mount, capture_output=True).returncode:
       return campaign.add("full disk", "-", "skipped: mounting is not allowed here", "-", True)
     try:
-      code, output = campaign.run(workdir / "run")
-      before = output
-      clear = code == 1 and "error: the disk is full" in output
-      stage = re.findall(r"^\[(\w+)\]", output, re.MULTILINE)[-1:] or ["start"]
+      ended = campaign.run(workdir / "run")
+      stages = [name for name in STAGES if f"[{name}]" in ended.outputs[0]] or ["start"]
       subprocess.run(["mount", "-o", "remount,size=1g", str(workdir)], check=True)
-      code, output = (code, output) if not clear else campaign.run(workdir / "run")
-      ok = clear and code == 0 and campaign.same(workdir / "run")
-      first = "refused: the disk is full" if clear else f"exit {code}"
-      if "Traceback" in before:
-        first += ", beside tracebacks of libraries"
-      again = "same results" if ok else "NOT the same"
-      campaign.add(f"disk of {kilobytes} kB", stage[0], first, again, ok)
-      if not ok:
-        print(output)
+      first, ok = of_full_disk(ended)
+      campaign.finish(f"disk of {kilobytes} kB", stages[-1], first, workdir / "run", ok=ok)
     finally:
       subprocess.run(["umount", str(workdir)], check=True)
+
+
+def of_full_disk(ended):
+  """The row's entry, and whether a process said that the disk is full and the others stopped."""
+  clear = ended.in_one_line() and "error: the disk is full" in ended.output()
+  return f"{ended.shown()}: the disk is full" if clear else ended.shown(), clear
+
+
+def disk_of_one(campaign):
+  """Only the last process meets a full disk: it sees a small tmpfs where the shards are."""
+  workdir = campaign.before("mine", "disk-of-one")
+  (workdir / "pairs").mkdir()
+  small = f"mount -t tmpfs -o size=8k none {workdir}/pairs && exec "
+  alone = ("unshare", "-m", "sh", "-c", f'{small} "$@"', "sh", *PROGRAM)
+  programs = [PROGRAM] * (campaign.processes - 1) + [alone]
+  first, ok = of_full_disk(campaign.run(workdir, programs=programs))
+  campaign.finish("disk full for one process", "mine", first, workdir, ok=ok)
 
 
 def damage(campaign, fault, stage, harm):
@@ -289,6 +342,12 @@ def damages(campaign):
       os.utime(path, (0, 0) if number % 2 else (4e9, 4e9))
     return "times of 1970 and 2096"
 
+  def flip_data(workdir):
+    files = (workdir / "data").rglob("*array_record*")
+    flip_a_byte(campaign, max(files, key=lambda path: path.stat().st_size))
+    return "the records"
+
+  damage(campaign, "flipped byte in data/", "base", flip_data)
   damage(campaign, "truncated shard", "finetune", truncate)
   damage(campaign, "flipped byte in a shard", "finetune", flip_shard)
   damage(campaign, "flipped byte, base params", "mine", flip_checkpoint("base/params"))
@@ -303,25 +362,59 @@ def damages(campaign):
 
 
 def clock(campaign):
-  workdir = campaign.before("base", "clock")
-  code, _ = campaign.run(workdir, prefix=("-c", CLOCK_JUMP))
-  campaign.finish("clock jump: a day back", "12 s after start", f"exit {code}", workdir)
+  """Moves Python's clock in all processes, then in the last one alone, while the base trains."""
+  several = [True, False] if campaign.processes > 1 else [True]
+  for everywhere in several:
+    for name, seconds in (("back", -86400), ("ahead", 86400)):
+      workdir = campaign.before("base", "clock")
+      moved = (
+        sys.executable,
+        "-c",
+        CLOCK_JUMP,
+        str(seconds),
+        str(workdir / "base" / "state" / "20"),
+      )
+      programs = [moved if everywhere else PROGRAM] * (campaign.processes - 1) + [moved]
+      ended = campaign.run(workdir, programs=programs)
+      which = "" if everywhere else ", of one process"
+      fault = f"clock jump: a day {name}{which}"
+      # Orbax measures by the wall clock how long a write takes.
+      ok = ended.codes == [0] * campaign.processes or (seconds > 0 and ended.in_one_line())
+      campaign.finish(fault, "base, step 20", ended.shown(), workdir, ok=ok)
 
 
-def deleted_input(campaign):
-  """Removes the prepared records while the base trains; the files are open, or read again."""
-  for stage in ("base", "evaluate"):
+# (stage, what is deleted, the file after which it is, further settings): what a stage has open, or
+# reads again, or reads in worker processes, or what a later stage needs.
+DELETED = (
+  ("base", "data", None, ()),
+  ("base", "data", "base/state/20", ()),
+  ("mine", "data", "pairs/judges.json", ()),
+  ("mine", "data", "pairs/judges.json", ("--config.data.num_workers=1",)),
+  ("mine", "base", "pairs/judges.json", ()),
+  ("finetune", "data", "finetune/state/20", ("--config.data.num_workers=1",)),
+  ("finetune", "pairs", "finetune/state/20", ()),
+  ("finetune", "finetune", "finetune/state/20", ()),
+  ("evaluate", "data", None, ()),
+)
+
+
+def deleted(campaign):
+  """Removes a folder while a stage runs."""
+  for stage, folder, after, settings in DELETED:
     workdir = campaign.before(stage, "deleted")
-    processes = campaign.start(workdir)
-    for line in processes[0].stdout:
-      if f"[{stage}]" in line:
-        break
-    remove(workdir / "data")
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    first = f"exit {processes[0].returncode}"
-    if any("Traceback" in output for output in outputs):
-      first += ", with a traceback"
-    campaign.finish("data/ deleted while running", stage, first, workdir)
+    if settings:
+      (workdir / "config.json").unlink()  # it is of other settings
+    processes = campaign.start(workdir, *settings)
+    if after:
+      wait_until(processes, (workdir / after).exists)
+    else:
+      wait_for_stage(processes, stage)
+    shutil.rmtree(workdir / folder, ignore_errors=True)
+    ended = campaign.end(processes)
+    moment = f"{stage}, {after or 'start'}" + (", workers" if settings else "")
+    ok = ended.in_one_line()
+    fault = f"{folder}/ deleted"
+    campaign.finish(fault, moment, ended.shown(), workdir, *settings, ok=ok)
 
 
 FAULTS = {
@@ -329,9 +422,10 @@ FAULTS = {
   "one": lambda campaign, _: one_killed(campaign),
   "sigterm": lambda campaign, _: sigterms(campaign),
   "disk": lambda campaign, _: full_disk(campaign),
+  "disk_of_one": lambda campaign, _: disk_of_one(campaign),
   "damage": lambda campaign, _: damages(campaign),
   "clock": lambda campaign, _: clock(campaign),
-  "deleted": lambda campaign, _: deleted_input(campaign),
+  "deleted": lambda campaign, _: deleted(campaign),
 }
 
 
@@ -347,8 +441,8 @@ def main():
   options.workdir.mkdir(parents=True, exist_ok=True)
   campaign = Campaign(options)
   undisturbed(campaign)
-  # One process has none beside it to lose.
-  names = [name for name in FAULTS if name != "one" or options.processes > 1]
+  # One process has none beside it.
+  names = [name for name in FAULTS if "one" not in name or options.processes > 1]
   for name in options.only.split(",") if options.only else names:
     FAULTS[name](campaign, options)
   head = ("fault", "moment", "what happened", "the same command again", "")
