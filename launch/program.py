@@ -68,6 +68,12 @@ def one_line(error):
   )  # fmt: skip
   if isinstance(error, refusals):
     return f"error: {error}"
+  if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    return (
+      f"error: a device is out of memory ({str(error).splitlines()[0][:200]}); --dry_run says what "
+      "each stage needs: take a smaller batch_size or a larger accumulate_steps for the stage, "
+      "config.model.remat=True, or more devices"
+    )
   # A barrier fails by ValueError.
   if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
     lost = parallel.is_loss_of_another(error)

@@ -184,3 +184,10 @@ def test_the_log_of_a_failed_write_in_a_thread_is_left_out_and_no_other():
   assert not program.is_no_failed_write(record(TimeoutError("Timed out after 86400 seconds.")))
   assert program.is_no_failed_write(record(ValueError("no such key: x")))
   assert program.is_no_failed_write(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
+
+
+def test_a_device_out_of_memory_is_one_line_with_what_helps(capsys):
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+  message, _ = ends_by(error, False, capsys)
+  assert message.startswith("error: a device is out of memory (RESOURCE_EXHAUSTED: Out of memory")
+  assert "\n" not in message and "batch_size" in message
