@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def num_bits(num_classes: int) -> int:
@@ -50,6 +51,26 @@ def unpack(packed: jax.Array, shape: tuple[int, ...], num_classes: int) -> jax.A
       f"packed masks end in {tuple(packed.shape[-2:])}, but {num_classes} classes on {shape} need "
       f"{(bits, -(-count // 8))}: they were packed for another grid or number of classes"
     )
-  planes = jnp.unpackbits(packed, axis=-1, count=count)
+  planes = jax.lax.platform_dependent(packed, tpu=bits_in_lanes, default=_bits)[..., :count]
   values = sum(planes[..., bit, :] << bit for bit in range(bits))
   return values.reshape(*packed.shape[:-2], *shape)
+
+
+def _bits(packed):
+  """u8[..., n] -> u8[..., 8 n], the highest bit first."""
+  return jnp.unpackbits(packed, axis=-1)
+
+
+def bits_in_lanes(packed):
+  """`_bits` for TPU, where an array [..., n, 8] fills 8 of 128 lanes.
+
+  A product with zeros and ones, exact in bfloat16 up to 256, repeats the bytes along the lanes.
+  """
+  lanes = np.arange(128)
+  repeat = jnp.asarray(lanes // 8 == np.arange(16)[:, None], jnp.bfloat16)
+  *lead, count = packed.shape
+  rows = jnp.pad(packed, [(0, 0)] * len(lead) + [(0, -count % 16)])
+  rows = rows.reshape(*lead, -1, 16).astype(jnp.bfloat16)
+  repeated = jnp.matmul(rows, repeat, preferred_element_type=jnp.float32).astype(jnp.int32)
+  bits = (repeated >> (7 - lanes % 8).astype(np.int32)[(None,) * (repeated.ndim - 1)]) & 1
+  return bits.astype(jnp.uint8).reshape(*lead, -1)[..., : 8 * count]

@@ -39,3 +39,10 @@ def test_another_grid_is_refused():
     packing.unpack(packed, (5, 4), 2)
   with pytest.raises(ValueError, match="another grid"):
     packing.unpack(packed, (4, 4), 3)
+
+
+@pytest.mark.parametrize("count", [1, 16, 37])
+def test_bits_in_lanes_are_the_bits(count):
+  """The form for TPU, on whatever device is here."""
+  packed = np.random.default_rng(0).integers(0, 256, (2, 3, count)).astype(np.uint8)
+  np.testing.assert_array_equal(packing.bits_in_lanes(packed), np.unpackbits(packed, axis=-1))
