@@ -24,17 +24,79 @@ def dry_run(script, *arguments, **variables):
   return done.returncode, done.stdout, done.stderr
 
 
+def fake(folder, name, body):
+  """A program of that name, for a PATH that begins with `folder`."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+  (folder / name).chmod(0o755)
+
+
+def test_arguments_are_the_programs_and_not_those_of_setup(tmp_path):
+  (tmp_path / "launch").mkdir()
+  for name in ("quickstart.sh", "setup.sh"):
+    shutil.copy(LAUNCH / name, tmp_path / "launch")
+  (tmp_path / "setup.cfg").touch()
+  fake(tmp_path / ".venv" / "bin", "python", 'echo "$*"')  # runs pip and the program
+  (tmp_path / ".venv" / "bin" / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")
+  for extra, editable in (("", "."), ("cuda12", ".[cuda12]")):
+    done = subprocess.run(
+      ["bash", tmp_path / "launch" / "quickstart.sh", "--config.seed=1"],
+      env={**os.environ, "PYTHON": "true", "WORKDIR": "w", "EXTRA": extra},
+      capture_output=True,
+      text=True,
+    )
+    installed, ran = done.stdout.splitlines()
+    assert installed.endswith(f" --editable {editable}"), done
+    assert ran == "-m launch.run --config=configs/quickstart.py --workdir=w --config.seed=1"
+
+
+def test_a_failed_install_is_tried_again(tmp_path):
+  (tmp_path / "setup.cfg").touch()
+  fake(tmp_path / ".venv" / "bin", "python", "exit 3")
+  (tmp_path / ".venv" / "bin" / "activate").touch()
+  for _ in range(2):  # as in an interactive shell, which goes on after an error and must not end
+    done = subprocess.run(
+      ["bash", "-c", f"source {LAUNCH / 'setup.sh'} cuda12; echo $?"],
+      cwd=tmp_path,
+      env={**os.environ, "PYTHON": "true"},
+      capture_output=True,
+      text=True,
+    )
+    assert done.stdout == "3\n"
+
+
 def test_multi_gpu_is_one_process_or_shares_the_gpus():
-  code, output, _ = dry_run("multi_gpu.sh", "--config.seed=1", GPUS="8")
+  visible = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,9,GPU-7"}
+  code, output, _ = dry_run("multi_gpu.sh", "--config.seed=1", **visible)
   run = "python -m launch.run --config=configs/ph2.py --workdir=/runs/a --config.seed=1"
   assert code == 0 and output == f"on 8 GPUs: {run}\n"
-  code, output, _ = dry_run("multi_gpu.sh", GPUS="8", PROCESSES="4", PORT="777")
+  code, output, _ = dry_run("multi_gpu.sh", PROCESSES="4", PORT="777", **visible)
   lines = output.splitlines()
   assert code == 0 and len(lines) == 4
-  assert lines[3].startswith("CUDA_VISIBLE_DEVICES=6,7 python -m launch.run")
+  assert lines[0].startswith("CUDA_VISIBLE_DEVICES=0,1 python -m launch.run")
+  assert lines[3].startswith("CUDA_VISIBLE_DEVICES=9,GPU-7 python -m launch.run")
   assert lines[3].endswith("--coordinator_address=127.0.0.1:777 --num_processes=4 --process_id=3")
-  code, _, error = dry_run("multi_gpu.sh", GPUS="8", PROCESSES="3")
+  code, _, error = dry_run("multi_gpu.sh", PROCESSES="3", **visible)
   assert code != 0 and "PROCESSES=3 does not divide 8 GPUs" in error
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_multi_gpu_without_a_gpu_is_refused(processes, visible):
+  code, output, error = dry_run("multi_gpu.sh", PROCESSES=processes, CUDA_VISIBLE_DEVICES=visible)
+  assert code == 2 and not output and f"PROCESSES={processes} does not divide 0 GPUs" in error
+
+
+def test_multi_gpu_counts_gpus_and_not_their_parts(tmp_path, monkeypatch):
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  fake(tmp_path, "nvidia-smi", "printf 'GPU 0: H100\\n  MIG 1g.10gb Device 0:\\nGPU 1: H100\\n'")
+  path = f"{tmp_path}:{os.environ['PATH']}"
+  _, output, _ = dry_run("multi_gpu.sh", PROCESSES="2", PATH=path)
+  assert [line.split()[0] for line in output.splitlines()] == [
+    "CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"
+  ]  # fmt: skip
+  fake(tmp_path, "nvidia-smi", "echo 'No devices were found'; exit 6")
+  assert dry_run("multi_gpu.sh", PATH=path)[0] == 2
 
 
 def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path):
@@ -49,7 +111,13 @@ def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path):
   (tmp_path / "python").chmod(0o755)
   with subprocess.Popen(
     ["bash", tmp_path / "launch" / "multi_gpu.sh"],
-    env={**os.environ, "CONFIG": "c", "WORKDIR": "w", "PROCESSES": "2", "GPUS": "2"},
+    env={
+      **os.environ,
+      "CONFIG": "c",
+      "WORKDIR": "w",
+      "PROCESSES": "2",
+      "CUDA_VISIBLE_DEVICES": "0,1",
+    },
     stdout=subprocess.PIPE,
     text=True,
   ) as process:
@@ -61,10 +129,13 @@ def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path):
 def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
   code, output, _ = dry_run("slurm.sbatch", "--config.seed=1", SLURM_SUBMIT_DIR=".")
   assert code == 0 and output == (
-    "srun --kill-on-bad-exit=0 --wait=120 python -m launch.run --distributed "
-    "--config=configs/ph2.py --workdir=/runs/a --config.seed=1\n"
+    "srun --cpus-per-task=8 --kill-on-bad-exit=0 --wait=120 python -m launch.run --distributed "
+    "--connect_seconds=600 --config=configs/ph2.py --workdir=/runs/a --config.seed=1\n"
   )
   text = (LAUNCH / "slurm.sbatch").read_text()
+  assert re.search(r"^#SBATCH --cpus-per-task=8$", text, re.M)
+  _, output, _ = dry_run("slurm.sbatch", SLURM_SUBMIT_DIR=".", SLURM_CPUS_PER_TASK="3")
+  assert output.startswith("srun --cpus-per-task=3 ")
   assert re.search(r"^#SBATCH --requeue$", text, re.M)
   assert re.search(r"^#SBATCH --signal=TERM@\d+$", text, re.M)
   tasks, gpus = (
@@ -98,6 +169,85 @@ def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
   places = [output.find(step) for step in steps]
   assert code == 0 and -1 not in places and places == sorted(places), (output, places)
   assert output.count("--worker=all") == 3
+  _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="gs://bucket/a")
+  assert "storage cp gs://bucket/a/results.json runs/slice/results.json" in output
+  assert "source launch/setup.sh tpu,gcs" in output.replace("\\", "")
+  code, output, error = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="runs/a")
+  assert code == 2 and not output and "expected an absolute path or gs://BUCKET/FOLDER" in error
+
+
+# A slice of two workers, each a folder, that sends what starts the job twice, as gcloud does after
+# a broken connection; that of the first watcher breaks where there is a file `drop`. The jobs last
+# until they are watched, and results are there when both have ended.
+GCLOUD = """
+set -e
+for x; do case $x in --worker=*) worker=${x#*=} ;; --command=*) command=${x#*=} ;; esac; done
+case $4 in
+  describe) echo ${STATE:-READY} ;;
+  scp)
+    if [ "$worker" = all ]; then mkdir -p $HOME/0 $HOME/1; exit; fi
+    tail -f /dev/null --pid=$(cat $HOME/1/rndpo_jax/job.pid)
+    echo result >"$8" ;;
+  ssh)
+    if [ "$worker" = all ]; then workers="0 1"; else workers=$worker; fi
+    for i in $workers; do
+      cd $HOME/$i
+      case $command in
+        *apt-get*) mkdir -p rndpo_jax/.venv/bin; cp $HOME/program rndpo_jax/.venv/bin/python ;;
+        *nohup*) for i in 1 2; do bash -c "$command" </dev/null; done ;;
+        *tail*)
+          touch $HOME/watched
+          if [ -e $HOME/drop ]; then rm $HOME/drop; exit 255; fi
+          bash -c "$command" ;;
+        *) bash -c "$command" ;;
+      esac
+    done ;;
+esac
+"""
+
+
+def tpu_vm(tmp_path, program, **variables):
+  """Runs tpu_vm.sh on a slice of folders, where `program` stands for the job."""
+  (tmp_path / "here" / "launch").mkdir(parents=True, exist_ok=True)
+  shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "here" / "launch")
+  fake(tmp_path, "gcloud", GCLOUD)
+  wait = "until [ -e $HOME/watched ]; do command -p sleep 0.05; done"
+  fake(tmp_path, "program", f'echo "$*" >>calls\n{wait}\n{program}')
+  for name in ("git", "sleep"):
+    fake(tmp_path, name, "")
+  environment = {
+    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
+    "NAME": "slice", "ZONE": "zone", "CONFIG": "c", "WORKDIR": "/w", **variables,
+  }  # fmt: skip
+  return subprocess.run(
+    ["bash", tmp_path / "here" / "launch" / "tpu_vm.sh", "--config.data.root=a b"],
+    env=environment, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+
+
+def calls(tmp_path, worker):
+  return (tmp_path / worker / "rndpo_jax" / "calls").read_text().splitlines()
+
+
+def test_tpu_vm_watches_through_a_broken_connection_and_starts_again_after_75(tmp_path):
+  (tmp_path / "drop").touch()
+  done = tpu_vm(tmp_path, "echo log; [ $(wc -l <calls) -gt 1 ] || exit 75")
+  assert done.returncode == 0 and not (tmp_path / "drop").exists(), done
+  run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w "
+  for worker in ("0", "1"):
+    assert calls(tmp_path, worker) == [f"{run}--config.data.root=a b"] * 2
+  assert (tmp_path / "here" / "runs" / "slice" / "report.html").read_text() == "result\n"
+
+
+def test_tpu_vm_hands_the_jobs_exit_code_on(tmp_path):
+  done = tpu_vm(tmp_path, "exit 3")
+  assert done.returncode == 3 and not (tmp_path / "here" / "runs").exists(), done
+
+
+def test_tpu_vm_tells_a_slice_that_was_taken_away(tmp_path):
+  (tmp_path / "drop").touch()
+  done = tpu_vm(tmp_path, "", STATE="PREEMPTED")
+  assert done.returncode == 75 and "slice or its job went away" in done.stderr, done
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh"])
@@ -163,7 +313,10 @@ RULE = {
 JOBSET = {
   "apiVersion": "jobset.x-k8s.io/v1alpha2",
   "kind": "JobSet",
-  "metadata": {"name": str},
+  "metadata": {
+    "name": str,
+    "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+  },
   "spec": {
     "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
     "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
@@ -171,10 +324,12 @@ JOBSET = {
 }
 
 
-def test_jobset_has_the_structure_of_v1alpha2():
+def test_jobset_has_the_structure_of_v1alpha2(tmp_path):
+  flags = "--config.data.size='(64,64,32)' --config.data.case_pattern='(case\\d+)_z\\d+'"
   text = string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(
-    NAME="ph2", IMAGE="registry/image", CONFIG="configs/ph2.py", WORKDIR="/runs/ph2", CLAIM="runs"
-  )
+    NAME="ph2", IMAGE="registry/image", CONFIG="configs/ph2.py", WORKDIR="/runs/ph2", CLAIM="runs",
+    FLAGS=flags,
+  )  # fmt: skip
   jobset = yaml.safe_load(text)
   expect(jobset, JOBSET)
   job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -186,6 +341,13 @@ def test_jobset_has_the_structure_of_v1alpha2():
   rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
   chips = int(container["resources"]["limits"]["google.com/tpu"])
   assert rows * columns == chips * job["parallelism"]
-  assert container["args"][-2:] == ["--config=configs/ph2.py", "--workdir=/runs/ph2"]
+  fake(tmp_path, "python", """printf '%s\\n' "$@" """)
+  path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  ran = subprocess.run(container["args"], env=path, capture_output=True, text=True).stdout
+  assert ran.splitlines() == [
+    "-m", "launch.run", "--distributed", "--connect_seconds=600", "--config=configs/ph2.py",
+    "--workdir=/runs/ph2", "--config.data.size=(64,64,32)",
+    r"--config.data.case_pattern=(case\d+)_z\d+",
+  ]  # fmt: skip
   mounted = {mount["name"] for mount in container["volumeMounts"]}
   assert mounted == {volume["name"] for volume in pod["volumes"]}
