@@ -174,11 +174,14 @@ _FRACTIONS = (
   "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
   "augment.gamma", "augment.noise", "augment.elastic",
 )  # fmt: skip
+# JAX takes the last 32 bits of a seed, so that a larger one would be another seed's twin.
+_SEEDS = ("seed", "data.split_seed", "data.phantom.seed")
+_MAX_SEED = 2**32 - 1
 
 
 def _check_ranges(config) -> None:
   for key in _POSITIVE:
-    value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+    value = _value(config, key)
     if not value > 0 or not math.isfinite(value):
       raise ConfigError(f"config.{key}: found {value}, expected a finite value above 0")
   for key in _NOT_NEGATIVE:
@@ -189,6 +192,9 @@ def _check_ranges(config) -> None:
     section, name = key.split(".")
     if not 0 <= config[section][name] <= 1:
       raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
+  for key in _SEEDS:
+    if not 0 <= _value(config, key) <= _MAX_SEED:
+      raise ConfigError(f"config.{key}: found {_value(config, key)}, expected 0..{_MAX_SEED}")
   if config.finetune.ema_decay == 1:
     raise ConfigError("config.finetune.ema_decay: found 1, an average that never moves")
   if config.data.num_unlabelled == 0 or config.data.num_unlabelled < -1:
@@ -203,6 +209,10 @@ def _check_ranges(config) -> None:
     )
   if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
     raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
+
+
+def _value(config, key: str):
+  return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 # What makes a sampler act, and so proposals of one view or one network differ.

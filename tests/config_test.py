@@ -55,6 +55,10 @@ REFUSED = [
   ("finetune.ema_decay", 1.0, "never moves"),
   ("base.keep_checkpoints", 0, "above 0"),
   ("finetune.checkpoint_minutes", -1.0, "0 or more"),
+  ("seed", -1, r"config.seed: found -1, expected 0..4294967295"),
+  ("seed", 2**32, "config.seed: found 4294967296"),
+  ("data.split_seed", -1, "config.data.split_seed: found -1"),
+  ("data.phantom.seed", -1, "config.data.phantom.seed: found -1"),
 ]
 
 
