@@ -28,11 +28,13 @@ from rndpo_jax.stages import prepare, shards
 
 
 class Data(NamedTuple):
-  """The data set of a config: `problem`, images of each split, bytes as stored (before compression
-  where it is not prepared), and the prepared set, None where the stage 'prepare' has not run."""
+  """The data set of a config: `problem`, images of each split, images stored (also those of no
+  split), their bytes on their own grids (before compression where it is not prepared), and the
+  prepared set, None where the stage 'prepare' has not run."""
 
   problem: aot.Problem
   num_images: dict[str, int]
+  num_stored: int
   num_bytes: int
   dataset: data_pipeline.Dataset | None
 
@@ -106,7 +108,8 @@ def describe_data(config, workdir: os.PathLike) -> Data:
   problem = aot.Problem(
     facts["num_classes"], facts["num_channels"], facts["spatial_dims"], tuple(config.data.size)
   )
-  return Data(problem, {name: counts[name] for name in splits.NAMES}, num_bytes, dataset)
+  counts = {name: counts[name] for name in splits.NAMES}
+  return Data(problem, counts, len(entries), num_bytes, dataset)
 
 
 def example_record(out_info) -> dict[str, np.ndarray]:
@@ -157,7 +160,8 @@ def _head(data: Data, mesh: Mesh, params) -> list[str]:
     f"devices   {mesh.size} of kind {device.device_kind}, {jax.process_count()} process"
     f"{'es' if jax.process_count() > 1 else ''}; mesh: {axes}",
     f"images    {counts}; {problem.num_channels} channels, {problem.num_classes} classes, taken at "
-    f"{' x '.join(map(str, problem.size))}",
+    f"{' x '.join(map(str, problem.size))}, stored with {data.num_bytes // data.num_stored:,} "
+    "bytes each in the mean",
     f"model     {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} parameters, "
     f"{cost.show_bytes(_num_bytes(params))}",
     "",
@@ -176,15 +180,16 @@ def _table(config, data: Data, trials: dict[str, trial.Trial], host, limit: int)
       seconds = cost.mining_seconds(
         count, tried.seconds, read or 0.0, write, shared=jax.default_backend() == "cpu"
       )
+    unknown = math.isnan(tried.seconds)  # too large to be run
     rows.append(
       (
         name,
         f"{tried.batch_size}",
         f"{cost.show_bytes(tried.memory)} of {cost.show_bytes(limit)}",
-        f"{tried.seconds:.3g}",
+        "-" if unknown else f"{tried.seconds:.3g}",
         f"{count:,}",
-        cost.show_seconds(seconds),
-        _rate(tried.batch_size / tried.seconds),
+        "-" if unknown else cost.show_seconds(seconds),
+        "-" if unknown else _rate(tried.batch_size / tried.seconds),
       )
     )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -247,10 +252,10 @@ def _free_bytes(workdir: os.PathLike) -> int:
 
 
 def _with_unlabelled(data: Data, count: int) -> Data:
-  """The data set with another number of unlabelled images, of the mean size."""
-  total = sum(data.num_images.values())
-  changed = total - data.num_images["unlabelled"] + count
+  """The data set with another number of unlabelled images, of the mean size of what is stored."""
+  num_stored = data.num_stored - data.num_images["unlabelled"] + count
   return data._replace(
     num_images={**data.num_images, "unlabelled": count},
-    num_bytes=data.num_bytes * changed // max(total, 1),
+    num_stored=num_stored,
+    num_bytes=data.num_bytes * num_stored // data.num_stored,
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -88,11 +89,45 @@ def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]
 
 
 def memory_limit() -> int:
-  """Bytes that a program may take on a device; on CPU the devices share the host's memory."""
+  """Bytes that a program may take on a device.
+
+  On CPU the devices share the host's memory, or what a container or Slurm leaves of it.
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+  host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return min(host, *cgroup_limits()) // jax.local_device_count()
+
+
+def cgroup_limits(
+  own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+  root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+) -> list[int]:
+  """Bytes to which this process's control groups limit its memory; those of Linux, v1 and v2.
+
+  A group's limit holds for all within it, so that those above count too. Source: Linux kernel
+  documentation, cgroups(7), cgroup-v2.rst.
+
+  Args:
+    own: file with a line ID:CONTROLLERS:PATH for each group of this process.
+    root: where the groups are mounted.
+  """
+  found = []
+  for line in own.read_text().splitlines() if own.exists() else []:
+    _, controllers, path = line.split(":", 2)
+    if "memory" in controllers.split(","):
+      top, name = root / "memory", "memory.limit_in_bytes"
+    elif not controllers:
+      top, name = root, "memory.max"
+    else:
+      continue
+    group = top / path.lstrip("/")
+    for folder in (group, *group.parents):
+      if folder.is_relative_to(top) and (folder / name).is_file():
+        text = (folder / name).read_text().strip()
+        found += [int(text)] if text.isdigit() else []  # else 'max', that is, none
+  return found
 
 
 def too_large(config, name: str, found: str) -> str:

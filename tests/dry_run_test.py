@@ -1,11 +1,12 @@
 """A dry run against what a run leaves, and its refusals."""
 
+import math
 import re
 
 import jax
 import pytest
 
-from rndpo_jax import checkpoint, dry_run, files, trial
+from rndpo_jax import checkpoint, cost, dry_run, files, trial
 from rndpo_jax.config import ConfigError
 from rndpo_jax.stages import prepare
 
@@ -98,18 +99,72 @@ def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
   lines = "\n".join(dry_run.run(config, workdir, num_unlabelled=10_000_000))
   assert "10,000,000 unlabelled" in lines and "at most 20,000,000" in lines
   assert "mine" in lines and "1,250,000" in lines  # 5,000,000 a shard, 8 at once
+  # The size of an image is that of those which are there, and said.
+  stored = dry_run.describe_data(config, workdir).num_bytes
+  assert f"stored with {stored // 30:,} bytes each" in lines
+  assert f"data {cost.show_bytes(stored / 30 * 10_000_010)}, " in lines
 
 
-def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch):
+def test_images_of_no_split_count_as_stored(tiny_config, tmp_path):
+  config = tiny_config()
+  config.data.num_unlabelled = 2
+  data = dry_run.describe_data(config, tmp_path)
+  assert data.num_images["unlabelled"] == 2 and data.num_stored == 30
+  more = dry_run._with_unlabelled(data, 7)
+  assert more.num_bytes == 35 * 20 * 18 * 2 and more.num_images["unlabelled"] == 7
+
+
+def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsys):
   config, workdir = tiny_run
   monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
   monkeypatch.setattr(trial, "memory_limit", lambda: tried[1]["finetune"].memory - 1)
   with pytest.raises(ConfigError, match=r"config.finetune.batch_size: found 8, with which the pro"):
     dry_run.run(config, workdir)
+  # Too large to be run, and so without a time.
+  unknown = {name: one._replace(seconds=math.nan) for name, one in tried[1].items()}
+  monkeypatch.setattr(trial, "try_programs", lambda *_: unknown)
+  capsys.readouterr()
+  with pytest.raises(ConfigError, match=r"config.finetune.batch_size"):
+    dry_run.run(config, workdir)
+  lines = capsys.readouterr().out.splitlines()
+  rows = {row[0]: row[3:] for row in (re.split(r"  +", line) for line in lines) if len(row) == 7}
+  assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "7", "-", "-"]
   monkeypatch.undo()
   monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
   with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB, its disk has"):
     dry_run.run(config, workdir, num_unlabelled=10**12)
+
+
+@pytest.mark.parametrize(
+  "own, limits, expected",
+  [
+    # Version 2, as under Slurm: the job's limit counts for its step.
+    ("0::/slurm/job/step\n", {"slurm/job/memory.max": "5000", "slurm/memory.max": "max"}, [5000]),
+    # Version 2 in a container, which sees its own group as the root.
+    ("0::/\n", {"memory.max": "7000"}, [7000]),
+    # Version 1 in a container, whose path is the host's.
+    (
+      "5:cpu,memory:/docker/a\n3:pids:/b\n0::/\n",
+      {"memory/memory.limit_in_bytes": "6000", "b/memory.max": "1", "memory.max": "max"},
+      [6000],
+    ),
+    ("0::/a\n", {}, []),
+  ],
+)
+def test_limits_of_control_groups(tmp_path, own, limits, expected):
+  (tmp_path / "own").write_text(own)
+  for name, text in limits.items():
+    (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "root" / name).write_text(f"{text}\n")
+  assert trial.cgroup_limits(tmp_path / "own", tmp_path / "root") == expected
+  assert trial.cgroup_limits(tmp_path / "missing", tmp_path / "root") == []
+
+
+def test_the_memory_of_the_host_is_what_the_groups_leave(monkeypatch):
+  monkeypatch.setattr(trial, "cgroup_limits", lambda: [8_000, 2**62])
+  assert trial.memory_limit() == 1_000  # eight devices
+  monkeypatch.setattr(trial, "cgroup_limits", lambda: [])
+  assert trial.memory_limit() > 10_000_000
 
 
 class _Reached(Exception):
