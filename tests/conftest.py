@@ -1,12 +1,20 @@
 """Every test runs on eight simulated CPU devices and refuses silent rank promotion."""
 
+import fcntl
 import os
+import tempfile
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
-import tempfile
+# Compiling is most of the tests' time. Machine code is made sooner (XLA's passes on arrays run all
+# the same), and every worker and program that a test starts takes from one folder what another has
+# compiled.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix="rndpo_jax_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 
 import jax
 import pytest
@@ -19,9 +27,26 @@ from rndpo_jax import pipeline
 flags.FLAGS(["tests"])  # Grain and the programs' main read flags, which a program has parsed
 cpu.tune()  # as the programs do that some tests start, so that equal results are equal
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests that run the same program again take it from here instead of compiling it.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rndpo_jax_tests_"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# The longest files, which start first: beside one that came last, the other worker would be idle.
+LONGEST = (
+  "pipeline_test", "multiprocess_test", "whole_jobs_test", "run_test", "mesh_test", "mine_test",
+  "finetune_test", "benchmark_network_test", "population_test", "augment_test", "sweep_test",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  places = {name: place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="module")
+def optimised():
+  """Machine code as in use, for files whose subject is rounding."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -32,6 +57,11 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
   """(config, work directory) of one undisturbed tiny run; tests must not change it."""
-  config, workdir = get_config(), tmp_path_factory.mktemp("tiny") / "run"
-  pipeline.run(config, workdir)
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # that of all workers: the first to need the run makes it
+  config, workdir = get_config(), folder / "tiny" / "run"
+  with (folder / "tiny.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    pipeline.run(config, workdir)
   return config, workdir

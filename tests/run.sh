@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh test
-python -m pytest -n 2 --dist loadfile "$@" tests
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" tests

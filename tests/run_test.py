@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import pathlib
 import re
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 import types
 
-import jax
 import pytest
 
 from rndpo_jax import pipeline
@@ -37,11 +35,9 @@ runpy.run_module("launch.run", run_name="__main__", alter_sys=True)
 
 
 def start(workdir, *arguments, config=CONFIG, program=("-m", "launch.run")):
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
   return subprocess.Popen(
     [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *arguments],
     cwd=ROOT,
-    env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
