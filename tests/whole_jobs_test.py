@@ -76,13 +76,15 @@ def nnunet_root(tmp_path):
   return root
 
 
+# Both jobs of volumes compile the same programs, but for the fine-tuning.
+VOLUMES = {"data__spatial_dims": 3, "data__size": (8, 8, 4), "base__augment": False}
+
+
 def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
   config = tiny(
     nnunet_config.get_config(),
+    **VOLUMES,
     data__root=str(nnunet_root),
-    data__spatial_dims=3,
-    data__size=(8, 8, 4),
-    base__augment=False,
     data__num_labelled=4,
     data__num_val=2,
     data__num_test=3,
@@ -100,6 +102,36 @@ def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
   for model in ("base", "finetuned", "selected"):
     assert 0.2 < results[model]["test"]["dice"] < 1 and results[model]["test"]["hd95"] > 0
   assert "scan_" in (workdir / "report.html").read_text()
+
+
+def test_volumes_of_four_classes_with_surfaces(tmp_path):
+  """Of the phantom, with instance normalisation and plain DPO on cached margins."""
+  config = tiny(
+    nnunet_config.get_config(),
+    **VOLUMES,
+    data__source="phantom",
+    data__name="phantom",
+    data__phantom__num_cases=30,
+    data__phantom__size=(12, 10, 8),
+    data__num_classes=4,
+    data__num_labelled=4,
+    data__num_val=3,
+    data__num_test=3,
+    model__norm="instance",
+    finetune__augment=False,
+    finetune__reference="cached",
+    finetune__objective="dpo",
+    finetune__beta=0.1,
+    finetune__num_steps=2,
+    finetune__eval_every_steps=2,
+    evaluate__metrics=("dice", "hd95", "assd", "nsd"),
+  )
+  workdir = tmp_path / "run"
+  pipeline.run(config, workdir)
+  results = files.read_json(workdir / "results.json")
+  assert results["objective"] == "dpo" and results["spacing_unit"] == "voxel"
+  assert set(results["finetuned"]["test"]) == {"dice", "hd95", "assd", "nsd"}
+  assert len((workdir / "report.html").read_text()) > 100_000
 
 
 @pytest.fixture
