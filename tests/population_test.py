@@ -1,5 +1,7 @@
 """population: a member is what an ordinary run would be, whatever the others do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ def segmenter():
   return types.Segmenter(None, apply, None, None)
 
 
+@functools.cache
 def params():
   keys = jax.random.split(jax.random.key(0))
   return {
@@ -37,6 +40,7 @@ def params():
   }
 
 
+@functools.cache
 def batch_of(seed, step):
   rng = np.random.default_rng([seed, step])
   masks = rng.integers(0, CLASSES, (2, ROWS, 2, *SIZE)).astype(np.uint8)
@@ -75,14 +79,21 @@ def with_reference(batch, config):
   return {**batch, "reference_params": params()} if online else batch
 
 
-def ordinary(seed, beta, rate, stop=STEPS, **changes):
-  """(state, metrics of the last step) of one run alone, on one device."""
-  config = options(beta=beta, learning_rate=rate, **changes)
-  mesh = parallel.make_mesh(ONE)
+@functools.cache
+def ordinary_step(**changes):
+  """(config, optimizer, step) of runs alone, on one device."""
+  config = options(**changes)
   optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
   step = training.make_train_step(
-    loss_fn(config), optimizer, mesh, tuned.accumulate_steps, tuned.ema_decay
+    loss_fn(config), optimizer, parallel.make_mesh(ONE), tuned.accumulate_steps, tuned.ema_decay
   )
+  return config, optimizer, step
+
+
+def ordinary(seed, beta, rate, stop=STEPS, **changes):
+  """(state, metrics of the last step) of one run alone, on one device."""
+  config, optimizer, step = ordinary_step(beta=beta, learning_rate=rate, **changes)
+  mesh, tuned = parallel.make_mesh(ONE), config.finetune
   state = training.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
   for number in range(stop):
     batch = with_reference(parallel.put_batch(batch_of(seed, number), mesh), config)
@@ -108,7 +119,9 @@ def trained(form, devices, settings=None, spoilt=None, **changes):
   for number in range(STEPS):
     rows = [batch_of(seed, number) for seed in SEEDS]
     if spoilt is not None and spoilt[1] == number:
-      rows[spoilt[0]]["image"][0, 0, 0] = np.nan
+      image = rows[spoilt[0]]["image"].copy()
+      image[0, 0, 0] = np.nan
+      rows[spoilt[0]] = {**rows[spoilt[0]], "image": image}
     batches = population.put_batches(rows, mesh)
     before = state
     state, aux = step(state, with_reference(batches, config), keys, settings)
@@ -155,9 +168,12 @@ def test_a_member_is_the_run_of_its_seed_beta_and_rate(alone, form, devices):
   ],
   ids=["accumulated", "augmented"],
 )
-def test_options_act_on_members_as_on_a_run(changes):
+def test_options_act_on_members_as_on_a_run(alone, changes):
   settings = population.grid(BETAS[1:], RATES[:1])
   expected = [[ordinary(seed, BETAS[1], RATES[0], **changes)] for seed in SEEDS]
+  # They do act: what is kept of the run is another than without them.
+  kept, plain = (runs[0][j][0].evaluated() for runs, j in ((expected, 0), (alone, 2)))
+  assert np.abs(kept["out"] - plain["out"]).max() > 1e-3
   check_members(trained("vmap", EIGHT[:2], settings, **changes), expected)
 
 
