@@ -10,6 +10,8 @@ import pytest
 
 from rndpo_jax.models import layers
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def test_pool_takes_maxima():
   x = jnp.arange(16.0).reshape(1, 4, 4, 1)

@@ -9,6 +9,8 @@ import pytest
 
 from rndpo_jax import losses
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SHAPES = [((2, 5, 6), 4), ((2, 3, 4, 5), 3), ((3, 4, 4), 1)]
 
 

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 
 from rndpo_jax import losses, margins, packing, parallel
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SPACES = [((2, 5, 6), 4), ((2, 3, 4, 5), 3), ((3, 4, 4), 1), ((1, 3, 5), 2)]
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from rndpo_jax import config, losses, objectives
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 BETA, SMOOTHING, TEMPERATURE, EXPONENT, FLOOR = 0.7, 0.15, 0.3, 0.5, 6.0
 SIZES = np.array([4, 9, 1, 0, 25])
 MARGINS = np.array([[3.0, 1.0], [-2.0, 2.5], [0.4, 0.1], [0.0, 0.0], [30.0, -8.0]])

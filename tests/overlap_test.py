@@ -6,6 +6,8 @@ import pytest
 
 from rndpo_jax import metrics, overlap
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def test_by_hand():
   masks = np.array([[[[1, 1], [0, 2]], [[1, 0], [0, 2]], [[0, 0], [0, 0]]]], np.uint8)
