@@ -108,7 +108,8 @@ def quiet_failed_writes():
 
 
 def is_no_failed_write(record) -> bool:
-  """Whether a log record is of anything but a write that failed."""
+  """Whether a log record is of anything but a write that failed, or that the program's end met."""
   from rndpo_jax import checkpoint
 
-  return not record.exc_info or not checkpoint.is_failed_write(record.exc_info[1])
+  error = record.exc_info[1] if record.exc_info else None
+  return not (checkpoint.is_failed_write(error) or "cannot schedule new futures" in str(error))

@@ -178,6 +178,8 @@ def test_the_log_of_a_failed_write_in_a_thread_is_left_out_and_no_other():
   assert not program.is_no_failed_write(record(OSError(errno.ENOSPC, "No space left on device")))
   assert not program.is_no_failed_write(record(ValueError("NOT_FOUND: Error reading /d/x")))
   assert not program.is_no_failed_write(record(TimeoutError("Timed out after 86400 seconds.")))
+  late = RuntimeError("cannot schedule new futures after interpreter shutdown")
+  assert not program.is_no_failed_write(record(late))
   assert program.is_no_failed_write(record(ValueError("no such key: x")))
   assert program.is_no_failed_write(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
 
