@@ -203,6 +203,11 @@ def agree(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def any_of(value: bool) -> bool:
+  """Whether `value` is true on any process; waits until every process has come with its own."""
+  return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def make_mesh(
   devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1, space: int = 1
 ) -> Mesh:

@@ -81,11 +81,10 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
-    if name not in ALONE or parallel.is_first():
-      RUNNERS[name](config, workdir)
-    parallel.barrier(name)
+    with preemption.together(f"stage {name!r} is done"):
+      if name not in ALONE or parallel.is_first():
+        RUNNERS[name](config, workdir)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
-    preemption.check(f"stage {name!r} is done")
 
 
 def is_done(name: str, workdir: epath.Path) -> bool:

@@ -1,12 +1,37 @@
 """preemption: a signal is noted, the second one acts at once, and both have their exit code."""
 
 import os
+import pathlib
 import signal
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from launch import run as launch_run
 from rndpo_jax import pipeline, preemption
+
+# A training of 40 steps, then work that process 0 does alone; SIGTERM comes to the one that waits.
+PROCESS = """
+import os, signal, sys, threading, time
+from rndpo_jax import parallel, preemption
+index, address = int(sys.argv[1]), sys.argv[2]
+parallel.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
+preemption.install()
+try:
+  assert not any(preemption.reached(step) for step in range(1, 41))
+  if index == 1:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  with preemption.together("all is done"):
+    while index == 0:
+      preemption.check("half is done")
+      time.sleep(0.01)
+except preemption.Preempted as error:
+  print(error)
+  sys.exit(error.exit_code)
+"""
 
 
 @pytest.fixture
@@ -43,16 +68,87 @@ def test_the_second_signal_acts_at_once(installed):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_several_processes_leave_the_signals_to_the_runtime(monkeypatch):
-  before = signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def two_processes(monkeypatch):
+  """As if there were two, the other one with nothing to say."""
+  monkeypatch.setattr(preemption, "_noted", [])
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-  agreed = iter([False, True])
-  sync = lambda step: next(agreed) and step == 8  # noqa: E731
+  monkeypatch.setattr(preemption.parallel, "any_of", bool)
+
+
+def test_several_processes_agree_every_few_steps(two_processes):
+  assert not any(preemption.reached(step) for step in range(1, 21))
+  preemption._noted.append(signal.SIGTERM)
+  assert [step for step in range(1, 13) if preemption.reached(step)] == [5, 10]
+  assert preemption.Preempted("saved").exit_code == 75
+
+
+def test_several_processes_leave_the_signals_to_the_runtime(two_processes, monkeypatch):
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(preemption, "_TICK_SECONDS", 0.001)
+  ticks, ends = [], []
+
+  def sync(tick):
+    ticks.append(tick)
+    return tick == 8
+
   monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", sync)
+  monkeypatch.setattr(preemption.atexit, "register", ends.append)
   preemption.install()
   assert signal.getsignal(signal.SIGTERM) == before
-  assert [preemption.reached(step) for step in (7, 8)] == [False, True]
-  assert preemption.Preempted("saved").exit_code == 75
+  (watch,) = (t for t in threading.enumerate() if t.name.endswith("(_watch)"))
+  watch.join(60)
+  assert ticks == [*range(1, 9)] and preemption._noted == [signal.SIGTERM]
+  ends[0]()
+
+
+def test_the_watch_ends_with_the_program(two_processes, monkeypatch):
+  monkeypatch.setattr(preemption, "_TICK_SECONDS", 1e6)
+  ended = threading.Event()
+  ended.set()
+  preemption._watch(ended)
+  assert not preemption._noted
+
+
+def test_who_ended_early_meets_the_others_once(two_processes, monkeypatch):
+  meetings = []
+
+  def any_of(value):
+    meetings.append(value)
+    return True
+
+  monkeypatch.setattr(preemption.parallel, "any_of", any_of)
+  with pytest.raises(preemption.Preempted, match="inner is done"):
+    with preemption.together("outer is done"):
+      with preemption.together("inner is done"):
+        pass  # the signal came to the other process
+  assert meetings == [False]
+  preemption._noted.append(signal.SIGTERM)
+  with pytest.raises(preemption.Preempted, match="half of it"):
+    with preemption.together("outer is done"):
+      preemption.check("half of it")
+  assert meetings == [False, True]
+
+
+def test_a_signal_to_one_of_two_processes_ends_both():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, str(index), address],
+      cwd=pathlib.Path(__file__).parent.parent,
+      env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=100)[0] for process in processes]
+  assert [process.returncode for process in processes] == [75, 75], outputs
+  assert "SIGTERM: half is done; the same" in outputs[0]
+  assert "SIGTERM: all is done; the same" in outputs[1]
 
 
 def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypatch, capsys):

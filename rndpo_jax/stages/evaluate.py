@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, parallel, progress, results
+from rndpo_jax import checkpoint, files, metrics, parallel, preemption, progress, results
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import records
 from rndpo_jax.stages import gallery, measure
@@ -47,8 +47,8 @@ def run(config, workdir: os.PathLike) -> None:
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
-  cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
-  parallel.barrier("curve")
+  with preemption.together("evaluate: measured checkpoints are kept"):
+    cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
   if not parallel.is_first():
     return
   # What the other processes measured is read from their files.

@@ -33,6 +33,8 @@ from rndpo_jax import (
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare, shards
 
+_KEPT = "mine: finished shards are kept"
+
 
 def run(config, workdir: os.PathLike) -> None:
   """Mines the unlabelled split; writes `pairs/`.
@@ -66,12 +68,12 @@ def run(config, workdir: os.PathLike) -> None:
     outputs = mined(audit.example_indices(dataset))
     audit.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
-  for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
-    path = pairs.shard_path(directory, shard, config.mine.num_shards)
-    if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
-      outputs = mined(part, stays=("masks",))
-      shards.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
-  parallel.barrier("shards")
+  with preemption.together(_KEPT):
+    for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
+      path = pairs.shard_path(directory, shard, config.mine.num_shards)
+      if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
+        outputs = mined(part, stays=("masks",))
+        shards.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
   if parallel.is_first():
     shards.write_manifest(config, directory)
 
@@ -224,7 +226,7 @@ def run_batches(
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
   def start(batch):
-    preemption.check("mine: finished shards are kept")
+    preemption.check(_KEPT)
     out = program(key, parallel.split_over_local_devices(batch))
     return batch, {name: value for name, value in out.items() if name not in stays}
 
