@@ -12,7 +12,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rndpo_jax import parallel
+from rndpo_jax import files, parallel
 
 
 def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
@@ -23,29 +23,26 @@ def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
 
 
 class Rows:
-  """Appends to metrics.jsonl and TensorBoard, first dropping rows that a resumed run repeats.
+  """Rows of metrics.jsonl and TensorBoard, first dropping those that a resumed run repeats.
+
+  Rows are kept here until `write`, which writes the file whole: object stores cannot append. A
+  state must not count as whole before its rows are written, so call it before saving one.
 
   TensorBoard's events are written here and now. SummaryWriter would leave them to a thread: on a
   full disk that dies, and the next rows wait for it forever.
 
-  Process 0 writes; in the others every method does nothing.
+  Process 0 has rows and writes; in the others every method does nothing.
   """
 
   def __init__(self, directory: epath.Path, start: int):
+    self._lines: list[str] = []
     self._writes = parallel.is_first()
     if not self._writes:
       return
-    path = directory / "metrics.jsonl"
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines(keepends=True):
-        # A killed run can leave half a line: it belongs to a step that is repeated.
-        if line.endswith("\n") and json.loads(line)["step"] <= start:
-          kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-    self._file = path.open("a")
+    self._path = directory / "metrics.jsonl"
+    if self._path.exists():
+      lines = self._path.read_text().splitlines()
+      self._lines = [line for line in lines if json.loads(line)["step"] <= start]
     (directory / "tensorboard").mkdir(exist_ok=True)
     self._events = EventsWriter(str(directory / "tensorboard" / "events"))
     self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
@@ -53,11 +50,20 @@ class Rows:
   def add(self, row: dict[str, Any]) -> None:
     if not self._writes:
       return
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    self._lines.append(json.dumps(row))
     for name, value in row.items():
       if name not in ("step", "kind"):
         self._add_event(row["step"], summary=summary.scalar(f"{row['kind']}/{name}", value))
+
+  def of_kind(self, kind: str) -> list[dict[str, Any]]:
+    """As `read_rows`, of all that were added."""
+    return [row for row in map(json.loads, self._lines) if row["kind"] == kind]
+
+  def write(self) -> None:
+    """Brings all that were added to the disk."""
+    if not self._writes:
+      return
+    files.write_text(self._path, "".join(f"{line}\n" for line in self._lines))
     self._events.flush()
 
   def _add_event(self, step: int, **content) -> None:
@@ -66,5 +72,7 @@ class Rows:
   def close(self) -> None:
     if not self._writes:
       return
-    self._file.close()
-    self._events.close()
+    try:
+      self.write()
+    finally:
+      self._events.close()

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import accumulation, metrics, parallel, preemption, progress, saving, types
-from rndpo_jax.logbook import Rows, read_rows
+from rndpo_jax.logbook import Rows
 
 # (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -275,9 +275,10 @@ def fit(
         if validate is not None:
           rows.add({"step": step, "kind": "val", **validate(state.evaluated())})
       if keep or stop or (logged and saver.is_due()):
+        rows.write()
         saver.save(step, state, with_params=keep)
       if keep and keep_best and parallel.is_first():
-        saver.keep_best(step, read_rows(directory, "val"))
+        saver.keep_best(step, rows.of_kind("val"))
       if stop:
         raise preemption.Preempted(f"{description}: saved at step {step}")
   return state

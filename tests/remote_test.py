@@ -1,14 +1,26 @@
 """Work directories in an object store, played by a folder behind fsspec's name for gs://."""
 
+from unittest import mock
+
 import fsspec
 import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations import local
 
-from rndpo_jax import files
+from rndpo_jax import files, logbook
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import pairs, prepare
+
+
+class Upload(local.LocalFileOpener):
+  """An object that is there once it is closed, and whole; nothing can be added to it."""
+
+  def close(self):
+    if not self.closed:
+      super().close()
+      if "w" in self.mode:
+        self.commit()
 
 
 class Bucket(local.LocalFileSystem):
@@ -23,6 +35,11 @@ class Bucket(local.LocalFileSystem):
     if path.startswith("gs://"):
       path = f"{cls.folder}/{path[len('gs://') :]}"
     return super()._strip_protocol(path)
+
+  def _open(self, path, mode="rb", **_):
+    if mode not in ("rb", "wb"):
+      raise NotImplementedError(f"mode {mode!r} of {path}")  # gcsfs would overwrite
+    return Upload(path, mode, autocommit=False, fs=self)
 
 
 @pytest.fixture
@@ -41,6 +58,30 @@ def test_files_appear_whole_in_a_bucket(bucket, tmp_path):
   assert files.read_json(bucket / "a" / "b.json") == {"c": 2}
   assert [path.name for path in (tmp_path / "bucket/runs/a").iterdir()] == ["b.json"]
   assert files.sha256(bucket / "a" / "b.json") == files.sha256(tmp_path / "bucket/runs/a/b.json")
+
+
+@pytest.fixture
+def no_events(monkeypatch):
+  """TensorBoard's writer talks to the real store."""
+  monkeypatch.setattr(logbook, "EventsWriter", lambda _: mock.Mock())
+
+
+def test_rows_in_a_bucket_are_there_at_every_write_and_after_a_run_that_went_on(bucket, no_events):
+  with (bucket / "half").open("w") as file:
+    file.write("text")
+    assert not (bucket / "half").exists()  # as it is in a bucket
+  rows = logbook.Rows(bucket, start=0)
+  for step, kind in ((10, "train"), (10, "val"), (20, "train")):
+    rows.add({"step": step, "kind": kind, "val_dice": step / 100})
+  rows.write()
+  assert [row["step"] for row in logbook.read_rows(bucket, "train")] == [10, 20]
+  rows.add({"step": 30, "kind": "val", "val_dice": 0.3})
+  rows.close()  # killed after step 20's state: step 30 comes again
+  rows = logbook.Rows(bucket, start=20)
+  assert rows.of_kind("val") == logbook.read_rows(bucket, "val")[:1]
+  rows.add({"step": 30, "kind": "val", "val_dice": 0.4})
+  rows.close()
+  assert [row["val_dice"] for row in logbook.read_rows(bucket, "val")] == [0.1, 0.4]
 
 
 def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_config):

@@ -282,6 +282,7 @@ def events(directory):
 def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
   rows = logbook.Rows(epath.Path(tmp_path), start=4)
   rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
+  rows.write()
   (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
   assert goes_on.step == 5 and goes_on.session_log.status == goes_on.session_log.START
   shown = {(e.step, v.tag): v.simple_value for e in figures for v in e.summary.value}
@@ -301,4 +302,5 @@ def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
     with pytest.raises(OSError, match="No space left"):
       for step in range(100):
         rows.add({"step": step, "kind": "train", "loss": 0.25})
+        rows.write()
   rows.close()

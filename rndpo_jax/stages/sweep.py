@@ -152,6 +152,7 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
       if keep:
         rows.add(step, "val", {"val_dice": validate(state.evaluated())}, state.diverged)
       if keep or stop or (logged and saver.is_due()):
+        rows.write()
         saver.save(step, state, with_params=False)
       if stop:
         raise preemption.Preempted(f"sweep: saved at step {step}")
@@ -230,6 +231,10 @@ class _Rows:
           f"sweep: seed {seed}, beta {beta:g}, learning rate {rate:g} has no finite loss or "
           f"gradient at step {at}; it stays as it was before, the others go on"
         )
+
+  def write(self) -> None:
+    for rows in self._rows:
+      rows.write()
 
   def close(self) -> None:
     for rows in self._rows:
