@@ -58,7 +58,7 @@ def one_line(error):
   """What to say of an error that a user can mend; None of any other."""
   import jax
 
-  from rndpo_jax import checkpoint, config, files, judges, parallel, training
+  from rndpo_jax import checkpoint, config, files, judges, processes, training
   from rndpo_jax.data import records
   from rndpo_jax.stages import pairs, shards
 
@@ -76,8 +76,8 @@ def one_line(error):
     )
   # A barrier fails by ValueError.
   if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
-    lost = parallel.is_loss_of_another(error)
-    return parallel.loss_of_another(str(error).splitlines()[0]) if lost else None
+    lost = processes.is_loss_of_another(error)
+    return processes.loss_of_another(str(error).splitlines()[0]) if lost else None
   if not isinstance(error, OSError):
     return None
   if files.is_full_disk(error):

@@ -42,11 +42,11 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 def main(argv):
   program.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config, dry_run, parallel, pipeline, preemption, progress
+  from rndpo_jax import config, dry_run, pipeline, preemption, processes, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
   with program.one_line_errors():
-    end = parallel.stop if join_others() else sys.exit
+    end = processes.stop if join_others() else sys.exit
   with program.one_line_errors(end):
     if _DRY_RUN.value:
       dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)
@@ -55,15 +55,15 @@ def main(argv):
       raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     preemption.install()  # after the others are met: JAX sets a handler of its own then
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
-  if "report" in stages and parallel.is_first():
+  if "report" in stages and processes.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 
 def join_others():
   """Whether this is one process of several; they have met when it returns."""
-  from rndpo_jax import parallel
+  from rndpo_jax import processes
 
-  return parallel.initialize(
+  return processes.initialize(
     _COORDINATOR_ADDRESS.value,
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rndpo_jax import files, parallel, progress
+from rndpo_jax import files, processes, progress
 
 _SUMS = "sha256.json"
 # Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
@@ -54,7 +54,7 @@ class Writer:
   def __init__(self, directory: epath.PathLike):
     self._directory = epath.Path(directory).resolve()
     self._path = self._directory
-    if self._directory.exists() and jax.process_index() == 0:
+    if self._directory.exists() and processes.is_first():
       for left in self._directory.glob("*.orbax-checkpoint-tmp*"):  # by a run that was killed
         left.rmtree()
     # Several writers of a process must not meet at each other's barriers.
@@ -116,7 +116,7 @@ def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
       _check_sums(path)
       return checkpointer.restore(path, target)
     except _UNREADABLE as error:
-      if parallel.is_loss_of_another(error):
+      if processes.is_loss_of_another(error):
         raise
       remedy = f"Delete the folder {directory} and run the same command again: the stage starts"
       raise _unreadable(path, error, f"{remedy} anew") from error
@@ -182,7 +182,7 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
 
 def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
   """Deletes the whole checkpoints of other steps; process 0 does so for all."""
-  if jax.process_index() == 0:
+  if processes.is_first():
     for step in set(steps(directory)) - set(kept):
       (epath.Path(directory) / str(step)).rmtree()
 
@@ -230,7 +230,7 @@ def _failed_write_named(path: epath.Path):
       "goes on from the checkpoint before"
     ) from error
   except ValueError as error:
-    if not is_failed_write(error) or parallel.is_loss_of_another(error):
+    if not is_failed_write(error) or processes.is_loss_of_another(error):
       raise
     if not files.is_full_disk(error):
       raise CheckpointError(

@@ -12,7 +12,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from rndpo_jax import files, parallel
+from rndpo_jax import files, processes
 
 
 def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ class Rows:
 
   def __init__(self, directory: epath.Path, start: int):
     self._lines: list[str] = []
-    self._writes = parallel.is_first()
+    self._writes = processes.is_first()
     if not self._writes:
       return
     self._path = directory / "metrics.jsonl"

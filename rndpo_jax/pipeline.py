@@ -16,7 +16,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import checks, files, judges, parallel, preemption, progress
+from rndpo_jax import checks, files, judges, parallel, preemption, processes, progress
 from rndpo_jax import config as config_lib
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
@@ -66,23 +66,23 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     )
   check_here(config)
   workdir = epath.Path(workdir)
-  if parallel.is_first():
+  if processes.is_first():
     claim(config, workdir)
-  parallel.barrier("claim")
-  if not parallel.is_first():
+  processes.barrier("claim")
+  if not processes.is_first():
     check_shared(config, workdir)
   for name in config_lib.STAGES:
     if name not in stages or (name == "prepare" and config.base.workdir):
       continue
     # A file can appear between the looks of two processes: process 0 looks for all.
-    if parallel.agree(is_done(name, workdir)):
+    if processes.agree(is_done(name, workdir)):
       progress.say(f"[{name}] done before")
       continue
     check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
     with preemption.together(f"stage {name!r} is done"):
-      if name not in ALONE or parallel.is_first():
+      if name not in ALONE or processes.is_first():
         RUNNERS[name](config, workdir)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
 

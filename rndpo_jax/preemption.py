@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from rndpo_jax import parallel
+from rndpo_jax import processes
 
 # EX_TEMPFAIL of sysexits.h: what launchers read as 'start it again'.
 EXIT_CODE = 75
@@ -72,7 +72,7 @@ def reached(step: int) -> bool:
   """Whether to save and stop after this training step; the same answer on every process."""
   if jax.process_count() == 1:
     return bool(_noted)
-  return step % _AGREE_EVERY_STEPS == 0 and parallel.any_of(bool(_noted))
+  return step % _AGREE_EVERY_STEPS == 1 and processes.any_of(bool(_noted))
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def together(what: str) -> Iterator[None]:
     if not error.alone:
       raise
     what = error.what
-  if parallel.any_of(bool(_noted)):
+  if processes.any_of(bool(_noted)):
     raise Preempted(what)
 
 

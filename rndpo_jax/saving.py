@@ -7,11 +7,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from rndpo_jax import checkpoint, preemption, progress
+from rndpo_jax import checkpoint, preemption, processes, progress
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class Saver:
     if not self._seconds:
       return False
     due = time.monotonic() - self._last >= self._seconds
-    return bool(multihost_utils.broadcast_one_to_all(np.array(due)))
+    return bool(processes.agree(due))
 
   def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
     """Deletes all parameters but the latest and the best as of each state that is kept."""

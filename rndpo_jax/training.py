@@ -16,7 +16,16 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import accumulation, metrics, parallel, preemption, progress, saving, types
+from rndpo_jax import (
+  accumulation,
+  metrics,
+  parallel,
+  preemption,
+  processes,
+  progress,
+  saving,
+  types,
+)
 from rndpo_jax.logbook import Rows
 
 # (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
@@ -277,7 +286,7 @@ def fit(
       if keep or stop or (logged and saver.is_due()):
         rows.write()
         saver.save(step, state, with_params=keep)
-      if keep and keep_best and parallel.is_first():
+      if keep and keep_best and processes.is_first():
         saver.keep_best(step, rows.of_kind("val"))
       if stop:
         raise preemption.Preempted(f"{description}: saved at step {step}")

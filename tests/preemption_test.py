@@ -16,9 +16,9 @@ from rndpo_jax import pipeline, preemption
 # A training of 40 steps, then work that process 0 does alone; SIGTERM comes to the one that waits.
 PROCESS = """
 import os, signal, sys, threading, time
-from rndpo_jax import parallel, preemption
+from rndpo_jax import preemption, processes
 index, address = int(sys.argv[1]), sys.argv[2]
-parallel.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
+processes.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
 preemption.install()
 try:
   assert not any(preemption.reached(step) for step in range(1, 41))
@@ -73,13 +73,13 @@ def two_processes(monkeypatch):
   """As if there were two, the other one with nothing to say."""
   monkeypatch.setattr(preemption, "_noted", [])
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(preemption.parallel, "any_of", bool)
+  monkeypatch.setattr(preemption.processes, "any_of", bool)
 
 
 def test_several_processes_agree_every_few_steps(two_processes):
   assert not any(preemption.reached(step) for step in range(1, 21))
   preemption._noted.append(signal.SIGTERM)
-  assert [step for step in range(1, 13) if preemption.reached(step)] == [5, 10]
+  assert [step for step in range(1, 13) if preemption.reached(step)] == [1, 6, 11]
   assert preemption.Preempted("saved").exit_code == 75
 
 
@@ -117,7 +117,7 @@ def test_who_ended_early_meets_the_others_once(two_processes, monkeypatch):
     meetings.append(value)
     return True
 
-  monkeypatch.setattr(preemption.parallel, "any_of", any_of)
+  monkeypatch.setattr(preemption.processes, "any_of", any_of)
   with pytest.raises(preemption.Preempted, match="inner is done"):
     with preemption.together("outer is done"):
       with preemption.together("inner is done"):

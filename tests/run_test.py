@@ -10,6 +10,7 @@ import sys
 import time
 import types
 
+import jax
 import pytest
 
 from rndpo_jax import pipeline

@@ -11,7 +11,18 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import checkpoint, files, logbook, losses, models, parallel, saving, training, types
+from rndpo_jax import (
+  checkpoint,
+  files,
+  logbook,
+  losses,
+  models,
+  parallel,
+  processes,
+  saving,
+  training,
+  types,
+)
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, pipeline
 
@@ -83,7 +94,7 @@ def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
 
 def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
-  if parallel.agree((directory / "selected.json").exists()):
+  if processes.agree((directory / "selected.json").exists()):
     return
   mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = pipeline.open_dataset(config, workdir)
@@ -122,7 +133,7 @@ def _train_member(config, workdir, member: int) -> None:
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
-  if parallel.is_first():
+  if processes.is_first():
     _select(config, directory)
 
 
@@ -203,7 +214,7 @@ def _copy_members(config, workdir) -> None:
   for member in reversed(range(config.base.num_members)):
     source = member_directory(config.base.workdir, member)
     target = member_directory(workdir, member)
-    if parallel.agree((target / "selected.json").exists()):
+    if processes.agree((target / "selected.json").exists()):
       continue
     if not (source / "selected.json").exists():
       raise ConfigError(
@@ -213,7 +224,7 @@ def _copy_members(config, workdir) -> None:
     selected = files.read_json(source / "selected.json")
     params = checkpoint.restore_params(source / "params", selected["step"], stage_directory=source)
     checkpoint.save(target / "params", selected["step"], params)
-    if not parallel.is_first():
+    if not processes.is_first():
       continue
     files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
     files.write_json(target / "selected.json", selected)

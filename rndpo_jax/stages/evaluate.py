@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, parallel, preemption, progress, results
+from rndpo_jax import checkpoint, files, metrics, preemption, processes, progress, results
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import records
 from rndpo_jax.stages import gallery, measure
@@ -49,7 +49,7 @@ def run(config, workdir: os.PathLike) -> None:
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
   with preemption.together("evaluate: measured checkpoints are kept"):
     cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
-  if not parallel.is_first():
+  if not processes.is_first():
     return
   # What the other processes measured is read from their files.
   cases |= {step: measure.overlap_cases(evaluation, step) for step in steps if step not in cases}

@@ -16,7 +16,17 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import checkpoint, files, losses, models, packing, parallel, training, types
+from rndpo_jax import (
+  checkpoint,
+  files,
+  losses,
+  models,
+  packing,
+  parallel,
+  processes,
+  training,
+  types,
+)
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, geometry, pipeline
 from rndpo_jax.stages import base, pairs
@@ -155,7 +165,7 @@ def run(config, workdir: os.PathLike) -> None:
     keep_checkpoints=config.finetune.keep_checkpoints,
     checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
-  if parallel.is_first():
+  if processes.is_first():
     files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
 
 

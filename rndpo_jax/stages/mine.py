@@ -27,6 +27,7 @@ from rndpo_jax import (
   packing,
   parallel,
   preemption,
+  processes,
   proposals,
   types,
 )
@@ -54,7 +55,7 @@ def run(config, workdir: os.PathLike) -> None:
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
-  if parallel.is_first() and not (directory / "judges.json").exists():
+  if processes.is_first() and not (directory / "judges.json").exists():
     measure = on_local_devices(audit.make_measure(score, names, dataset.num_classes), weights)
     outputs = {
       split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
@@ -64,7 +65,7 @@ def run(config, workdir: os.PathLike) -> None:
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
   with_labels = config.judge.name in config_lib.TRUTH_JUDGES
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
-  if parallel.is_first() and not (directory / "examples.npz").exists():
+  if processes.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(audit.example_indices(dataset))
     audit.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
@@ -74,7 +75,7 @@ def run(config, workdir: os.PathLike) -> None:
       if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
         outputs = mined(part, stays=("masks",))
         shards.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
-  if parallel.is_first():
+  if processes.is_first():
     shards.write_manifest(config, directory)
 
 

@@ -1,0 +1,201 @@
+"""Processes: how several of them meet, agree and end."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from rndpo_jax.config import ConfigError
+
+# In the store of the distributed runtime: which process has stopped by an error.
+_STOPPED = "rndpo_jax/stopped"
+_LOOK_EVERY_SECONDS = 1.0
+# Held for ever by the thread that ends this process: its message is the only one.
+_ending = threading.Lock()
+
+
+def initialize(
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  detect: bool,
+  connect_seconds: int,
+  heartbeat_seconds: int,
+) -> bool:
+  """Joins this process to a run of several; before any use of a device.
+
+  Does nothing where no process is named and `detect` is off. Ends the program with one line where
+  the processes have not met after `connect_seconds`: JAX itself would end in a core dump.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0, which listens there.
+    num_processes: N.
+    process_id: 0..N-1.
+    detect: take what is not given from the TPU pod, Slurm, Open MPI or Kubernetes JobSet.
+    connect_seconds: how long to wait for the others.
+    heartbeat_seconds: a process silent for so long counts as dead, and JAX stops the others.
+
+  Returns:
+    Whether this process is now one of several.
+
+  Raises:
+    ConfigError: naming the flag that is missing or wrong.
+  """
+  if not detect and not _is_named(coordinator_address, num_processes, process_id):
+    return False
+  where = coordinator_address or "the detected coordinator"
+  timer = threading.Timer(
+    connect_seconds,
+    _exit,
+    [
+      f"error: process {_or_detected(process_id)}: the {_or_detected(num_processes)} processes "
+      f"have not met at {where} within {connect_seconds} s; is it the host and an open port of "
+      "process 0, and were all processes started?"
+    ],
+  )
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      coordinator_address,
+      num_processes,
+      process_id,
+      cluster_detection_method=None if detect else "deactivate",
+      initialization_timeout=connect_seconds + 60,  # the timer comes first
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      shutdown_timeout_seconds=heartbeat_seconds,  # so long an error of one keeps the others
+    )
+    jax.devices()  # here the processes tell each other of their devices
+  except (ValueError, RuntimeError) as error:
+    first = str(error).strip().splitlines()[0]
+    if detect:
+      raise ConfigError(
+        f"--distributed: {first} Was this started on a TPU pod, by srun or in a JobSet? Elsewhere "
+        "give --coordinator_address, --num_processes and --process_id"
+      ) from error
+    raise ConfigError(
+      f"--coordinator_address: process {process_id} cannot use {coordinator_address} ({first}); "
+      "process 0 needs a free port of its own host"
+    ) from error
+  finally:
+    timer.cancel()
+  over = threading.Event()
+  atexit.register(over.set)
+  watched = (distributed.global_state.client, over)
+  threading.Thread(target=_watch, args=watched, daemon=True).start()
+  return True
+
+
+def _is_named(coordinator_address, num_processes, process_id) -> bool:
+  """Whether the processes are given by flags; refuses flags that do not fit together."""
+  given = {
+    "--coordinator_address": coordinator_address,
+    "--num_processes": num_processes,
+    "--process_id": process_id,
+  }
+  missing = [flag for flag, value in given.items() if value is None]
+  if len(missing) == len(given):
+    return False
+  if missing:
+    raise ConfigError(
+      f"{missing[0]}: missing; give {', '.join(given)} together, or --distributed to detect them"
+    )
+  host, _, port = coordinator_address.rpartition(":")
+  if not host or not port.isdigit():
+    raise ConfigError(
+      f"--coordinator_address: found {coordinator_address!r}, expected HOST:PORT of process 0"
+    )
+  if not 0 <= process_id < num_processes:
+    raise ConfigError(
+      f"--process_id: found {process_id}, expected 0..{num_processes - 1} as --num_processes="
+      f"{num_processes}"
+    )
+  return True
+
+
+def _or_detected(value: int | None) -> str:
+  return "detected" if value is None else str(value)
+
+
+def stop(message: str) -> None:
+  """Ends this process of several at once with `message`; the others are told and stop too.
+
+  An orderly exit would wait for processes that wait for this one.
+  """
+  _ending.acquire()
+  _say_error(message)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone
+    distributed.global_state.client.key_value_set(
+      _STOPPED, str(jax.process_index()), allow_overwrite=True
+    )
+  if is_first():
+    time.sleep(2 * _LOOK_EVERY_SECONDS)  # the others look, and their coordinator is still here
+  os._exit(1)
+
+
+def _watch(client: Any, over: threading.Event) -> None:
+  """Ends this process when another says that it has stopped.
+
+  One that waits for it at a barrier of a checkpoint would learn that from the heartbeats alone, or
+  never, where each of two waits for the other's failed write.
+  """
+  while not over.wait(_LOOK_EVERY_SECONDS):
+    # None has, or the coordinator does not answer: where it is gone JAX ends this process.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      _exit(loss_of_another(f"process {client.key_value_try_get(_STOPPED)}"))
+
+
+def _exit(message: str) -> None:
+  _ending.acquire()
+  _say_error(message)
+  os._exit(1)
+
+
+def _say_error(message: str) -> None:
+  sys.stdout.flush()
+  print(message, file=sys.stderr, flush=True)
+
+
+def loss_of_another(what: str) -> str:
+  """The message of a process that cannot go on alone; `what` says who is gone, or how it showed."""
+  return (
+    f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
+    f"output ({what}); the same command goes on from what is finished"
+  )
+
+
+def is_loss_of_another(error: Exception) -> bool:
+  """Whether a failed collective says that a process at its other end is gone."""
+  return jax.process_count() > 1 and any(name in str(error) for name in ("Gloo", "NCCL"))
+
+
+def is_first() -> bool:
+  """Whether this is process 0, the one that writes the files which the processes share."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here, so that what process 0 wrote can be read."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+  """Process 0's `value` on every process, so that all of them take the same branch."""
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def any_of(value: bool) -> bool:
+  """Whether `value` is true on any process; waits until every process has come with its own."""
+  return bool(multihost_utils.process_allgather(np.array(value)).any())
