@@ -41,8 +41,10 @@ class Rows:
       return
     self._path = directory / "metrics.jsonl"
     if self._path.exists():
-      lines = self._path.read_text().splitlines()
-      self._lines = [line for line in lines if json.loads(line)["step"] <= start]
+      for line in self._path.read_text().splitlines(keepends=True):
+        # Half a line at the end is of a version that appended, and was killed.
+        if line.endswith("\n") and json.loads(line)["step"] <= start:
+          self._lines.append(line.rstrip())
     (directory / "tensorboard").mkdir(exist_ok=True)
     self._events = EventsWriter(str(directory / "tensorboard" / "events"))
     self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps

@@ -1,5 +1,7 @@
 """Work directories in an object store, played by a folder behind fsspec's name for gs://."""
 
+import io
+import pathlib
 from unittest import mock
 
 import fsspec
@@ -13,14 +15,17 @@ from rndpo_jax.data import pipeline
 from rndpo_jax.stages import pairs, prepare
 
 
-class Upload(local.LocalFileOpener):
-  """An object that is there once it is closed, and whole; nothing can be added to it."""
+class Upload(io.BytesIO):
+  """An object that is there once it is closed, and whole."""
+
+  def __init__(self, path):
+    super().__init__()
+    self._path = pathlib.Path(path)
 
   def close(self):
     if not self.closed:
-      super().close()
-      if "w" in self.mode:
-        self.commit()
+      self._path.write_bytes(self.getvalue())
+    super().close()
 
 
 class Bucket(local.LocalFileSystem):
@@ -38,8 +43,8 @@ class Bucket(local.LocalFileSystem):
 
   def _open(self, path, mode="rb", **_):
     if mode not in ("rb", "wb"):
-      raise NotImplementedError(f"mode {mode!r} of {path}")  # gcsfs would overwrite
-    return Upload(path, mode, autocommit=False, fs=self)
+      raise NotImplementedError(f"mode {mode!r} of {path}: an object cannot be changed")
+    return Upload(path) if mode == "wb" else super()._open(path, mode)
 
 
 @pytest.fixture
