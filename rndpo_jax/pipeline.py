@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
-from typing import Any
 
 import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import checks, files, judges, parallel, preemption, processes, progress
+from rndpo_jax import checks, claims, files, judges, parallel, preemption, processes, progress
 from rndpo_jax import config as config_lib
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
@@ -39,9 +32,6 @@ DONE = {
   "evaluate": "results.json",
   "report": "report.html",
 }
-PACKAGES = (
-  "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "chex",
-)  # fmt: skip
 
 
 def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_lib.STAGES) -> None:
@@ -64,27 +54,38 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     raise config_lib.ConfigError(
       f"--stages: unknown stage {unknown[0]!r}; known: {', '.join(config_lib.STAGES)}"
     )
-  check_here(config)
   workdir = epath.Path(workdir)
+  done = find_done(workdir)
+  wanted = [name for name in config_lib.STAGES if name in stages]
+  if config.base.workdir:
+    wanted = [name for name in wanted if name != "prepare"]
+  check_here(config, [name for name in wanted if name not in done])
   if processes.is_first():
-    claim(config, workdir)
+    prepared = "prepare" in done or bool(config.base.workdir)
+    claims.claim(config, workdir, started=bool(done), prepared=prepared)
   processes.barrier("claim")
   if not processes.is_first():
-    check_shared(config, workdir)
-  for name in config_lib.STAGES:
-    if name not in stages or (name == "prepare" and config.base.workdir):
-      continue
-    # A file can appear between the looks of two processes: process 0 looks for all.
-    if processes.agree(is_done(name, workdir)):
+    claims.check_shared(config, workdir)
+  for name in wanted:
+    if name in done:
       progress.say(f"[{name}] done before")
       continue
-    check_before(config, name, workdir)
+    if processes.is_first():
+      check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
     with preemption.together(f"stage {name!r} is done"):
       if name not in ALONE or processes.is_first():
         RUNNERS[name](config, workdir)
+    for folder in (workdir, (workdir / DONE[name]).parent):
+      list(folder.glob("*"))  # a network file system looks again for what was missing
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+
+
+def find_done(workdir: epath.Path) -> list[str]:
+  """The stages whose last file is there, as process 0 sees it."""
+  bits = processes.agree(lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE)))
+  return [name for i, name in enumerate(DONE) if bits >> i & 1]
 
 
 def is_done(name: str, workdir: epath.Path) -> bool:
@@ -92,23 +93,29 @@ def is_done(name: str, workdir: epath.Path) -> bool:
   return prepare.is_done(workdir) if name == "prepare" else (workdir / DONE[name]).exists()
 
 
-def check_here(config: ml_collections.ConfigDict) -> None:
+def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> None:
   """Refuses what these devices and this installation cannot do, before any training.
+
+  Args:
+    config: the whole config.
+    stages: those that will run; what others alone would need is not looked at.
 
   Raises:
     config.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
       judge of the user's own that cannot be imported.
   """
   names = {config.judge.name, *config.judge.compare}
-  sizes = {"base.batch_size": config.base.batch_size}
-  sizes["finetune.batch_size"] = config.finetune.batch_size
-  if "learned" in names:
+  trained = [name for name in ("base", "finetune") if name in stages]
+  if config.base.workdir:
+    trained = [name for name in trained if name != "base"]
+  sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
+  if "mine" in stages and "learned" in names:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   devices, space = jax.device_count(), config.mesh.space
   parallel.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
   for key, size in sizes.items():
     parallel.check_batch_size(f"config.{key}", size, devices, space)
-  for name in ("base", "finetune"):
+  for name in trained:
     parts = config[name].accumulate_steps
     if config[name].batch_size % (parts * devices // space):
       raise config_lib.ConfigError(
@@ -117,81 +124,11 @@ def check_here(config: ml_collections.ConfigDict) -> None:
         f"{parts * devices // space}"
       )
   for name in names:
-    if ":" in name:
+    if ":" in name and "mine" in stages:
       try:
         judges.build(name, num_classes=2, border=0, flip_rate=0.0, noise_level=0.0)
       except judges.JudgeError as error:
         raise config_lib.ConfigError(f"config.judge: {error}") from error
-
-
-def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Writes `config.json`, or checks that the one there is of the same config.
-
-  The section `mesh` may differ, and that of today is written: any devices go on with a state.
-
-  Raises:
-    config.ConfigError: naming every key that differs, or the folder that cannot be written.
-  """
-  resolved = json.loads(config.to_json_best_effort())
-  path = workdir / "config.json"
-  # A run that was refused before its first stage ended leaves nothing to protect.
-  if path.exists() and any((workdir / name).exists() for name in DONE.values()):
-    content = files.read_json(path)
-    there = {**content["config"], "mesh": resolved["mesh"]}
-    changes = _differences(there, resolved)
-    if changes:
-      raise config_lib.ConfigError(
-        f"{workdir} was made with another config; differing keys: {'; '.join(changes)}. Use a new "
-        "--workdir (with --config.base.workdir to keep data and base), or the config of before"
-      )
-    if content["config"] != there:
-      files.write_json(path, {**content, "config": there})
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {"config": resolved, **environment()})
-  except OSError as error:
-    if files.is_full_disk(error):
-      raise
-    raise config_lib.ConfigError(
-      f"--workdir: {workdir} cannot be written ({error.strerror}); name a folder that can"
-    ) from error
-
-
-def check_shared(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a process that does not share process 0's work directory and config.
-
-  Raises:
-    config.ConfigError: naming the folder, or every key that differs.
-  """
-  path = workdir / "config.json"
-  if not path.exists():
-    raise config_lib.ConfigError(
-      f"--workdir: process {jax.process_index()} does not see {path}, which process 0 wrote; "
-      "several processes need one folder that all of them see"
-    )
-  here = json.loads(config.to_json_best_effort())
-  changes = _differences(files.read_json(path)["config"], here)
-  if changes:
-    raise config_lib.ConfigError(
-      f"--config: process {jax.process_index()} differs from process 0: {'; '.join(changes)}. "
-      "Start every process with the same command"
-    )
-
-
-def environment() -> dict[str, Any]:
-  """Command, versions, devices and git revision, for `config.json`."""
-  return {
-    "command": shlex.join(["python", "-m", "launch.run", *sys.argv[1:]]),
-    "versions": {
-      "python": platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in PACKAGES},
-    },
-    "device_kind": jax.devices()[0].device_kind,
-    "num_devices": jax.device_count(),
-    "num_processes": jax.process_count(),
-    "git_revision": _git_revision(),
-  }
 
 
 def check_before(config, name: str, workdir: epath.Path) -> None:
@@ -208,7 +145,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
       raise config_lib.ConfigError(
         f"config.base.workdir: {path} is missing; run the stages prepare and base there first"
       )
-    _check_same_base(config)
+    claims.check_same_base(config)
     return
   if before and not (workdir / DONE[before]).exists():
     raise config_lib.ConfigError(
@@ -237,56 +174,3 @@ def summary(workdir: os.PathLike) -> str:
     f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
   )
   return "\n".join(lines)
-
-
-def _check_same_base(config) -> None:
-  """Refuses data, model or base options other than those that `config.base.workdir` has."""
-  there = files.read_json(epath.Path(config.base.workdir) / "config.json")["config"]
-  here = json.loads(config.to_json_best_effort())
-  # An option that is newer than the other run had its default of today there.
-  defaults = json.loads(config_lib.base_config().to_json_best_effort())
-  there = {name: {**defaults.get(name, {}), **there[name]} for name in ("data", "model", "base")}
-  for content in (there, here):
-    for section, name in (
-      ("data", "num_workers"), ("data", "prefetch"), ("base", "workdir"), ("base", "num_members"),
-      ("model", "remat"), ("model", "lanes"), ("base", "keep_checkpoints"),
-      ("base", "checkpoint_minutes"),
-    ):  # fmt: skip
-      content[section].pop(name, None)
-  changes = [
-    change
-    for section in ("data", "model", "base")
-    for change in _differences(there[section], here[section], f"config.{section}")
-  ]
-  if changes:
-    raise config_lib.ConfigError(
-      f"config.base.workdir: {config.base.workdir} was made with other options: "
-      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train anew"
-    )
-
-
-def _git_revision() -> str | None:
-  """Revision of the checkout that the package runs from; None where it is installed elsewhere."""
-  try:
-    done = subprocess.run(
-      ["git", "rev-parse", "HEAD"],
-      cwd=os.path.dirname(os.path.abspath(__file__)),
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return done.stdout.strip()
-
-
-def _differences(there: Any, here: Any, prefix: str = "config") -> list[str]:
-  """Every key whose value differs, as 'config.a.b: was 1, is 2'."""
-  if isinstance(there, dict) and isinstance(here, dict):
-    keys = sorted(there.keys() | here.keys())
-    return [
-      change
-      for key in keys
-      for change in _differences(there.get(key), here.get(key), f"{prefix}.{key}")
-    ]
-  return [] if there == here else [f"{prefix}: was {there!r}, is {here!r}"]

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -191,9 +192,13 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def agree(value: int) -> int:
-  """Process 0's `value` on every process, so that all of them take the same branch."""
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+def agree(ask: Callable[[], int]) -> int:
+  """What `ask` says on process 0, the only one to call it; all of them take the same branch.
+
+  A file that one process looks for in vain may stay missing for it, although another has written
+  it since: network file systems remember that.
+  """
+  return int(multihost_utils.broadcast_one_to_all(np.int32(ask() if is_first() else 0)))
 
 
 def any_of(value: bool) -> bool:

@@ -71,8 +71,7 @@ class Saver:
     """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
     if not self._seconds:
       return False
-    due = time.monotonic() - self._last >= self._seconds
-    return bool(processes.agree(due))
+    return bool(processes.agree(lambda: time.monotonic() - self._last >= self._seconds))
 
   def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
     """Deletes all parameters but the latest and the best as of each state that is kept."""

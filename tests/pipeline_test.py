@@ -70,15 +70,6 @@ def test_done_stages_are_skipped_and_change_nothing(tiny_run, capsys):
   assert tree_bytes(workdir) == before
 
 
-def test_another_config_in_the_same_workdir_is_refused_by_key(tiny_run, tiny_config):
-  _, workdir = tiny_run
-  changed = tiny_config(finetune__beta=3.0, data__size=(24, 24))
-  with pytest.raises(config_lib.ConfigError) as error:
-    pipeline.run(changed, workdir)
-  assert "config.finetune.beta: was 10.0, is 3.0" in str(error.value)
-  assert "config.data.size: was [16, 16], is [24, 24]" in str(error.value)
-
-
 def test_stages_out_of_order_or_unknown_are_refused(tiny_config, tmp_path):
   with pytest.raises(config_lib.ConfigError, match="'mine' needs .*selected.json.*'base' first"):
     pipeline.run(tiny_config(), tmp_path / "a", ["mine"])
@@ -90,15 +81,6 @@ def test_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(config_lib.ConfigError, match="--workdir: .*file/run cannot be written"):
     pipeline.run(tiny_config(), tmp_path / "file" / "run")
-
-
-def test_a_process_that_does_not_share_the_workdir_is_refused(tiny_run, tiny_config, tmp_path):
-  _, workdir = tiny_run
-  pipeline.check_shared(tiny_config(), workdir)
-  with pytest.raises(config_lib.ConfigError, match="process 0 does not see .*config.json"):
-    pipeline.check_shared(tiny_config(), tmp_path)
-  with pytest.raises(config_lib.ConfigError, match="config.seed: was 0, is 1"):
-    pipeline.check_shared(tiny_config(seed=1), workdir)
 
 
 def copy_without(workdir, copy, *lost):

@@ -35,7 +35,8 @@ def test_flags_that_do_not_fit_are_named(arguments, message):
 
 def test_one_process_needs_nothing():
   assert initialize(None, None, None) is False
-  assert processes.is_first() and processes.agree(7) == 7
+  assert processes.is_first() and processes.agree(lambda: 7) == 7
+  assert processes.any_of(True) and not processes.any_of(False)
   processes.barrier("alone")
 
 
@@ -45,6 +46,11 @@ def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   assert processes.is_loss_of_another(broken)
   assert not processes.is_loss_of_another(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+
+
+def test_the_others_do_not_look(monkeypatch):
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  assert processes.agree(lambda: pytest.fail("it looked")) == 0
 
 
 class Store:

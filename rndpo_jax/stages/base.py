@@ -94,7 +94,7 @@ def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
 
 def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
-  if processes.agree((directory / "selected.json").exists()):
+  if processes.agree((directory / "selected.json").exists):
     return
   mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = pipeline.open_dataset(config, workdir)
@@ -204,7 +204,12 @@ def _select(config, directory: epath.Path) -> None:
   chosen = saving.best_row(rows) if config.base.select == "best" else rows[-1]
   files.write_json(
     directory / "selected.json",
-    {"step": chosen["step"], "rule": config.base.select, "val_dice": chosen["val_dice"]},
+    {
+      "step": chosen["step"],
+      "rule": config.base.select,
+      "val_dice": chosen["val_dice"],
+      "seed": config.seed,
+    },
   )
   checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
 
@@ -214,7 +219,7 @@ def _copy_members(config, workdir) -> None:
   for member in reversed(range(config.base.num_members)):
     source = member_directory(config.base.workdir, member)
     target = member_directory(workdir, member)
-    if processes.agree((target / "selected.json").exists()):
+    if processes.agree((target / "selected.json").exists):
       continue
     if not (source / "selected.json").exists():
       raise ConfigError(

@@ -121,6 +121,7 @@ def _context(config, workdir, dataset) -> dict:
   return {
     "dataset": config.data.name,
     "seed": config.seed,
+    "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": config.judge.name,
