@@ -97,7 +97,7 @@ def memory_limit() -> int:
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
   host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return min(host, *cgroup_limits()) // jax.local_device_count()
+  return min([host, *cgroup_limits()]) // jax.local_device_count()
 
 
 def cgroup_limits(

@@ -163,10 +163,10 @@ def test_slurm_requeues_what_was_saved(tmp_path):
 def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
   code, output, _ = dry_run("tpu_vm.sh", "--config.seed=1", NAME="slice", ZONE="zone", DELETE="1")
   steps = [
-    "tpu-vm create slice", "git archive", "scp", "setup.sh\\ tpu", "launch.run\\ --distributed",
+    "tpu-vm create slice", "git archive", "scp", "setup.sh tpu", "launch.run --distributed",
     "slice:/runs/a/results.json", "tpu-vm delete slice",
   ]  # fmt: skip
-  places = [output.find(step) for step in steps]
+  places = [output.replace("\\", "").find(step) for step in steps]
   assert code == 0 and -1 not in places and places == sorted(places), (output, places)
   assert output.count("--worker=all") == 3
   _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="gs://bucket/a")
@@ -212,7 +212,7 @@ def tpu_vm(tmp_path, program, **variables):
   shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "here" / "launch")
   fake(tmp_path, "gcloud", GCLOUD)
   wait = "until [ -e $HOME/watched ]; do command -p sleep 0.05; done"
-  fake(tmp_path, "program", f'echo "$*" >>calls\n{wait}\n{program}')
+  fake(tmp_path, "program", f'echo $PPID "$*" >>calls\n{wait}\n{program}')
   for name in ("git", "sleep"):
     fake(tmp_path, name, "")
   environment = {
@@ -225,17 +225,15 @@ def tpu_vm(tmp_path, program, **variables):
   )  # fmt: skip
 
 
-def calls(tmp_path, worker):
-  return (tmp_path / worker / "rndpo_jax" / "calls").read_text().splitlines()
-
-
 def test_tpu_vm_watches_through_a_broken_connection_and_starts_again_after_75(tmp_path):
   (tmp_path / "drop").touch()
   done = tpu_vm(tmp_path, "echo log; [ $(wc -l <calls) -gt 1 ] || exit 75")
   assert done.returncode == 0 and not (tmp_path / "drop").exists(), done
-  run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w "
+  run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w"
   for worker in ("0", "1"):
-    assert calls(tmp_path, worker) == [f"{run}--config.data.root=a b"] * 2
+    calls = (tmp_path / worker / "rndpo_jax" / "calls").read_text().splitlines()
+    job = (tmp_path / worker / "rndpo_jax" / "job.pid").read_text().strip()
+    assert calls == [f"{job} {run} --config.data.root=a b"] * 2  # both of the one job
   assert (tmp_path / "here" / "runs" / "slice" / "report.html").read_text() == "result\n"
 
 
