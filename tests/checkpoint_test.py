@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, parallel
+from rndpo_jax import checkpoint, parallel, processes
 
 TREE = {"layer": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(7)}
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_not_called_unreadable_when_another_process_is_gone(save
     raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
   monkeypatch.setattr(checkpoint, "_check_sums", broken)
-  monkeypatch.setattr(parallel, "is_loss_of_another", lambda error: "Gloo" in str(error))
+  monkeypatch.setattr(processes, "is_loss_of_another", lambda error: "Gloo" in str(error))
   with pytest.raises(ValueError, match="Gloo"):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]

@@ -108,7 +108,7 @@ def volume_step():
   In the form that accelerators get, whose collectives are what counts.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args))
+    patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
     compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
   first = jax.device_get(take(compiled, state, batch))
   # A program takes its arguments where it was compiled for them: the state stays where it was.
