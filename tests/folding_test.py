@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rndpo_jax import models
 from rndpo_jax.models import folding, unet
 
 
@@ -74,3 +75,12 @@ def test_a_folded_network_is_the_plain_one(size, changes):
   assert all(f.shape[-1] == 16 for f in features)
   for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_the_config_key_folds_and_is_off_here(tiny_config):
+  for lanes, channels in ((0, 4), (1, 4), (16, 16)):
+    config = tiny_config(model__lanes=lanes, model__width=4)
+    segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
+    images = jnp.zeros((1, 16, 16, 1))
+    params = jax.eval_shape(segmenter.init, jax.random.key(0), images)
+    assert jax.eval_shape(segmenter.encode, params, images)[0].shape[-1] == channels
