@@ -2,8 +2,8 @@
 # Runs a job on every GPU of this host, or on those that CUDA_VISIBLE_DEVICES lists.
 #   CONFIG=configs/ph2.py WORKDIR=runs/ph2 bash launch/multi_gpu.sh [--config.data.root=DIR ...]
 # PROCESSES=N shares the GPUs among N processes (default 1, which drives them all): more of them
-# read and prepare more images a second. EXTRA names the JAX to install (default cuda12).
-# DRY_RUN=1 prints what it would do.
+# read and prepare more images a second. EXTRA names the JAX to install (default cuda12),
+# PROGRAM=launch.sweep runs a sweep. DRY_RUN=1 prints what it would do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CONFIG:?a file in configs/}" "${WORKDIR:?folder of the run}" "${PROCESSES:=1}" "${DRY_RUN:=0}"
@@ -22,7 +22,7 @@ if [ "$DRY_RUN" != 1 ]; then
   # shellcheck source=launch/setup.sh
   source launch/setup.sh "${EXTRA-cuda12}"
 fi
-command=(python -m launch.run "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
+command=(python -m "${PROGRAM:-launch.run}" "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
 if ((PROCESSES == 1)); then
   [ "$DRY_RUN" = 1 ] || exec "${command[@]}"
   echo "on ${#gpus[@]} GPUs: ${command[*]}"

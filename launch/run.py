@@ -7,12 +7,10 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 --process_id=I, or --distributed where a TPU pod, Slurm or a JobSet says so itself.
 """
 
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import program
+from launch import program, several
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -23,20 +21,6 @@ _DRY_RUN = flags.DEFINE_bool(
 _NUM_UNLABELLED = flags.DEFINE_integer(
   "num_unlabelled", 0, "--dry_run: for so many unlabelled images; 0 for those of the data set."
 )
-_COORDINATOR_ADDRESS = flags.DEFINE_string(
-  "coordinator_address", None, "HOST:PORT where process 0 listens, for several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Detect the processes: TPU pod, Slurm, Open MPI, Kubernetes JobSet."
-)
-_CONNECT_SECONDS = flags.DEFINE_integer(
-  "connect_seconds", 45, "How long the processes wait for each other at the start."
-)
-_HEARTBEAT_SECONDS = flags.DEFINE_integer(
-  "heartbeat_seconds", 30, "A process silent for so long counts as dead, and the others stop."
-)
 
 
 def main(argv):
@@ -46,7 +30,7 @@ def main(argv):
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
   with program.one_line_errors():
-    end = processes.stop if join_others() else sys.exit
+    end = several.meet()
   with program.one_line_errors(end):
     if _DRY_RUN.value:
       dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)
@@ -57,20 +41,6 @@ def main(argv):
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and processes.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
-
-
-def join_others():
-  """Whether this is one process of several; they have met when it returns."""
-  from rndpo_jax import processes
-
-  return processes.initialize(
-    _COORDINATOR_ADDRESS.value,
-    _NUM_PROCESSES.value,
-    _PROCESS_ID.value,
-    detect=_DISTRIBUTED.value,
-    connect_seconds=_CONNECT_SECONDS.value,
-    heartbeat_seconds=_HEARTBEAT_SECONDS.value,
-  )
 
 
 if __name__ == "__main__":

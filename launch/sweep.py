@@ -6,7 +6,8 @@
 Runs the stages prepare, base and mine where they are not done, then the sweep. A seed is the order
 of the batches and the key of fine-tuning; base and pairs are those of config.seed. The best setting
 is that of the highest validation Dice at the last step, mean over the seeds; the test split is not
-touched. The command that is printed runs it as a single job, tested at its end.
+touched. The command that is printed runs it as a single job, tested at its end. Several processes
+share the members, as they share a job: see launch.run.
 """
 
 import shlex
@@ -14,7 +15,7 @@ import shlex
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import program
+from launch import program, several
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -30,11 +31,13 @@ _FORM = flags.DEFINE_enum(
 
 def main(argv):
   program.start(argv)
-  with program.one_line_errors():
-    # Libraries that start worker processes read absl flags when imported: import after parsing.
-    from rndpo_jax import pipeline, preemption, progress
-    from rndpo_jax.stages import sweep, sweep_results
+  # Libraries that start worker processes read absl flags when imported: import after parsing.
+  from rndpo_jax import pipeline, preemption, processes, progress
+  from rndpo_jax.stages import sweep, sweep_results
 
+  with program.one_line_errors():
+    end = several.meet()
+  with program.one_line_errors(end):
     config = _CONFIG.value
     grid = {
       "betas": numbers(_BETAS, float, config.finetune.beta),
@@ -45,6 +48,8 @@ def main(argv):
     preemption.install()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
+  if not processes.is_first():
+    return
   progress.say(f"\n{sweep_results.summary(content)}")
   if content["best"] is not None:
     progress.say(f"as a single job:\n  {command(content['best'])}")

@@ -4,12 +4,14 @@
 # WORKDIR: an absolute path that all workers see, such as an NFS mount, or gs://BUCKET/FOLDER. TYPE
 # (default v5litepod-16) and VERSION (its runtime) are for a slice that is not there yet; DELETE=1
 # deletes it at the end. The result lands in runs/NAME here. DRY_RUN=1 prints what it would do.
-# The job outlives this script and its connection: the same command watches on. It starts again
-# after exit code 75; what stops it on all workers is kill -- -$(cat rndpo_jax/job.pid).
+# PROGRAM=launch.sweep runs a sweep. The job outlives this script: the same command watches on. It
+# starts again after exit code 75; kill -- -$(cat rndpo_jax/job.pid) on all workers stops it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${NAME:?name of the TPU VM}" "${ZONE:?its zone}" "${DRY_RUN:=0}"
 : "${CONFIG:?a file in configs/}" "${WORKDIR:?folder that all workers see}"
+results=(results.json report.html config.json)
+[ "${PROGRAM:=launch.run}" = launch.run ] || results=(sweep/sweep.json)
 tpu=(gcloud compute tpus tpu-vm)
 case $WORKDIR in
   gs://*) extra=tpu,gcs copy=(gcloud storage cp) from=$WORKDIR ;;
@@ -37,7 +39,7 @@ sudo loginctl enable-linger \"\$USER\" && cd rndpo_jax && \
 PYTHON=python3.11 bash -c 'source launch/setup.sh $extra'"
 fi
 flags=$(printf ' %q' --connect_seconds=600 "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
-job="code=75; while [ \$code = 75 ]; do .venv/bin/python -m launch.run --distributed$flags; \
+job="code=75; while [ \$code = 75 ]; do .venv/bin/python -m $PROGRAM --distributed$flags; \
 code=\$?; done; echo \$code >job.code"
 # gcloud repeats a command whose connection broke: it must not start a second job.
 on all "$running || { rm -f job.code; setsid nohup bash -c $(printf %q "$job") \
@@ -52,9 +54,7 @@ fi
 case $status in
   75) echo "error: $NAME or its job went away; the same command goes on" >&2; exit 75 ;;
   0) run mkdir -p "runs/$NAME"
-    for file in results.json report.html config.json; do
-      run "${copy[@]}" "$from/$file" "runs/$NAME/$file"
-    done ;;
+    for file in "${results[@]}"; do run "${copy[@]}" "$from/$file" "runs/$NAME/${file##*/}"; done ;;
 esac
 [ "${DELETE:-0}" != 1 ] || run "${tpu[@]}" delete "$NAME" "--zone=$ZONE" --quiet
 exit "$status"

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from rndpo_jax import hardware, losses, models, packing, parallel, training, types
+from rndpo_jax import hardware, losses, models, packing, parallel, training, types, validation
 from rndpo_jax.config import ConfigError
 from rndpo_jax.stages import base, finetune, learned, mine
 
@@ -199,7 +199,7 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
 
 
 def _evaluate(config, problem, mesh, segmenter, params, batch):
-  per_image = training.make_image_figures(segmenter.apply, problem.num_classes, mesh)
+  per_image = validation.make_image_figures(segmenter.apply, problem.num_classes, mesh)
   params = _placed_params(config, params, mesh)
   return per_image.lower(params, params, _placed(batch, parallel.of_batch(batch, mesh)))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from typing import Any
 
+import jax
 from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -20,6 +22,10 @@ def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
   path = epath.Path(directory) / "metrics.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   return [row for row in rows if row["kind"] == kind]
+
+
+class NotFiniteError(ArithmeticError):
+  """A loss or gradient norm that is no finite number; the message names the step."""
 
 
 class Rows:
@@ -56,6 +62,21 @@ class Rows:
     for name, value in row.items():
       if name not in ("step", "kind"):
         self._add_event(row["step"], summary=summary.scalar(f"{row['kind']}/{name}", value))
+
+  def add_steps(self, steps: list[tuple[int, dict[str, jax.Array]]], every: int) -> None:
+    """Looks at the metrics of training steps, and adds those of every `every`-th.
+
+    Raises:
+      NotFiniteError: at the first loss or gradient norm that is not finite, on every process.
+    """
+    for step, aux in jax.device_get(steps):
+      if not math.isfinite(aux["loss"]) or not math.isfinite(aux["grad_norm"]):
+        raise NotFiniteError(f"loss {aux['loss']}, gradient norm {aux['grad_norm']} at step {step}")
+      if step % every == 0:
+        self.add({"step": step, "kind": "train", **{k: float(v) for k, v in sorted(aux.items())}})
+
+  def add_validation(self, step: int, figures: dict[str, float]) -> None:
+    self.add({"step": step, "kind": "val", **figures})
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
     """As `read_rows`, of all that were added."""

@@ -226,24 +226,39 @@ def make_population_mesh(
   """A mesh over the axes `seeds` and `settings` of a population, each device with as many members.
 
   Nothing is padded: of `devices`, else of all, the most are taken that share the members evenly,
-  so 18 members keep 6 of 8 devices busy. Devices divide the seeds first, for a device then needs
-  fewer batches.
+  so 18 members keep 6 of 8 devices busy. Each process gives as many. Devices divide the seeds
+  first, for a device then needs fewer batches, and a process those of fewer seeds.
 
   Args:
     num_seeds: N.
     num_settings: R.
     devices: to take from.
+
+  Raises:
+    ConfigError: where the processes cannot share the members evenly.
   """
-  devices = jax.devices() if devices is None else devices
+  of_process: dict[int, list[jax.Device]] = {}
+  for device in jax.devices() if devices is None else devices:
+    of_process.setdefault(device.process_index, []).append(device)
+  num_processes, most = len(of_process), min(map(len, of_process.values()))
+  if num_seeds * num_settings % num_processes:
+    raise ConfigError(
+      f"--seeds, --betas, --learning_rates: {num_processes} processes cannot share "
+      f"{num_seeds * num_settings} members evenly; make that a multiple of {num_processes}, or "
+      "start fewer processes"
+    )
   shares = [
     (seeds * settings, seeds)
     for seeds in range(1, num_seeds + 1)
     for settings in range(1, num_settings + 1)
-    if not (num_seeds % seeds or num_settings % settings) and seeds * settings <= len(devices)
+    if not (num_seeds % seeds or num_settings % settings)
+    and seeds * settings % num_processes == 0
+    and seeds * settings <= num_processes * most
   ]
   count, seeds = max(shares)
+  devices = [x for own in of_process.values() for x in own[: count // num_processes]]
   # Members exchange nothing, so that any devices will do; `jax.make_mesh` wants whole slices.
-  grid = np.array(devices[:count]).reshape(seeds, count // seeds)
+  grid = np.array(devices).reshape(seeds, count // seeds)
   return Mesh(grid, ("seeds", "settings"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from rndpo_jax import parallel, training, types
+from rndpo_jax import parallel, training, types, validation
 
 # (params, batch, key, beta) -> (loss, metrics)
 LossFn = Callable[[types.Params, Any, jax.Array, jax.Array], tuple[jax.Array, dict]]
@@ -123,8 +123,8 @@ def make_step(
   Returns:
     step(state, batches, keys, settings) -> (state, metrics f32[N, R]); `state` is donated. Leaves
     of `batches` are [N, B, ...], but for `reference_params`, which all share; keys are [N], each
-    that of a run; settings is a Settings. In the metrics of a diverged member is what its frozen
-    parameters give.
+    that of a run; settings is a Settings. In the metrics, `diverged` among them, of a diverged
+    member is what its frozen parameters give.
   """
 
   def member(carry, step, batch, shared, key, setting):
@@ -139,7 +139,8 @@ def make_step(
     finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(aux["grad_norm"])
     moves = finite & (diverged == 0)
     train = jax.tree.map(lambda x, y: jnp.where(moves, x, y), moved._replace(step=None), train)
-    return State(train, jnp.where(finite | (diverged > 0), diverged, step + 1)), aux
+    diverged = jnp.where(finite | (diverged > 0), diverged, step + 1)
+    return State(train, diverged), {**aux, "diverged": diverged}
 
   specs = (_MEMBERS, _WHOLE, _SEEDS, _WHOLE, _SEEDS, _SETTINGS)
   update_all = _over_members(member, mesh, form, specs)
@@ -167,26 +168,47 @@ def make_validate(
 ) -> Callable[[types.Params], np.ndarray]:
   """validate(params with leading axes [N, R]) -> mean foreground Dice f64[N, R].
 
-  Arguments and figure as in `training.make_validate`; every device goes through whole batches with
-  its own members.
+  Arguments and figure as in `validation.make_validate`, but every process has whole batches: every
+  device goes through them with its own members.
   """
 
   def member(params, batch):
-    return training.image_figures(apply, num_classes, params, None, batch)["val_dice"]
+    return validation.image_figures(apply, num_classes, params, None, batch)["val_dice"]
 
   per_image = jax.jit(_over_members(member, mesh, form, (_MEMBERS, _WHOLE)))
 
   def validate(params):
-    dice = [jax.device_get(per_image(params, batch))[..., batch.valid] for batch in batches()]
+    dice = [parallel.fetch(per_image(params, batch))[..., batch.valid] for batch in batches()]
     return np.mean(np.concatenate(dice, axis=-1), axis=-1, dtype=np.float64)
 
   return validate
 
 
-def put_batches(batches: Sequence[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
-  """Batches on the host, one a seed -> leaves [N, B, ...], each seed's where its members are."""
-  sharding = parallel.shardings(mesh, _SEEDS)
-  return jax.tree.map(lambda *rows: jax.device_put(np.stack(rows), sharding), *batches)
+def local_seeds(num_seeds: int, mesh: Mesh) -> list[int]:
+  """The places of the seeds whose members are on devices of this process."""
+  parts = parallel.shardings(mesh, _SEEDS).addressable_devices_indices_map((num_seeds,)).values()
+  return sorted({place for (part,) in parts for place in range(num_seeds)[part]})
+
+
+def put_batches(batches: dict[int, dict[str, Any]], num_seeds: int, mesh: Mesh) -> dict[str, Any]:
+  """Batches on the host -> leaves [N, B, ...], each seed's where its members are.
+
+  Args:
+    batches: a seed's place -> its batch, for `local_seeds`.
+    num_seeds: N.
+    mesh: from `parallel.make_population_mesh`.
+  """
+  sharding, places = parallel.shardings(mesh, _SEEDS), list(batches)
+
+  def put(*rows):
+    of = dict(zip(places, rows, strict=True))
+    return jax.make_array_from_callback(
+      (num_seeds, *rows[0].shape),
+      sharding,
+      lambda part: np.stack([of[place] for place in range(num_seeds)[part[0]]]),
+    )
+
+  return jax.tree.map(put, *batches.values())
 
 
 def _at_rate(optimizer, learning_rate):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +16,7 @@ from jax.sharding import Mesh
 
 from rndpo_jax import (
   accumulation,
-  metrics,
+  logbook,
   parallel,
   preemption,
   processes,
@@ -26,7 +24,6 @@ from rndpo_jax import (
   saving,
   types,
 )
-from rndpo_jax.logbook import Rows
 
 # (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -146,63 +143,6 @@ def make_update(
   return update
 
 
-def make_validate(
-  apply: Callable,
-  num_classes: int,
-  batches: Callable[[], Iterable[types.Batch]],
-  mesh: Mesh,
-  reference: types.Params | None = None,
-  large: int = 0,
-):
-  """Mean foreground Dice on the model's grid, mean over images; and how far the policy has gone.
-
-  Args:
-    apply: (params, images) -> logits f32[B, *S, C].
-    num_classes: C.
-    batches: () -> this process's rows of the labelled batches to go through once; padding is left
-      out.
-    mesh: from `parallel.make_mesh`; its devices share each batch.
-    reference: parameters to measure the divergence from, or None.
-    large: of the reference, as in `make_state`.
-
-  Returns:
-    validate(params) -> {"val_dice": float}, the same on every process; with a reference also
-    "val_kl", the KL divergence from it, and "val_entropy", in nats a pixel.
-  """
-  if reference is not None:
-    reference = parallel.put_params(reference, mesh, large)
-  per_image = make_image_figures(apply, num_classes, mesh)
-
-  def validate(params) -> dict[str, float]:
-    parts = [per_image(params, reference, parallel.put_batch(batch, mesh)) for batch in batches()]
-    whole = jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(parts))
-    valid = whole.pop("valid")
-    return {name: float(np.mean(x[valid], dtype=np.float64)) for name, x in whole.items()}
-
-  return validate
-
-
-def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callable:
-  """`image_figures` compiled: (params, reference or None, batch) -> figures.
-
-  Every image's figures go to every process, so that their mean does not depend on who held it.
-  """
-  figures = functools.partial(image_figures, parallel.spread(apply, mesh), num_classes)
-  return jax.jit(figures, out_shardings=parallel.replicated(mesh))
-
-
-def image_figures(apply: Callable, num_classes: int, params, reference, batch) -> dict:
-  """Figures of each image, f32[B], and valid bool[B]; see `make_validate` for the first three."""
-  logits = apply(params, batch.images)
-  masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
-  per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
-  figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid}
-  if reference is not None:
-    figures["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
-    figures["val_entropy"] = metrics.entropy(logits)
-  return figures
-
-
 def fit(
   train_step: Callable,
   state: TrainState,
@@ -217,9 +157,11 @@ def fit(
   validate: Callable[[types.Params], dict[str, float]] | None = None,
   reference: np.ndarray | None = None,
   keep_checkpoints: int = 2,
+  keep_params: bool = True,
   keep_best: bool = False,
   checkpoint_minutes: float = 0.0,
-) -> TrainState:
+  open_rows: Callable[[int], Any] | None = None,
+):
   """Trains to `num_steps`, going on from the latest checkpoint in `directory`.
 
   Writes `params/STEP` and `state/STEP` every `eval_every_steps` and at the end, in the background
@@ -227,22 +169,25 @@ def fit(
   undisturbed one.
 
   Args:
-    train_step: from `make_train_step`.
-    state: at step 0; donated.
+    train_step: from `make_train_step`, or as it.
+    state: at step 0, a TrainState or with its method `evaluated`; donated.
     batches: start step -> endless iterator of batches on the device.
     num_steps: steps in all.
-    key: of the run.
+    key: of the run; handed to `train_step`.
     directory: of this training.
     description: for progress and messages.
     log_every_steps: steps between rows of training metrics.
     eval_every_steps: steps between validations and checkpoints.
-    validate: params -> metrics, or None.
+    validate: params -> figures of the validation split, or None.
     reference: `checkpoint.digest` of the parameters that the loss is relative to, kept in the
       state: going on with others is refused.
     keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
+    keep_params: whether there is a `params/STEP` at all.
     keep_best: keeps the parameters of the best validation Dice and the latest alone.
     checkpoint_minutes: minutes between further states, looked at every `log_every_steps`; 0 for
       none. They leave no mark on the result.
+    open_rows: start step -> where the metrics go, with the methods of `logbook.Rows`, which it is
+      by default.
 
   Returns:
     The state at `num_steps`.
@@ -260,9 +205,10 @@ def fit(
       saving.Saver(directory, reference, keep_checkpoints, checkpoint_minutes)
     )
     start, state = saver.resume(state, description)
-    if start % eval_every_steps == 0 or start == num_steps:
+    if keep_params and (start % eval_every_steps == 0 or start == num_steps):
       saver.save_params_if_missing(start, state)
-    rows = stack.enter_context(contextlib.closing(Rows(directory, start)))
+    rows = open_rows(start) if open_rows else logbook.Rows(directory, start)
+    stack.enter_context(contextlib.closing(rows))
     shown = progress.track(
       range(start + 1, num_steps + 1),
       total=num_steps,
@@ -279,13 +225,12 @@ def fit(
       logged = step % log_every_steps == 0
       stop = preemption.reached(step)
       if keep or logged or stop:
-        _flush(pending, rows, log_every_steps, description, saver)
-      if keep:
-        if validate is not None:
-          rows.add({"step": step, "kind": "val", **validate(state.evaluated())})
+        _add_steps(rows, pending, log_every_steps, description, saver)
+      if keep and validate is not None:
+        rows.add_validation(step, validate(state.evaluated()))
       if keep or stop or (logged and saver.is_due()):
         rows.write()
-        saver.save(step, state, with_params=keep)
+        saver.save(step, state, with_params=keep and keep_params)
       if keep and keep_best and processes.is_first():
         saver.keep_best(step, rows.of_kind("val"))
       if stop:
@@ -293,18 +238,16 @@ def fit(
   return state
 
 
-def _flush(pending, rows, log_every_steps, description, saver) -> None:
-  """Fetches the metrics of the steps since the last flush, and checks every loss."""
-  for step, aux in jax.device_get(pending):
-    if not math.isfinite(aux["loss"]) or not math.isfinite(aux["grad_norm"]):
-      saved = saver.saved()
-      last = f"step {saved[-1]} in {saver.folders['params']}" if saved else "none yet"
-      raise TrainingError(
-        f"{description}: loss {aux['loss']}, gradient norm {aux['grad_norm']} at step {step}. "
-        f"The last good checkpoint is kept ({last}). Lower the learning rate or set a clip_norm, "
-        "in a new --workdir (with --config.base.workdir where the base is done), or check the "
-        "input for extreme values"
-      )
-    if step % log_every_steps == 0:
-      rows.add({"step": step, "kind": "train", **{k: float(v) for k, v in sorted(aux.items())}})
+def _add_steps(rows, pending, log_every_steps, description, saver) -> None:
+  """Hands over the metrics of the steps since the last time; ends at a loss that is not finite."""
+  try:
+    rows.add_steps(pending, log_every_steps)
+  except logbook.NotFiniteError as error:
+    saved = saver.saved()
+    last = f"step {saved[-1]} in {saver.folders['params']}" if saved else "none yet"
+    raise TrainingError(
+      f"{description}: {error}. The last good checkpoint is kept ({last}). Lower the learning rate "
+      "or set a clip_norm, in a new --workdir (with --config.base.workdir where the base is done), "
+      "or check the input for extreme values"
+    ) from error
   pending.clear()

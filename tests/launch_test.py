@@ -144,6 +144,25 @@ def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
   assert tasks == gpus
 
 
+@pytest.mark.parametrize(
+  "script,variables",
+  [
+    ("slurm.sbatch", {"SLURM_SUBMIT_DIR": "."}),
+    ("multi_gpu.sh", {"CUDA_VISIBLE_DEVICES": "0,1"}),
+    ("multi_gpu.sh", {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "2"}),
+    ("tpu_vm.sh", {"NAME": "slice", "ZONE": "zone"}),
+  ],
+)
+def test_launchers_run_a_sweep_where_it_is_named(script, variables):
+  code, output, error = dry_run(script, "--betas=3,10", PROGRAM="launch.sweep", **variables)
+  assert code == 0 and not error
+  assert "launch.run" not in output and "--betas" in output
+  found = output.replace("\\", "").count("-m launch.sweep --")
+  assert found == int(variables.get("PROCESSES", 1))
+  if script == "tpu_vm.sh":
+    assert "slice:/runs/a/sweep/sweep.json" in output and "results.json" not in output
+
+
 def test_slurm_requeues_what_was_saved(tmp_path):
   for name, body in (("srun", "exit 75"), ("scontrol", 'echo "scontrol $*"')):
     (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")

@@ -22,6 +22,7 @@ from rndpo_jax import (
   program_text,
   training,
   types,
+  validation,
 )
 from rndpo_jax.config import ConfigError, base_config
 from rndpo_jax.stages import base, finetune
@@ -248,7 +249,7 @@ def test_validation_on_eight_devices_is_that_of_one():
   results = []
   for axes in ((1, 1, 1), (2, 2, 2)):
     mesh = mesh_of(*axes)
-    validate = training.make_validate(
+    validate = validation.make_validate(
       network(2).apply, CLASSES, lambda: [batch], mesh, other, LARGE
     )
     results.append(validate(parallel.put_params(params, mesh, LARGE)))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files
+from rndpo_jax import checkpoint, files, logbook
 from rndpo_jax.stages import pairs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -21,7 +21,7 @@ OPTIONS = (
   "--config=tests/tiny_config.py",
   # Few and small steps: rounding, which differs with the order of the sums, has no time to grow.
   "--config.base.num_steps=40", "--config.base.eval_every_steps=20",
-  "--config.base.learning_rate=0.02", "--config.finetune.num_steps=4",
+  "--config.base.learning_rate=0.05", "--config.finetune.num_steps=4",
   "--config.finetune.eval_every_steps=2", "--config.judge.compare=()",
   "--config.model.depth=1",
 )  # fmt: skip
@@ -33,11 +33,11 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def start(workdir, *arguments, devices):
+def start(workdir, *arguments, devices, program="launch.run"):
   """One process of the job, on so many simulated devices."""
   environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   return subprocess.Popen(
-    [sys.executable, "-m", "launch.run", f"--workdir={workdir}", *OPTIONS, *arguments],
+    [sys.executable, "-m", program, f"--workdir={workdir}", *OPTIONS, *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -46,11 +46,11 @@ def start(workdir, *arguments, devices):
   )
 
 
-def start_two(workdir, *arguments):
+def start_two(workdir, *arguments, **options):
   """Two processes of two devices each."""
   address = f"--coordinator_address=127.0.0.1:{free_port()}"
   shared = (address, "--num_processes=2", "--heartbeat_seconds=15", *arguments)
-  return [start(workdir, *shared, f"--process_id={i}", devices=2) for i in range(2)]
+  return [start(workdir, *shared, f"--process_id={i}", devices=2, **options) for i in range(2)]
 
 
 def finish(processes):
@@ -92,6 +92,9 @@ def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tm
   assert "fine-tuned (last)" in outputs[0] and "fine-tuned (last)" not in outputs[1]
   results = [files.read_json(workdir / "results.json") for workdir in (alone, tmp_path)]
   assert results[0] == results[1] and results[0]["pairs"]["region_size"]["p50"] > 0
+  # Masks of nothing would be equal whatever went wrong.
+  dice = [results[0][name]["test"]["dice"] for name in ("base", "finetuned")]
+  assert min(dice) > 0.2 and dice[0] != dice[1]
   # Each batch's gradients are added up in another order, which is all that differs.
   params = [
     checkpoint.restore_params(workdir / "finetune" / "params", 4, stage_directory="")
@@ -114,6 +117,32 @@ def test_two_processes_keep_a_finished_shard_and_mine_the_same_bits(alone, tmp_p
   assert os.stat(kept).st_mtime_ns == untouched
   for name in (kept.name, redone.name, "manifest.json"):
     assert (workdir / "pairs" / name).read_bytes() == (alone / "pairs" / name).read_bytes(), name
+
+
+def test_two_processes_share_a_sweep_whose_members_are_runs(alone, tmp_path):
+  shutil.copytree(alone, tmp_path / "run")
+  workdir = tmp_path / "run"
+  outputs = finish(start_two(workdir, "--seeds=1,0", "--betas=10,30", program="launch.sweep"))
+  assert "2 seeds x 2 betas x 1 learning rates, by map on 4 of 4 devices" in outputs[0]
+  assert "<- best" in outputs[0] and "<- best" not in outputs[1]
+  members = files.read_json(workdir / "sweep" / "sweep.json")["members"]
+  assert [(member["seed"], member["beta"]) for member in members] == [
+    (1, 10.0), (1, 30.0), (0, 10.0), (0, 30.0)
+  ]  # fmt: skip
+  # The job's own seed and beta: process 1 had them.
+  rows = [logbook.read_rows(alone / "finetune", kind) for kind in ("train", "val")]
+  (own,) = (workdir / "sweep").glob("seed-0_beta-10_*")
+  found = [logbook.read_rows(own, kind) for kind in ("train", "val")]
+  assert set(found[0][0]) == set(rows[0][0])
+  losses = [[row["loss"] for row in steps] for steps, _ in (found, rows)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  assert len(set(losses[0])) == len(losses[0]) == 4
+  dice = [[row["val_dice"] for row in values] for _, values in (found, rows)]
+  np.testing.assert_allclose(*dice, atol=1e-3)
+  assert members[2]["last"] == dice[0][-1]
+  folders = [path for path in (workdir / "sweep").glob("seed-*") if path != own]
+  others = [[row["loss"] for row in logbook.read_rows(path, "train")] for path in folders]
+  assert len(others) == 3 and losses[0] not in others
 
 
 def test_processes_that_do_not_meet_end_in_one_line(tmp_path):

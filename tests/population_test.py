@@ -1,5 +1,6 @@
 """population: a member is what an ordinary run would be, whatever the others do."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import losses, packing, parallel, population, training, types
-from rndpo_jax.config import base_config
+from rndpo_jax import losses, packing, parallel, population, training, types, validation
+from rndpo_jax.config import ConfigError, base_config
 from rndpo_jax.stages import finetune
 
 SIZE, CLASSES, ROWS, STEPS = (6, 4), 3, 8, 4
@@ -122,7 +123,7 @@ def trained(form, devices, settings=None, spoilt=None, **changes):
       image = rows[spoilt[0]]["image"].copy()
       image[0, 0, 0] = np.nan
       rows[spoilt[0]] = {**rows[spoilt[0]], "image": image}
-    batches = population.put_batches(rows, mesh)
+    batches = population.put_batches(dict(enumerate(rows)), len(rows), mesh)
     before = state
     state, aux = step(state, with_reference(batches, config), keys, settings)
   assert before.train.params["in"].is_deleted()
@@ -219,7 +220,7 @@ def test_validation_is_that_of_each_member():
     np.arange(ROWS) < 5,
   )
   apply, batches = segmenter().apply, lambda: [batch, batch]
-  plain = training.make_validate(apply, CLASSES, batches, parallel.make_mesh())
+  plain = validation.make_validate(apply, CLASSES, batches, parallel.make_mesh())
   expected = [
     [plain({"in": params()["in"], "out": many[i, j]})["val_dice"] for j in range(4)]
     for i in range(2)
@@ -237,6 +238,37 @@ def test_validation_is_that_of_each_member():
 def test_members_share_the_most_devices_that_they_can_share_evenly(seeds, settings, devices, shape):
   mesh = parallel.make_population_mesh(seeds, settings, EIGHT[:devices])
   assert mesh.devices.shape == shape and mesh.axis_names == ("seeds", "settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """As much of a device as a mesh looks at."""
+
+  id: int
+  process_index: int
+  platform: str = "cpu"
+  device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+  "seeds,settings,processes,each,grid",
+  [
+    (2, 4, 2, 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # a seed a process
+    (1, 6, 2, 4, [[0, 1, 2, 4, 5, 6]]),  # three of each one's four
+    (3, 2, 2, 8, [[0, 1], [2, 8], [9, 10]]),
+    (4, 1, 4, 2, [[0], [2], [4], [6]]),
+  ],
+)
+def test_every_process_gives_as_many_devices(seeds, settings, processes, each, grid):
+  devices = [Device(i, i // each) for i in range(processes * each)]
+  mesh = parallel.make_population_mesh(seeds, settings, devices)
+  assert [[device.id for device in row] for row in mesh.devices] == grid
+
+
+def test_members_that_the_processes_cannot_share_are_refused():
+  devices = [Device(i, i // 2) for i in range(8)]
+  with pytest.raises(ConfigError, match="4 processes cannot share 6 members.*a multiple of 4"):
+    parallel.make_population_mesh(3, 2, devices)
 
 
 def test_an_unknown_form_is_refused():

@@ -85,7 +85,9 @@ def together(options: Options, batches: list[dict], form: str) -> measure.Varian
   )
   host = jax.device_get(batches)
   stacked = [
-    population.put_batches([host[(n + i) % len(host)] for i in range(options.seeds)], mesh)
+    population.put_batches(
+      {i: host[(n + i) % len(host)] for i in range(options.seeds)}, options.seeds, mesh
+    )
     for n in range(len(host))
   ]
   keys = jax.random.split(jax.random.key(2), options.seeds)

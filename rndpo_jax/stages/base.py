@@ -22,6 +22,7 @@ from rndpo_jax import (
   saving,
   training,
   types,
+  validation,
 )
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import augment, pipeline
@@ -128,7 +129,7 @@ def _train_member(config, workdir, member: int) -> None:
     description="base" if member == 0 else f"base, member {member}",
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=config.base.eval_every_steps,
-    validate=validation(config, dataset, segmenter, mesh),
+    validate=make_validate(config, dataset, segmenter, mesh),
     keep_checkpoints=config.base.keep_checkpoints,
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
@@ -147,8 +148,11 @@ def labelled_batches(
   )
 
 
-def labelled_stream(config, dataset, batch_size: int) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> the same on the host, this process's rows."""
+def labelled_stream(
+  config, dataset, batch_size: int, whole: bool = False
+) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> the same on the host: this process's rows, or the `whole` batches."""
+  part = part_of_batches(whole)
 
   @pipeline.cached
   def load(index):
@@ -162,29 +166,36 @@ def labelled_stream(config, dataset, batch_size: int) -> Callable[[int, int], It
       seed=seed,
       start_step=start_step,
       num_workers=config.data.num_workers,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **part,
     )
 
   return stream
 
 
-def validation(
+def part_of_batches(whole: bool) -> dict[str, int]:
+  """Which part of each batch this process takes, as `data.pipeline` wants to be told."""
+  if whole:
+    return {"process_index": 0, "process_count": 1}
+  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def make_validate(
   config,
   dataset,
   segmenter: types.Segmenter,
   mesh: Mesh,
   reference: types.Params | None = None,
 ):
-  """`training.make_validate` on the validation split."""
+  """`validation.make_validate` on the validation split."""
   batches = validation_batches(config, dataset)
-  return training.make_validate(
+  return validation.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
   )
 
 
-def validation_batches(config, dataset) -> Callable[[], Iterator[types.Batch]]:
-  """() -> this process's rows of the labelled batches of the validation split, on the host."""
+def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Iterator[types.Batch]]:
+  """() -> labelled batches of the validation split on the host: this process's rows, or `whole`."""
+  part = part_of_batches(whole)
   # Rounded up to what the devices can share: the last batch is padded in any case.
   parts = jax.device_count() // config.mesh.space
   batch_size = -(-config.evaluate.batch_size // parts) * parts
@@ -193,8 +204,7 @@ def validation_batches(config, dataset) -> Callable[[], Iterator[types.Batch]]:
     dataset.splits["val"],
     batch_size=batch_size,
     with_labels=True,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    **part,
   )
 
 

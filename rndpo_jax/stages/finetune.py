@@ -160,7 +160,7 @@ def run(config, workdir: os.PathLike) -> None:
     description="finetune",
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
-    validate=base.validation(config, dataset, segmenter, mesh, reference=params),
+    validate=base.make_validate(config, dataset, segmenter, mesh, reference=params),
     reference=checkpoint.digest(params),
     keep_checkpoints=config.finetune.keep_checkpoints,
     checkpoint_minutes=config.finetune.checkpoint_minutes,
@@ -227,13 +227,19 @@ def pair_batches(
   )
 
 
-def pair_stream(config, workdir, dataset) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> endless batches, this process's rows, on the host; see `make_loss_fn`."""
+def pair_stream(
+  config, workdir, dataset, whole: bool = False
+) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
+
+  What they hold: `make_loss_fn`.
+  """
+  part = base.part_of_batches(whole)
   directory = epath.Path(workdir) / "pairs"
   table = pairs.read(directory)
   weigh = pair_weights(config, directory)
   volume = voxel_volumes(config, dataset)
-  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size)
+  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size, whole)
 
   @pipeline.cached
   def load(row: int) -> dict:
@@ -254,8 +260,7 @@ def pair_stream(config, workdir, dataset) -> Callable[[int, int], Iterator[dict]
       seed=seed,
       start_step=start_step,
       num_workers=config.data.num_workers,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **part,
     )
     if config.finetune.anchor != "labelled":
       return shown

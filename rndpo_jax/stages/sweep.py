@@ -8,21 +8,30 @@ looked at; the test split is not touched.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from rndpo_jax import checkpoint, files, logbook, models, parallel, population, preemption, progress
+from rndpo_jax import (
+  checkpoint,
+  files,
+  logbook,
+  models,
+  parallel,
+  population,
+  processes,
+  progress,
+  training,
+)
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
-from rndpo_jax.saving import Saver
 from rndpo_jax.stages import base, finetune, sweep_results
 
 # The file that a sweep writes last, and so the sign that it is done.
@@ -57,37 +66,41 @@ def run(
     What `sweep.json` holds.
 
   Raises:
-    ConfigError: on a grid that cannot be, several processes, or a folder with another sweep.
+    ConfigError: on a grid that cannot be, or a folder with another sweep.
     preemption.Preempted: after a signal, the state being saved.
     checkpoint.CheckpointError, pairs.PairsError.
   """
   grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
   check(grid)
   directory = epath.Path(workdir) / "sweep"
-  _claim(directory, grid)
-  if (directory / DONE).exists():
+  if processes.is_first():
+    _claim(directory, grid)
+  if processes.agree((directory / DONE).exists):
     progress.say("[sweep] done before")
     return files.read_json(directory / DONE)
-  mesh = parallel.make_population_mesh(len(seeds), len(betas) * len(learning_rates))
+  mesh = _mesh_of(grid)
   form = form or population.default_form(mesh)
   progress.say(
     f"[sweep] {len(seeds)} seeds x {len(betas)} betas x {len(learning_rates)} learning rates, by "
     f"{form} on {mesh.size} of {jax.device_count()} devices"
   )
   diverged = _train(config, workdir, directory, grid, mesh, form)
-  content = {
-    **sweep_results.results(grid, directory, diverged),
-    "form": form,
-    "num_devices": mesh.size,
-  }
-  content["base"] = _base_dice(workdir)
-  files.write_json(directory / DONE, content)
-  checkpoint.keep_only(directory / "state", ())
-  return content
+  if processes.is_first():
+    content = {
+      **sweep_results.results(grid, directory, diverged),
+      "form": form,
+      "num_devices": mesh.size,
+      "base": _base_dice(workdir),
+    }
+    files.write_json(directory / DONE, content)
+    checkpoint.keep_only(directory / "state", ())
+  processes.barrier("sweep")
+  list(directory.glob("*"))  # a network file system looks again for what was missing
+  return files.read_json(directory / DONE)
 
 
 def check(grid: dict[str, list]) -> None:
-  """Refuses a grid that cannot be trained.
+  """Refuses a grid that cannot be trained here; after the processes have met.
 
   Raises:
     ConfigError: naming the flag.
@@ -102,11 +115,12 @@ def check(grid: dict[str, list]) -> None:
     if wrong:
       least = "0 or more" if name == "seeds" else "finite values above 0"
       raise ConfigError(f"--{name}: found {wrong[0]}, expected {least}")
-  if jax.process_count() > 1:
-    raise ConfigError(
-      f"a sweep runs in one process on all its devices, found {jax.process_count()} processes; "
-      "share the seeds or betas among work directories instead, with --config.base.workdir"
-    )
+  _mesh_of(grid)
+
+
+def _mesh_of(grid: dict[str, list]) -> Mesh:
+  num_settings = len(grid["betas"]) * len(grid["learning_rates"])
+  return parallel.make_population_mesh(len(grid["seeds"]), num_settings)
 
 
 def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
@@ -125,38 +139,26 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
   options = config.finetune
   dataset = pipeline.open_dataset(config, workdir)
   params = base.load(config, workdir)[0]
-  state, train_step, validate = _make(config, dataset, params, grid, mesh, form)
+  state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
-  keys = jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]])
-  with contextlib.ExitStack() as stack:
-    reference = checkpoint.digest(params)
-    saver = stack.enter_context(
-      Saver(directory, reference, options.keep_checkpoints, options.checkpoint_minutes)
-    )
-    start, state = saver.resume(state, "sweep")
-    rows = stack.enter_context(contextlib.closing(_Rows(directory, grid, start)))
-    stream = _batches(config, workdir, dataset, grid["seeds"], mesh, params, start)
-    for step in progress.track(
-      range(start + 1, options.num_steps + 1),
-      total=options.num_steps,
-      description="sweep",
-      unit="steps",
-      done=start,
-    ):
-      state, aux = train_step(state, next(stream), keys, settings)
-      keep = step % options.eval_every_steps == 0 or step == options.num_steps
-      logged = step % options.log_every_steps == 0
-      stop = preemption.reached(step)
-      if logged:
-        rows.add(step, "train", aux, state.diverged)
-      if keep:
-        rows.add(step, "val", {"val_dice": validate(state.evaluated())}, state.diverged)
-      if keep or stop or (logged and saver.is_due()):
-        rows.write()
-        saver.save(step, state, with_params=False)
-      if stop:
-        raise preemption.Preempted(f"sweep: saved at step {step}")
-  return jax.device_get(state.diverged)
+  state = training.fit(
+    lambda state, batch, keys: step(state, batch, keys, settings),
+    state,
+    _batches(config, workdir, dataset, grid["seeds"], mesh, params),
+    num_steps=options.num_steps,
+    key=jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]]),
+    directory=directory,
+    description="sweep",
+    log_every_steps=options.log_every_steps,
+    eval_every_steps=options.eval_every_steps,
+    validate=lambda params: {"val_dice": validate(params)},
+    reference=checkpoint.digest(params),
+    keep_checkpoints=options.keep_checkpoints,
+    keep_params=False,
+    checkpoint_minutes=options.checkpoint_minutes,
+    open_rows=lambda start: _Rows(directory, grid, start),
+  )
+  return parallel.fetch(state.diverged)
 
 
 def _make(config, dataset, params, grid, mesh, form):
@@ -186,51 +188,67 @@ def _make(config, dataset, params, grid, mesh, form):
     accumulate_steps=options.accumulate_steps,
     ema_decay=options.ema_decay,
   )
-  batches = base.validation_batches(config, dataset)
+  batches = base.validation_batches(config, dataset, whole=True)
   validate = population.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, form=form
   )
   return state, train_step, validate
 
 
-def _batches(config, workdir, dataset, seeds, mesh, params, start: int) -> Iterator[dict]:
-  """Every seed's batches, on the devices."""
-  stream = finetune.pair_stream(config, workdir, dataset)
+def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], Iterator[dict]]:
+  """Start step -> every seed's batches, on the devices."""
+  stream = finetune.pair_stream(config, workdir, dataset, whole=True)
+  own = population.local_seeds(len(seeds), mesh)
   shared = {}
   if config.finetune.reference == "online":
     shared["reference_params"] = jax.device_put(params, parallel.replicated(mesh))
 
   def put(batches):
-    return {**population.put_batches(batches, mesh), **shared}
+    rows = dict(zip(own, batches, strict=True))
+    return {**population.put_batches(rows, len(seeds), mesh), **shared}
 
-  each = zip(*(stream(seed, start) for seed in seeds), strict=True)
-  return pipeline.prefetch(each, put, config.data.prefetch)
+  def start_at(start: int):
+    each = zip(*(stream(seeds[place], start) for place in own), strict=True)
+    return pipeline.prefetch(each, put, config.data.prefetch)
+
+  return start_at
 
 
 class _Rows:
-  """A `logbook.Rows` for each member, which ends where the member diverges."""
+  """As `logbook.Rows`, one for each member, which ends where the member diverges."""
 
   def __init__(self, directory: epath.Path, grid: dict[str, list], start: int):
     self._members = sweep_results.members_of(grid)
-    self._rows, self._said = [], set()
+    self._rows, self._diverged = [], np.zeros(len(self._members), np.int32)
     for member in self._members:
       folder = sweep_results.member_directory(directory, *member)
       folder.mkdir(parents=True, exist_ok=True)
       self._rows.append(logbook.Rows(folder, start))
 
-  def add(self, step: int, kind: str, figures: dict[str, Any], diverged: jax.Array) -> None:
-    figures, diverged = jax.device_get((figures, diverged))
-    for place, (rows, at) in enumerate(zip(self._rows, diverged.ravel(), strict=True)):
-      if not at:
-        row = {name: float(values.ravel()[place]) for name, values in sorted(figures.items())}
-        rows.add({"step": step, "kind": kind, **row})
-      elif place not in self._said:
-        self._said.add(place)
-        seed, beta, rate = self._members[place]
-        progress.say(
-          f"sweep: seed {seed}, beta {beta:g}, learning rate {rate:g} has no finite loss or "
-          f"gradient at step {at}; it stays as it was before, the others go on"
-        )
+  def add_steps(self, steps: list[tuple[int, dict[str, jax.Array]]], every: int) -> None:
+    # The latest are fetched in any case: they say which members a validation is of.
+    for step, aux in [(n, aux) for n, aux in steps if n % every == 0 or n == steps[-1][0]]:
+      aux = parallel.fetch(aux)
+      self._tell(aux.pop("diverged").ravel())
+      if step % every == 0:
+        self._add("train", step, aux)
+
+  def add_validation(self, step: int, figures: dict[str, np.ndarray]) -> None:
+    self._add("val", step, figures)
+
+  def _add(self, kind: str, step: int, figures: dict[str, np.ndarray]) -> None:
+    for place in np.flatnonzero(self._diverged == 0):
+      row = {name: float(values.ravel()[place]) for name, values in sorted(figures.items())}
+      self._rows[place].add({"step": step, "kind": kind, **row})
+
+  def _tell(self, diverged: np.ndarray) -> None:
+    for place in np.flatnonzero((diverged > 0) & (self._diverged == 0)):
+      seed, beta, rate = self._members[place]
+      progress.say(
+        f"sweep: seed {seed}, beta {beta:g}, learning rate {rate:g} has no finite loss or gradient "
+        f"at step {diverged[place]}; it stays as it was before, the others go on"
+      )
+    self._diverged = diverged
 
   def write(self) -> None:
     for rows in self._rows:
