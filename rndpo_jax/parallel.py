@@ -198,7 +198,7 @@ def put_on_local_devices(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
 
 
-def on_local_devices(function: Callable) -> Callable:
+def over_local_devices(function: Callable) -> Callable:
   """Compiles `function(whole, rows)` so that each device of this process works on its own rows.
 
   Args:

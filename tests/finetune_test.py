@@ -19,7 +19,7 @@ from rndpo_jax import (
 )
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import base, finetune
+from rndpo_jax.stages import base, finetune, pair_batches
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -139,7 +139,7 @@ def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, t
   gap = np.array([0.05, 0.15, 0.3], np.float32)
 
   def weights(how):
-    return finetune.pair_weights(tiny_config(finetune__pair_weight=how), tmp_path)(gap)
+    return pair_batches.weights_by_gap(tiny_config(finetune__pair_weight=how), tmp_path)(gap)
 
   np.testing.assert_array_equal(weights("none"), [1, 1, 1])
   np.testing.assert_array_equal(weights("score_gap"), gap)
@@ -195,7 +195,7 @@ def test_one_program_serves_every_step(tiny_run):
   optimizer = finetune.optimizer(config.finetune)
   step = training.make_train_step(function, optimizer, mesh)
   state = training.make_state(base.load(config, workdir)[0], optimizer, mesh)
-  stream = finetune.pair_batches(config, workdir, dataset, mesh, None)(0)
+  stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))
   assert step._cache_size() == 1 and int(state.step) == 3

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax.models import layers
+from rndpo_jax.models import layers, normalization
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -78,10 +78,10 @@ def test_group_norm_equals_the_float64_form(space, dtype, tolerance):
   rng = np.random.default_rng(0)
   x = jnp.asarray(1 + 2 * rng.normal(size=(2, *space, 6)), dtype)
   scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
-  y = layers.GroupNorm(3, dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+  y = normalization.GroupNorm(3, dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
   groups = np.asarray(x, np.float64).reshape(2, -1, 3, 2)
   mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-  expected = ((groups - mean) / np.sqrt(variance + layers.EPSILON)).reshape(x.shape)
+  expected = ((groups - mean) / np.sqrt(variance + normalization.EPSILON)).reshape(x.shape)
   expected = expected * scale + bias
   assert y.dtype == dtype
   np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
@@ -90,7 +90,9 @@ def test_group_norm_equals_the_float64_form(space, dtype, tolerance):
 def test_group_norm_of_a_constant_is_its_bias():
   bias = jnp.array([1.0, -2.0])
   x = jnp.full((1, 3, 3, 2), 0.5)
-  y = layers.GroupNorm(1, jnp.float32).apply({"params": {"scale": jnp.ones(2), "bias": bias}}, x)
+  y = normalization.GroupNorm(1, jnp.float32).apply(
+    {"params": {"scale": jnp.ones(2), "bias": bias}}, x
+  )
   np.testing.assert_allclose(y, jnp.broadcast_to(bias, x.shape), atol=1e-6)
 
 

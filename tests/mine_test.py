@@ -9,7 +9,7 @@ from flax import serialization
 
 from rndpo_jax import files, losses, models, packing, parallel, pipeline
 from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.stages import base, finetune, mine, pairs
+from rndpo_jax.stages import base, mine, pair_batches, pairs
 
 
 def shard_hashes(workdir):
@@ -133,7 +133,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   dataset = data_pipeline.open_dataset(tiny_config(), workdir)
   mesh = parallel.make_mesh()
   here, there = (
-    finetune.pair_batches(tiny_config(data__num_workers=n), workdir, dataset, mesh, None)(5)
+    pair_batches.on_devices(tiny_config(data__num_workers=n), workdir, dataset, mesh, None)(5)
     for n in (0, 2)
   )
   seen = []

@@ -55,6 +55,7 @@ def batch_of(seed, step):
     "reference_log_prob": np.asarray(losses.pair_log_prob(frozen, *masks)),
     "weight": rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
     "voxel_volume": np.ones(ROWS, np.float32),
+    "labelled": {"image": image[::-1], "label": masks[0, :, 0]},
   }
 
 
@@ -164,14 +165,22 @@ def test_a_member_is_the_run_of_its_seed_beta_and_rate(alone, form, devices):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"accumulate_steps": 2, "ema_decay": 0.5},
-    {"reference": "online", "augment": True, "objective": "apo_zero", "schedule": "constant"},
+    {"accumulate_steps": 2, "ema_decay": 0.5, "anchor": "labelled", "anchor_weight": 0.5},
+    {
+      "reference": "online",
+      "augment": True,
+      "objective": "apo_zero",
+      "schedule": "constant",
+      "anchor": "labelled",
+      "anchor_weight": 0.5,
+    },
   ],
   ids=["accumulated", "augmented"],
 )
 def test_options_act_on_members_as_on_a_run(alone, changes):
   settings = population.grid(BETAS[1:], RATES[:1])
   expected = [[ordinary(seed, BETAS[1], RATES[0], **changes)] for seed in SEEDS]
+  assert all(("anchor" in aux) == ("anchor" in changes) for ((_, aux),) in expected)
   # They do act: what is kept of the run is another than without them.
   kept, plain = (runs[0][j][0].evaluated() for runs, j in ((expected, 0), (alone, 2)))
   assert np.abs(kept["out"] - plain["out"]).max() > 1e-3

@@ -15,7 +15,7 @@ from rndpo_jax import parallel
 from rndpo_jax.benchmark import measure, network, step
 from rndpo_jax.benchmark.options import Options
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import finetune, mine, prepare
+from rndpo_jax.stages import finetune, mine, pair_batches, prepare
 
 RESIDENT = "one batch on the device"
 STEPS = 20  # of a sample
@@ -31,7 +31,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
   with tempfile.TemporaryDirectory() as workdir:
     config = make_workdir(options, workdir)
     dataset = pipeline.open_dataset(config, workdir)
-    stream = finetune.pair_batches(config, workdir, dataset, mesh, None)(0)
+    stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
     segmenter, params = network.make(options)
     batch = next(stream)
     make = functools.partial(

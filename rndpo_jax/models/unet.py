@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rndpo_jax import types
-from rndpo_jax.models import folding, layers
+from rndpo_jax.models import folding, layers, normalization
 
 
 class _Block(nn.Module):
@@ -31,7 +31,7 @@ class _Block(nn.Module):
       groups -= 1
     for level_below in (below, None):
       x = layers.Conv(self.features, self.dtype, fold)(x, level_below)
-      x = layers.GroupNorm(groups, self.dtype, fold)(x)
+      x = normalization.GroupNorm(groups, self.dtype, fold)(x)
       x = nn.relu(x)
     return x
 

@@ -7,14 +7,11 @@ augmentation on, a frozen second parameter tree gives the margin of the augmente
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh
 
 from rndpo_jax import (
   checkpoint,
@@ -27,9 +24,8 @@ from rndpo_jax import (
   training,
   types,
 )
-from rndpo_jax.config import ConfigError
-from rndpo_jax.data import augment, geometry, pipeline
-from rndpo_jax.stages import base, pairs
+from rndpo_jax.data import augment, pipeline
+from rndpo_jax.stages import base, pair_batches
 
 
 def make_loss_fn(
@@ -153,7 +149,7 @@ def run(config, workdir: os.PathLike) -> None:
       large,
     ),
     training.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
-    pair_batches(config, workdir, dataset, mesh, reference),
+    pair_batches.on_devices(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
     key=run_key(config.seed),
     directory=directory,
@@ -210,109 +206,3 @@ def optimizer(config) -> optax.GradientTransformation:
   if config.clip_norm > 0:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
   return adam
-
-
-def pair_batches(
-  config, workdir, dataset, mesh: Mesh, reference: types.Params | None
-) -> Callable[[int], Iterator[dict]]:
-  """Start step -> endless batches of images with their pairs, on device; see `make_loss_fn`."""
-  stream = pair_stream(config, workdir, dataset)
-
-  def put(batch):
-    batch = parallel.put_batch(batch, mesh)
-    return batch if reference is None else {**batch, "reference_params": reference}
-
-  return lambda start_step: pipeline.prefetch(
-    stream(config.seed, start_step), put, config.data.prefetch
-  )
-
-
-def pair_stream(
-  config, workdir, dataset, whole: bool = False
-) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
-
-  What they hold: `make_loss_fn`.
-  """
-  part = base.part_of_batches(whole)
-  directory = epath.Path(workdir) / "pairs"
-  table = pairs.read(directory)
-  weigh = pair_weights(config, directory)
-  volume = voxel_volumes(config, dataset)
-  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size, whole)
-
-  @pipeline.cached
-  def load(row: int) -> dict:
-    record = table[row]
-    index = int(record["index"])
-    return {
-      "image": pipeline.load_example(dataset, index, with_labels=False)["image"],
-      **{name: record[name] for name in pairs.TRAINING_FIELDS},
-      "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
-      "voxel_volume": volume(index),
-    }
-
-  def stream(seed: int, start_step: int):
-    shown = pipeline.stream(
-      range(len(table)),
-      load,
-      batch_size=config.finetune.batch_size,
-      seed=seed,
-      start_step=start_step,
-      num_workers=config.data.num_workers,
-      **part,
-    )
-    if config.finetune.anchor != "labelled":
-      return shown
-    both = zip(shown, labelled(seed + 2, start_step), strict=False)
-    return ({**batch, "labelled": extra} for batch, extra in both)
-
-  return stream
-
-
-def pair_weights(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Score gaps f32[P] -> weights f32[P] of the pairs, by `config.finetune.pair_weight`.
-
-  `score_gap` is the gap itself. `reliability` is 2 a - 1, a the share of pairs with such a gap
-  that the judge had right on validation (`judges.json`), and 0 where that is not above one half.
-
-  Raises:
-    ConfigError: where no pair would weigh anything.
-  """
-  how = config.finetune.pair_weight
-  if how != "reliability":
-    return np.ones_like if how == "none" else np.asarray
-  calibration = files.read_json(directory / "judges.json")[config.judge.name]["calibration"]
-  worth = np.maximum(2.0 * np.array(calibration["accuracy"]) - 1.0, 0.0)
-  if not worth.any():
-    raise ConfigError(
-      f"config.finetune.pair_weight: 'reliability' gives every pair the weight 0, for the judge "
-      f"{config.judge.name!r} has at no gap more than half of the pairs right on validation; take "
-      "another judge"
-    )
-  edges = np.array(calibration["gap_edges"])
-  return lambda gap: worth[np.searchsorted(edges, gap)]
-
-
-def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:
-  """Record index -> what a pixel of the model's grid stands for, f32[].
-
-  Raises:
-    ConfigError: where `config.finetune.region_unit` is mm and a spacing is unknown.
-  """
-  if config.finetune.region_unit == "pixel":
-    return lambda index: np.float32(1.0)
-  unknown = [entry["record_id"] for entry in dataset.records if entry["spacing"] is None]
-  if unknown:
-    raise ConfigError(
-      f"config.finetune.region_unit: 'mm' needs spacings, but that of {unknown[0]!r} is unknown; "
-      "use 'pixel'"
-    )
-
-  def volume(index: int) -> np.ndarray:
-    entry = dataset.records[index]
-    return np.float32(
-      geometry.voxel_volume(entry["spacing"], entry["shape"], dataset.size, dataset.crop)
-    )
-
-  return volume

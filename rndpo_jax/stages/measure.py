@@ -65,8 +65,8 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
       workdir / "finetune" / "params", step, stage_directory=workdir / "finetune"
     )
 
-  apply = parallel.on_local_devices(segmenter.apply)
-  to_masks = parallel.on_local_devices(lambda _, arguments: native_masks(*arguments))
+  apply = parallel.over_local_devices(segmenter.apply)
+  to_masks = parallel.over_local_devices(lambda _, arguments: native_masks(*arguments))
 
   def predict_batch(params, images, resize):
     return to_masks(None, (apply(params, images), resize))

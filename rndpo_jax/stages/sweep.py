@@ -32,7 +32,7 @@ from rndpo_jax import (
 )
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import base, finetune, sweep_results
+from rndpo_jax.stages import base, finetune, pair_batches, sweep_results
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -197,7 +197,7 @@ def _make(config, dataset, params, grid, mesh, form):
 
 def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], Iterator[dict]]:
   """Start step -> every seed's batches, on the devices."""
-  stream = finetune.pair_stream(config, workdir, dataset, whole=True)
+  stream = pair_batches.stream_of(config, workdir, dataset, whole=True)
   own = population.local_seeds(len(seeds), mesh)
   shared = {}
   if config.finetune.reference == "online":
