@@ -106,50 +106,53 @@ def save(directory: epath.PathLike, step: int, tree: Any) -> None:
 def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
   """Reads `directory`/`step` into the structure, shapes, dtypes and shardings of `like`.
 
+  Each process reads its part of the arrays for itself: none waits for another.
+
   Raises:
     CheckpointError: where it is missing, corrupt or of another structure.
   """
-  path = epath.Path(directory).resolve() / str(step)
-  target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  with ocp.StandardCheckpointer() as checkpointer:
-    try:
-      _check_sums(path)
-      return checkpointer.restore(path, target)
-    except _UNREADABLE as error:
-      if processes.is_loss_of_another(error):
-        raise
-      remedy = f"Delete the folder {directory} and run the same command again: the stage starts"
-      raise _unreadable(path, error, f"{remedy} anew") from error
+  path = _path(directory, step)
+  try:
+    return _read(path, like)
+  except _UNREADABLE as error:
+    raise _unreadable(path, _first_line(error), directory, "the stage starts") from error
 
 
 def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | None:
-  """Reads the latest checkpoint that can be read; says so where it is not the latest there is.
+  """Reads the latest checkpoint that every process can read; says so where there is a later one.
 
-  Those after it are deleted, since the run writes them again.
+  What process 0 finds in the folder is what there is. Those after the one read are deleted, since
+  the run writes them again.
 
   Returns:
     (step, tree), or None where there is no checkpoint.
 
   Raises:
-    CheckpointError: where there are checkpoints and none can be read; nothing is deleted then.
+    CheckpointError: on every process where there are checkpoints and none can be read by all;
+      nothing is deleted then.
   """
-  unreadable: list[CheckpointError] = []
-  there = steps(directory)
+  there = processes.agree_on_list(lambda: steps(directory))
+  refused = None  # the latest: its path, why, and by which processes
   for step in reversed(there):
+    path, tree, failed = _path(directory, step), None, None
     try:
-      tree = restore(directory, step, like)
-    except CheckpointError as error:
-      unreadable.append(error)
+      tree = _read(path, like)
+    except _UNREADABLE as error:
+      failed = error
+      progress.say(f"checkpoint {path}: {_first_line(error)}")
+    unable = processes.which(failed is not None)
+    if unable:
+      why = "see its output" if failed is None else _first_line(failed)
+      refused = refused or (path, why, _by(unable))
       continue
-    if unreadable:
-      progress.say(
-        f"checkpoint {epath.Path(directory) / str(there[-1])} cannot be read; going back to that "
-        f"of step {step}"
-      )
+    if refused:
+      latest, _, by = refused
+      progress.say(f"checkpoint {latest} cannot be read{by}; going back to that of step {step}")
       keep_only(directory, [old for old in there if old <= step])
     return step, tree
-  if unreadable:
-    raise unreadable[0]
+  if refused:
+    path, why, by = refused
+    raise _unreadable(path, why, directory, "the stage starts", by)
   return None
 
 
@@ -164,10 +167,8 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
   Raises:
     CheckpointError: where it is missing or corrupt.
   """
-  path = epath.Path(directory).resolve() / str(step)
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=jax.process_index(), active_processes={jax.process_index()}
-  )
+  path = _path(directory, step)
+  alone = _alone()
   handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
   with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
     try:
@@ -176,8 +177,8 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
       arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
       return checkpointer.restore(path, restore_args=arguments)
     except _UNREADABLE as error:
-      remedy = f"Delete the folder {stage_directory} and run the same command again: its stage runs"
-      raise _unreadable(path, error, f"{remedy} anew") from error
+      what = _first_line(error)
+      raise _unreadable(path, what, stage_directory, "its stage runs") from error
 
 
 def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
@@ -246,7 +247,38 @@ def is_failed_write(error: BaseException) -> bool:
   return isinstance(error, OSError) or bool(status)
 
 
-def _unreadable(path: epath.Path, error: Exception, remedy: str) -> CheckpointError:
-  first = str(error).strip().splitlines()
-  what = first[0] if first else type(error).__name__
-  return CheckpointError(f"checkpoint {path} cannot be read ({what}). {remedy}")
+def _read(path: epath.Path, like: Any) -> Any:
+  """The arrays of a checkpoint whose sums are right, in the shardings of `like`."""
+  target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+    _check_sums(path)
+    return checkpointer.restore(path, target)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """For reading: one that raises must not leave the others waiting at Orbax's barriers."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+
+
+def _path(directory: epath.PathLike, step: int) -> epath.Path:
+  return epath.Path(directory).resolve() / str(step)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0] if lines else type(error).__name__
+
+
+def _by(unable: list[int]) -> str:
+  """' by process 1, 3' where there are several processes."""
+  return f" by process {', '.join(map(str, unable))}" if jax.process_count() > 1 else ""
+
+
+def _unreadable(
+  path: epath.Path, what: str, folder: epath.PathLike, again: str, by: str = ""
+) -> CheckpointError:
+  return CheckpointError(
+    f"checkpoint {path} cannot be read{by} ({what}). Delete the folder {folder} and run the same "
+    f"command again: {again} anew"
+  )

@@ -201,6 +201,20 @@ def agree(ask: Callable[[], int]) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(ask() if is_first() else 0)))
 
 
+def agree_on_list(ask: Callable[[], list[int]]) -> list[int]:
+  """As `agree`, for several numbers; how many there are is agreed on first."""
+  found = ask() if is_first() else []
+  count = agree(lambda: len(found))
+  padded = np.array(found or [0] * count, np.int32)
+  return multihost_utils.broadcast_one_to_all(padded).tolist() if count else []
+
+
+def which(value: bool) -> list[int]:
+  """On which processes `value` is true; waits until every process has come with its own."""
+  everywhere = multihost_utils.process_allgather(np.array(value))
+  return np.flatnonzero(everywhere).tolist()
+
+
 def any_of(value: bool) -> bool:
-  """Whether `value` is true on any process; waits until every process has come with its own."""
-  return bool(multihost_utils.process_allgather(np.array(value)).any())
+  """Whether `value` is true on any process; waits as `which` does."""
+  return bool(which(value))

@@ -63,8 +63,12 @@ class Saver:
       writer.wait()
 
   def save_params_if_missing(self, step: int, state: Any) -> None:
-    """A kill can come when the state of a step is whole and its parameters are not."""
-    if step > 0 and step not in checkpoint.steps(self.folders["params"]):
+    """A kill can come when the state of a step is whole and its parameters are not.
+
+    Every process takes the answer of the first: those that write wait for each other.
+    """
+    folder = self.folders["params"]
+    if step > 0 and processes.agree(lambda: step not in checkpoint.steps(folder)):
       self._writers["params"].save(step, state.evaluated())
 
   def is_due(self) -> bool:

@@ -134,12 +134,38 @@ def test_a_folder_that_is_gone_is_one_line_and_a_programming_error_is_none(tmp_p
     checkpoint.save(tmp_path, 8, TREE)
 
 
+@pytest.fixture
+def first_of_two(saved, monkeypatch):
+  """Process 0 of two; what the other one says in each round is in the list."""
+  other = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "agree_on_list", lambda ask: ask())
+  monkeypatch.setattr(processes, "which", lambda here: [0] * here + [1] * other.pop(0))
+  monkeypatch.setattr(checkpoint, "_read", lambda path, like: path.name)
+  return other
+
+
+def test_what_one_of_two_processes_cannot_read_neither_goes_on_from(saved, first_of_two, capsys):
+  first_of_two += [True, False]
+  assert checkpoint.restore_latest(saved, TREE) == (2, "2")
+  assert checkpoint.steps(saved) == [1, 2]
+  message = f"checkpoint {saved / '10'} cannot be read by process 1; going back to that of step 2"
+  assert message in capsys.readouterr().out
+
+
+def test_where_no_checkpoint_is_readable_for_all_the_refusal_says_for_whom(saved, first_of_two):
+  first_of_two += [True, True, True]
+  message = "10 cannot be read by process 1 .see its output.. Delete the folder"
+  with pytest.raises(checkpoint.CheckpointError, match=message):
+    checkpoint.restore_latest(saved, TREE)
+  assert checkpoint.steps(saved) == [1, 2, 10]
+
+
 def test_a_checkpoint_is_not_called_unreadable_when_another_process_is_gone(saved, monkeypatch):
-  def broken(*_):
+  def broken(_):
     raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
-  monkeypatch.setattr(checkpoint, "_check_sums", broken)
-  monkeypatch.setattr(processes, "is_loss_of_another", lambda error: "Gloo" in str(error))
+  monkeypatch.setattr(processes, "which", broken)
   with pytest.raises(ValueError, match="Gloo"):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]

@@ -175,3 +175,60 @@ def test_two_configs_for_one_job_are_refused_by_key(tmp_path):
   assert [process.returncode for process in processes] == [1, 1]
   assert "error: --config: process 1 differs from process 0: config.seed: was 0, is 1" in outputs[1]
   assert "error: process 0: another process of this run has stopped" in outputs[0]
+
+
+# Process 1 cannot read the steps named in argv[3], and says so in the midst of Orbax's reading.
+RESTORES = """
+import sys
+import jax, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from rndpo_jax import checkpoint, processes
+address, index, unreadable, folder = sys.argv[1:]
+index = int(index)
+processes.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
+real = ocp.StandardCheckpointer.restore
+def restore(self, path, target):
+  if index and path.name in unreadable.split(","):
+    raise OSError(f"bad block in {path.name}")
+  return real(self, path, target)
+ocp.StandardCheckpointer.restore = restore
+sharding = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+values = np.arange(8.0, dtype=np.float32)
+tree = {"x": jax.make_array_from_callback((8,), sharding, lambda i: values[i]), "n": values}
+for step in (1, 2, 3):
+  checkpoint.save(folder, step, tree)
+try:
+  step, read = checkpoint.restore_latest(folder, tree)
+  for shard in read["x"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, values[shard.index])
+  assert not read["x"].is_fully_addressable and (read["n"] == values).all()
+  processes.barrier("deleted")
+  print("step", step, checkpoint.steps(folder))
+except checkpoint.CheckpointError as error:
+  print(error, checkpoint.steps(folder))
+"""
+
+
+@pytest.mark.parametrize("unreadable", ["2,3", "1,2,3"])
+def test_a_checkpoint_that_one_process_cannot_read_is_left_by_both(unreadable, tmp_path):
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  address = f"127.0.0.1:{free_port()}"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", RESTORES, address, str(index), unreadable, str(tmp_path)],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for index, output in enumerate(finish(processes)):
+    own = "bad block in 3" if index else "see its output"
+    assert ("bad block in 2" in output) == bool(index)
+    if unreadable == "2,3":
+      assert "3 cannot be read by process 1; going back to that of step 1\n" in output
+      assert output.endswith("step 1 [1]\n")
+    else:
+      assert f"3 cannot be read by process 1 ({own}). Delete the folder" in output
+      assert output.endswith("[1, 2, 3]\n")

@@ -37,6 +37,9 @@ def test_one_process_needs_nothing():
   assert initialize(None, None, None) is False
   assert processes.is_first() and processes.agree(lambda: 7) == 7
   assert processes.any_of(True) and not processes.any_of(False)
+  assert processes.which(True) == [0] and processes.which(False) == []
+  assert processes.agree_on_list(lambda: [20, 40]) == [20, 40]
+  assert processes.agree_on_list(lambda: []) == []
   processes.barrier("alone")
 
 
