@@ -9,6 +9,7 @@ gone within a minute of the first. Exit code 1 if any fails. DIR/output has what
 """
 
 import argparse
+import glob
 import os
 import pathlib
 import random
@@ -21,6 +22,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import tensorstore as ts
+
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 # What each stage writes; removing all from a stage on makes a run that stands before it.
@@ -29,21 +32,11 @@ WRITES = {
   "finetune": ("finetune",), "evaluate": ("evaluate", "results.json"), "report": ("report.html",),
 }  # fmt: skip
 SETTINGS = ("--config.base.eval_every_steps=20", "--config.finetune.num_steps=40")
-# Moves the wall clock by argv[1] seconds as soon as the file argv[2] is there.
-CLOCK_JUMP = """
-import os, runpy, sys, time
-real, real_ns = time.time, time.time_ns
-seconds, path = int(sys.argv.pop(1)), sys.argv.pop(1)
-moved = []
-def off():
-  if not moved and os.path.exists(path):
-    moved.append(seconds)
-  return sum(moved)
-time.time = lambda: real() + off()
-time.time_ns = lambda: real_ns() + off() * 10**9
-sys.argv[0] = "launch.run"
-runpy.run_module("launch.run", run_name="__main__")
-"""
+# Debian's package faketime; moves the wall clock of a process for C++ too, file times excepted.
+FAKETIME = (
+  "/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib*/faketime/libfaketimeMT.so.1",
+  "/usr/local/lib/faketime/libfaketimeMT.so.1",
+)  # fmt: skip
 PROGRAM = (sys.executable, "-m", "launch.run")
 
 
@@ -199,6 +192,12 @@ def flip_a_byte(campaign, path):
   path.write_bytes(bytes(content))
 
 
+def flip_checkpoint(campaign, step):
+  """In the largest of its files of arrays."""
+  files = (step / "ocdbt.process_0" / "d").iterdir()
+  flip_a_byte(campaign, max(files, key=lambda path: path.stat().st_size))
+
+
 def undisturbed(campaign):
   """Runs twice, so that the second one's times are those with compiled programs at hand."""
   for workdir in (campaign.folder / "first", campaign.undisturbed):
@@ -299,15 +298,45 @@ def of_full_disk(ended):
   return f"{ended.shown()}: the disk is full" if clear else ended.shown(), clear
 
 
+def last_sees(campaign, mount):
+  """The programs of the processes, the last of which sees a mount of its own."""
+  alone = ("unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *PROGRAM)
+  return [PROGRAM] * (campaign.processes - 1) + [alone]
+
+
 def disk_of_one(campaign):
   """Only the last process meets a full disk: it sees a small tmpfs where the shards are."""
   workdir = campaign.before("mine", "disk-of-one")
   (workdir / "pairs").mkdir()
-  small = f"mount -t tmpfs -o size=8k none {workdir}/pairs && exec "
-  alone = ("unshare", "-m", "sh", "-c", f'{small} "$@"', "sh", *PROGRAM)
-  programs = [PROGRAM] * (campaign.processes - 1) + [alone]
+  programs = last_sees(campaign, f"mount -t tmpfs -o size=8k none {workdir}/pairs")
   first, ok = of_full_disk(campaign.run(workdir, programs=programs))
   campaign.finish("disk full for one process", "mine", first, workdir, ok=ok)
+
+
+def checkpoint_of_one(campaign):
+  """Only the last process sees flipped bytes: in the latest state, in all, in the parameters."""
+  last = campaign.processes - 1
+  for folder, count in (("base/state", 1), ("base/state", None), ("base/params", None)):
+    workdir = campaign.before("mine", "checkpoint-of-one")
+    if folder == "base/state":
+      (workdir / "base" / "selected.json").unlink()  # so that the base goes on
+    damaged = campaign.folder / "damaged"
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(workdir / folder, damaged)
+    there = sorted((path.name for path in damaged.iterdir()), key=int)
+    harmed = there[-count:] if count else there
+    for step in harmed:
+      flip_checkpoint(campaign, damaged / step)
+    mounts = [f"mount --bind {damaged}/{step} {workdir}/{folder}/{step}" for step in harmed]
+    ended = campaign.run(workdir, programs=last_sees(campaign, " && ".join(mounts)))
+    if count:
+      said = f"cannot be read by process {last}; going back to that of step {there[-2]}"
+      ok = not any(ended.codes) and campaign.same(workdir)
+      ok = ok and all(said in text for text in ended.outputs)
+    else:
+      ok = all(ended.codes) and ended.in_one_line() and "cannot be read" in ended.outputs[last]
+    moment = f"{folder}/{', '.join(harmed)}"
+    campaign.finish("checkpoint unreadable for one process", moment, ended.shown(), workdir, ok=ok)
 
 
 def damage(campaign, fault, stage, harm):
@@ -329,13 +358,12 @@ def damages(campaign):
     flip_a_byte(campaign, shard(workdir))
     return shard(workdir).name
 
-  def flip_checkpoint(folder, unfinished=()):
+  def flip_latest(folder, unfinished=()):
     def harm(workdir):
       for name in unfinished:
         remove(workdir / name)
       latest = max((workdir / folder).iterdir(), key=lambda path: int(path.name))
-      path = max((latest / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
-      flip_a_byte(campaign, path)
+      flip_checkpoint(campaign, latest)
       return f"{folder}/{latest.name}"
 
     return harm
@@ -357,37 +385,66 @@ def damages(campaign):
   damage(campaign, "flipped byte in data/", "base", flip_data)
   damage(campaign, "truncated shard", "finetune", truncate)
   damage(campaign, "flipped byte in a shard", "finetune", flip_shard)
-  damage(campaign, "flipped byte, base params", "mine", flip_checkpoint("base/params"))
+  damage(campaign, "flipped byte, base params", "mine", flip_latest("base/params"))
   started = ("base/selected.json",)
-  damage(campaign, "flipped byte, base state", "mine", flip_checkpoint("base/state", started))
+  damage(campaign, "flipped byte, base state", "mine", flip_latest("base/state", started))
   tuned = ("finetune/done.json",)
-  flip = flip_checkpoint("finetune/state", tuned)
+  flip = flip_latest("finetune/state", tuned)
   damage(campaign, "flipped byte, state", "evaluate", flip)
-  damage(campaign, "flipped byte, params", "evaluate", flip_checkpoint("finetune/params"))
+  damage(campaign, "flipped byte, params", "evaluate", flip_latest("finetune/params"))
   damage(campaign, "manifest lost", "finetune", lose_manifest)
   damage(campaign, "clock jump: file times", "finetune", age)
 
 
 def clock(campaign):
-  """Moves Python's clock in all processes, then in the last one alone, while the base trains."""
-  several = [True, False] if campaign.processes > 1 else [True]
-  for everywhere in several:
-    for name, seconds in (("back", -86400), ("ahead", 86400)):
-      workdir = campaign.before("base", "clock")
-      moved = (
-        sys.executable,
-        "-c",
-        CLOCK_JUMP,
-        str(seconds),
-        str(workdir / "base" / "state" / "20"),
-      )
-      programs = [moved if everywhere else PROGRAM] * (campaign.processes - 1) + [moved]
-      ended = campaign.run(workdir, programs=programs)
-      which = "" if everywhere else ", of one process"
-      fault = f"clock jump: a day {name}{which}"
-      # Orbax measures by the wall clock how long a write takes.
-      ok = ended.codes == [0] * campaign.processes or (seconds > 0 and ended.in_one_line())
-      campaign.finish(fault, "base, step 20", ended.shown(), workdir, ok=ok)
+  """Moves the clock of all processes, then of the last one alone, while the base trains."""
+  library = next((path for pattern in FAKETIME for path in glob.glob(pattern)), None)
+  if library is None:
+    skipped = "skipped: needs libfaketime (Debian: faketime)"
+    return campaign.add("clock jump", "-", skipped, "-", True)
+  for everywhere in [True, False] if campaign.processes > 1 else [True]:
+    for seconds in (-86400, 86400):
+      clock_jump(campaign, library, seconds, everywhere)
+
+
+def clock_jump(campaign, library, seconds, everywhere):
+  workdir = campaign.before("base", "clock")
+  offset = campaign.folder / "clock.txt"
+  offset.write_text("+0")
+  moved = (
+    "env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={offset}", "NO_FAKE_STAT=1",
+    "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", *PROGRAM,
+  )  # fmt: skip
+  others = campaign.processes - 1
+  programs = [moved if everywhere else PROGRAM] * others + [moved]
+  processes = campaign.start(workdir, programs=programs)
+  wait_until(processes, (workdir / "base" / "state" / "20").exists)
+  replace_text(offset, f"{seconds:+d}")
+  ended = campaign.end(processes)
+  shown = ended.shown()
+  # Orbax measures by the wall clock how long a write takes.
+  ok = seconds > 0 and ended.in_one_line()
+  if not any(ended.codes):
+    found = [clock_of_state(workdir, process) - time.time() for process in range(others + 1)]
+    shown += f"; clock at {', '.join(f'{x / 3600:+.1f} h' for x in found)}"
+    expected = [seconds if everywhere else 0] * others + [seconds]
+    ok = ended.in_time and all(abs(x - y) < 600 for x, y in zip(found, expected, strict=True))
+  fault = f"clock jump: a day {'back' if seconds < 0 else 'ahead'}"
+  which = "" if everywhere else ", of one process"
+  campaign.finish(fault + which, "base, step 20", shown, workdir, ok=ok)
+
+
+def replace_text(path, text):
+  new = path.with_suffix(".new")
+  new.write_text(text)
+  new.replace(path)
+
+
+def clock_of_state(workdir, process):
+  """When TensorStore, which is C++, ended a process's part of the base's last state, in s."""
+  latest = max((workdir / "base" / "state").iterdir(), key=lambda path: int(path.name))
+  part = ts.KvStore.open(f"file://{latest}/ocdbt.process_{process}/").result()
+  return ts.ocdbt.dump(part).result()["versions"][-1]["commit_time"] / 1e9
 
 
 # (stage, what is deleted, the file after which it is, further settings): what a stage has open, or
@@ -431,6 +488,7 @@ FAULTS = {
   "sigterm": lambda campaign, _: sigterms(campaign),
   "disk": lambda campaign, _: full_disk(campaign),
   "disk_of_one": lambda campaign, _: disk_of_one(campaign),
+  "checkpoint_of_one": lambda campaign, _: checkpoint_of_one(campaign),
   "damage": lambda campaign, _: damages(campaign),
   "clock": lambda campaign, _: clock(campaign),
   "deleted": lambda campaign, _: deleted(campaign),
