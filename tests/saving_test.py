@@ -75,3 +75,15 @@ def test_a_write_that_failed_in_one_of_several_raises_before_any_other_is_waited
   with pytest.raises(OSError, match="full"), saver:
     pass
   assert NOTED == ["wait params"]
+
+
+def test_parameters_that_are_missing_are_written_by_all_or_none(make, monkeypatch):
+  """As process 0 finds them: those that write wait for each other."""
+  saver = make(2)
+  monkeypatch.setattr(saving.checkpoint, "steps", lambda folder: [3])
+  for first_finds_none, noted in ((0, []), (1, ["save params"])):
+    monkeypatch.setattr(saving.processes, "agree", lambda ask, answer=first_finds_none: answer)
+    for step in (3, 4):  # here, and missing here
+      NOTED.clear()
+      saver.save_params_if_missing(step, State())
+      assert NOTED == noted
