@@ -148,6 +148,10 @@ class Campaign:
     self.rows.append((fault, moment, first, again, "ok" if ok else "FAILED"))
     print(" | ".join(self.rows[-1]), flush=True)
 
+  def skip(self, fault, why):
+    self.rows.append((fault, "-", "-", "-", f"skipped: {why}"))
+    print(" | ".join(self.rows[-1]), flush=True)
+
   def finish(self, fault, moment, first, workdir, *arguments, ok=True):
     """Runs again: the same results, or a refusal of one line whose remedy works."""
     ended = self.run(workdir, *arguments)
@@ -281,7 +285,7 @@ def full_disk(campaign):
     workdir.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(workdir)]
     if subprocess.run(mount, capture_output=True).returncode:
-      return campaign.add("full disk", "-", "skipped: mounting is not allowed here", "-", True)
+      return campaign.skip("full disk", "mounting is not allowed here")
     try:
       ended = campaign.run(workdir / "run")
       stages = [name for name in STAGES if f"[{name}]" in ended.outputs[0]] or ["start"]
@@ -400,8 +404,7 @@ def clock(campaign):
   """Moves the clock of all processes, then of the last one alone, while the base trains."""
   library = next((path for pattern in FAKETIME for path in glob.glob(pattern)), None)
   if library is None:
-    skipped = "skipped: needs libfaketime (Debian: faketime)"
-    return campaign.add("clock jump", "-", skipped, "-", True)
+    return campaign.skip("clock jump", "needs libfaketime (Debian: faketime)")
   for everywhere in [True, False] if campaign.processes > 1 else [True]:
     for seconds in (-86400, 86400):
       clock_jump(campaign, library, seconds, everywhere)
@@ -518,7 +521,8 @@ def main():
   for row in table:
     print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
   failed = sum(row[-1] == "FAILED" for row in campaign.rows)
-  print(f"\n{len(campaign.rows)} faults, {failed} failed")
+  skipped = sum(row[-1].startswith("skipped") for row in campaign.rows)
+  print(f"\n{len(campaign.rows) - skipped} faults, {failed} failed, {skipped} skipped")
   sys.exit(1 if failed else 0)
 
 
