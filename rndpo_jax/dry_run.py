@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
-from rndpo_jax.data import builder, splits
+from rndpo_jax.data import builder, records, splits
 from rndpo_jax.data import pipeline as data_pipeline
 from rndpo_jax.stages import prepare, shards
 
@@ -100,11 +100,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     cases = prepare.split_cases(config.data, entries)
     split_of = {case: name for name, ids in cases.items() for case in ids}
     counts = Counter(split_of.get(entry["case_id"]) for entry in entries)
-    item = np.dtype(source.dtype).itemsize
-    num_bytes = sum(
-      math.prod(entry["shape"]) * (source.num_channels * item + entry["has_mask"])
-      for entry in entries
-    )
+    num_bytes = sum(records.num_bytes(source, entry) for entry in entries)
   problem = aot.Problem(
     facts["num_classes"], facts["num_channels"], facts["spatial_dims"], tuple(config.data.size)
   )

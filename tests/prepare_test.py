@@ -73,6 +73,39 @@ def test_two_runs_give_the_same(root, tmp_path):
   assert contents[0] == contents[1]
 
 
+def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
+  datasets = []
+  for name, size in (("one", 1 << 32), ("many", 400)):
+    monkeypatch.setattr(builder, "_FILE_BYTES", size)
+    prepare.run(_config(root), tmp_path / name)
+    datasets.append(pipeline.open_dataset(_config(root), tmp_path / name))
+  # 9 x 8, 9, ... 12 pixels with masks and 9 x 13 without: 144 + 162, 180 + 198, 216 + 117 bytes.
+  found = [[p.name for p in (tmp_path / n).rglob("*array_record*")] for n in ("one", "many")]
+  assert found[0] == ["cases-cases.array_record-00000-of-00001"]
+  assert sorted(found[1]) == [f"cases-cases.array_record-{n:05d}-of-00003" for n in range(3)]
+  assert len(datasets[1].source) == 6
+  for index in range(6):
+    one, many = (d.source[index] for d in datasets)
+    assert one.keys() == many.keys() and one["record_id"] == f"{index}".encode()
+    for key in one:
+      np.testing.assert_array_equal(one[key], many[key], err_msg=key)
+
+
+def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
+  def lengths(*sizes):
+    entries = [
+      records.record(record_id="a", case_id="a", group_id="a", shape=(size,), has_mask=False)
+      for size in sizes
+    ]
+    source = records.Source("toy", 2, [], 1, 1, "voxel", "float32", entries, lambda: iter(()))
+    return builder.file_lengths(source)
+
+  monkeypatch.setattr(builder, "_FILE_BYTES", 40)  # ten float32
+  assert lengths(4, 6, 1) == [2, 1]
+  assert lengths(11, 1, 30, 9) == [1, 1, 1, 1]
+  assert lengths(1) == [1]
+
+
 def _fails_and_recovers(config, workdir, mend, error=records.DataError, match=""):
   """Fails, leaves nothing that looks whole, and after `mend` the same command works."""
   with pytest.raises(error, match=match):
@@ -116,12 +149,12 @@ def test_more_labels_than_cases_before_any_pixel(root, tmp_path, monkeypatch):
 
 
 def test_disk_full(root, tmp_path):
-  def full(self, *_, **__):
+  def full(*_):
     raise RuntimeError("write() failed: No space left on device")  # as ArrayRecord does
 
   patch = pytest.MonkeyPatch()
-  patch.setattr(builder.Cases, "download_and_prepare", full)
-  message = "w/data: the prepared data cannot be written .*No space left.*; free space"
+  patch.setattr(builder.array_record_module, "ArrayRecordWriter", full)
+  message = "w/data/cases/.*: the prepared data cannot be written .*No space left.*; free space"
   _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, message)
 
 

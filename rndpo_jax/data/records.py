@@ -8,6 +8,7 @@ cases of one group (a patient) never stand in two splits.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -92,6 +93,12 @@ def record(
     "spacing": None if spacing is None else [float(s) for s in spacing],
     "has_mask": bool(has_mask),
   }
+
+
+def num_bytes(source: Source, entry: dict[str, Any]) -> int:
+  """Bytes of a record's image and mask as the headers tell them, uncompressed."""
+  channels = source.num_channels * np.dtype(source.dtype).itemsize
+  return math.prod(entry["shape"]) * (channels + entry["has_mask"])
 
 
 def extract(pattern: str, text: str, key: str) -> str:
