@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
+from rndpo_jax import threads
 from rndpo_jax.data import images, records
 
 _LOSSLESS = (".png", ".tif", ".tiff")
@@ -51,16 +51,15 @@ def open_source(config) -> records.Source:
   _check_channels(image_files, headers)
   entries = _entries(data, ids, headers, image_files, mask_files)
 
-  def read() -> Iterator[records.Pixels]:
-    for name in ids:
-      mask_file = mask_files.get(name)
-      yield records.Pixels(
-        image=images.read_image(image_files[name]),
-        mask=None if mask_file is None else images.read_mask(mask_file, data.num_classes),
-        affine=np.eye(4, dtype=np.float32),
-        image_path=str(image_files[name]),
-        mask_path=str(mask_file),
-      )
+  def read(name: str) -> records.Pixels:
+    mask_file = mask_files.get(name)
+    return records.Pixels(
+      image=images.read_image(image_files[name]),
+      mask=None if mask_file is None else images.read_mask(mask_file, data.num_classes),
+      affine=np.eye(4, dtype=np.float32),
+      image_path=str(image_files[name]),
+      mask_path=str(mask_file),
+    )
 
   eight_bit = all(header.dtype == "uint8" for header in headers.values())
   names = [f"class {c}" for c in range(1, data.num_classes)]
@@ -73,7 +72,7 @@ def open_source(config) -> records.Source:
     spacing_unit="voxel",
     dtype="uint8" if eight_bit else "float32",
     records=entries,
-    read=read,
+    read=lambda: threads.in_order(read, ids),
   )
 
 
