@@ -145,6 +145,18 @@ def test_two_processes_share_a_sweep_whose_members_are_runs(alone, tmp_path):
   assert len(others) == 3 and losses[0] not in others
 
 
+def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
+  shutil.copytree(alone, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "finetune")
+  shard = pairs.shard_path(tmp_path / "run" / "pairs", 1, 2)
+  shard.write_bytes(shard.read_bytes()[:-1])
+  processes = start_two(tmp_path / "run", "--stages=finetune")
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1]
+  assert f"error: {shard} is corrupt" in outputs[1]
+  assert "error: process 0: another process of this run has stopped" in outputs[0]
+
+
 def test_processes_that_do_not_meet_end_in_one_line(tmp_path):
   shared = ("--num_processes=2", "--connect_seconds=3")
   processes = [

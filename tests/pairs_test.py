@@ -1,11 +1,14 @@
 """pairs: shards round-trip, the summary comes last, and a full disk leaves nothing behind."""
 
+import contextlib
 import errno
+import signal
 
+import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import files
+from rndpo_jax import files, preemption
 from rndpo_jax.stages import pairs
 
 
@@ -40,6 +43,47 @@ def test_records_come_back_in_the_order_of_the_shards(tmp_path):
 
 def test_missing_manifest_names_the_stage(tmp_path):
   with pytest.raises(pairs.PairsError, match="manifest.json is missing; run the stage 'mine'"):
+    pairs.read(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_shard_is_checked_once_by_all_processes_together(tmp_path, monkeypatch, count):
+  write(tmp_path, [2, 0, 3, 1, 1])
+  paths = [pairs.shard_path(tmp_path, n, 5) for n in range(5)]
+  whole = paths[3].read_bytes()
+  checked, found = [], []
+  sha256 = files.sha256
+  monkeypatch.setattr(files, "sha256", lambda path: checked.append(path) or sha256(path))
+  monkeypatch.setattr(preemption, "together", lambda what: contextlib.nullcontext())
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+  for index in range(count):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    assert len(pairs.read(tmp_path)) == 7
+  assert sorted(checked) == paths
+  paths[3].write_bytes(whole[:-1] + b"?")
+  for index in range(count):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    try:
+      pairs.read(tmp_path)
+    except pairs.PairsError as error:
+      assert f"{paths[3]} is corrupt" in str(error) and f"delete {paths[3]}, " in str(error)
+      found.append(index)
+  assert found == [3 % count]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+  write(tmp_path, [1, 1])
+  path = pairs.shard_path(tmp_path, 1, 2)
+  path.unlink()
+  with pytest.raises(pairs.PairsError, match=f"{path} is missing; delete {path}, .*rebuilds this"):
+    pairs.read(tmp_path)
+
+
+def test_a_signal_ends_the_check(tmp_path, monkeypatch):
+  write(tmp_path, [1, 1])
+  pairs.shard_path(tmp_path, 1, 2).write_bytes(b"?")  # it is not come to
+  monkeypatch.setattr(preemption, "_noted", [signal.SIGTERM])
+  with pytest.raises(preemption.Preempted, match="the shards of pairs are checked anew"):
     pairs.read(tmp_path)
 
 

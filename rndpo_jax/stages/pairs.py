@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from flax import serialization
 
-from rndpo_jax import files
+from rndpo_jax import files, preemption, threads
 
 # What fine-tuning takes from a record as it stands, P slots an image.
 TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
@@ -93,30 +94,45 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
 def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   """Opens every shard for random access, after checking each against the manifest.
 
+  All processes call it together, for each checks its share, shard i being that of process i mod N.
+
   Returns:
     A sequence of records, dicts of numpy arrays, in the order of the shards.
 
   Raises:
-    PairsError: where the manifest or a shard is missing, or a checksum differs.
+    PairsError: where the manifest or a shard is missing, or a checksum differs; of several
+      processes, on the one that finds a checksum to differ.
+    preemption.Preempted: after a signal.
   """
   directory = epath.Path(directory)
   if not (directory / "manifest.json").exists():
     raise PairsError(f"{directory / 'manifest.json'} is missing; run the stage 'mine' first")
   manifest = files.read_json(directory / "manifest.json")
-  paths = []
-  for entry in manifest["shards"]:
-    path = directory / entry["file"]
-    rebuild = (
-      f"delete {path}, {summary_path(path)} and {directory / 'manifest.json'}, then run the same "
-      "command again: the stage 'mine' rebuilds this shard alone"
-    )
+  shards = [(directory / entry["file"], entry) for entry in manifest["shards"]]
+  for path, _ in shards:
     if not path.exists():
-      raise PairsError(f"{path} is missing; {rebuild}")
-    if files.sha256(path) != entry["sha256"]:
-      raise PairsError(f"{path} is corrupt: its SHA-256 is not that of the manifest; {rebuild}")
-    if entry["count"]:
-      paths.append(os.fspath(files.local_copy(path)))
-  return _Records(paths)
+      raise PairsError(f"{path} is missing; {_rebuild(path)}")
+  with preemption.together("the shards of pairs are checked anew"):
+    _check(shards[jax.process_index() :: jax.process_count()])
+  return _Records([os.fspath(files.local_copy(path)) for path, entry in shards if entry["count"]])
+
+
+def _check(shards: Sequence[tuple[epath.Path, dict[str, Any]]]) -> None:
+  """Compares (path, entry of the manifest) with the files; raises as `read`."""
+  checksums = threads.in_order(files.sha256, [path for path, _ in shards])
+  for (path, entry), checksum in zip(shards, checksums, strict=True):
+    preemption.check("the shards of pairs are checked anew")
+    if checksum != entry["sha256"]:
+      raise PairsError(
+        f"{path} is corrupt: its SHA-256 is not that of the manifest; {_rebuild(path)}"
+      )
+
+
+def _rebuild(path: epath.Path) -> str:
+  return (
+    f"delete {path}, {summary_path(path)} and {path.parent / 'manifest.json'}, then run the same "
+    "command again: the stage 'mine' rebuilds this shard alone"
+  )
 
 
 class _Records(Sequence):
