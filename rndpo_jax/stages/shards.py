@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,19 +12,25 @@ from etils import epath
 from rndpo_jax import files, mining, progress, types
 from rndpo_jax.stages import pairs
 
+_ROUNDED = "{:.3g}".format  # to three significant digits, a tie to the even one
+
 
 class MiningError(RuntimeError):
   """Mining that cannot give pairs; the message says which filter took them."""
 
 
 def write(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
-  """Writes the mined images of one shard; images without a valid pair leave no record."""
+  """Writes the mined images of one shard; images without a valid pair leave no record.
+
+  Of region sizes and score gaps the summary keeps how many pairs have each value, rounded to three
+  significant digits (sizes below 1,000 are exact): some thousand numbers, however many pairs.
+  """
   summary: dict[str, Any] = {
     "num_images": num_images,
     "num_pairs": 0,
     "dropped": dict.fromkeys(mining.FILTERS, 0),
-    "region_size": [],
-    "score_gap": [],
+    "region_size": Counter(),
+    "score_gap": Counter(),
   }
 
   def records():
@@ -68,8 +75,8 @@ def _count(summary, mined: types.Pairs) -> None:
   for name, count in zip(mining.FILTERS, mined.dropped, strict=True):
     summary["dropped"][name] += int(count)
   summary["num_pairs"] += int(mined.valid.sum())
-  summary["region_size"] += mined.region_size[mined.valid].tolist()
-  summary["score_gap"] += [round(float(gap), 7) for gap in mined.score_gap[mined.valid]]
+  for name in ("region_size", "score_gap"):
+    summary[name].update(map(_ROUNDED, getattr(mined, name)[mined.valid].tolist()))
 
 
 def is_finished(path: epath.Path) -> bool:
@@ -83,15 +90,19 @@ def write_manifest(config, directory: epath.Path) -> None:
   Raises:
     MiningError: where there is no pair at all.
   """
-  count = config.mine.num_shards
-  paths = [pairs.shard_path(directory, shard, count) for shard in range(count)]
-  summaries = [files.read_json(pairs.summary_path(path)) for path in paths]
-  dropped = {name: sum(s["dropped"][name] for s in summaries) for name in mining.FILTERS}
-  sizes = np.concatenate([np.array(s["region_size"], np.int64) for s in summaries])
-  gaps = np.concatenate([np.array(s["score_gap"], np.float64) for s in summaries])
-  num_images = sum(s["num_images"] for s in summaries)
-  num_bytes = sum(s["num_bytes"] for s in summaries)
-  if sizes.size == 0:
+  shards: list[dict] = []
+  dropped, sizes, gaps = Counter(), Counter(), Counter()
+  num_images = num_bytes = 0
+  for shard in range(config.mine.num_shards):
+    path = pairs.summary_path(pairs.shard_path(directory, shard, config.mine.num_shards))
+    summary = files.read_json(path)
+    shards.append({key: summary[key] for key in ("file", "sha256", "count")})
+    num_images += summary["num_images"]
+    num_bytes += summary["num_bytes"]
+    for total, name in ((dropped, "dropped"), (sizes, "region_size"), (gaps, "score_gap")):
+      found = summary[name]  # an older version listed every value
+      total.update(found if isinstance(found, dict) else map(_ROUNDED, found))
+  if not sizes:
     taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
     raise MiningError(
       f"mining {num_images} images left no pair; candidate pairs taken by each filter: {taken}. "
@@ -99,22 +110,25 @@ def write_manifest(config, directory: epath.Path) -> None:
       "another judge, 'score_gap' and 'region_size' for other limits in config.mine; start again "
       "in a new workdir, with --config.base.workdir to keep the base"
     )
-  edges = np.unique(np.geomspace(1, max(sizes.max(), 2), 25).round()).astype(np.int64)
-  counts, _ = np.histogram(sizes, bins=np.append(edges, edges[-1] + 1))
+  sizes, counts = _sorted(sizes)
+  edges = np.unique(np.geomspace(1, max(sizes[-1], 2), 25).round()).astype(np.int64)
+  edges = np.append(edges, edges[-1] + 1)
+  histogram, _ = np.histogram(sizes, bins=edges, weights=counts)
+  num_pairs = int(counts.sum())
   files.write_json(
     directory / "manifest.json",
     {
-      "shards": [{key: s[key] for key in ("file", "sha256", "count")} for s in summaries],
+      "shards": shards,
       "num_images": num_images,
-      "num_pairs": int(sizes.size),
+      "num_pairs": num_pairs,
       "num_bytes": num_bytes,
-      "bytes_per_pair": num_bytes / sizes.size,
-      "dropped": dropped,
+      "bytes_per_pair": num_bytes / num_pairs,
+      "dropped": dict(dropped),
       "region_size": {
-        **_quantiles(sizes),
-        "histogram": {"edges": np.append(edges, edges[-1] + 1).tolist(), "counts": counts.tolist()},
+        **quantiles(sizes, counts),
+        "histogram": {"edges": edges.tolist(), "counts": histogram.tolist()},
       },
-      "score_gap": _quantiles(gaps),
+      "score_gap": quantiles(*_sorted(gaps)),
       "rule": config.mine.rule,
       "judge": config.judge.name,
       "mix": config.proposals.mix,
@@ -124,6 +138,28 @@ def write_manifest(config, directory: epath.Path) -> None:
   )
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-  low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-  return {"p5": float(low), "p50": float(middle), "p95": float(high)}
+def _sorted(found: Counter) -> tuple[np.ndarray, np.ndarray]:
+  """Values f64[N], rising, and how many there are of each, i64[N]."""
+  items = sorted((float(value), count) for value, count in found.items())
+  values, counts = zip(*items, strict=True)
+  return np.array(values, np.float64), np.array(counts, np.int64)
+
+
+def quantiles(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+  """The 5th, 50th and 95th percentile of values of which there are several each.
+
+  As `np.quantile` has them of all values in a row, x: x[r] where r = q (sum of counts - 1) is
+  whole, and between x[floor r] and x[floor r + 1] in proportion otherwise.
+
+  Args:
+    values: f64[N], rising.
+    counts: i64[N], positive.
+  """
+  ends = np.cumsum(counts)
+  ranks = np.array([0.05, 0.5, 0.95]) * (ends[-1] - 1)
+  low, high = (
+    values[np.searchsorted(ends, place, side="right")]
+    for place in (np.floor(ranks), np.ceil(ranks))
+  )
+  found = low + (high - low) * (ranks - np.floor(ranks))
+  return dict(zip(("p5", "p50", "p95"), found.tolist(), strict=True))
