@@ -10,10 +10,14 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import tempfile
 from typing import Any
 
 from etils import epath
+
+# What else a process may have open: libraries, checkpoints, connections.
+_OTHER_FILES = 512
 
 
 class FileError(ValueError):
@@ -66,6 +70,27 @@ def sha256(path: os.PathLike) -> str:
   """Hexadecimal SHA-256 of a file's bytes."""
   with epath.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def allow_open(count: int, what: os.PathLike) -> None:
+  """Lets this process, and workers started after, hold `count` files open and more.
+
+  A reader of ArrayRecord keeps every file open that it has read from; the usual limit is 1,024.
+
+  Raises:
+    FileError: where the host does not allow so many.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + _OTHER_FILES
+  if soft == resource.RLIM_INFINITY or needed <= soft:
+    return
+  if hard != resource.RLIM_INFINITY and needed > hard:
+    raise FileError(
+      f"{what}: {count} files are read at once, with which this process needs {needed}, and this "
+      f"host allows it {hard} (ulimit -Hn); raise that limit"
+    )
+  enough = max(needed, 1 << 16) if hard == resource.RLIM_INFINITY else hard
+  resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """files: whole or not there, and errors that name the file."""
 
 import errno
+import resource
 
 import pytest
 
@@ -46,3 +47,22 @@ def test_checksum_is_that_of_the_bytes(tmp_path):
   files.write_text(tmp_path / "a", "abc")
   expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
   assert files.sha256(tmp_path / "a") == expected
+
+
+def test_as_many_files_can_be_open_as_are_needed():
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, before[1]))
+    files.allow_open(88, "pairs")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 600
+    files.allow_open(1024, "pairs")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard == before[1] and (soft >= 1024 + 512 or soft == resource.RLIM_INFINITY)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_files_than_the_host_allows_are_refused(monkeypatch):
+  monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+  with pytest.raises(files.FileError, match=r"pairs: 4000 files .* needs 4512, .* allows it 4096"):
+    files.allow_open(4000, "pairs")

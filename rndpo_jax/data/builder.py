@@ -185,6 +185,7 @@ class Opened:
 
   Raises:
     records.DataError: where a record cannot be read (any more), also in a worker.
+    files.FileError: where this host does not let a process open so many files.
   """
 
   def __init__(self, directory: epath.Path, local: epath.Path, with_labels: bool):
@@ -192,6 +193,8 @@ class Opened:
     with _named(directory), _quiet():
       builder = tfds.builder_from_directory(local / _VERSION)
       skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
+      # Twice, for there is a reader with labels and one without.
+      files.allow_open(2 * builder.info.splits[SPLIT].num_shards, folder(directory))
       self._opened = builder.as_data_source(split=SPLIT, decoders=skip)
       self._opened[0]  # the file is opened at the first read
 
@@ -212,7 +215,7 @@ def _named(directory: epath.Path) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own
-    if isinstance(error, records.DataError):
+    if isinstance(error, (records.DataError, files.FileError)):
       raise
     raise records.DataError(
       f"{folder(directory)}: cannot be read ({error}); remove {directory} and run the stage "

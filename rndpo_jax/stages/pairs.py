@@ -102,6 +102,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   Raises:
     PairsError: where the manifest or a shard is missing, or a checksum differs; of several
       processes, on the one that finds a checksum to differ.
+    files.FileError: where this host does not let a process open so many.
     preemption.Preempted: after a signal.
   """
   directory = epath.Path(directory)
@@ -114,6 +115,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
       raise PairsError(f"{path} is missing; {_rebuild(path)}")
   with preemption.together("the shards of pairs are checked anew"):
     _check(shards[jax.process_index() :: jax.process_count()])
+  files.allow_open(len(shards), directory)
   return _Records([os.fspath(files.local_copy(path)) for path, entry in shards if entry["count"]])
 
 
