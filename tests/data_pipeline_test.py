@@ -274,3 +274,18 @@ def test_batches_of_two_processes_are_those_of_one(dataset, count):
       seen = joined if field == "valid" else joined[batch.valid]
       ours = getattr(batch, field)
       np.testing.assert_array_equal(ours if field == "valid" else ours[batch.valid], seen, field)
+
+
+def test_a_split_holds_every_record_of_its_cases(workdir, tmp_path):
+  shutil.copytree(workdir, tmp_path / "run")
+  path = tmp_path / "run" / "data" / records.FILE
+  content = json.loads(path.read_text())
+  content["records"]["case_id"] = [f"c{n % 5}" for n in range(12)]
+  path.write_text(json.dumps(content))
+  parts = {"labelled": ["c3", "c0"], "unlabelled": ["c4"], "val": ["c1"], "test": ["c2"]}
+  (tmp_path / "run" / splits.FILE).write_text(json.dumps(parts))
+  found = pipeline.open_dataset(_config(), tmp_path / "run").splits
+  assert {name: part.tolist() for name, part in found.items()} == {
+    "labelled": [0, 3, 5, 8, 10], "unlabelled": [4, 9], "val": [1, 6, 11], "test": [2, 7],
+  }  # fmt: skip
+  assert found["val"].dtype == np.int64

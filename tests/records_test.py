@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -32,13 +34,66 @@ def test_round_trip(tmp_path):
   entries = [_entry(spacing=(1.5, 2)), _entry(record_id="b", has_mask=False)]
   records.write(tmp_path, _source(entries))
   content = records.read(tmp_path)
-  assert content["records"] == entries
+  assert list(content["records"]) == entries
   assert entries[0] == {
     "record_id": "a#z003", "case_id": "a", "group_id": "p", "slice": 3, "shape": [4, 5],
     "spacing": [1.5, 2.0], "has_mask": True,
   }  # fmt: skip
   assert content["class_names"] == ["background", "organ"] and content["spacing_unit"] == "mm"
   assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
+
+
+def test_a_table_gives_the_entries_it_was_made_of(tmp_path):
+  entries = [
+    _entry(record_id="é#1", case_id="é", spacing=(1, 2)),
+    _entry(record_id="b", case_id="b", group_id="b", shape=(7, 7), has_mask=False, slice_index=-1),
+    _entry(record_id="c", case_id="b", group_id="b", shape=(4, 5), spacing=(1.0, 2.0)),
+  ]
+  assert records.to_columns(entries)["grid"] == [0, 1, 0]
+  assert len(records.to_columns(entries)["grids"]) == 2
+  # All cases of one record: the ids are written once.
+  alone = [_entry(record_id=name, case_id=name, group_id=name) for name in ("x", "y")]
+  columns = records.to_columns(alone)
+  assert columns["record_id"] == ["x", "y"]
+  assert columns["case_id"] is None and columns["group_id"] is None
+  for given in (entries, alone):
+    records.write(tmp_path, _source(given))
+    table = records.read(tmp_path)["records"]
+    assert len(table) == len(given) and list(table) == given
+    assert table[np.int64(1)] == given[1] == table[-1 - (len(given) == 3)]
+    assert isinstance(table[1]["slice"], int) and isinstance(table[1]["has_mask"], bool)
+    with pytest.raises(IndexError):
+      table[len(given)]
+
+
+def test_what_a_caller_does_to_an_entry_stays_his(tmp_path):
+  records.write(tmp_path, _source([_entry(spacing=(1, 2))] * 2))
+  table = records.read(tmp_path)["records"]
+  table[0]["shape"].append(3)
+  table[0]["spacing"].append(3)
+  assert table[1]["shape"] == [4, 5] and table[1]["spacing"] == [1.0, 2.0]
+
+
+def test_a_list_of_an_older_version_is_read(tmp_path):
+  entries = [_entry(), _entry(record_id="b", has_mask=False)]
+  records.write(tmp_path, _source(entries))
+  content = json.loads((tmp_path / records.FILE).read_text())
+  (tmp_path / records.FILE).write_text(json.dumps({**content, "records": entries}))
+  assert list(records.read(tmp_path)["records"]) == entries
+
+
+@pytest.mark.parametrize(
+  "change", [{"grid": None}, {"slice": [1]}, {"record_id": [3, 4]}, {"grids": ...}]
+)
+def test_columns_that_do_not_fit_are_named(tmp_path, change):
+  entries = [_entry(), _entry(record_id="b")]
+  records.write(tmp_path, _source(entries))
+  content = json.loads((tmp_path / records.FILE).read_text())
+  content["records"] |= change
+  content["records"] = {k: v for k, v in content["records"].items() if v is not ...}
+  (tmp_path / records.FILE).write_text(json.dumps(content))
+  with pytest.raises(records.DataError, match=r"records\.json: lacks records.*'prepare' again"):
+    records.read(tmp_path)
 
 
 @pytest.mark.parametrize(

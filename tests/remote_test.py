@@ -96,7 +96,7 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
     prepare.run(config, workdir)
     assert prepare.is_done(epath.Path(workdir))
     datasets.append(pipeline.open_dataset(config, workdir))
-  assert datasets[0].records == datasets[1].records
+  assert list(datasets[0].records) == list(datasets[1].records)
   examples = [pipeline.load_example(dataset, 3, with_labels=True) for dataset in datasets]
   for name, value in examples[0].items():
     np.testing.assert_array_equal(value, examples[1][name], err_msg=name)

@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
   num_channels: int
   spatial_dims: int
   spacing_unit: str
-  records: list[dict[str, Any]]
+  records: Sequence[dict[str, Any]]
   splits: dict[str, np.ndarray]
   size: tuple[int, ...]
   crop: tuple[int, ...]
@@ -65,18 +65,20 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
       f"{directory}: {len(source)} records stored, {len(content['records'])} listed in "
       f"{records.FILE}; remove {directory} and run the stage 'prepare' again"
     )
-  cases: dict[str, list[int]] = {}
-  for index, entry in enumerate(content["records"]):
-    cases.setdefault(entry["case_id"], []).append(index)
+  cases, case_of = np.unique(content["records"].ids("case_id"), return_inverse=True)
   parts = {}
   for name, ids in splits.read(workdir).items():
-    unknown = [case for case in ids if case not in cases]
-    if unknown:
+    wanted = np.array([case.encode() for case in ids], np.bytes_)
+    places = np.minimum(np.searchsorted(cases, wanted), len(cases) - 1)
+    unknown = np.flatnonzero(cases[places] != wanted)
+    if len(unknown):
       raise records.DataError(
-        f"{workdir / splits.FILE}: unknown case id {unknown[0]!r} in {name!r}; remove the file "
-        "and run the stage 'prepare' again"
+        f"{workdir / splits.FILE}: unknown case id {ids[unknown[0]]!r} in {name!r}; remove the "
+        "file and run the stage 'prepare' again"
       )
-    parts[name] = np.array(sorted(i for case in ids for i in cases[case]), np.int64)
+    chosen = np.zeros(len(cases), bool)
+    chosen[places] = True
+    parts[name] = np.flatnonzero(chosen[case_of])
   return Dataset(
     source=source,
     blind_source=builder.open_source(directory, with_labels=False),

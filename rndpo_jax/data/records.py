@@ -1,4 +1,4 @@
-"""What a source hands over, and `records.json`, the list of what was prepared.
+"""What a source hands over, and `records.json`, the table of what was prepared.
 
 A record is one item on its own grid: an image or one slice of a volume where there are two
 spatial dimensions, a volume where there are three. Records of one case are judged together;
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ FILE = "records.json"
 _SOURCE_KEYS = (
   "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
 )  # fmt: skip
-_RECORD_KEYS = ("record_id", "case_id", "group_id", "slice", "shape", "spacing", "has_mask")
+_ID_KEYS = ("record_id", "case_id", "group_id")
 
 
 class DataError(ValueError):
@@ -151,14 +151,80 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
     )
 
 
+class Table(Sequence):
+  """Entries as `record` makes them, held by columns: some 30 bytes each, where a dict takes 600.
+
+  Args:
+    columns: from `to_columns`.
+  """
+
+  def __init__(self, columns: dict[str, list]):
+    self._grids = columns["grids"]
+    numbers = {name: np.array(columns[name], np.int32) for name in ("grid", "slice", "has_mask")}
+    ids = {name: None if columns[name] is None else _encode(columns[name]) for name in _ID_KEYS}
+    if len({len(x) for x in (*numbers.values(), *ids.values()) if x is not None}) > 1:
+      raise ValueError("columns of different lengths")
+    self._numbers, self._ids = numbers, ids
+
+  def __len__(self) -> int:
+    return len(self._numbers["grid"])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    grid = self._grids[self._numbers["grid"][index]]
+    ids = {name: self.ids(name)[index].decode() for name in _ID_KEYS}
+    return {
+      **ids,
+      "slice": int(self._numbers["slice"][index]),
+      "shape": list(grid["shape"]),
+      "spacing": grid["spacing"] and list(grid["spacing"]),
+      "has_mask": bool(self._numbers["has_mask"][index]),
+    }
+
+  def ids(self, name: str) -> np.ndarray:
+    """UTF-8 S[N] of `record_id`, `case_id` or `group_id`."""
+    found = self._ids[name]
+    return self.ids(_ID_KEYS[_ID_KEYS.index(name) - 1]) if found is None else found
+
+
+def _encode(ids: Sequence[str]) -> np.ndarray:
+  return np.array([one.encode() for one in ids], np.bytes_)
+
+
+def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
+  """What a `Table` holds, for JSON.
+
+  Returns:
+    `record_id`; `case_id` and `group_id`, None where all are those of the column before; `slice`;
+    `has_mask`, 0 or 1; `grid`, each a place in `grids`, the different {shape, spacing}.
+  """
+  ids = [[entry[name] for entry in entries] for name in _ID_KEYS]
+  before = [None, *ids]
+  grids: dict[tuple, int] = {}
+  grid = []
+  for entry in entries:
+    key = tuple(entry["shape"]), entry["spacing"] and tuple(entry["spacing"])
+    grid.append(grids.setdefault(key, len(grids)))
+  return {
+    **{
+      name: None if one == other else one
+      for name, one, other in zip(_ID_KEYS, ids, before, strict=False)
+    },
+    "slice": [entry["slice"] for entry in entries],
+    "has_mask": [int(entry["has_mask"]) for entry in entries],
+    "grid": grid,
+    "grids": [{"shape": shape, "spacing": spacing} for shape, spacing in grids],
+  }
+
+
 def write(directory: epath.Path, source: Source) -> None:
   """Writes `records.json` into the directory, whole or not at all."""
-  content = {key: getattr(source, key) for key in _SOURCE_KEYS} | {"records": source.records}
-  files.write_json(directory / FILE, content)
+  content = {key: getattr(source, key) for key in _SOURCE_KEYS}
+  content["records"] = to_columns(source.records)
+  files.write_text(directory / FILE, json.dumps(content, allow_nan=False))
 
 
 def read(directory: epath.Path) -> dict[str, Any]:
-  """Reads `records.json`.
+  """Reads `records.json`; its `records` are a `Table`.
 
   Raises:
     DataError: where it is missing, is no JSON, or lacks a key.
@@ -166,7 +232,13 @@ def read(directory: epath.Path) -> dict[str, Any]:
   path = directory / FILE
   content = read_json(path, "run the stage 'prepare' again")
   missing = [key for key in (*_SOURCE_KEYS, "records") if key not in content]
-  missing += [k for entry in content.get("records", [])[:1] for k in _RECORD_KEYS if k not in entry]
+  try:
+    if not missing:
+      found = content["records"]  # an older version listed the entries
+      content["records"] = Table(to_columns(found) if isinstance(found, list) else found)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    remedy = f"remove it and run the stage 'prepare' again ({error})"
+    raise DataError(f"{path}: lacks records that can be read; {remedy}") from error
   if missing:
     raise DataError(f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again")
   return content
