@@ -56,7 +56,8 @@ def test_a_table_gives_the_entries_it_was_made_of(tmp_path):
   columns = records.to_columns(alone)
   assert columns["record_id"] == ["x", "y"]
   assert columns["case_id"] is None and columns["group_id"] is None
-  for given in (entries, alone):
+  slices = [_entry(record_id=name, case_id="k", group_id="k") for name in ("x", "y")]
+  for given in (entries, alone, slices):
     records.write(tmp_path, _source(given))
     table = records.read(tmp_path)["records"]
     assert len(table) == len(given) and list(table) == given
