@@ -7,25 +7,25 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import jax
 import pytest
 
-from rndpo_jax import pipeline
+from rndpo_jax import checkpoint, pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
 
 
-# Runs launch.run until it would write a file that ends in argv[1]; then half of it, and kill -9.
+# Runs launch.run until it would write a file whose path fits the pattern argv[1]; then half of it,
+# and kill -9. Nothing here depends on how soon somebody looks.
 KILL_AT = """
-import os, pathlib, runpy, signal, sys
+import fnmatch, os, pathlib, runpy, signal, sys
 from rndpo_jax import files
-end, write = sys.argv.pop(1), files.write_bytes
+pattern, write = sys.argv.pop(1), files.write_bytes
 def write_bytes(path, content):
-  if not str(path).endswith(end):
+  if not fnmatch.fnmatch(str(path), pattern):
     return write(path, content)
   path = pathlib.Path(path)
   (path.parent / f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
@@ -51,22 +51,11 @@ def run(workdir, *arguments, **options):
   return process.returncode, output
 
 
-def kill_when(workdir, path, *arguments, deadline_seconds=240):
-  """Starts the job and kills it with signal 9 as soon as `path` is there."""
-  process = start(workdir, *arguments)
-  end = time.monotonic() + deadline_seconds
-  while not (workdir / path).exists():
-    assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-
-
-def kill_at(workdir, path, *arguments):
-  """Starts the job, which is killed with signal 9 half way through writing `path`."""
-  code, output = run(workdir, *arguments, program=("-c", KILL_AT, path))
+def kill_at(workdir, pattern, *arguments):
+  """Starts the job, which is killed with signal 9 half way through writing a file."""
+  code, output = run(workdir, *arguments, program=("-c", KILL_AT, f"{workdir}/{pattern}"))
   assert code == -signal.SIGKILL, output
-  assert not (workdir / path).exists()
+  assert not list(workdir.glob(pattern))
 
 
 def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_path):
@@ -76,17 +65,21 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_pa
   pipeline.run(config, undisturbed)
   arguments = [f"--config.{key}={value}" for key, value in changes.items()]
   kill_at(workdir, "splits.json", *arguments)
-  kill_when(workdir, "base/state/50", *arguments)
-  kill_when(workdir, "pairs/judge/metrics.jsonl", *arguments)
+  kill_at(workdir, "base/state/100*/sha256.json", *arguments)
+  assert checkpoint.steps(workdir / "base" / "state") == [50]
+  kill_at(workdir, "pairs/judge/metrics.jsonl", *arguments)
   assert not (workdir / "pairs" / "judge" / "params").exists()
-  kill_when(workdir, "pairs/pairs-00000-of-00002.array_record", *arguments)
-  kill_when(workdir, "finetune/params/4", *arguments)
+  kill_at(workdir, "pairs/pairs-00001-of-00002.json", *arguments)
+  assert (workdir / "pairs" / "pairs-00000-of-00002.json").exists()
+  kill_at(workdir, "finetune/state/8*/sha256.json", *arguments)
+  assert checkpoint.steps(workdir / "finetune" / "state") == [4]
   kill_at(workdir, "evaluate/curve-4.json", *arguments)
   assert (workdir / "evaluate" / "curve-0.json").exists()
   assert not (workdir / "results.json").exists()
   kill_at(workdir, "report.html", *arguments)
   code, output = run(workdir, *arguments)
   assert code == 0, output
+  assert "base: going on" not in output  # what is done is not done again
   assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
   assert "base" in output and "fine-tuned (last)" in output and "report.html" in output
   assert (workdir / "report.html").exists()
