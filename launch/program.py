@@ -76,8 +76,9 @@ def one_line(error):
     )
   # A barrier fails by ValueError.
   if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
-    lost = processes.is_loss_of_another(error)
-    return processes.loss_of_another(str(error).splitlines()[0]) if lost else None
+    if not processes.is_loss_of_another(error):
+      return None
+    return processes.loss_of_another(f"{processes.roll_call()}: {str(error).splitlines()[0][:200]}")
   if not isinstance(error, OSError):
     return None
   if files.is_full_disk(error):

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 from rndpo_jax.config import ConfigError
 
-# In the store of the distributed runtime: which process has stopped by an error.
-_STOPPED = "rndpo_jax/stopped"
+# In the store of the distributed runtime: who has stopped; whether that is asked; who answered.
+_STOPPED, _ROLL_CALL, _HERE = "rndpo_jax/stopped", "rndpo_jax/roll_call", "rndpo_jax/here"
 _LOOK_EVERY_SECONDS = 1.0
 # Held for ever by the thread that ends this process: its message is the only one.
 _ending = threading.Lock()
@@ -136,25 +136,72 @@ def stop(message: str) -> None:
   """
   _ending.acquire()
   _say_error(message)
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone
-    distributed.global_state.client.key_value_set(
-      _STOPPED, str(jax.process_index()), allow_overwrite=True
-    )
-  if is_first():
-    time.sleep(2 * _LOOK_EVERY_SECONDS)  # the others look, and their coordinator is still here
+  _tell_stopped(distributed.global_state.client, f"process {jax.process_index()}")
+  _let_others_look()
   os._exit(1)
 
 
+def _tell_stopped(client: Any, who: str) -> None:
+  """The first to tell is right: whoever stops because of that has another to name."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # told before; the coordinator may be gone
+    client.key_value_set(_STOPPED, who)
+
+
+def _let_others_look() -> None:
+  """Keeps the coordinator, which is in process 0, until the others have read why it ends."""
+  if is_first():
+    time.sleep(2 * _LOOK_EVERY_SECONDS)
+
+
 def _watch(client: Any, over: threading.Event) -> None:
-  """Ends this process when another says that it has stopped.
+  """Ends this process when another says that one has stopped; answers a roll call.
 
   One that waits for it at a barrier of a checkpoint would learn that from the heartbeats alone, or
   never, where each of two waits for the other's failed write.
   """
+  here = False
   while not over.wait(_LOOK_EVERY_SECONDS):
-    # None has, or the coordinator does not answer: where it is gone JAX ends this process.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      _exit(loss_of_another(f"process {client.key_value_try_get(_STOPPED)}"))
+    if (who := _read(client, _STOPPED)) is not None:
+      _ending.acquire()
+      _say_error(loss_of_another(who))
+      _let_others_look()
+      os._exit(1)
+    if not here and _read(client, _ROLL_CALL) is not None:
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_HERE}/{jax.process_index()}", "")
+        here = True
+
+
+def _read(client: Any, key: str) -> str | None:
+  """What stands in the store; None where nothing does, or the coordinator does not answer.
+
+  Where that is gone JAX ends this process.
+  """
+  try:
+    return client.key_value_try_get(key)
+  except jax.errors.JaxRuntimeError:
+    return None
+
+
+def roll_call() -> str:
+  """Names the processes that are gone, after a collective has failed, and tells the others.
+
+  In each process that lives a thread answers, even while its main thread waits in a collective.
+  Takes a few seconds.
+  """
+  client = distributed.global_state.client
+  try:
+    client.key_value_set(_ROLL_CALL, "", allow_overwrite=True)
+    time.sleep(4 * _LOOK_EVERY_SECONDS)
+    answered = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(_HERE)}
+  except jax.errors.JaxRuntimeError:
+    return "process 0, which the others ask, does not answer"
+  gone = [index for index in range(jax.process_count()) if index not in answered]
+  if not gone:
+    return "all processes answer, so a connection between them has failed"
+  who = f"process{'es' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
+  _tell_stopped(client, who)
+  return who
 
 
 def _exit(message: str) -> None:
@@ -169,7 +216,7 @@ def _say_error(message: str) -> None:
 
 
 def loss_of_another(what: str) -> str:
-  """The message of a process that cannot go on alone; `what` says who is gone, or how it showed."""
+  """The message of a process that cannot go on alone; `what` says who is gone."""
   return (
     f"error: process {jax.process_index()}: another process of this run has stopped, see its own "
     f"output ({what}); the same command goes on from what is finished"

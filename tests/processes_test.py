@@ -57,20 +57,26 @@ def test_the_others_do_not_look(monkeypatch):
 
 
 class Store:
-  """Stands for the distributed runtime's store: each answer is raised or returned once."""
+  """Stands for the distributed runtime's store; `busy` reads fail before it answers."""
 
-  def __init__(self, *answers):
-    self.answers, self.told = list(answers), []
+  def __init__(self, values=(), busy=0):
+    self.values, self.busy = dict(values), busy
 
   def key_value_try_get(self, key):
-    answer = self.answers.pop(0)
-    if isinstance(answer, Exception):
-      raise answer
-    return answer
+    self.busy -= 1
+    if self.busy >= 0:
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded")
+    if key not in self.values:
+      raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
+    return self.values[key]
 
-  def key_value_set(self, key, value, allow_overwrite):
-    self.told.append(value)
-    raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused")
+  def key_value_set(self, key, value, allow_overwrite=False):
+    if key in self.values and not allow_overwrite:
+      raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: {key}")
+    self.values[key] = value
+
+  def key_value_dir_get(self, folder):
+    return [item for item in self.values.items() if item[0].startswith(f"{folder}/")]
 
 
 @pytest.fixture
@@ -89,19 +95,68 @@ def ends(monkeypatch):
 
 
 def test_a_process_ends_when_another_says_that_it_has_stopped(capsys, ends):
-  nothing = jax.errors.JaxRuntimeError("NOT_FOUND: Config key rndpo_jax/stopped not found.")
-  busy = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded")
+  store = Store({processes._STOPPED: "process 3"}, busy=3)
   with pytest.raises(SystemExit):
-    processes._watch(Store(nothing, busy, nothing, "3"), threading.Event())
+    processes._watch(store, threading.Event())
   assert ends == [1]
   assert "another process of this run has stopped" in (error := capsys.readouterr().err)
   assert "(process 3)" in error and error.count("\n") == 1
 
 
+class Looks:
+  """Stands for the event that a program is over, which comes after so many looks."""
+
+  def __init__(self, number):
+    self.left = number
+
+  def wait(self, seconds):
+    self.left -= 1
+    return self.left < 0
+
+
+def test_a_thread_answers_a_roll_call_once_asked():
+  store = Store()
+  processes._watch(store, Looks(1))
+  assert store.values == {}
+  store.values[processes._ROLL_CALL] = ""
+  processes._watch(store, Looks(2))
+  assert store.values.keys() == {processes._ROLL_CALL, f"{processes._HERE}/0"}
+
+
+@pytest.mark.parametrize(
+  "here,who",
+  [
+    ((0, 2, 3), "process 1"),
+    ((0, 2), "processes 1, 3"),
+    ((0, 1, 2, 3), "all processes answer, so a connection between them has failed"),
+  ],
+)
+def test_a_roll_call_names_who_does_not_answer(here, who, monkeypatch, ends):
+  store = Store({f"{processes._HERE}/{index}": "" for index in here})
+  monkeypatch.setattr(processes.distributed.global_state, "client", store)
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  assert processes.roll_call() == who
+  assert processes._ROLL_CALL in store.values
+  # Others are told only of processes that are gone, and the first who tells is believed.
+  assert store.values.get(processes._STOPPED) == (None if len(here) == 4 else who)
+  with pytest.raises(SystemExit):
+    processes.stop("error: it cannot go on alone")
+  assert store.values[processes._STOPPED] == ("process 0" if len(here) == 4 else who)
+
+
+def test_a_roll_call_without_a_coordinator(monkeypatch, ends):
+  class Gone(Store):
+    def key_value_set(self, key, value, allow_overwrite=False):
+      raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused")
+
+  monkeypatch.setattr(processes.distributed.global_state, "client", Gone())
+  assert processes.roll_call() == "process 0, which the others ask, does not answer"
+
+
 def test_a_process_that_is_over_looks_no_more(ends):
   over = threading.Event()
   over.set()
-  processes._watch(Store(), over)
+  processes._watch(Store({processes._STOPPED: "process 3"}), over)
   assert ends == []
 
 
@@ -110,6 +165,6 @@ def test_a_process_that_stops_tells_the_others_and_speaks_alone(monkeypatch, cap
   monkeypatch.setattr(processes.distributed.global_state, "client", store)
   with pytest.raises(SystemExit):
     processes.stop("error: the disk is full")
-  assert ends == [1] and store.told == ["0"]
+  assert ends == [1] and store.values == {processes._STOPPED: "process 0"}
   assert capsys.readouterr().err == "error: the disk is full\n"
   assert processes._ending.locked()  # so that no other thread has a message to add
