@@ -78,7 +78,7 @@ def one_line(error):
   if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
     if not processes.is_loss_of_another(error):
       return None
-    return processes.loss_of_another(f"{processes.roll_call()}: {str(error).splitlines()[0][:200]}")
+    return processes.failed_collective(str(error).splitlines()[0][:200])
   if not isinstance(error, OSError):
     return None
   if files.is_full_disk(error):

@@ -183,11 +183,14 @@ def _read(client: Any, key: str) -> str | None:
     return None
 
 
-def roll_call() -> str:
-  """Names the processes that are gone, after a collective has failed, and tells the others.
+def failed_collective(how: str) -> str:
+  """What to say after a collective has failed, with the names of the processes that are gone.
 
-  In each process that lives a thread answers, even while its main thread waits in a collective.
-  Takes a few seconds.
+  Asks them all: in each that lives a thread answers, even while its main thread waits in a
+  collective. Tells the others who is gone. Takes a few seconds.
+
+  Args:
+    how: the failure's own words.
   """
   client = distributed.global_state.client
   try:
@@ -195,13 +198,17 @@ def roll_call() -> str:
     time.sleep(4 * _LOOK_EVERY_SECONDS)
     answered = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(_HERE)}
   except jax.errors.JaxRuntimeError:
-    return "process 0, which the others ask, does not answer"
+    return loss_of_another(f"process 0, which the others ask, does not answer: {how}")
   gone = [index for index in range(jax.process_count()) if index not in answered]
   if not gone:
-    return "all processes answer, so a connection between them has failed"
+    return (
+      f"error: process {jax.process_index()}: the processes cannot reach each other ({how}), "
+      "though each reaches process 0; does the name of every host resolve to an address that the "
+      "others can reach?"
+    )
   who = f"process{'es' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
   _tell_stopped(client, who)
-  return who
+  return loss_of_another(f"{who}: {how}")
 
 
 def _exit(message: str) -> None:

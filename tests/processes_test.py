@@ -128,20 +128,24 @@ def test_a_thread_answers_a_roll_call_once_asked():
   [
     ((0, 2, 3), "process 1"),
     ((0, 2), "processes 1, 3"),
-    ((0, 1, 2, 3), "all processes answer, so a connection between them has failed"),
+    ((0, 1, 2, 3), None),
   ],
 )
 def test_a_roll_call_names_who_does_not_answer(here, who, monkeypatch, ends):
   store = Store({f"{processes._HERE}/{index}": "" for index in here})
   monkeypatch.setattr(processes.distributed.global_state, "client", store)
   monkeypatch.setattr(jax, "process_count", lambda: 4)
-  assert processes.roll_call() == who
+  said = processes.failed_collective("Connection reset")
   assert processes._ROLL_CALL in store.values
+  if who:
+    assert f"another process of this run has stopped, see its own output ({who}: Conn" in said
+  else:
+    assert "error: process 0: the processes cannot reach each other (Connection reset)" in said
   # Others are told only of processes that are gone, and the first who tells is believed.
-  assert store.values.get(processes._STOPPED) == (None if len(here) == 4 else who)
+  assert store.values.get(processes._STOPPED) == who
   with pytest.raises(SystemExit):
-    processes.stop("error: it cannot go on alone")
-  assert store.values[processes._STOPPED] == ("process 0" if len(here) == 4 else who)
+    processes.stop(said)
+  assert store.values[processes._STOPPED] == (who or "process 0")
 
 
 def test_a_roll_call_without_a_coordinator(monkeypatch, ends):
@@ -150,7 +154,9 @@ def test_a_roll_call_without_a_coordinator(monkeypatch, ends):
       raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection refused")
 
   monkeypatch.setattr(processes.distributed.global_state, "client", Gone())
-  assert processes.roll_call() == "process 0, which the others ask, does not answer"
+  assert "(process 0, which the others ask, does not answer: reset)" in (
+    processes.failed_collective("reset")
+  )
 
 
 def test_a_process_that_is_over_looks_no_more(ends):
