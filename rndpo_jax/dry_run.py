@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
-from rndpo_jax.data import builder, records, splits
 from rndpo_jax.data import pipeline as data_pipeline
+from rndpo_jax.data import reader, records, splits
 from rndpo_jax.stages import prepare, shards
 
 
@@ -91,7 +91,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     dataset = data_pipeline.open_dataset(config, workdir)
     facts, entries = dataset._asdict(), dataset.records
     counts = {name: len(indices) for name, indices in dataset.splits.items()}
-    stored = [path.stat() for path in builder.folder(home / "data").glob("*/*") if path.is_file()]
+    stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
     num_bytes = sum(stat.length for stat in stored)
   else:
     dataset = None

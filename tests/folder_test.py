@@ -38,7 +38,7 @@ def _open(root, **changes):
 
 def _read(root, **changes):
   source = _open(root, **changes)
-  pixels = list(source.read())
+  pixels = list(source.read(0))
   for entry, one in zip(source.records, pixels, strict=True):
     records.check_pixels(one, entry, source.num_classes)
   return source, pixels

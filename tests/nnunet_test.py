@@ -67,7 +67,7 @@ def _open(root, **changes):
 
 def _read(root, **changes):
   source = _open(root, **changes)
-  pixels = list(source.read())
+  pixels = list(source.read(0))
   for entry, one in zip(source.records, pixels, strict=True):
     records.check_pixels(one, entry, source.num_classes)
   return source, pixels
@@ -87,6 +87,22 @@ def test_volumes_slice_by_slice(root):
   np.testing.assert_allclose(pixels[4].affine[:3, 3], (10, 20, 38))
   assert [e["has_mask"] for e in source.records] == [True] * 6 + [False] * 6
   assert pixels[6].mask is None and source.records[-1]["case_id"] == "p4"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_reading_from_a_record_on_and_what_tells_a_change(root, dims):
+  source, pixels = _read(root, spatial_dims=dims)
+  for start in range(len(pixels) + 1):
+    rest = list(source.read(start))
+    assert len(rest) == len(pixels) - start
+    for one, other in zip(rest, pixels[start:], strict=True):
+      np.testing.assert_array_equal(one.image, other.image)
+      np.testing.assert_array_equal(one.affine, other.affine)
+  stamps = [source.stamp(place) for place in range(len(pixels))]
+  _save(root / "labelsTr" / "p2.nii.gz", _label(2) * 0)
+  _save(root / "imagesTs" / "p4_0000.nii.gz", _image(5))
+  changed = [source.stamp(place) != stamp for place, stamp in enumerate(stamps)]
+  assert changed == [entry["case_id"] in ("p2", "p4") for entry in source.records]
 
 
 def test_whole_volumes(root):

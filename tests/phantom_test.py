@@ -19,14 +19,16 @@ def _draw(seed, num_classes=2, size=(40, 48), **changes):
 def test_a_case_is_a_function_of_seed_and_number():
   config = _config()
   config.data.phantom.num_cases = 3
-  first = [p.image for p in phantom.open_source(config).read()]
-  again = [p.image for p in phantom.open_source(config).read()]
+  first = [p.image for p in phantom.open_source(config).read(0)]
+  again = [p.image for p in phantom.open_source(config).read(0)]
+  (rest,) = [p.image for p in phantom.open_source(config).read(2)]
   config.data.phantom.num_cases = 2
-  fewer = [p.image for p in phantom.open_source(config).read()]
+  fewer = [p.image for p in phantom.open_source(config).read(0)]
   config.data.phantom.seed = 1
-  other = [p.image for p in phantom.open_source(config).read()]
+  other = [p.image for p in phantom.open_source(config).read(0)]
   np.testing.assert_array_equal(first, again)
   np.testing.assert_array_equal(first[:2], fewer)
+  np.testing.assert_array_equal(rest, first[2])
   assert (first[0] != first[1]).mean() > 0.5
   assert (fewer[0] != other[0]).mean() > 0.5
   assert (fewer[1] != other[0]).mean() > 0.5
@@ -73,7 +75,7 @@ def test_contrast_and_noise_act():
 
 
 def test_the_default_data_set_is_drawn_whole():
-  pixels = list(phantom.open_source(_config()).read())
+  pixels = list(phantom.open_source(_config()).read(0))
   assert len(pixels) == 152 and all(one.mask.any() for one in pixels)
 
 

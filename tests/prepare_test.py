@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import builder, pipeline, records, splits
+from rndpo_jax import threads
+from rndpo_jax.data import builder, images, pipeline, reader, records, splits
 from rndpo_jax.stages import prepare
 
 
@@ -75,6 +76,8 @@ def test_two_runs_give_the_same(root, tmp_path):
 
 def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
   datasets = []
+  for n in (2, 3, 4):  # foreground in the first of the three files is enough
+    Image.fromarray(np.zeros((8 + n, 9), np.uint8)).save(root / "masks" / f"{n}.png")
   for name, size in (("one", 1 << 32), ("many", 400)):
     monkeypatch.setattr(builder, "_FILE_BYTES", size)
     prepare.run(_config(root), tmp_path / name)
@@ -91,13 +94,123 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
       np.testing.assert_array_equal(one[key], many[key], err_msg=key)
 
 
+class _Killed(BaseException):
+  pass
+
+
+@pytest.fixture
+def opened(monkeypatch):
+  """Images whose pixels were read, and after how many a kill comes."""
+  seen, state = [], {"left": 10**6}
+  real = images.read_image
+
+  def read_image(path):
+    if not state["left"]:
+      raise _Killed
+    state["left"] -= 1
+    seen.append(path.stem)
+    return real(path)
+
+  monkeypatch.setattr(images, "read_image", read_image)
+  monkeypatch.setattr(threads, "in_order", map)  # one after the other
+  return seen, state
+
+
+def _pixels(workdir):
+  opened = reader.open_source(workdir / "data", with_labels=True)
+  return [np.asarray(opened[index]["image"]) for index in range(len(opened))]
+
+
+def _times(folder):
+  """When each of the first two files and their summaries was written."""
+  found = [path for number in (0, 1) for path in folder.rglob(f"*-0000{number}-of-*")]
+  return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_a_killed_run_goes_on_after_its_finished_files(root, tmp_path, monkeypatch, opened):
+  seen, state = opened
+  monkeypatch.setattr(builder, "_FILE_BYTES", 400)  # two records a file
+  prepare.run(_config(root), tmp_path / "whole")
+  seen.clear()
+  state["left"] = 5
+  with pytest.raises(_Killed):
+    prepare.run(_config(root), tmp_path / "killed")
+  (left,) = (tmp_path / "killed" / "data" / "cases").iterdir()
+  times = _times(left)
+  assert left.name.endswith("incomplete") and len(times) == 4
+  seen.clear()
+  state["left"] = 10**6
+  prepare.run(_config(root), tmp_path / "killed")
+  assert seen == ["4", "5"]  # the files of 0 to 3 were whole
+  contents = [
+    {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "data").rglob("*.array_record*")}
+    for folder in (tmp_path / "whole", tmp_path / "killed")
+  ]
+  assert contents[0] == contents[1] and len(contents[0]) == 3
+  assert _times(tmp_path / "killed") == times
+  for one, other in zip(*map(_pixels, (tmp_path / "whole", tmp_path / "killed")), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+  "change,expected",
+  [
+    ("none", ["4", "5"]),
+    ("image", ["2", "3", "4", "5"]),
+    ("mask", ["2", "3", "4", "5"]),
+    ("gone", ["3", "4", "5"]),
+    ("classes", ["0", "1", "2", "3", "4", "5"]),
+    ("half", ["2", "3", "4", "5"]),
+    ("no summary", ["0", "1", "2", "3", "4", "5"]),
+    ("only records.json missing", []),
+  ],
+)
+def test_files_of_other_pixels_are_written_anew(
+  change, expected, root, tmp_path, monkeypatch, opened
+):
+  seen, state = opened
+  monkeypatch.setattr(builder, "_FILE_BYTES", 400)
+  state["left"] = 5
+  config, workdir = _config(root), tmp_path / "w"
+  if change.startswith("only"):
+    state["left"] = 6
+    prepare.run(config, workdir)
+    (workdir / "data" / records.FILE).unlink()
+  else:
+    with pytest.raises(_Killed):
+      prepare.run(config, workdir)
+  state["left"] = 10**6
+  left = workdir / "data" / "cases" / "1.0.0.incomplete"
+  if change == "image":
+    Image.fromarray(np.full((11, 9), 7, np.uint8)).save(root / "images" / "3.png")
+  elif change == "mask":
+    Image.fromarray(np.ones((10, 9), np.uint8)).save(root / "masks" / "2.png")
+  elif change == "gone":
+    for part in ("images", "masks"):
+      (root / part / "2.png").unlink()
+  elif change == "classes":
+    config.data.num_classes = 3
+  elif change == "half":
+    path = next(left.glob("*record-00001-of-00003"))
+    path.write_bytes(path.read_bytes()[:-100])
+  elif change == "no summary":
+    (left / "summary-00000-of-00003.json").unlink()
+  seen.clear()
+  prepare.run(config, workdir)
+  assert seen == expected
+  names = sorted(path.stem for path in (root / "images").iterdir())
+  for name, pixels in zip(names, _pixels(workdir), strict=True):
+    stored = np.asarray(Image.open(root / "images" / f"{name}.png"))
+    np.testing.assert_array_equal(pixels[..., 0], stored)
+
+
 def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
   def lengths(*sizes):
     entries = [
       records.record(record_id="a", case_id="a", group_id="a", shape=(size,), has_mask=False)
       for size in sizes
     ]
-    source = records.Source("toy", 2, [], 1, 1, "voxel", "float32", entries, lambda: iter(()))
+    source = records.Source("toy", 2, [], 1, 1, "voxel", "float32", entries, iter, str)
     return builder.file_lengths(source)
 
   monkeypatch.setattr(builder, "_FILE_BYTES", 40)  # ten float32
@@ -110,7 +223,7 @@ def _fails_and_recovers(config, workdir, mend, error=records.DataError, match=""
   """Fails, leaves nothing that looks whole, and after `mend` the same command works."""
   with pytest.raises(error, match=match):
     prepare.run(config, workdir)
-  assert _files(workdir) == []
+  assert not prepare.is_done(workdir) and not (workdir / "data" / records.FILE).exists()
   mend()
   prepare.run(config, workdir)
   assert len(pipeline.open_dataset(config, workdir).records) == 6

@@ -16,7 +16,8 @@ def _source(entries):
     spacing_unit="mm",
     dtype="uint8",
     records=entries,
-    read=lambda: iter(()),
+    read=lambda start: iter(()),
+    stamp=str,
   )
 
 

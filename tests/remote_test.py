@@ -100,8 +100,12 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
   examples = [pipeline.load_example(dataset, 3, with_labels=True) for dataset in datasets]
   for name, value in examples[0].items():
     np.testing.assert_array_equal(value, examples[1][name], err_msg=name)
-  prepare.clear(bucket / "job")
+  (bucket / "job" / "data" / "records.json").unlink()  # it broke off
+  left = bucket / "job" / "data" / "cases" / "1.0.0" / "left"
+  left.write_bytes(b"of another run")
   assert not prepare.is_done(bucket / "job")
+  prepare.run(config, bucket / "job")
+  assert prepare.is_done(bucket / "job") and not left.exists()
 
 
 def test_pairs_in_a_bucket_are_checked_and_read(bucket):

@@ -1,14 +1,15 @@
-"""A TFDS data set of any source: ArrayRecord files, written and read without TensorFlow."""
+"""A TFDS data set of any source: ArrayRecord files, written without TensorFlow."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
-import logging
+import json
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,18 +17,10 @@ from array_record.python import array_record_module
 from etils import epath
 
 from rndpo_jax import files, preemption, progress
-from rndpo_jax.data import records
+from rndpo_jax.data import reader, records
 
-SPLIT = "cases"  # TFDS reserves 'all'
-_NAME = "cases"
-_VERSION = "1.0.0"
 # Of a file's images and masks, before ArrayRecord compresses them.
 _FILE_BYTES = 4 << 30
-
-
-def folder(directory: epath.Path) -> epath.Path:
-  """Where `build` puts the files."""
-  return epath.Path(directory) / _NAME
 
 
 def build(source: records.Source, directory: epath.Path) -> None:
@@ -36,41 +29,123 @@ def build(source: records.Source, directory: epath.Path) -> None:
   The records go straight into the files. TFDS's own writer sorts them first: beyond 1 GB with the
   help of TensorFlow, and, as the order is ours, all of them at once in memory.
 
+  A run that is killed, or that meets a broken image, leaves the files that it finished. The next
+  one goes on after those that it would write again just so. Not in an object store.
+
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
     OSError: where the files cannot be written, the disk being full for one.
   """
   if files.is_remote(directory):  # ArrayRecord writes local files alone
+    if reader.folder(directory).exists():
+      reader.folder(directory).rmtree()
     with tempfile.TemporaryDirectory() as here:
       build(source, epath.Path(here))
-      files.copy(folder(epath.Path(here)), folder(directory))
+      files.copy(reader.folder(epath.Path(here)), reader.folder(directory))
     return
-  target = folder(directory) / _VERSION
-  temporary = target.parent / f"{_VERSION}.incomplete"
-  temporary.mkdir(parents=True)
-  features, counts = _features(source), file_lengths(source)
-  examples, num_bytes = _examples(source), 0
-  for number, count in enumerate(counts):
-    path = temporary / f"{_NAME}-{SPLIT}.array_record-{number:05d}-of-{len(counts):05d}"
-    encoded = map(features.serialize_example, itertools.islice(examples, count))
-    num_bytes += _write(path, encoded)
-  next(examples, None)  # what is checked after the last record
+  target = reader.folder(directory) / reader.VERSION
+  temporary = target.parent / f"{reader.VERSION}.incomplete"
+  _take_up(target, temporary)
+  counts = file_lengths(source)
+  written = _write_all(source, temporary, counts)
+  if not any(one["has_foreground"] for one in written):
+    raise records.DataError(
+      f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
+      "config.data.num_classes"
+    )
   template = tfds.core.ShardedFileTemplate(
-    data_dir=temporary, dataset_name=_NAME, split=SPLIT, filetype_suffix="array_record"
+    data_dir=temporary,
+    dataset_name=reader.NAME,
+    split=reader.SPLIT,
+    filetype_suffix="array_record",
   )
   split = tfds.core.SplitInfo(
-    name=SPLIT, shard_lengths=counts, num_bytes=num_bytes, filename_template=template
+    name=reader.SPLIT,
+    shard_lengths=counts,
+    num_bytes=sum(one["num_bytes"] for one in written),
+    filename_template=template,
   )
-  with _quiet():
+  with reader.quiet():
     tfds.folder_dataset.write_metadata(
       data_dir=temporary,
-      features=features,
+      features=_features(source),
       split_infos=[split],
-      version=_VERSION,
+      version=reader.VERSION,
       check_data=False,  # by TensorFlow
       disable_shuffling=True,
     )
   temporary.replace(target)
+
+
+def _take_up(target: epath.Path, temporary: epath.Path) -> None:
+  """Makes of what an earlier run left a folder to go on in; removes all else beside it."""
+  if target.exists():  # it ended before it said what it had prepared
+    if temporary.exists():
+      temporary.rmtree()
+    target.replace(temporary)
+  temporary.mkdir(parents=True, exist_ok=True)
+  for other in target.parent.iterdir():
+    if other != temporary:
+      other.rmtree() if other.is_dir() else other.unlink()
+
+
+def _write_all(source, folder: epath.Path, counts: list[int]) -> list[dict[str, Any]]:
+  """Writes the files that are not there yet, each by rename, then its summary.
+
+  Returns:
+    The summaries of all: `stamp`, bytes on disk, `num_bytes` before compression, and whether a mask
+    has foreground.
+  """
+  ends = list(itertools.accumulate(counts))
+  spans = list(zip([0, *ends[:-1]], ends, strict=True))
+  paths = [
+    folder / f"{reader.NAME}-{reader.SPLIT}.array_record-{number:05d}-of-{len(counts):05d}"
+    for number in range(len(counts))
+  ]
+  written = _kept(source, paths, spans)
+  keep = {name for path in paths[: len(written)] for name in (path.name, _summary(path).name)}
+  for path in folder.iterdir():
+    if path.name not in keep:
+      path.unlink()
+  features = _features(source)
+  examples = _examples(source, sum(counts[: len(written)]))
+  for path, span in list(zip(paths, spans, strict=True))[len(written) :]:
+    stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
+    summary = _write(path, features, itertools.islice(examples, span[1] - span[0]))
+    written.append({"stamp": stamp, **summary})
+    files.write_json(_summary(path), written[-1])
+  next(examples, None)  # ends its progress
+  return written
+
+
+def _summary(path: epath.Path) -> epath.Path:
+  number = path.name.rpartition("record-")[2]
+  return path.parent / f"summary-{number}.json"
+
+
+def _kept(source, paths, spans) -> list[dict[str, Any]]:
+  """Summaries of the first files, as far as they are what would be written now."""
+  kept = []
+  for path, span in zip(paths, spans, strict=True):
+    try:
+      summary = files.read_json(_summary(path))
+    except (FileNotFoundError, files.FileError):
+      break
+    if not path.exists() or path.stat().length != summary["num_bytes_on_disk"]:
+      break
+    if summary["stamp"] != _stamp(source, span):
+      break
+    kept.append(summary)
+  return kept
+
+
+def _stamp(source: records.Source, span: tuple[int, int]) -> str:
+  """SHA-256 of what a file is made from: its records, and the files that hold their pixels."""
+  facts = [source.num_classes, source.num_channels, source.spatial_dims, source.dtype]
+  content = hashlib.sha256(json.dumps(facts).encode())
+  for index in range(*span):
+    content.update(json.dumps([source.records[index], source.stamp(index)]).encode())
+  return content.hexdigest()
 
 
 def file_lengths(source: records.Source) -> list[int]:
@@ -109,17 +184,19 @@ def _features(source: records.Source) -> tfds.features.FeaturesDict:
   })  # fmt: skip
 
 
-def _examples(source: records.Source) -> Iterator[dict]:
-  """The source's records in its order, checked."""
-  foreground = False
+def _examples(source: records.Source, start: int) -> Iterator[dict]:
+  """The source's records in its order from `start` on, checked."""
   read = progress.track(
-    source.read(), total=len(source.records), description="prepare", unit="records"
+    source.read(start),
+    total=len(source.records),
+    description="prepare",
+    unit="records",
+    done=start,
   )
-  for entry, pixels in zip(source.records, read, strict=True):
-    preemption.check("prepare: it starts anew")
+  for entry, pixels in zip(source.records[start:], read, strict=True):
+    preemption.check("prepare: finished files are kept; the same command goes on from here")
     records.check_pixels(pixels, entry, source.num_classes)
     mask = pixels.mask
-    foreground |= mask is not None and bool(mask.any())
     yield {
       "image": pixels.image.astype(source.dtype, copy=False),
       "mask": np.zeros((0,) * source.spatial_dims, np.uint8) if mask is None else mask,
@@ -131,30 +208,33 @@ def _examples(source: records.Source) -> Iterator[dict]:
       "spacing": np.asarray(entry["spacing"] or (0,) * source.spatial_dims, np.float32),
       "affine": pixels.affine.astype(np.float32),
     }
-  if not foreground:
-    raise records.DataError(
-      f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
-      "config.data.num_classes"
-    )
 
 
-def _write(path: epath.Path, encoded: Iterable[bytes]) -> int:
-  """Writes one file and returns the bytes of its records, before compression.
+def _write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any]:
+  """Writes one file; its summary.
 
   Raises:
     OSError: where it cannot be written.
   """
+  temporary = path.parent / f"{path.name}.tmp"
   with _named_writing(path):
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-  num_bytes = 0
-  for record in encoded:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+  num_bytes, has_foreground = 0, False
+  for example in examples:
+    has_foreground |= bool(example["mask"].any())
+    record = features.serialize_example(example)
     with _named_writing(path):
       writer.write(record)
     num_bytes += len(record)
   with _named_writing(path):
     writer.close()
-  files.flush(path)
-  return num_bytes
+  files.flush(temporary)
+  temporary.replace(path)
+  return {
+    "num_bytes": num_bytes,
+    "num_bytes_on_disk": path.stat().length,
+    "has_foreground": has_foreground,
+  }
 
 
 @contextlib.contextmanager
@@ -168,71 +248,3 @@ def _named_writing(path: epath.Path) -> Iterator[None]:
       f"{path}: the prepared data cannot be written ({error}); free space on that disk, then run "
       "the stage 'prepare' again",
     ) from error
-
-
-def open_source(directory: epath.Path, *, with_labels: bool) -> Opened:
-  """Random access to what `build` wrote; without labels, the masks' bytes are never decoded.
-
-  Raises:
-    records.DataError: where it cannot be opened.
-  """
-  with _named(directory):
-    return Opened(directory, files.local_copy(folder(directory)), with_labels)
-
-
-class Opened:
-  """The records, read on access; worker processes open the files anew.
-
-  Raises:
-    records.DataError: where a record cannot be read (any more), also in a worker.
-    files.FileError: where this host does not let a process open so many files.
-  """
-
-  def __init__(self, directory: epath.Path, local: epath.Path, with_labels: bool):
-    self._from = directory, local, with_labels
-    with _named(directory), _quiet():
-      builder = tfds.builder_from_directory(local / _VERSION)
-      skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
-      # Twice, for there is a reader with labels and one without.
-      files.allow_open(2 * builder.info.splits[SPLIT].num_shards, folder(directory))
-      self._opened = builder.as_data_source(split=SPLIT, decoders=skip)
-      self._opened[0]  # the file is opened at the first read
-
-  def __reduce__(self):
-    return Opened, self._from
-
-  def __len__(self) -> int:
-    return len(self._opened)
-
-  def __getitem__(self, index: int):
-    with _named(self._from[0]):
-      return self._opened[index]
-
-
-@contextlib.contextmanager
-def _named(directory: epath.Path) -> Iterator[None]:
-  """Turns an error of reading into one that names the data and the remedy."""
-  try:
-    yield
-  except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own
-    if isinstance(error, (records.DataError, files.FileError)):
-      raise
-    raise records.DataError(
-      f"{folder(directory)}: cannot be read ({error}); remove {directory} and run the stage "
-      "'prepare' again"
-    ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps TFDS's own progress bars, log lines and warnings off the terminal."""
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.ERROR)
-  tfds.disable_progress_bar()
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    try:
-      yield
-    finally:
-      logger.setLevel(level)

@@ -61,6 +61,10 @@ def open_source(config) -> records.Source:
       mask_path=str(mask_file),
     )
 
+  def stamp(place: int) -> str:
+    name = ids[place]
+    return records.stamp_of(*[table[name] for table in (image_files, mask_files) if name in table])
+
   eight_bit = all(header.dtype == "uint8" for header in headers.values())
   names = [f"class {c}" for c in range(1, data.num_classes)]
   return records.Source(
@@ -72,7 +76,8 @@ def open_source(config) -> records.Source:
     spacing_unit="voxel",
     dtype="uint8" if eight_bit else "float32",
     records=entries,
-    read=lambda: threads.in_order(read, ids),
+    read=lambda start: threads.in_order(read, ids[start:]),
+    stamp=stamp,
   )
 
 

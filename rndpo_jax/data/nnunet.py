@@ -8,6 +8,7 @@ with nibabel, the field's standard reader: it knows the header's scaling, units 
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 import zlib
@@ -70,9 +71,15 @@ def open_source(config) -> records.Source:
   known = all(case.spacing is not None for case in cases.values())
   entries = [entry for name, case in cases.items() for entry in _entries(data, name, case, known)]
 
-  def read() -> Iterator[records.Pixels]:
-    for case in cases.values():
-      yield from _read_case(case, data.spatial_dims, len(names))
+  def read(start: int) -> Iterator[records.Pixels]:
+    for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
+      sliced = next(group)["slice"]
+      pixels = _read_case(cases[name], data.spatial_dims, len(names))
+      yield from itertools.islice(pixels, max(sliced, 0), None)
+
+  def stamp(place: int) -> str:
+    case = cases[entries[place]["case_id"]]
+    return records.stamp_of(*case.channels, *([case.label] if case.label else []))
 
   return records.Source(
     name=data.name,
@@ -84,6 +91,7 @@ def open_source(config) -> records.Source:
     dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
     records=entries,
     read=read,
+    stamp=stamp,
   )
 
 

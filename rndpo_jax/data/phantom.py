@@ -54,8 +54,8 @@ def open_source(config) -> records.Source:
     for name in ids
   ]
 
-  def read() -> Iterator[records.Pixels]:
-    for case in range(phantom.num_cases):
+  def read(start: int) -> Iterator[records.Pixels]:
+    for case in range(start, phantom.num_cases):
       image, mask = draw(
         [phantom.seed, case],
         size=size,
@@ -75,6 +75,7 @@ def open_source(config) -> records.Source:
     dtype="uint8",
     records=entries,
     read=read,
+    stamp=lambda case: f"phantom {phantom.seed} {case} {phantom.contrast} {phantom.noise}",
   )
 
 

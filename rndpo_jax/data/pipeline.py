@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import types
-from rndpo_jax.data import builder, geometry, records, splits
+from rndpo_jax.data import geometry, reader, records, splits
 from rndpo_jax.data.geometry import to_native as to_native  # part of this module's interface
 
 _ENDLESS = 2**62  # steps
@@ -59,7 +59,7 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   workdir = epath.Path(config.base.workdir or workdir)
   directory = workdir / "data"
   content = records.read(directory)
-  source = builder.open_source(directory, with_labels=True)
+  source = reader.open_source(directory, with_labels=True)
   if len(source) != len(content["records"]):
     raise records.DataError(
       f"{directory}: {len(source)} records stored, {len(content['records'])} listed in "
@@ -81,7 +81,7 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
     parts[name] = np.flatnonzero(chosen[case_of])
   return Dataset(
     source=source,
-    blind_source=builder.open_source(directory, with_labels=False),
+    blind_source=reader.open_source(directory, with_labels=False),
     splits=parts,
     size=tuple(config.data.size),
     crop=tuple(config.data.crop),

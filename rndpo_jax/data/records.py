@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -59,7 +60,8 @@ class Source(NamedTuple):
     spacing_unit: 'mm', or 'voxel' where the spacing of any record is unknown.
     dtype: of the images, 'uint8' where all of them are and 'float32' otherwise.
     records: one `record(...)` each, in the order of `read`.
-    read: () -> iterator of Pixels, one a record.
+    read: start -> iterator of Pixels, one a record from that place on.
+    stamp: place -> what changes when the pixels of that record do, without reading them.
   """
 
   name: str
@@ -70,7 +72,8 @@ class Source(NamedTuple):
   spacing_unit: str
   dtype: str
   records: list[dict[str, Any]]
-  read: Callable[[], Iterator[Pixels]]
+  read: Callable[[int], Iterator[Pixels]]
+  stamp: Callable[[int], str]
 
 
 def record(
@@ -93,6 +96,12 @@ def record(
     "spacing": None if spacing is None else [float(s) for s in spacing],
     "has_mask": bool(has_mask),
   }
+
+
+def stamp_of(*paths: os.PathLike) -> str:
+  """Sizes and times of change of the files that hold a record's pixels."""
+  stats = [(os.fspath(path), os.stat(path)) for path in paths]
+  return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
 
 
 def num_bytes(source: Source, entry: dict[str, Any]) -> int:

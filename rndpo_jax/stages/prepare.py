@@ -21,7 +21,8 @@ def run(config, workdir: epath.PathLike) -> None:
   """Prepares the data; returns at once where that is done.
 
   Headers and splits are checked before a pixel is read, and every pixel before anything
-  counts as prepared: `splits.json`, then `data/records.json` are written last, by rename.
+  counts as prepared: `splits.json`, then `data/records.json` are written last, by rename. A run
+  that broke off goes on after the files of records that it finished.
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
@@ -31,7 +32,8 @@ def run(config, workdir: epath.PathLike) -> None:
   directory = workdir / "data"
   if is_done(workdir):
     return
-  clear(workdir)
+  for path in (directory / records.FILE, workdir / splits.FILE):
+    path.unlink(missing_ok=True)  # of a run that broke off
   source = SOURCES[config.data.source](config)
   parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
@@ -41,13 +43,9 @@ def run(config, workdir: epath.PathLike) -> None:
     [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
   )
   directory.mkdir(parents=True, exist_ok=True)
-  try:
-    builder.build(source, directory)
-    files.write_json(workdir / splits.FILE, parts)
-    records.write(directory, source)
-  except BaseException:
-    clear(workdir)
-    raise
+  builder.build(source, directory)
+  files.write_json(workdir / splits.FILE, parts)
+  records.write(directory, source)
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:
@@ -74,15 +72,6 @@ def is_done(workdir: epath.Path) -> bool:
   except records.DataError:
     return False
   return True
-
-
-def clear(workdir: epath.Path) -> None:
-  """Removes what an earlier, broken run may have left; nothing that is not this stage's."""
-  for path in (workdir / "data" / records.FILE, workdir / splits.FILE):
-    path.unlink(missing_ok=True)
-  built = builder.folder(workdir / "data")
-  if built.exists():
-    built.rmtree()
 
 
 def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
