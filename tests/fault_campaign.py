@@ -53,6 +53,7 @@ FAKETIME = (
   "/usr/local/lib/faketime/libfaketimeMT.so.1",
 )  # fmt: skip
 PROGRAM = (sys.executable, "-m", "launch.run")
+SWEEP = (sys.executable, "-m", "launch.sweep")
 
 
 class Ended(NamedTuple):
@@ -295,6 +296,43 @@ def sigterms(campaign):
     campaign.finish("SIGTERM", moment, f"{ended.shown()} after {seconds:.0f} s", workdir, ok=ok)
 
 
+def sweeps(campaign):
+  """Kills, SIGTERM and the loss of one process in a sweep; the rerun's table must be the same."""
+
+  def start(workdir):
+    programs = [SWEEP] * campaign.processes
+    return campaign.start(workdir, "--betas=3,30", "--seeds=0,1", programs=programs)
+
+  def found(workdir):
+    return workdir / "sweep" / "sweep.json"
+
+  whole = campaign.before("finetune", "sweep-undisturbed")
+  began = time.monotonic()
+  ended = campaign.end(start(whole))
+  assert not any(ended.codes), ended.output()
+  faults = [("kill -9", signal.SIGKILL, 0), ("SIGTERM", signal.SIGTERM, 0)]
+  if campaign.processes > 1:
+    faults.append(("one process killed", signal.SIGKILL, campaign.processes - 1))
+  seconds = time.monotonic() - began
+  for turn, (fault, number, first) in enumerate(3 * faults):
+    workdir = campaign.before("finetune", f"sweep-{turn}")
+    processes = start(workdir)
+    wait_until(processes, (workdir / "sweep" / "grid.json").exists)
+    delay = campaign.random.uniform(0, seconds / 2)  # it starts and compiles in the other half
+    time.sleep(delay)
+    for process in processes[first:]:
+      process.send_signal(number)
+    ended = campaign.end(processes)
+    again = campaign.end(start(workdir))
+    same = found(workdir).exists() and found(workdir).read_bytes() == found(whole).read_bytes()
+    ok = ended.in_time and same and not any(again.codes)
+    ok = ok and (number == signal.SIGKILL or set(ended.codes) <= {0, 75})
+    shown = "same results" if same else again.shown()
+    campaign.add(f"{fault} in a sweep", f"sweep + {delay:.1f} s", ended.shown(), shown, ok)
+    if not ok:
+      print(ended.output(), again.output(), flush=True)
+
+
 def full_disk(campaign):
   """A tmpfs of a few sizes, so that it fills in other stages; then the same, made larger."""
   for kilobytes in (100, 400, 1200, 2500):
@@ -523,6 +561,7 @@ FAULTS = {
   "kill": lambda campaign, options: kills(campaign, options.kills),
   "one": lambda campaign, _: one_killed(campaign),
   "sigterm": lambda campaign, _: sigterms(campaign),
+  "sweep": lambda campaign, _: sweeps(campaign),
   "disk": lambda campaign, _: full_disk(campaign),
   "disk_of_one": lambda campaign, _: disk_of_one(campaign),
   "checkpoint_of_one": lambda campaign, _: checkpoint_of_one(campaign),
