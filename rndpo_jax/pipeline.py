@@ -21,8 +21,8 @@ RUNNERS = {
   "evaluate": evaluate.run,
   "report": report.run,
 }
-# Stages without collectives: process 0 runs them while the others wait.
-ALONE = ("prepare", "report")
+# Stages that process 0 runs while the others wait.
+ALONE = ("report",)
 # The file that a stage writes last, and so the sign that it is done.
 DONE = {
   "prepare": "data/records.json",

@@ -11,16 +11,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from rndpo_jax import files, preemption, progress
+from rndpo_jax import files, preemption, processes, progress
 from rndpo_jax.data import reader, records
 
 # Of a file's images and masks, before ArrayRecord compresses them.
 _FILE_BYTES = 4 << 30
+_KEPT = "prepare: finished files are kept"
 
 
 def build(source: records.Source, directory: epath.Path) -> None:
@@ -29,93 +31,118 @@ def build(source: records.Source, directory: epath.Path) -> None:
   The records go straight into the files. TFDS's own writer sorts them first: beyond 1 GB with the
   help of TensorFlow, and, as the order is ours, all of them at once in memory.
 
-  A run that is killed, or that meets a broken image, leaves the files that it finished. The next
-  one goes on after those that it would write again just so. Not in an object store.
+  Every process calls it, and writes file i where i mod N is its index; process 0 writes what is
+  beside them. A run that is killed, or that meets a broken image, leaves the files that it
+  finished, and the next one keeps those that it would write again just so. In an object store
+  process 0 does all, and starts anew.
 
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
     OSError: where the files cannot be written, the disk being full for one.
+    preemption.Preempted: on every process, after a signal to any.
   """
-  if files.is_remote(directory):  # ArrayRecord writes local files alone
-    if reader.folder(directory).exists():
-      reader.folder(directory).rmtree()
-    with tempfile.TemporaryDirectory() as here:
-      build(source, epath.Path(here))
-      files.copy(reader.folder(epath.Path(here)), reader.folder(directory))
+  remote = files.is_remote(directory)
+  with contextlib.ExitStack() as stack, preemption.together(_KEPT):
+    if remote and processes.is_first():  # ArrayRecord writes local files alone
+      here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+      _start(source, here)
+      _write_files(source, here, 0, 1)
+      _finish(source, here)
+      if reader.folder(directory).exists():
+        reader.folder(directory).rmtree()
+      files.copy(reader.folder(here), reader.folder(directory))
+  if remote:
     return
-  target = reader.folder(directory) / reader.VERSION
-  temporary = target.parent / f"{reader.VERSION}.incomplete"
-  _take_up(target, temporary)
-  counts = file_lengths(source)
-  written = _write_all(source, temporary, counts)
+  if processes.is_first():
+    _start(source, directory)
+  processes.barrier("prepare")
+  with preemption.together(_KEPT):
+    _write_files(source, directory, jax.process_index(), jax.process_count())
+  if processes.is_first():
+    _finish(source, directory)
+
+
+def _incomplete(directory: epath.Path) -> epath.Path:
+  return reader.folder(directory) / f"{reader.VERSION}.incomplete"
+
+
+def _paths(source, directory: epath.Path) -> list[epath.Path]:
+  count = len(file_lengths(source))
+  names = (
+    f"{reader.NAME}-{reader.SPLIT}.array_record-{i:05d}-of-{count:05d}" for i in range(count)
+  )
+  return [_incomplete(directory) / name for name in names]
+
+
+def _start(source, directory: epath.Path) -> None:
+  """Makes of what an earlier run left a folder to go on in; removes all else beside it."""
+  folder, target = _incomplete(directory), reader.folder(directory) / reader.VERSION
+  if target.exists():  # it ended before it said what it had prepared
+    if folder.exists():
+      folder.rmtree()
+    target.replace(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  keep = {folder, *(name for path in _paths(source, directory) for name in (path, _summary(path)))}
+  for other in [*folder.parent.iterdir(), *folder.iterdir()]:
+    if other not in keep:
+      other.rmtree() if other.is_dir() else other.unlink()
+
+
+def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
+  """Writes those files `first`, `first + step`, ... that are not there yet, each by rename."""
+  ends = list(itertools.accumulate(file_lengths(source)))
+  spans = list(zip([0, *ends[:-1]], ends, strict=True))
+  own = list(zip(_paths(source, directory), spans, strict=True))[first::step]
+  missing = [(path, span) for path, span in own if not _is_kept(source, path, span)]
+  total, left = (sum(end - start for _, (start, end) in part) for part in (own, missing))
+  features = _features(source)
+  examples = progress.track(
+    itertools.chain.from_iterable(_examples(source, span) for _, span in missing),
+    total=total,
+    description="prepare",
+    unit="records",
+    done=total - left,
+  )
+  for path, span in missing:
+    _summary(path).unlink(missing_ok=True)  # of other pixels
+    stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
+    summary = _write(path, features, itertools.islice(examples, span[1] - span[0]))
+    files.write_json(_summary(path), {"stamp": stamp, **summary})
+  next(examples, None)  # ends its progress
+
+
+def _finish(source, directory: epath.Path) -> None:
+  """Checks all, and makes the files a data set of TFDS."""
+  folder = _incomplete(directory)
+  list(folder.iterdir())  # a network file system looks again for what was missing
+  written = [files.read_json(_summary(path)) for path in _paths(source, directory)]
   if not any(one["has_foreground"] for one in written):
     raise records.DataError(
       f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
       "config.data.num_classes"
     )
   template = tfds.core.ShardedFileTemplate(
-    data_dir=temporary,
+    data_dir=folder,
     dataset_name=reader.NAME,
     split=reader.SPLIT,
     filetype_suffix="array_record",
   )
   split = tfds.core.SplitInfo(
     name=reader.SPLIT,
-    shard_lengths=counts,
+    shard_lengths=file_lengths(source),
     num_bytes=sum(one["num_bytes"] for one in written),
     filename_template=template,
   )
   with reader.quiet():
     tfds.folder_dataset.write_metadata(
-      data_dir=temporary,
+      data_dir=folder,
       features=_features(source),
       split_infos=[split],
       version=reader.VERSION,
       check_data=False,  # by TensorFlow
       disable_shuffling=True,
     )
-  temporary.replace(target)
-
-
-def _take_up(target: epath.Path, temporary: epath.Path) -> None:
-  """Makes of what an earlier run left a folder to go on in; removes all else beside it."""
-  if target.exists():  # it ended before it said what it had prepared
-    if temporary.exists():
-      temporary.rmtree()
-    target.replace(temporary)
-  temporary.mkdir(parents=True, exist_ok=True)
-  for other in target.parent.iterdir():
-    if other != temporary:
-      other.rmtree() if other.is_dir() else other.unlink()
-
-
-def _write_all(source, folder: epath.Path, counts: list[int]) -> list[dict[str, Any]]:
-  """Writes the files that are not there yet, each by rename, then its summary.
-
-  Returns:
-    The summaries of all: `stamp`, bytes on disk, `num_bytes` before compression, and whether a mask
-    has foreground.
-  """
-  ends = list(itertools.accumulate(counts))
-  spans = list(zip([0, *ends[:-1]], ends, strict=True))
-  paths = [
-    folder / f"{reader.NAME}-{reader.SPLIT}.array_record-{number:05d}-of-{len(counts):05d}"
-    for number in range(len(counts))
-  ]
-  written = _kept(source, paths, spans)
-  keep = {name for path in paths[: len(written)] for name in (path.name, _summary(path).name)}
-  for path in folder.iterdir():
-    if path.name not in keep:
-      path.unlink()
-  features = _features(source)
-  examples = _examples(source, sum(counts[: len(written)]))
-  for path, span in list(zip(paths, spans, strict=True))[len(written) :]:
-    stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
-    summary = _write(path, features, itertools.islice(examples, span[1] - span[0]))
-    written.append({"stamp": stamp, **summary})
-    files.write_json(_summary(path), written[-1])
-  next(examples, None)  # ends its progress
-  return written
+  folder.replace(reader.folder(directory) / reader.VERSION)
 
 
 def _summary(path: epath.Path) -> epath.Path:
@@ -123,20 +150,14 @@ def _summary(path: epath.Path) -> epath.Path:
   return path.parent / f"summary-{number}.json"
 
 
-def _kept(source, paths, spans) -> list[dict[str, Any]]:
-  """Summaries of the first files, as far as they are what would be written now."""
-  kept = []
-  for path, span in zip(paths, spans, strict=True):
-    try:
-      summary = files.read_json(_summary(path))
-    except (FileNotFoundError, files.FileError):
-      break
-    if not path.exists() or path.stat().length != summary["num_bytes_on_disk"]:
-      break
-    if summary["stamp"] != _stamp(source, span):
-      break
-    kept.append(summary)
-  return kept
+def _is_kept(source, path: epath.Path, span: tuple[int, int]) -> bool:
+  """Whether the file is there, and is what would be written now."""
+  try:
+    summary = files.read_json(_summary(path))
+  except (FileNotFoundError, files.FileError):
+    return False
+  whole = path.exists() and path.stat().length == summary["num_bytes_on_disk"]
+  return whole and summary["stamp"] == _stamp(source, span)
 
 
 def _stamp(source: records.Source, span: tuple[int, int]) -> str:
@@ -184,17 +205,12 @@ def _features(source: records.Source) -> tfds.features.FeaturesDict:
   })  # fmt: skip
 
 
-def _examples(source: records.Source, start: int) -> Iterator[dict]:
-  """The source's records in its order from `start` on, checked."""
-  read = progress.track(
-    source.read(start),
-    total=len(source.records),
-    description="prepare",
-    unit="records",
-    done=start,
-  )
-  for entry, pixels in zip(source.records[start:], read, strict=True):
-    preemption.check("prepare: finished files are kept; the same command goes on from here")
+def _examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
+  """The source's records in its order, of one span, checked."""
+  start, end = span
+  read = itertools.islice(source.read(start), end - start)
+  for entry, pixels in zip(source.records[start:end], read, strict=True):
+    preemption.check(_KEPT)
     records.check_pixels(pixels, entry, source.num_classes)
     mask = pixels.mask
     yield {

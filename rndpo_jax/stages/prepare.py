@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import files
+from rndpo_jax import files, processes
 from rndpo_jax.data import builder, folder, nnunet, phantom, records, splits
 
 SOURCES = {
@@ -22,7 +22,8 @@ def run(config, workdir: epath.PathLike) -> None:
 
   Headers and splits are checked before a pixel is read, and every pixel before anything
   counts as prepared: `splits.json`, then `data/records.json` are written last, by rename. A run
-  that broke off goes on after the files of records that it finished.
+  that broke off goes on after the files of records that it finished. Every process lists the
+  source, and reads its share of it.
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
@@ -30,10 +31,11 @@ def run(config, workdir: epath.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   directory = workdir / "data"
-  if is_done(workdir):
+  if processes.agree(lambda: is_done(workdir)):
     return
-  for path in (directory / records.FILE, workdir / splits.FILE):
-    path.unlink(missing_ok=True)  # of a run that broke off
+  if processes.is_first():
+    for path in (directory / records.FILE, workdir / splits.FILE):
+      path.unlink(missing_ok=True)  # of a run that broke off
   source = SOURCES[config.data.source](config)
   parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
@@ -42,10 +44,10 @@ def run(config, workdir: epath.PathLike) -> None:
     source.records,
     [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
   )
-  directory.mkdir(parents=True, exist_ok=True)
   builder.build(source, directory)
-  files.write_json(workdir / splits.FILE, parts)
-  records.write(directory, source)
+  if processes.is_first():
+    files.write_json(workdir / splits.FILE, parts)
+    records.write(directory, source)
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:
