@@ -43,17 +43,18 @@ def claim(
   Args:
     config: the whole config.
     workdir: made where it is missing.
-    started: whether a stage is done there; a run that was refused before that leaves nothing to
-      protect.
+    started: whether a stage is done there, or its base begun; a run that was refused before that
+      leaves nothing to protect.
     prepared: whether the data are, so that nothing reads `data.root` any more.
 
   Raises:
-    config.ConfigError: naming every key that differs, or the folder that cannot be written.
+    config.ConfigError: naming every key that differs, the folder that cannot be written, or
+      `config.json` where it is lost.
   """
   resolved = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
-  if path.exists() and started:
-    content = files.read_json(path)
+  if started:
+    content = _read(path)
     free = [name for name in OPERATIONAL if prepared or name != "data.root"]
     changes = _differences(_without(content["config"], free), _without(resolved, free))
     if changes:
@@ -119,7 +120,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
   Raises:
     config.ConfigError: naming every key that differs.
   """
-  there = files.read_json(epath.Path(config.base.workdir) / "config.json")["config"]
+  there = _read(epath.Path(config.base.workdir) / "config.json")["config"]
   here = json.loads(config.to_json_best_effort())
   # An option that is newer than the other run had its default of today there.
   defaults = json.loads(config_lib.base_config().to_json_best_effort())
@@ -142,6 +143,17 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
     progress.say(
       f"the base is that of {config.base.workdir}, trained with another {'; '.join(said)}"
     )
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+  """`config.json` of a work directory where a stage is done."""
+  try:
+    return files.read_json(path)
+  except (FileNotFoundError, files.FileError) as error:
+    raise config_lib.ConfigError(
+      f"{path} is missing or damaged ({error}), and nothing else says with which config the stages "
+      f"that are done in {path.parent} were made; bring it back, or use a new --workdir"
+    ) from error
 
 
 def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   check_here(config, [name for name in wanted if name not in done])
   if processes.is_first():
     prepared = "prepare" in done or bool(config.base.workdir)
-    claims.claim(config, workdir, started=bool(done), prepared=prepared)
+    started = bool(done) or (workdir / "base").exists()
+    claims.claim(config, workdir, started=started, prepared=prepared)
   processes.barrier("claim")
   if not processes.is_first():
     claims.check_shared(config, workdir)

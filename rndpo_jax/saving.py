@@ -20,10 +20,10 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class Saver:
   """Writes `params/STEP` and `state/STEP` of one training, each in the background."""
 
-  def __init__(self, directory: epath.Path, reference, keep_checkpoints: int, minutes: float):
+  def __init__(self, directory: epath.Path, origin, keep_checkpoints: int, minutes: float):
     self.folders = {name: directory / name for name in ("params", "state")}
     self._writers = {name: checkpoint.Writer(folder) for name, folder in self.folders.items()}
-    self._reference = reference
+    self._origin = origin
     self._keep_checkpoints = keep_checkpoints
     self._seconds = 60 * minutes
     self._last = time.monotonic()
@@ -34,12 +34,12 @@ class Saver:
     if found is None:
       return 0, state
     step, content = found
-    if self._reference is not None and (content["reference"] != self._reference).any():
-      there, here = (bytes(x).hex()[:12] for x in (content["reference"], self._reference))
+    if self._origin is not None and (content["origin"] != self._origin).any():
+      there, here = (bytes(x).hex()[:12] for x in (content["origin"], self._origin))
       folder = self.folders["state"]
       raise checkpoint.CheckpointError(
-        f"{folder / str(step)} was trained against a reference with SHA-256 {there}..., now it is "
-        f"{here}...; bring that base back, or delete the folder {folder.parent} to train anew"
+        f"{folder / str(step)} was trained from other data or another base: SHA-256 {there}..., "
+        f"now {here}...; bring those back, or delete the folder {folder.parent} to train anew"
       )
     progress.say(f"{description}: going on from step {step}")
     return step, content["state"]
@@ -107,8 +107,8 @@ class Saver:
     self._drop_old()
 
   def _content(self, state: Any) -> dict[str, Any]:
-    reference = {} if self._reference is None else {"reference": self._reference}
-    return {"state": state, **reference}
+    origin = {} if self._origin is None else {"origin": self._origin}
+    return {"state": state, **origin}
 
   def _drop_old(self) -> None:
     folder = self.folders["state"]

@@ -155,7 +155,7 @@ def fit(
   log_every_steps: int,
   eval_every_steps: int,
   validate: Callable[[types.Params], dict[str, float]] | None = None,
-  reference: np.ndarray | None = None,
+  origin: np.ndarray | None = None,
   keep_checkpoints: int = 2,
   keep_params: bool = True,
   keep_best: bool = False,
@@ -179,8 +179,8 @@ def fit(
     log_every_steps: steps between rows of training metrics.
     eval_every_steps: steps between validations and checkpoints.
     validate: params -> figures of the validation split, or None.
-    reference: `checkpoint.digest` of the parameters that the loss is relative to, kept in the
-      state: going on with others is refused.
+    origin: `checkpoint.digest` of what the training is of, the data and the reference, kept in
+      the state: going on with others is refused.
     keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
     keep_params: whether there is a `params/STEP` at all.
     keep_best: keeps the parameters of the best validation Dice and the latest alone.
@@ -196,13 +196,13 @@ def fit(
     TrainingError: at the first loss that is not finite.
     preemption.Preempted: after a signal, the state being saved.
     checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
-      another reference.
+      another origin.
   """
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(
-      saving.Saver(directory, reference, keep_checkpoints, checkpoint_minutes)
+      saving.Saver(directory, origin, keep_checkpoints, checkpoint_minutes)
     )
     start, state = saver.resume(state, description)
     if keep_params and (start % eval_every_steps == 0 or start == num_steps):

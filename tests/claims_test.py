@@ -25,6 +25,18 @@ def test_another_config_in_the_same_workdir_is_refused_by_key(claimed, tiny_conf
   claims.claim(changed, claimed, started=False, prepared=False)  # it was refused before any stage
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_lost_config_is_not_that_of_whoever_comes(claimed, tiny_config, content):
+  (claimed / "config.json").unlink()
+  if content:
+    (claimed / "config.json").write_text(content)
+  for changes in ({}, {"seed": 9}):
+    with pytest.raises(config_lib.ConfigError, match="config.json is missing or damaged.*bring it"):
+      claims.claim(tiny_config(**changes), claimed, started=True, prepared=True)
+  claims.claim(tiny_config(), claimed, started=False, prepared=False)
+  assert files.read_json(claimed / "config.json")["config"]["seed"] == 0
+
+
 def test_a_process_that_does_not_share_the_workdir_is_refused(claimed, tiny_config, tmp_path):
   claims.check_shared(tiny_config(), claimed)
   with pytest.raises(config_lib.ConfigError, match="process 0 does not see .*config.json"):

@@ -11,7 +11,7 @@ import pytest
 from rndpo_jax import checkpoint, checks, files, metrics, models, results, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import pipeline, records
-from rndpo_jax.stages import evaluate, gallery, measure, prepare
+from rndpo_jax.stages import evaluate, finetune, gallery, measure, prepare
 
 NAMES = ("dice", "iou", "hd95", "assd", "nsd")
 
@@ -36,7 +36,10 @@ def _write_checkpoints(config, workdir):
   image = np.zeros((1, 16, 16, 1), np.float32)
   params = jax.jit(segmenter.init)(jax.random.key(0), image)
   checkpoint.save(workdir / "base" / "params", 5, params)
-  files.write_json(workdir / "base" / "selected.json", {"step": 5})
+  dataset = pipeline.open_dataset(config, workdir)
+  files.write_json(workdir / "base" / "selected.json", {"step": 5, "data": dataset.digest})
+  made_of = bytes(finetune.origin(dataset, jax.device_get(params))).hex()
+  files.write_json(workdir / "finetune" / "done.json", {"step": 4, "origin": made_of})
   for step, seed in ((2, 1), (4, 2)):
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
     moved = jax.tree.map(lambda x, k=keys: x + 0.3 * jax.random.normal(next(k), x.shape), params)

@@ -541,8 +541,6 @@ def deleted(campaign):
   """Removes a folder while a stage runs."""
   for stage, folder, after, settings in DELETED:
     workdir = campaign.before(stage, "deleted")
-    if settings:
-      (workdir / "config.json").unlink()  # it is of other settings
     processes = campaign.start(workdir, *settings)
     if after:
       wait_until(processes, (workdir / after).exists)

@@ -68,7 +68,7 @@ def test_the_base_is_the_best_checkpoint_or_the_last(tmp_path, monkeypatch, sele
   assert len(logbook.read_rows(tmp_path, "val")) == 3
   config = config_lib.base_config()
   config.base.select = select
-  base._select(config, epath.Path(tmp_path))
+  base._select(config, epath.Path(tmp_path), "d")
   assert files.read_json(tmp_path / "selected.json")["step"] == step
   kept = sorted(path.name for path in (tmp_path / "params").iterdir())
   assert kept == sorted({str(step), "6"})

@@ -285,7 +285,7 @@ def test_disk_full(root, tmp_path):
 
   patch = pytest.MonkeyPatch()
   patch.setattr(builder.array_record_module, "ArrayRecordWriter", full)
-  message = "w/data/cases/.*: the prepared data cannot be written .*No space left.*; free space"
+  message = "w/data/cases/.*: the prepared data cannot be written: .*No space left"
   _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, message)
 
 

@@ -155,11 +155,11 @@ def test_the_first_of_equals_is_best():
 
 def test_another_reference_is_refused(step, mesh, tmp_path):
   first, second = (checkpoint.digest({"w": np.full(3, x)}) for x in (1.0, 2.0))
-  run(step, mesh, tmp_path, num_steps=6, reference=first)
-  run(step, mesh, tmp_path, num_steps=6, reference=first)
+  run(step, mesh, tmp_path, num_steps=6, origin=first)
+  run(step, mesh, tmp_path, num_steps=6, origin=first)
   there, here = bytes(first).hex()[:12], bytes(second).hex()[:12]
   with pytest.raises(checkpoint.CheckpointError, match=f"6 was trained .*{there}.*{here}.*delete"):
-    run(step, mesh, tmp_path, num_steps=9, reference=second)
+    run(step, mesh, tmp_path, num_steps=9, origin=second)
   assert checkpoint.steps(tmp_path / "state") == [3, 6]
 
 

@@ -25,7 +25,7 @@ _FILE_BYTES = 4 << 30
 _KEPT = "prepare: finished files are kept"
 
 
-def build(source: records.Source, directory: epath.Path) -> None:
+def build(source: records.Source, directory: epath.Path) -> list[str]:
   """Reads every pixel of the source and writes it under `directory`, local or remote.
 
   The records go straight into the files. TFDS's own writer sorts them first: beyond 1 GB with the
@@ -36,30 +36,35 @@ def build(source: records.Source, directory: epath.Path) -> None:
   finished, and the next one keeps those that it would write again just so. In an object store
   process 0 does all, and starts anew.
 
+  Returns:
+    SHA-256 of what each file holds; on process 0, else nothing.
+
   Raises:
-    records.DataError: whatever reading the source finds wrong, or if no mask has foreground.
+    records.DataError: whatever reading the source finds wrong, or if no mask has foreground, or
+      where another process listed other records.
     OSError: where the files cannot be written, the disk being full for one.
     preemption.Preempted: on every process, after a signal to any.
   """
-  remote = files.is_remote(directory)
+  remote, digests = files.is_remote(directory), []
   with contextlib.ExitStack() as stack, preemption.together(_KEPT):
     if remote and processes.is_first():  # ArrayRecord writes local files alone
       here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       _start(source, here)
       _write_files(source, here, 0, 1)
-      _finish(source, here)
+      digests = _finish(source, here)
       if reader.folder(directory).exists():
         reader.folder(directory).rmtree()
       files.copy(reader.folder(here), reader.folder(directory))
   if remote:
-    return
+    return digests
   if processes.is_first():
     _start(source, directory)
   processes.barrier("prepare")
   with preemption.together(_KEPT):
     _write_files(source, directory, jax.process_index(), jax.process_count())
   if processes.is_first():
-    _finish(source, directory)
+    digests = _finish(source, directory)
+  return digests
 
 
 def _incomplete(directory: epath.Path) -> epath.Path:
@@ -90,9 +95,7 @@ def _start(source, directory: epath.Path) -> None:
 
 def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
   """Writes those files `first`, `first + step`, ... that are not there yet, each by rename."""
-  ends = list(itertools.accumulate(file_lengths(source)))
-  spans = list(zip([0, *ends[:-1]], ends, strict=True))
-  own = list(zip(_paths(source, directory), spans, strict=True))[first::step]
+  own = list(zip(_paths(source, directory), _spans(source), strict=True))[first::step]
   missing = [(path, span) for path, span in own if not _is_kept(source, path, span)]
   total, left = (sum(end - start for _, (start, end) in part) for part in (own, missing))
   features = _features(source)
@@ -107,15 +110,24 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
     _summary(path).unlink(missing_ok=True)  # of other pixels
     stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
     summary = _write(path, features, itertools.islice(examples, span[1] - span[0]))
-    files.write_json(_summary(path), {"stamp": stamp, **summary})
+    listed = _listing(source, span)
+    files.write_json(_summary(path), {"stamp": stamp, "listing": listed, **summary})
   next(examples, None)  # ends its progress
 
 
-def _finish(source, directory: epath.Path) -> None:
-  """Checks all, and makes the files a data set of TFDS."""
+def _finish(source, directory: epath.Path) -> list[str]:
+  """Checks all, and makes the files a data set of TFDS; returns the digest of each file."""
   folder = _incomplete(directory)
   list(folder.iterdir())  # a network file system looks again for what was missing
-  written = [files.read_json(_summary(path)) for path in _paths(source, directory)]
+  paths = _paths(source, directory)
+  written = [files.read_json(_summary(path)) for path in paths]
+  for path, span, one in zip(paths, _spans(source), written, strict=True):
+    if one["listing"] != _listing(source, span):
+      raise records.DataError(
+        f"{path}: its process listed other records of {source.name} than process 0 has for this "
+        "file; the source changed meanwhile, or the hosts see different ones; let it rest, and "
+        "run the same command again"
+      )
   if not any(one["has_foreground"] for one in written):
     raise records.DataError(
       f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
@@ -143,6 +155,13 @@ def _finish(source, directory: epath.Path) -> None:
       disable_shuffling=True,
     )
   folder.replace(reader.folder(directory) / reader.VERSION)
+  return [one["digest"] for one in written]
+
+
+def _spans(source: records.Source) -> list[tuple[int, int]]:
+  """First record of each file, and the one after its last."""
+  ends = list(itertools.accumulate(file_lengths(source)))
+  return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _summary(path: epath.Path) -> epath.Path:
@@ -167,6 +186,15 @@ def _stamp(source: records.Source, span: tuple[int, int]) -> str:
   for index in range(*span):
     content.update(json.dumps([source.records[index], source.stamp(index)]).encode())
   return content.hexdigest()
+
+
+def _listing(source: records.Source, span: tuple[int, int]) -> str:
+  """SHA-256 of the records of a file, without what differs between copies of a source."""
+  return _digest([source.records[index] for index in range(*span)])
+
+
+def _digest(content: Any) -> str:
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def file_lengths(source: records.Source) -> list[int]:
@@ -235,8 +263,11 @@ def _write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, An
   temporary = path.parent / f"{path.name}.tmp"
   with _named_writing(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-  num_bytes, has_foreground = 0, False
+  num_bytes, has_foreground, digest = 0, False, hashlib.sha256()
   for example in examples:
+    for name, value in sorted(example.items()):
+      value = np.asarray(value)
+      digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
     has_foreground |= bool(example["mask"].any())
     record = features.serialize_example(example)
     with _named_writing(path):
@@ -250,6 +281,7 @@ def _write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, An
     "num_bytes": num_bytes,
     "num_bytes_on_disk": path.stat().length,
     "has_foreground": has_foreground,
+    "digest": digest.hexdigest(),
   }
 
 
@@ -259,8 +291,5 @@ def _named_writing(path: epath.Path) -> Iterator[None]:
   try:
     yield
   except RuntimeError as error:
-    raise OSError(
-      errno.ENOSPC,
-      f"{path}: the prepared data cannot be written ({error}); free space on that disk, then run "
-      "the stage 'prepare' again",
-    ) from error
+    number = errno.ENOSPC if files.is_full_disk(error) else errno.EIO
+    raise OSError(number, f"{path}: the prepared data cannot be written: {error}") from error

@@ -225,9 +225,15 @@ def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
   }
 
 
-def write(directory: epath.Path, source: Source) -> None:
-  """Writes `records.json` into the directory, whole or not at all."""
-  content = {key: getattr(source, key) for key in _SOURCE_KEYS}
+def write(directory: epath.Path, source: Source, digest: str) -> None:
+  """Writes `records.json` into the directory, whole or not at all.
+
+  Args:
+    directory: of the prepared data.
+    source: whose records were prepared.
+    digest: SHA-256 of all that training reads; what is made of the data keeps it.
+  """
+  content = {key: getattr(source, key) for key in _SOURCE_KEYS} | {"digest": digest}
   content["records"] = to_columns(source.records)
   files.write_text(directory / FILE, json.dumps(content, allow_nan=False))
 
@@ -240,7 +246,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
   """
   path = directory / FILE
   content = read_json(path, "run the stage 'prepare' again")
-  missing = [key for key in (*_SOURCE_KEYS, "records") if key not in content]
+  missing = [key for key in (*_SOURCE_KEYS, "digest", "records") if key not in content]
   try:
     if not missing:
       found = content["records"]  # an older version listed the entries

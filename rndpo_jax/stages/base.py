@@ -75,12 +75,24 @@ def run(config, workdir: os.PathLike) -> None:
     _train_member(config, workdir, member)
 
 
-def load(config, workdir: os.PathLike) -> list[types.Params]:
-  """Parameters of every member, as numpy trees; the first is the base segmenter."""
+def load(config, workdir: os.PathLike, dataset) -> list[types.Params]:
+  """Parameters of every member, as numpy trees; the first is the base segmenter.
+
+  Raises:
+    checkpoint.CheckpointError: where one cannot be read, or was trained on other data than
+      `dataset`.
+  """
   members = []
   for member in range(config.base.num_members):
     directory = member_directory(workdir, member)
     selected = files.read_json(directory / "selected.json")
+    if selected.get("data") != dataset.digest:
+      raise checkpoint.CheckpointError(
+        f"{directory} was trained on other data than {config.base.workdir or workdir} holds now "
+        f"(in selected.json {str(selected.get('data'))[:12]}, in data/records.json "
+        f"{dataset.digest[:12]}): another image or split would be taken for the one that was "
+        "seen; bring those data back, or start in a new --workdir"
+      )
     members.append(
       checkpoint.restore_params(directory / "params", selected["step"], stage_directory=directory)
     )
@@ -130,12 +142,13 @@ def _train_member(config, workdir, member: int) -> None:
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=config.base.eval_every_steps,
     validate=make_validate(config, dataset, segmenter, mesh),
+    origin=checkpoint.digest({"data": dataset.digest}),
     keep_checkpoints=config.base.keep_checkpoints,
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
   if processes.is_first():
-    _select(config, directory)
+    _select(config, directory, dataset.digest)
 
 
 def labelled_batches(
@@ -208,7 +221,7 @@ def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Ite
   )
 
 
-def _select(config, directory: epath.Path) -> None:
+def _select(config, directory: epath.Path, data: str) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
   rows = logbook.read_rows(directory, "val")
   chosen = saving.best_row(rows) if config.base.select == "best" else rows[-1]
@@ -219,6 +232,7 @@ def _select(config, directory: epath.Path) -> None:
       "rule": config.base.select,
       "val_dice": chosen["val_dice"],
       "seed": config.seed,
+      "data": data,
     },
   )
   checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))

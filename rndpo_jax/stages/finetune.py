@@ -10,6 +10,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 
@@ -25,7 +26,7 @@ from rndpo_jax import (
   types,
 )
 from rndpo_jax.data import augment, pipeline
-from rndpo_jax.stages import base, pair_batches
+from rndpo_jax.stages import base, pair_batches, pairs
 
 
 def make_loss_fn(
@@ -128,7 +129,8 @@ def run(config, workdir: os.PathLike) -> None:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  params = base.load(config, workdir)[0]
+  params = base.load(config, workdir, dataset)[0]
+  pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
   loss_fn = make_loss_fn(
     segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
@@ -157,12 +159,20 @@ def run(config, workdir: os.PathLike) -> None:
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
     validate=base.make_validate(config, dataset, segmenter, mesh, reference=params),
-    reference=checkpoint.digest(params),
+    origin=origin(dataset, params),
     keep_checkpoints=config.finetune.keep_checkpoints,
     checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
   if processes.is_first():
-    files.write_json(directory / "done.json", {"step": config.finetune.num_steps})
+    made_of = bytes(origin(dataset, params)).hex()
+    files.write_json(
+      directory / "done.json", {"step": config.finetune.num_steps, "origin": made_of}
+    )
+
+
+def origin(dataset, params: types.Params) -> np.ndarray:
+  """What a fine-tuning is of: data, and the base that it starts from and is relative to."""
+  return checkpoint.digest({"base": params, "data": dataset.digest})
 
 
 def run_key(seed: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from rndpo_jax import corruptions, models, parallel, training, types
+from rndpo_jax import checkpoint, corruptions, models, parallel, training, types
 from rndpo_jax.data import augment
 from rndpo_jax.models import quality
 from rndpo_jax.stages import base
@@ -75,5 +75,6 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     description="learned judge",
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=options.num_steps,
+    origin=checkpoint.digest({"data": dataset.digest}),
   )
   return apply, parallel.fetch(state.params)

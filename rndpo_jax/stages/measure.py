@@ -60,7 +60,7 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
 
   def params(step: int) -> Params:
     if step == 0:
-      return base.load(config, workdir)[0]
+      return base.load(config, workdir, dataset)[0]
     return checkpoint.restore_params(
       workdir / "finetune" / "params", step, stage_directory=workdir / "finetune"
     )

@@ -17,9 +17,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import (
-  config as config_lib,
-)
-from rndpo_jax import (
+  checkpoint,
   judges,
   losses,
   mining,
@@ -30,6 +28,9 @@ from rndpo_jax import (
   processes,
   proposals,
   types,
+)
+from rndpo_jax import (
+  config as config_lib,
 )
 from rndpo_jax.data import pipeline
 from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare, shards
@@ -54,8 +55,10 @@ def run(config, workdir: os.PathLike) -> None:
   dataset = pipeline.open_dataset(config, workdir)
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
+  pairs.claim(directory, _origin(dataset, weights))
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
-  if processes.is_first() and not (directory / "judges.json").exists():
+  measured = (directory / "judges.json", directory / "proposals.json")
+  if processes.is_first() and not all(path.exists() for path in measured):
     measure = on_local_devices(audit.make_measure(score, names, dataset.num_classes), weights)
     outputs = {
       split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
@@ -79,13 +82,20 @@ def run(config, workdir: os.PathLike) -> None:
     shards.write_manifest(config, directory)
 
 
+def _origin(dataset, weights) -> dict[str, str]:
+  """SHA-256 of the data, and of what `make_scorer` loads."""
+  of = {"base": weights["policy"], "ensemble": weights["ensemble"], "judge": weights["learned"]}
+  digests = {name: bytes(checkpoint.digest(tree)).hex() for name, tree in of.items()}
+  return {"data": dataset.digest, **digests}
+
+
 def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   """Loads what scoring needs and returns it with the pure function that uses it.
 
   Returns:
     (weights, score): `score` from `make_score`.
   """
-  members = base.load(config, workdir)
+  members = base.load(config, workdir, dataset)
   weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):

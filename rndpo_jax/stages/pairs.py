@@ -15,7 +15,7 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from flax import serialization
 
-from rndpo_jax import files, preemption, threads
+from rndpo_jax import checkpoint, files, preemption, processes, threads
 
 # What fine-tuning takes from a record as it stands, P slots an image.
 TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
@@ -91,6 +91,59 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
   return count, num_bytes
 
 
+def claim(directory: os.PathLike, origin: dict[str, str]) -> None:
+  """Writes `origin.json`, or checks that what is there already was mined from the same.
+
+  Margins in the pairs are those of one base on images of one data set: pairs of another would be
+  wrong and look right.
+
+  Args:
+    directory: of the pairs.
+    origin: SHA-256 of the `data` and of every weight that mining reads, by name.
+
+  Raises:
+    PairsError: naming what differs.
+  """
+  directory = epath.Path(directory)
+  path = directory / "origin.json"
+  if path.exists():
+    _compare(directory, files.read_json(path), origin)
+  elif processes.is_first():
+    if (directory / "judges.json").exists():
+      raise PairsError(
+        f"{path} is missing: nothing says of which data and base {directory} is; delete that "
+        "folder and run the same command again"
+      )
+    files.write_json(path, origin)
+
+
+def check_origin(directory: os.PathLike, dataset, params: Any) -> None:
+  """Refuses pairs of other data, or of another base: their margins are the reference.
+
+  Raises:
+    PairsError: naming what differs.
+  """
+  path = epath.Path(directory) / "manifest.json"
+  if not path.exists():
+    raise _not_mined(path)
+  here = {"data": dataset.digest, "base": bytes(checkpoint.digest(params)).hex()}
+  _compare(path.parent, files.read_json(path).get("origin", {}), here)
+
+
+def _compare(directory: epath.Path, there: dict[str, str], here: dict[str, str]) -> None:
+  for name, value in here.items():
+    if there.get(name) != value:
+      raise PairsError(
+        f"{directory} was mined with another {name}: SHA-256 {str(there.get(name))[:12]}, now "
+        f"{value[:12]}; delete the folders {directory} and {directory.parent / 'finetune'}, and "
+        "run the same command again"
+      )
+
+
+def _not_mined(path: epath.Path) -> PairsError:
+  return PairsError(f"{path} is missing; run the stage 'mine' first")
+
+
 def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   """Opens every shard for random access, after checking each against the manifest.
 
@@ -107,7 +160,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   """
   directory = epath.Path(directory)
   if not (directory / "manifest.json").exists():
-    raise PairsError(f"{directory / 'manifest.json'} is missing; run the stage 'mine' first")
+    raise _not_mined(directory / "manifest.json")
   manifest = files.read_json(directory / "manifest.json")
   shards = [(directory / entry["file"], entry) for entry in manifest["shards"]]
   for path, _ in shards:

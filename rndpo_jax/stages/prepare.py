@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from etils import epath
@@ -44,10 +46,12 @@ def run(config, workdir: epath.PathLike) -> None:
     source.records,
     [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
   )
-  builder.build(source, directory)
+  pixels = builder.build(source, directory)
   if processes.is_first():
     files.write_json(workdir / splits.FILE, parts)
-    records.write(directory, source)
+    facts = [pixels, source.num_classes, {name: sorted(ids) for name, ids in parts.items()}]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    records.write(directory, source, digest)
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:

@@ -134,6 +134,7 @@ def write_manifest(config, directory: epath.Path) -> None:
       "mix": config.proposals.mix,
       "seed": config.seed,
       "proposals": files.read_json(directory / "proposals.json"),
+      "origin": files.read_json(directory / "origin.json"),
     },
   )
 

@@ -32,7 +32,7 @@ from rndpo_jax import (
 )
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline
-from rndpo_jax.stages import base, finetune, pair_batches, sweep_results
+from rndpo_jax.stages import base, finetune, pair_batches, pairs, sweep_results
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -138,7 +138,8 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
   options = config.finetune
   dataset = pipeline.open_dataset(config, workdir)
-  params = base.load(config, workdir)[0]
+  params = base.load(config, workdir, dataset)[0]
+  pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
   state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
   state = training.fit(
@@ -152,7 +153,7 @@ def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
     log_every_steps=options.log_every_steps,
     eval_every_steps=options.eval_every_steps,
     validate=lambda params: {"val_dice": validate(params)},
-    reference=checkpoint.digest(params),
+    origin=finetune.origin(dataset, params),
     keep_checkpoints=options.keep_checkpoints,
     keep_params=False,
     checkpoint_minutes=options.checkpoint_minutes,
