@@ -73,7 +73,8 @@ def show(topology, problem):
       show_losses(mesh)
       continue
     try:
-      report = program_report.measure(programs[name]().compile())
+      parts = _CONFIG.value[name].accumulate_steps if name in ("base", "finetune") else 1
+      report = program_report.measure(programs[name]().compile(), parts)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

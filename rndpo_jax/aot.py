@@ -89,7 +89,7 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     images: of each program at once, on all devices together.
   """
   config = copy.deepcopy(config)
-  config.model.lanes = config.model.lanes or hardware.TPU_LANES
+  config.model.lanes = models.lanes(config.model, mesh.devices.flat[0].platform)
   segmenter = models.build(
     config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
   )

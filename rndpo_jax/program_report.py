@@ -30,14 +30,20 @@ class Report(NamedTuple):
   largest: list[tuple[str, float]]
 
 
-def measure(compiled) -> Report:
-  """Reads a compiled program's costs, memory and text."""
+def measure(compiled, accumulate_steps: int = 1) -> Report:
+  """Reads a compiled program's costs, memory and text.
+
+  Args:
+    compiled: the program.
+    accumulate_steps: how often the loop runs that holds all but the optimiser of a training step.
+      XLA counts operations and accessed bytes of a loop's body once.
+  """
   costs, text = compiled.cost_analysis(), compiled.as_text()
   hbm_bytes = program_text.hbm_bytes(text)
   return Report(
     memory=memory(compiled),
-    flops=costs["flops"],
-    bytes_accessed=costs["bytes accessed"],
+    flops=accumulate_steps * costs["flops"],
+    bytes_accessed=accumulate_steps * costs["bytes accessed"],
     hbm_bytes=hbm_bytes,
     cycles=program_text.cycles(text),
     collectives=program_text.collectives(text),

@@ -95,14 +95,54 @@ def largest(text: str, least: float) -> list[tuple[str, float]]:
 
 
 def collectives(text: str) -> list[tuple[str, float]]:
-  """(kind, bytes of its results) of each collective, in every computation."""
+  """(kind, bytes of its results) of each collective, as often as the loops around it run."""
+  computations = instructions(text)
+  times = dict.fromkeys(computations, 1)
+
+  def enter(name: str, count: int) -> None:
+    times[name] = count
+    for instruction in computations[name]:
+      if instruction.opcode == "while":
+        trips, body = _loop(instruction, computations)
+        enter(body, count * trips)
+
+  enter("ENTRY", 1)
   found = []
-  for body in instructions(text).values():
+  for name, body in computations.items():
     for instruction in body:
       kind = instruction.opcode.removesuffix("-start")
       if kind in _COLLECTIVES:
-        found.append((kind, sum(array.num_bytes for array in instruction.writes)))
+        size = sum(array.num_bytes for array in _results(instruction))
+        found += [(kind, size)] * times[name]
   return found
+
+
+def _loop(instruction: Instruction, computations: dict[str, list[Instruction]]) -> tuple[int, str]:
+  """How often a loop runs (1 where that is unknown), and its body.
+
+  A program for GPU or CPU says it; in one for TPU the condition compares a counter, which a scan
+  starts at 0, with a constant.
+  """
+  body = re.search(r"body=%([\w.\-]+)", instruction.rest)[1]
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest):
+    return int(known[1]), body
+  condition = re.search(r"condition=%([\w.\-]+)", instruction.rest)
+  parts = {i.name: i for i in computations.get(condition[1] if condition else "", [])}
+  for part in parts.values():
+    if part.opcode == "compare" and "direction=LT" in part.rest:
+      counter, limit = (parts[name] for name in re.findall(r"%([\w.\-]+)", part.rest)[:2])
+      number = re.match(r"(\d+)\)", limit.rest) if limit.opcode == "constant" else None
+      if counter.opcode == "get-tuple-element" and number:
+        return int(number[1]), body
+  return 1, body
+
+
+def _results(instruction: Instruction) -> list[Array]:
+  """What an instruction writes. A start gives (operands, results, contexts), but for all-reduce."""
+  opcode, count = instruction.opcode, len(instruction.reads)
+  if opcode.endswith("-start") and opcode != "all-reduce-start":
+    return instruction.writes[count : 2 * count]
+  return instruction.writes
 
 
 def _total(
@@ -117,8 +157,8 @@ def _total(
 
   opcode, rest = instruction.opcode, instruction.rest
   if opcode == "while":
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-    return (int(trips[1]) if trips else 1) * total(re.search(r"body=%([\w.\-]+)", rest)[1])
+    trips, body = _loop(instruction, computations)
+    return trips * total(body)
   if opcode == "conditional":
     listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
     names = listed[1] if listed else " ".join(re.findall(r"_computation=(%[\w.\-]+)", rest))
@@ -142,7 +182,8 @@ def _traffic(instruction: Instruction) -> float:
     # A prefetch or eviction gives (to, from, context) or (from, to, context): the smaller moves.
     ends = instruction.writes[:2]
     return min(end.padded_bytes for end in ends) * sum(end.in_hbm for end in ends)
-  return sum(a.padded_bytes for a in (*instruction.reads, *instruction.writes) if a.in_hbm)
+  moved = (*instruction.reads, *_results(instruction))
+  return sum(array.padded_bytes for array in moved if array.in_hbm)
 
 
 def _arrays(kind: str) -> list[Array]:

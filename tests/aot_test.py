@@ -66,6 +66,23 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
 
 
 @needs_libtpu
+def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
+  """A loop's body counted once would give a quarter; the gradients are reduced in each."""
+  _, mesh = slice_of_four
+  reports = []
+  for parts in (1, 4):
+    config = tiny_config(finetune__accumulate_steps=parts)
+    lowered = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"finetune": 8 * mesh.size})
+    reports.append(program_report.measure(lowered["finetune"]().compile(), parts))
+  whole, by_parts = reports
+  # So few images a chip pay for the kernels' gradients and the loop: 1.2 and 4 times as much.
+  assert 0.9 < by_parts.flops / whole.flops < 1.5
+  assert 0.9 < by_parts.cycles / whole.cycles < 6
+  sums = [sum(size for kind, size in r.collectives if kind == "all-reduce") for r in reports]
+  assert 3.9 < sums[1] / sums[0] < 4.1
+
+
+@needs_libtpu
 def test_loss_reads_and_writes_close_to_the_minimum(slice_of_four):
   _, mesh = slice_of_four
   lowered, minimum = aot.lower_loss(mesh, (16, 256, 256, 4), "float32")

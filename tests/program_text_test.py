@@ -68,6 +68,40 @@ def test_a_loop_that_runs_an_unknown_number_of_times_counts_once():
   assert difference == 4 * 2 * PLANE
 
 
+def test_the_trips_of_a_scan_on_tpu_stand_in_its_condition():
+  """As libtpu 0.0.42 writes it; a loop that compares something else counts once."""
+  condition = """%cond (c: (s32[], f32[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %c = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%count, %limit), direction=LT, metadata={}
+}
+
+"""
+  silent = TEXT.replace('"known_trip_count":{"n":"5"}', "")
+  by_condition = silent.replace("%fused (q", condition + "%fused (q")
+  assert program_text.hbm_bytes(by_condition) == program_text.hbm_bytes(TEXT)
+  assert program_text.cycles(by_condition) == program_text.cycles(TEXT)
+  sums = by_condition.replace("get-tuple-element(%c), index=0", "reduce(%c), dimensions={0}")
+  assert program_text.hbm_bytes(sums) == program_text.hbm_bytes(silent)
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+  inside = TEXT.replace("fusion(%value), kind=kLoop, calls=%fused", "all-reduce(%value)")
+  assert program_text.collectives(inside) == [("all-reduce", PLANE)] * 6
+
+
+def test_what_a_start_passes_on_is_not_moved_twice():
+  plane = "f32[8,128]{1,0:T(8,128)}"
+  text = TEXT.replace(
+    f"%reduced = {plane} all-reduce(%first)",
+    f"%reduced = ({plane}, {plane}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) "
+    "collective-permute-start(%first)",
+  )
+  assert text != TEXT and program_text.collectives(text) == [("collective-permute", PLANE)]
+  assert program_text.hbm_bytes(text) == program_text.hbm_bytes(TEXT)
+
+
 def test_collectives_are_found_with_their_bytes():
   assert program_text.collectives(TEXT) == [("all-reduce", PLANE)]
 

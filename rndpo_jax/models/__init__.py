@@ -39,6 +39,7 @@ def build(
   )
 
 
-def lanes(model_config) -> int:
-  """`config.model.lanes`, where 0 is what the devices of this process have."""
-  return model_config.lanes or (hardware.TPU_LANES if jax.default_backend() == "tpu" else 1)
+def lanes(model_config, platform: str | None = None) -> int:
+  """`config.model.lanes`, where 0 is what a platform has; by default that of this process."""
+  platform = platform or jax.default_backend()
+  return model_config.lanes or (hardware.TPU_LANES if platform == "tpu" else 1)
