@@ -17,7 +17,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-PROGRAMS = ("mine", "base", "finetune", "evaluate")
+PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
+# Each device has images of its own, also where config.mesh.space shares those of training.
+APART = ("mine", "evaluate")
 LOSSES = (((16, 256, 256, 4), "float32"), ((64, 512, 512, 4), "bfloat16"))
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -63,10 +65,12 @@ def show(topology, problem):
   axes = _CONFIG.value.mesh
   chip, mesh = aot.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
   batch = _BATCH.value
-  of_chips = "a chip" if axes.space == 1 else f"for {axes.space} chips (when mining, a chip)"
+  of_chips = (
+    "a chip" if axes.space == 1 else f"for {axes.space} chips (mining and evaluating, a chip)"
+  )
   print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
-  images = dict.fromkeys(PROGRAMS, batch * parallel.num_batch_parts(mesh))
-  images["mine"] = batch * mesh.size
+  parts = parallel.num_batch_parts(mesh)
+  images = {name: batch * (mesh.size if name in APART else parts) for name in PROGRAMS}
   programs = aot.programs(_CONFIG.value, problem, mesh, images)
   for name in _PROGRAMS.value:
     if name == "loss":
@@ -80,9 +84,9 @@ def show(topology, problem):
         raise
       print(f"{name:9} does not fit: {str(error).splitlines()[0][:200]}", flush=True)
       continue
-    if name == "mine" and report.collectives:
-      sys.exit(f"error: the mining program communicates: {report.collectives}")
-    images = batch if name == "mine" else batch / axes.space
+    if name in APART and report.collectives:
+      sys.exit(f"error: the program {name!r} communicates: {report.collectives}")
+    images = batch if name in APART else batch / axes.space
     print(program_report.describe(name, report, chip, images), flush=True)
     if name == "mine" and _NUM_UNLABELLED.value:
       chips = mesh.size

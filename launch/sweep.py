@@ -44,7 +44,7 @@ def main(argv):
       "learning_rates": numbers(_RATES, float, config.finetune.learning_rate),
       "seeds": numbers(_SEEDS, int, config.seed),
     }
-    sweep.check(grid)
+    sweep.check(config, grid)
     preemption.install()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)

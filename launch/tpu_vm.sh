@@ -2,14 +2,14 @@
 # Runs a job on a Cloud TPU VM slice: creates or uses it, installs, runs on all workers, fetches.
 #   NAME=slice ZONE=us-west4-a CONFIG=configs/ph2.py WORKDIR=/nfs/ph2 bash launch/tpu_vm.sh [flags]
 # WORKDIR: an absolute path that all workers see, such as an NFS mount, or gs://BUCKET/FOLDER. TYPE
-# (default v5litepod-16) and VERSION (its runtime) are for a slice that is not there yet; DELETE=1
-# deletes it at the end. The result lands in runs/NAME here. DRY_RUN=1 prints what it would do.
-# PROGRAM=launch.sweep runs a sweep. The job outlives this script: the same command watches on. It
-# starts again after exit code 75; kill -- -$(cat rndpo_jax/job.pid) on all workers stops it.
+# and VERSION (its runtime) are for a slice that is missing or was preempted. The result lands in
+# runs/NAME; DELETE=1 deletes the slice then. DRY_RUN=1 prints what it would do. The job outlives
+# this script, the same command watches on; it starts again after exit code 75, and kill --
+# -$(cat rndpo_jax/job.pid) on all workers stops it. PROGRAM=launch.sweep runs a sweep.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${NAME:?name of the TPU VM}" "${ZONE:?its zone}" "${DRY_RUN:=0}"
-: "${CONFIG:?a file in configs/}" "${WORKDIR:?folder that all workers see}"
+: "${NAME:?of the slice}" "${ZONE:?its zone}" "${CONFIG:?config file}" "${WORKDIR:?folder}"
+new=("--accelerator-type=${TYPE:-v5litepod-16}" "--version=${VERSION:-v2-alpha-tpuv5-lite}")
 results=(results.json report.html config.json)
 [ "${PROGRAM:=launch.run}" = launch.run ] || results=(sweep/sweep.json)
 tpu=(gcloud compute tpus tpu-vm)
@@ -20,12 +20,13 @@ case $WORKDIR in
 esac
 run() { if [ "$DRY_RUN" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 on() { run "${tpu[@]}" ssh "$NAME" "--zone=$ZONE" "--worker=$1" "--command=$2"; }
-state() { "${tpu[@]}" describe "$NAME" "--zone=$ZONE" "--format=value(state)"; }
-
-if [ "$DRY_RUN" = 1 ] || ! state >/dev/null 2>&1; then
-  run "${tpu[@]}" create "$NAME" "--zone=$ZONE" "--accelerator-type=${TYPE:-v5litepod-16}" \
-    "--version=${VERSION:-v2-alpha-tpuv5-lite}"
-fi
+slice() { run "${tpu[@]}" "$1" "$NAME" "--zone=$ZONE" "${@:2}"; }
+state() { "${tpu[@]}" describe "$NAME" "--zone=$ZONE" "--format=value(state)" 2>&1 || true; }
+found=NOT_FOUND && { [ "${DRY_RUN:=0}" = 1 ] || found=$(state); }
+[[ ! $found =~ PREEMPTED|TERMINATED ]] || { slice delete --quiet; found=NOT_FOUND; }
+[[ ! $found =~ NOT_FOUND ]] || { slice create "${new[@]}"; found=READY; }
+[[ ! $found =~ STOPPED ]] || { slice start; found=READY; }
+[[ $found =~ READY ]] || { echo "error: $NAME: found '$found', expected READY" >&2; exit 1; }
 running="cd rndpo_jax && { kill -0 \"\$(cat job.pid)\"; } 2>/dev/null" # from an earlier call
 if [ "$DRY_RUN" = 1 ] || ! on 0 "$running"; then
   archive=$(mktemp -d)/rndpo_jax.tar.gz
@@ -47,8 +48,7 @@ on all "$running || { rm -f job.code; setsid nohup bash -c $(printf %q "$job") \
 watch="cd rndpo_jax; tail -n 20 -f --pid=\"\$(cat job.pid)\" job.log >&2; cat job.code || echo 75"
 if [ "$DRY_RUN" = 1 ]; then on 0 "$watch" && status=0; else
   until status=$(on 0 "$watch"); do # until an answer comes through
-    case $(state) in PREEMPTED | TERMINATED | STOP*) status=75 && break ;; esac
-    sleep 30
+    [[ ! $(state) =~ PREEMPTED|TERMINATED|STOP|NOT_FOUND ]] || { status=75; break; }; sleep 30
   done
 fi
 case $status in
@@ -56,5 +56,5 @@ case $status in
   0) run mkdir -p "runs/$NAME"
     for file in "${results[@]}"; do run "${copy[@]}" "$from/$file" "runs/$NAME/${file##*/}"; done ;;
 esac
-[ "${DELETE:-0}" != 1 ] || run "${tpu[@]}" delete "$NAME" "--zone=$ZONE" --quiet
+[ "${DELETE:-0}" != 1 ] || slice delete --quiet
 exit "$status"

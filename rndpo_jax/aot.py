@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from rndpo_jax import hardware, losses, models, packing, parallel, training, types, validation
 from rndpo_jax.config import ConfigError
-from rndpo_jax.stages import base, finetune, learned, mine
+from rndpo_jax.stages import base, finetune, learned, measure, mine
 
 # Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
 _ENVIRONMENT = {
@@ -32,12 +32,16 @@ _ENVIRONMENT = {
 
 
 class Problem(NamedTuple):
-  """What a prepared data set would tell: C, I, the spatial dimensions, and S."""
+  """What a prepared data set would tell: C, I, the spatial dimensions, S, and `native`.
+
+  The last is the size of the largest grid, axis by axis, that masks are brought to in evaluation.
+  """
 
   num_classes: int
   num_channels: int
   spatial_dims: int
   size: tuple[int, ...]
+  native: tuple[int, ...]
 
 
 def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[hardware.Chip, Mesh]:
@@ -65,7 +69,9 @@ def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[hardware
 
 
 def problem_of(config, num_channels: int, num_classes: int) -> Problem:
-  """The problem that a config describes; 0 classes takes `config.data.num_classes`.
+  """The problem that a config describes, of images that are as large as the model's grid.
+
+  0 classes takes `config.data.num_classes`.
 
   Raises:
     ConfigError: where neither says how many classes there are.
@@ -76,7 +82,8 @@ def problem_of(config, num_channels: int, num_classes: int) -> Problem:
       "--num_classes: config.data.num_classes is 0 (a data set would tell); give it, as in "
       "--num_classes=4"
     )
-  return Problem(classes, num_channels, config.data.spatial_dims, tuple(config.data.size))
+  size = tuple(config.data.size)
+  return Problem(classes, num_channels, config.data.spatial_dims, size, native=size)
 
 
 def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> dict[str, Any]:
@@ -97,6 +104,7 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
   lowers = {
     "base": functools.partial(_base_step, segmenter=segmenter),
     "finetune": functools.partial(_finetune_step, segmenter=segmenter),
+    "validate": functools.partial(_validate, segmenter=segmenter),
     "evaluate": functools.partial(_evaluate, segmenter=segmenter),
     "mine": _mine,
   }
@@ -198,10 +206,29 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
   return _step(config, config.finetune, loss_fn, optimizer, mesh, params, arrays, ema_decay)
 
 
-def _evaluate(config, problem, mesh, segmenter, params, batch):
+def _validate(config, problem, mesh, segmenter, params, batch):
+  """That of fine-tuning, which runs the reference, too."""
   per_image = validation.make_image_figures(segmenter.apply, problem.num_classes, mesh)
   params = _placed_params(config, params, mesh)
   return per_image.lower(params, params, _placed(batch, parallel.of_batch(batch, mesh)))
+
+
+def _evaluate(config, problem, mesh, segmenter, params, batch):
+  """Each device its own images, up to the masks on their own grids."""
+  count = batch.index.shape[0]
+  resize = [
+    jax.ShapeDtypeStruct((count, measure.padded(n), size), jnp.float32)
+    for n, size in zip(problem.native, problem.size, strict=True)
+  ]
+  whole, split = parallel.replicated(mesh), parallel.over_all(mesh)
+  program = jax.shard_map(
+    lambda params, rows: measure.native_masks(segmenter.apply(params, rows[0]), rows[1]),
+    mesh=mesh,
+    in_specs=(whole.spec, split.spec),
+    out_specs=split.spec,
+    check_vma=False,
+  )
+  return jax.jit(program).lower(_placed(params, whole), _placed((batch.images, resize), split))
 
 
 def _step(config, options, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):

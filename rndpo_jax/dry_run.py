@@ -24,7 +24,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline as data_pipeline
 from rndpo_jax.data import reader, records, splits
-from rndpo_jax.stages import prepare, shards
+from rndpo_jax.stages import measure, prepare, shards
 
 
 class Data(NamedTuple):
@@ -91,6 +91,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     dataset = data_pipeline.open_dataset(config, workdir)
     facts, entries = dataset._asdict(), dataset.records
     counts = {name: len(indices) for name, indices in dataset.splits.items()}
+    shown = [entries[i]["shape"] for name in measure.SPLITS for i in dataset.splits[name]]
     stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
     num_bytes = sum(stat.length for stat in stored)
   else:
@@ -100,9 +101,14 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     cases = prepare.split_cases(config.data, entries)
     split_of = {case: name for name, ids in cases.items() for case in ids}
     counts = Counter(split_of.get(entry["case_id"]) for entry in entries)
+    shown = [e["shape"] for e in entries if split_of.get(e["case_id"]) in measure.SPLITS]
     num_bytes = sum(records.num_bytes(source, entry) for entry in entries)
   problem = aot.Problem(
-    facts["num_classes"], facts["num_channels"], facts["spatial_dims"], tuple(config.data.size)
+    facts["num_classes"],
+    facts["num_channels"],
+    facts["spatial_dims"],
+    tuple(config.data.size),
+    native=tuple(int(n) for n in np.max(shown, axis=0)),
   )
   counts = {name: counts[name] for name in splits.NAMES}
   return Data(problem, counts, len(entries), num_bytes, dataset)
@@ -201,18 +207,18 @@ def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str,
   counts, tuned, base = data.num_images, config.finetune, config.base
   evaluations = -(-tuned.num_steps // tuned.eval_every_steps)
   supervised = 0 if base.workdir else base.num_members
-  shown = trials["evaluate"].batch_size
   validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
-  # Validation during training; then every checkpoint and the base on validation and test.
-  evaluated = validated * -(-counts["val"] // shown)
-  evaluated += (evaluations + 1) * -(-(counts["val"] + counts["test"]) // shown)
   local = config.mine.batch_size * jax.local_device_count()
   processes = jax.process_count()
+  # Each process measures some of the checkpoints, and of the base, on its own devices.
+  measured = -(-(evaluations + 1) // processes)
+  own = trials["evaluate"].batch_size // processes
   return {
     "base": supervised * base.num_steps,
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
     "finetune": tuned.num_steps,
-    "evaluate": evaluated,
+    "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
+    "evaluate": measured * -(-(counts["val"] + counts["test"]) // own),
   }
 
 

@@ -37,7 +37,9 @@ def make_mesh(
   check_mesh(len(devices), fsdp, space, len(devices) // len({d.process_index for d in devices}))
   shape = (len(devices) // (fsdp * space), fsdp, space)
   placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  if any(len({d.process_index for d in row}) > 1 for row in placed.reshape(-1, space)):
+  owners = [device.process_index for device in placed.flat]
+  if owners != sorted(owners):
+    # Process i reads the i-th rows of a batch: elsewhere they would be other rows of the whole.
     devices.sort(key=lambda d: (d.process_index, d.id))
     placed = np.array(devices).reshape(shape)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -55,8 +55,9 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
       f"--stages: unknown stage {unknown[0]!r}; known: {', '.join(config_lib.STAGES)}"
     )
   workdir = epath.Path(workdir)
-  done = find_done(workdir)
   wanted = [name for name in config_lib.STAGES if name in stages]
+  _check_same_stages(wanted)
+  done = find_done(workdir)
   if config.base.workdir:
     wanted = [name for name in wanted if name != "prepare"]
   check_here(config, [name for name in wanted if name not in done])
@@ -81,6 +82,18 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     for folder in (workdir, (workdir / DONE[name]).parent):
       list(folder.glob("*"))  # a network file system looks again for what was missing
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+
+
+def _check_same_stages(wanted: list[str]) -> None:
+  """Refuses processes that would wait for each other in different stages."""
+  bits = [name in wanted for name in config_lib.STAGES]
+  mask = sum(bit << i for i, bit in enumerate(bits))
+  others = processes.which(mask != processes.agree(lambda: mask))
+  if others:
+    raise config_lib.ConfigError(
+      f"--stages: process {others[0]} was started with other stages than process 0; start all "
+      "with the same command"
+    )
 
 
 def find_done(workdir: epath.Path) -> list[str]:

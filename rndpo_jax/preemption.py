@@ -51,11 +51,11 @@ def install() -> None:
   """Takes the signals; the second one of a kind ends the program at once, as it did before.
 
   Call after `jax.distributed.initialize`, from the main thread. With several processes it leaves
-  SIGTERM to the runtime and SIGINT as it is: one that ends alone would leave the others waiting.
+  SIGTERM to the runtime, which tells all of them; of a SIGINT they tell each other where they meet.
   """
+  signal.signal(signal.SIGINT, _note)
   if jax.process_count() == 1:
-    for number in _EXIT_CODES:
-      signal.signal(number, _note)
+    signal.signal(signal.SIGTERM, _note)
     return
   ended = threading.Event()
   watch = threading.Thread(target=_watch, args=[ended], daemon=True)
@@ -72,7 +72,15 @@ def reached(step: int) -> bool:
   """Whether to save and stop after this training step; the same answer on every process."""
   if jax.process_count() == 1:
     return bool(_noted)
-  return step % _AGREE_EVERY_STEPS == 1 and processes.any_of(bool(_noted))
+  return step % _AGREE_EVERY_STEPS == 1 and _any_noted()
+
+
+def _any_noted() -> bool:
+  """Whether a signal has come to any process; then it counts as having come to this one, too."""
+  first = processes.most(_noted[0] if _noted else 0)
+  if first and not _noted:
+    _noted.append(signal.Signals(first))
+  return bool(first)
 
 
 @contextlib.contextmanager
@@ -94,7 +102,7 @@ def together(what: str) -> Iterator[None]:
     if not error.alone:
       raise
     what = error.what
-  if processes.any_of(bool(_noted)):
+  if _any_noted():
     raise Preempted(what)
 
 

@@ -269,6 +269,11 @@ def which(value: bool) -> list[int]:
   return np.flatnonzero(everywhere).tolist()
 
 
+def most(value: int) -> int:
+  """The largest value of any process; waits as `which` does."""
+  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
 def any_of(value: bool) -> bool:
   """Whether `value` is true on any process; waits as `which` does."""
   return bool(which(value))

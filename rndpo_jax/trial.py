@@ -64,12 +64,13 @@ def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
 
 def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   """Images that each program takes at once, on all devices together."""
-  parts = parallel.num_batch_parts(mesh)
+  parts, local = parallel.num_batch_parts(mesh), jax.local_device_count()
   return {
     "mine": config.mine.batch_size * mesh.size,
     "base": config.base.batch_size,
     "finetune": config.finetune.batch_size,
-    "evaluate": -(-config.evaluate.batch_size // parts) * parts,
+    "validate": -(-config.evaluate.batch_size // parts) * parts,
+    "evaluate": -(-config.evaluate.batch_size // local) * mesh.size,
   }
 
 
@@ -133,9 +134,10 @@ def cgroup_limits(
 def too_large(config, name: str, found: str) -> str:
   """The line that refuses a program, naming the keys that make it smaller."""
   trains = name in ("base", "finetune")
+  section = "evaluate" if name == "validate" else name
   more = f", a larger config.{name}.accumulate_steps, config.model.remat=True" if trains else ""
   return (
-    f"config.{name}.batch_size: found {config[name].batch_size}, with which the program "
+    f"config.{section}.batch_size: found {config[section].batch_size}, with which the program "
     f"{name!r} does not fit ({found}); take a smaller one{more}, or more devices"
   )
 

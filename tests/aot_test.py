@@ -12,7 +12,7 @@ needs_libtpu = pytest.mark.skipif(
   reason="libtpu is not installed; it comes with the extra tpu-aot",
 )
 BATCH = 2
-PROGRAMS = ("mine", "base", "finetune", "evaluate")
+PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,30 @@ def test_programs_follow_the_stages_without_libtpu(tiny_config):
   # 16 x 16 pixels of two classes: one bit plane of 32 bytes.
   assert found["mine"]["chosen"].shape == (images, 2, 1, 32)
   assert found["mine"]["scores"].shape == (images, 4)
-  assert set(found["evaluate"]) == {"val_dice", "val_kl", "val_entropy", "valid"}
-  assert found["evaluate"]["val_dice"].shape == (images,)
+  assert set(found["validate"]) == {"val_dice", "val_kl", "val_entropy", "valid"}
+  assert found["validate"]["val_dice"].shape == (images,)
+  # Grids of 16 x 16 are rounded up.
+  assert found["evaluate"].shape == (images, 64, 64) and found["evaluate"].dtype == "uint8"
   for name in ("base", "finetune"):
     state, metrics = found[name]
     assert metrics["loss"].shape == () and (state.ema is not None) == (name == "finetune")
+
+
+def test_lanes_are_those_of_the_devices_that_it_is_compiled_for(tiny_config):
+  mesh, texts = parallel.make_mesh(), []
+  for lanes in (0, 1, 128):
+    config = tiny_config(model__lanes=lanes)
+    lowers = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"evaluate": mesh.size})
+    texts.append(lowers["evaluate"]().as_text())
+  assert texts[0] == texts[1] != texts[2]
+
+
+@needs_libtpu
+def test_rows_of_a_batch_are_where_their_process_reads_them():
+  """A slice of four hosts, which the mesh that suits its wires would go through out of order."""
+  _, mesh = aot.open_topology("v5e:4x4")
+  owners = [device.process_index for device in mesh.devices.flat]
+  assert owners == sorted(owners) and len(set(owners)) == 4
 
 
 @needs_libtpu
@@ -47,7 +66,7 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
   programs = aot.programs(
     config, aot.problem_of(config, 1, 0), mesh, dict.fromkeys(PROGRAMS, BATCH * mesh.size)
   )
-  assert set(programs) == {"mine", "base", "finetune", "evaluate"}
+  assert set(programs) == set(PROGRAMS)
   plain = aot.programs(
     tiny_config(model__lanes=1), aot.problem_of(config, 1, 0), mesh, {"finetune": BATCH * mesh.size}
   )
@@ -61,8 +80,8 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
   # XLA adds up the gradients of folded kernels, 128 / 8 neighbours wide, before they are unfolded.
   assert reduced < by_lanes < 16**2 * reduced
   assert 0 < step.memory < 2**30 and step.flops > 0 and step.hbm_bytes > 0
-  mined = program_report.measure(programs["mine"]().compile())
-  assert mined.collectives == []
+  for name in ("mine", "evaluate"):
+    assert program_report.measure(programs[name]().compile()).collectives == []
 
 
 @needs_libtpu

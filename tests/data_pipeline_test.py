@@ -1,6 +1,9 @@
 import functools
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import cloudpickle
 import numpy as np
@@ -31,6 +34,44 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(workdir):
   return pipeline.open_dataset(_config(), workdir)
+
+
+# A reader with a worker, and a signal to them all, as a terminal, Slurm or Kubernetes may send it.
+GROUP = """
+import os, signal, sys, time
+from absl import app
+from rndpo_jax.data import pipeline
+
+def load(item):
+  time.sleep(0.02)
+  return {"item": item}
+
+def main(_):
+  noted = []
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: noted.append(number))
+  options = {"batch_size": 2, "seed": 0, "start_step": 0}
+  batches = pipeline.stream(range(9), load, num_workers=1, **options)
+  next(batches)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    os.killpg(0, number)
+  time.sleep(0.5)
+  assert noted == [signal.SIGTERM, signal.SIGINT]
+  rest = [next(batches)["item"].tolist() for _ in range(40)]  # more than were loaded ahead
+  alone = pipeline.stream(range(9), load, num_workers=0, **options)
+  assert rest == [next(alone)["item"].tolist() for _ in range(41)][1:]
+  sys.exit(75)
+
+app.run(main)
+"""
+
+
+def test_a_signal_to_the_group_leaves_the_workers_to_their_parent():
+  process = subprocess.run(
+    [sys.executable, "-c", GROUP], start_new_session=True, capture_output=True, text=True,
+    cwd=pathlib.Path(__file__).parent.parent, timeout=120,
+  )  # fmt: skip
+  assert process.returncode == 75, process.stderr
 
 
 def test_open_dataset(dataset):

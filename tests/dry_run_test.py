@@ -68,9 +68,11 @@ def test_the_lines_say_what_there_is(tiny_run, tried):
     row[0]: row[-3] for row in (re.split(r"  +", line) for line in tried[0]) if len(row) == 7
   }
   # 20 images in two shards of 10, eight devices of one image each: 2 batches a shard. Validation
-  # 2 + 2 times, then 3 checkpoints on 6 images.
+  # 2 + 2 times on 3 images, then 3 checkpoints on 6 images.
   assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
-  assert batches["evaluate"] == "7"
+  assert (batches["validate"], batches["evaluate"]) == ("4", "3")
+  # Images of 20 x 18 pixels, up to the next multiple of 64.
+  assert tried[1]["evaluate"].out_info.shape[1:] == (64, 64)
   assert tried[1]["finetune"].memory > 4 * 6_000 * 3
 
 
@@ -128,7 +130,7 @@ def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsy
     dry_run.run(config, workdir)
   lines = capsys.readouterr().out.splitlines()
   rows = {row[0]: row[3:] for row in (re.split(r"  +", line) for line in lines) if len(row) == 7}
-  assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "7", "-", "-"]
+  assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "3", "-", "-"]
   monkeypatch.undo()
   monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
   with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB, its disk has"):

@@ -68,6 +68,15 @@ def run(tmp_path_factory):
   return config, workdir, files.read_json(workdir / "results.json")
 
 
+def test_what_was_measured_on_other_data_is_not_used(run):
+  config, workdir, _ = run
+  evaluation = measure.open_evaluation(config, workdir)
+  params = evaluation.params(0)
+  other = evaluation._replace(dataset=evaluation.dataset._replace(digest="of other pixels"))
+  stamps = [measure._fingerprint(one, params) for one in (evaluation, evaluation, other)]
+  assert stamps[0] == stamps[1] != stamps[2]
+
+
 def _masks_by_definition(config, workdir, step):
   """Record index -> (mask, label), one image at a time, by np.argmax on the record's own grid."""
   dataset = pipeline.open_dataset(config, workdir)
@@ -216,6 +225,8 @@ def _stack_evaluation(folder, masks):
     spacing_unit="mm",
     size=(2, 4),
     crop=(),
+    normalization="zscore",
+    digest="",
     blind_source=[{"image": None, "affine": affine}] * 4,
   )
 

@@ -196,13 +196,15 @@ def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
 
 
 # A slice of two workers, each a folder, that sends what starts the job twice, as gcloud does after
-# a broken connection; that of the first watcher breaks where there is a file `drop`. The jobs last
-# until they are watched, and results are there when both have ended.
+# a broken connection; that of the first watcher breaks where there is a file `drop`, which says the
+# state from then on. The jobs last until they are watched, and results are there when both have
+# ended.
 GCLOUD = """
 set -e
 for x; do case $x in --worker=*) worker=${x#*=} ;; --command=*) command=${x#*=} ;; esac; done
 case $4 in
-  describe) echo ${STATE:-READY} ;;
+  describe) cat $HOME/state ;;
+  create | start | delete) echo $4 >>$HOME/did; echo READY >$HOME/state ;;
   scp)
     if [ "$worker" = all ]; then mkdir -p $HOME/0 $HOME/1; exit; fi
     tail -f /dev/null --pid=$(cat $HOME/1/rndpo_jax/job.pid)
@@ -216,7 +218,7 @@ case $4 in
         *nohup*) for i in 1 2; do bash -c "$command" </dev/null; done ;;
         *tail*)
           touch $HOME/watched
-          if [ -e $HOME/drop ]; then rm $HOME/drop; exit 255; fi
+          if [ -e $HOME/drop ]; then mv $HOME/drop $HOME/state; exit 255; fi
           bash -c "$command" ;;
         *) bash -c "$command" ;;
       esac
@@ -234,6 +236,8 @@ def tpu_vm(tmp_path, program, **variables):
   fake(tmp_path, "program", f'echo $PPID "$*" >>calls\n{wait}\n{program}')
   for name in ("git", "sleep"):
     fake(tmp_path, name, "")
+  if not (tmp_path / "state").exists():
+    (tmp_path / "state").write_text("READY")
   environment = {
     **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
     "NAME": "slice", "ZONE": "zone", "CONFIG": "c", "WORKDIR": "/w", **variables,
@@ -245,7 +249,7 @@ def tpu_vm(tmp_path, program, **variables):
 
 
 def test_tpu_vm_watches_through_a_broken_connection_and_starts_again_after_75(tmp_path):
-  (tmp_path / "drop").touch()
+  (tmp_path / "drop").write_text("READY")
   done = tpu_vm(tmp_path, "echo log; [ $(wc -l <calls) -gt 1 ] || exit 75")
   assert done.returncode == 0 and not (tmp_path / "drop").exists(), done
   run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w"
@@ -261,10 +265,37 @@ def test_tpu_vm_hands_the_jobs_exit_code_on(tmp_path):
   assert done.returncode == 3 and not (tmp_path / "here" / "runs").exists(), done
 
 
-def test_tpu_vm_tells_a_slice_that_was_taken_away(tmp_path):
-  (tmp_path / "drop").touch()
-  done = tpu_vm(tmp_path, "", STATE="PREEMPTED")
+GONE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource 'slice' was not found"
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "STOPPED", GONE])
+def test_tpu_vm_tells_a_slice_that_was_taken_away(tmp_path, state):
+  (tmp_path / "drop").write_text(state)
+  done = tpu_vm(tmp_path, "")
   assert done.returncode == 75 and "slice or its job went away" in done.stderr, done
+
+
+@pytest.mark.parametrize(
+  "state,expected",
+  [
+    ("PREEMPTED", ["delete", "create"]),
+    ("TERMINATED", ["delete", "create"]),
+    ("STOPPED", ["start"]),
+    (GONE, ["create"]),
+  ],
+)
+def test_tpu_vm_brings_back_what_was_taken_away(tmp_path, state, expected):
+  (tmp_path / "state").write_text(state)
+  done = tpu_vm(tmp_path, "")
+  assert done.returncode == 0 and (tmp_path / "did").read_text().split() == expected, done
+
+
+@pytest.mark.parametrize("state", ["CREATING", "ERROR: no credentials"])
+def test_tpu_vm_waits_for_no_slice_in_another_state(tmp_path, state):
+  (tmp_path / "state").write_text(state)
+  done = tpu_vm(tmp_path, "")
+  assert done.returncode == 1 and f"slice: found '{state}', expected READY" in done.stderr, done
+  assert not (tmp_path / "did").exists() and not (tmp_path / "0").exists()
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh"])

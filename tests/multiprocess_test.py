@@ -157,6 +157,21 @@ def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
   assert "error: process 0: another process of this run has stopped" in outputs[0]
 
 
+def test_processes_with_other_stages_are_refused(tmp_path):
+  address = f"--coordinator_address=127.0.0.1:{free_port()}"
+  processes = [
+    start(
+      tmp_path / "run", address, "--num_processes=2", f"--process_id={index}",
+      f"--stages={stages}", devices=1,
+    )
+    for index, stages in enumerate(("prepare", "prepare,base"))
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1]
+  assert all("--stages: process 1 was started with other stages" in x for x in outputs), outputs
+  assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_do_not_meet_end_in_one_line(tmp_path):
   shared = ("--num_processes=2", "--connect_seconds=3")
   processes = [

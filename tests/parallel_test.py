@@ -1,10 +1,23 @@
 """parallel: what several devices share."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from rndpo_jax import parallel
 from rndpo_jax.config import ConfigError
+
+
+def test_the_mesh_goes_through_the_processes_in_order(monkeypatch):
+  """As a TPU slice of two hosts may be wired: its rows belong to both of them."""
+  devices = [SimpleNamespace(process_index=i // 2 % 2, id=i) for i in range(8)]
+  monkeypatch.setattr(parallel, "Mesh", lambda devices, *_, **__: devices)
+  wired = lambda shape, devices, **_: np.array(devices).reshape(shape)  # noqa: E731
+  monkeypatch.setattr(parallel.mesh_utils, "create_device_mesh", wired)
+  placed = parallel.make_mesh(devices, space=2)
+  assert placed.shape == (4, 1, 2)
+  assert [device.id for device in placed.flat] == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_split_and_join_undo_each_other():

@@ -13,21 +13,23 @@ import pytest
 from launch import run as launch_run
 from rndpo_jax import pipeline, preemption
 
-# A training of 40 steps, then work that process 0 does alone; SIGTERM comes to the one that waits.
+# A training of 40 steps, then work that process 0 does alone; a signal comes to the one that waits.
 PROCESS = """
 import os, signal, sys, threading, time
 from rndpo_jax import preemption, processes
-index, address = int(sys.argv[1]), sys.argv[2]
+index, address, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 processes.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
 preemption.install()
 try:
   assert not any(preemption.reached(step) for step in range(1, 41))
   if index == 1:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
   with preemption.together("all is done"):
-    while index == 0:
+    # Only the runtime tells the other one at once, and only of a SIGTERM.
+    while index == 0 and number == signal.SIGTERM:
       preemption.check("half is done")
       time.sleep(0.01)
+    time.sleep(2)
 except preemption.Preempted as error:
   print(error)
   sys.exit(error.exit_code)
@@ -73,7 +75,7 @@ def two_processes(monkeypatch):
   """As if there were two, the other one with nothing to say."""
   monkeypatch.setattr(preemption, "_noted", [])
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(preemption.processes, "any_of", bool)
+  monkeypatch.setattr(preemption.processes, "most", int)
 
 
 def test_several_processes_agree_every_few_steps(two_processes):
@@ -85,6 +87,7 @@ def test_several_processes_agree_every_few_steps(two_processes):
 
 def test_several_processes_leave_the_signals_to_the_runtime(two_processes, monkeypatch):
   before = signal.getsignal(signal.SIGTERM)
+  interrupt = signal.getsignal(signal.SIGINT)
   monkeypatch.setattr(preemption, "_TICK_SECONDS", 0.001)
   ticks, ends = [], []
 
@@ -96,6 +99,7 @@ def test_several_processes_leave_the_signals_to_the_runtime(two_processes, monke
   monkeypatch.setattr(preemption.atexit, "register", ends.append)
   preemption.install()
   assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.signal(signal.SIGINT, interrupt) == preemption._note
   (watch,) = (t for t in threading.enumerate() if t.name.endswith("(_watch)"))
   watch.join(60)
   assert ticks == [*range(1, 9)] and preemption._noted == [signal.SIGTERM]
@@ -113,30 +117,30 @@ def test_the_watch_ends_with_the_program(two_processes, monkeypatch):
 def test_who_ended_early_meets_the_others_once(two_processes, monkeypatch):
   meetings = []
 
-  def any_of(value):
+  def most(value):
     meetings.append(value)
-    return True
+    return int(signal.SIGTERM)
 
-  monkeypatch.setattr(preemption.processes, "any_of", any_of)
+  monkeypatch.setattr(preemption.processes, "most", most)
   with pytest.raises(preemption.Preempted, match="inner is done"):
     with preemption.together("outer is done"):
       with preemption.together("inner is done"):
         pass  # the signal came to the other process
-  assert meetings == [False]
-  preemption._noted.append(signal.SIGTERM)
+  assert meetings == [0] and preemption._noted == [signal.SIGTERM]
   with pytest.raises(preemption.Preempted, match="half of it"):
     with preemption.together("outer is done"):
       preemption.check("half of it")
-  assert meetings == [False, True]
+  assert meetings == [0, signal.SIGTERM]
 
 
-def test_a_signal_to_one_of_two_processes_ends_both():
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_of_two_processes_ends_both(number, code):
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", PROCESS, str(index), address],
+      [sys.executable, "-c", PROCESS, str(index), address, str(int(number))],
       cwd=pathlib.Path(__file__).parent.parent,
       env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
       stdout=subprocess.PIPE,
@@ -146,9 +150,10 @@ def test_a_signal_to_one_of_two_processes_ends_both():
     for index in range(2)
   ]
   outputs = [process.communicate(timeout=100)[0] for process in processes]
-  assert [process.returncode for process in processes] == [75, 75], outputs
-  assert "SIGTERM: half is done; the same" in outputs[0]
-  assert "SIGTERM: all is done; the same" in outputs[1]
+  assert [process.returncode for process in processes] == [code, code], outputs
+  done = ("half" if number == signal.SIGTERM else "all", "all")
+  for output, what in zip(outputs, done, strict=True):
+    assert f"{number.name}: {what} is done; the same" in output
 
 
 def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypatch, capsys):

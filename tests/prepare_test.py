@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -168,6 +169,25 @@ def test_processes_share_the_files(root, tmp_path, monkeypatch, opened):
     for workdir in (tmp_path / "one", tmp_path / "two")
   ]
   assert contents[0] == contents[1] and len(contents[0]) == 3
+
+
+@pytest.mark.parametrize("limit", [400, 700])
+def test_a_source_that_processes_list_otherwise_is_refused(root, tmp_path, monkeypatch, limit):
+  """An image comes between the listings of two processes: all records after it are other ones.
+
+  Without it three files or two; with it four, which have other names, or two as well.
+  """
+  monkeypatch.setattr(builder, "_FILE_BYTES", limit)
+  before, directory = folder.open_source(_config(root)), tmp_path / "data"
+  builder._start(before, directory)
+  builder._write_files(before, directory, 0, 2)
+  for part in ("images", "masks"):
+    shutil.copy(root / part / "0.png", root / part / "00.png")
+  after = folder.open_source(_config(root))
+  builder._write_files(after, directory, 1, 2)
+  with pytest.raises(records.DataError, match="its process listed other records of .*let it rest"):
+    builder._finish(before, directory)
+  assert not (directory / "records.json").exists()
 
 
 @pytest.mark.parametrize(

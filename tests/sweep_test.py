@@ -135,9 +135,24 @@ def tree(directory):
     ({"seeds": [-1]}, "--seeds: found -1, expected 0 or more"),
   ],
 )
-def test_grids_that_cannot_be_are_refused(changes, message):
+def test_grids_that_cannot_be_are_refused(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
-    sweep.check({**GRID, **changes})
+    sweep.check(tiny_config(), {**GRID, **changes})
+
+
+def test_micro_batches_that_do_not_divide_are_refused(tiny_config):
+  """A member's batch is on one device, so that 8 images in 4 parts will do on eight devices."""
+  sweep.check(tiny_config(finetune__accumulate_steps=4), GRID)
+  with pytest.raises(ConfigError, match="accumulate_steps: found 3, but batch_size=8"):
+    sweep.check(tiny_config(finetune__accumulate_steps=3), GRID)
+
+
+def test_processes_with_other_grids_are_refused(tmp_path, monkeypatch):
+  sweep._claim(tmp_path, GRID)
+  monkeypatch.setattr(sweep.processes, "is_first", lambda: False)
+  sweep._claim(tmp_path, GRID)
+  with pytest.raises(ConfigError, match="holds another sweep"):
+    sweep._claim(tmp_path, {**GRID, "seeds": [5]})
 
 
 def launch(workdir, *arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -212,8 +213,15 @@ def _loaded_ahead(dataset: grain.MapDataset, num_workers: int) -> Iterator:
   """Goes through `dataset`, the next elements being loaded by threads or worker processes."""
   loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
   if num_workers:
-    loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    options = grain.MultiprocessingOptions(num_workers=num_workers)
+    loaded = loaded.mp_prefetch(options, worker_init_fn=_leave_signals_to_parent)
   return iter(loaded)
+
+
+def _leave_signals_to_parent(*_) -> None:
+  """The parent ends its workers, also after a signal to them all, as of Ctrl-C or from Slurm."""
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
 
 
 @functools.lru_cache(maxsize=16)

@@ -159,15 +159,20 @@ def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
 
 
 def resize_matrices(shapes, size, crop) -> list[np.ndarray]:
-  """For each axis f32[B, N, n]; N is rounded up so that few programs are compiled."""
+  """For each axis f32[B, N, n], where N is `padded`."""
   matrices = []
   for axis, n in enumerate(size):
-    padded = -(-max(shape[axis] for shape in shapes) // _GRID_STEP) * _GRID_STEP
-    stack = np.zeros((len(shapes), padded, n), np.float32)
+    largest = padded(max(shape[axis] for shape in shapes))
+    stack = np.zeros((len(shapes), largest, n), np.float32)
     for row, shape in enumerate(shapes):
       stack[row, : shape[axis]] = _resize_matrix(n, shape[axis], crop[axis : axis + 1])
     matrices.append(stack)
   return matrices
+
+
+def padded(length: int) -> int:
+  """Rounded up, so that few programs are compiled."""
+  return -(-length // _GRID_STEP) * _GRID_STEP
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,7 +280,8 @@ def _fingerprint(evaluation: Evaluation, params, *more) -> str:
   for leaf in jax.tree.leaves(params):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   cases = [[*key, indices] for key, indices in evaluation.groups.items()]
-  setting = [cases, dataset.num_classes, list(dataset.size), list(dataset.crop), more]
+  grid = [list(dataset.size), list(dataset.crop), dataset.normalization]
+  setting = [dataset.digest, cases, dataset.num_classes, grid, more]
   digest.update(json.dumps(setting).encode())
   return digest.hexdigest()
 

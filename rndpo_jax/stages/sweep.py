@@ -71,9 +71,13 @@ def run(
     checkpoint.CheckpointError, pairs.PairsError.
   """
   grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
-  check(grid)
+  check(config, grid)
   directory = epath.Path(workdir) / "sweep"
   if processes.is_first():
+    _claim(directory, grid)
+  processes.barrier("claim of a sweep")
+  if not processes.is_first():
+    list(directory.glob("*"))  # a network file system looks again for what was missing
     _claim(directory, grid)
   if processes.agree((directory / DONE).exists):
     progress.say("[sweep] done before")
@@ -84,6 +88,8 @@ def run(
     f"[sweep] {len(seeds)} seeds x {len(betas)} betas x {len(learning_rates)} learning rates, by "
     f"{form} on {mesh.size} of {jax.device_count()} devices"
   )
+  if config.mesh.fsdp * config.mesh.space > 1:
+    progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
   diverged = _train(config, workdir, directory, grid, mesh, form)
   if processes.is_first():
     content = {
@@ -99,12 +105,18 @@ def run(
   return files.read_json(directory / DONE)
 
 
-def check(grid: dict[str, list]) -> None:
-  """Refuses a grid that cannot be trained here; after the processes have met.
+def check(config, grid: dict[str, list]) -> None:
+  """Refuses what cannot be trained here; after the processes have met.
 
   Raises:
-    ConfigError: naming the flag.
+    ConfigError: naming the flag or key.
   """
+  size, parts = config.finetune.batch_size, config.finetune.accumulate_steps
+  if size % parts:
+    raise ConfigError(
+      f"config.finetune.accumulate_steps: found {parts}, but batch_size={size}, which a member has "
+      f"on one device, is no multiple of it"
+    )
   for name, values in grid.items():
     names = {x if name == "seeds" else f"{x:g}" for x in values}
     if not values or len(names) < len(values):
@@ -131,7 +143,8 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
       f"{directory} holds another sweep: {there}, now asked for: {grid}. Delete that folder, or "
       "use a new --workdir with --config.base.workdir"
     )
-  files.write_json(path, grid)
+  if processes.is_first():
+    files.write_json(path, grid)
 
 
 def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
