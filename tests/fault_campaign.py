@@ -22,7 +22,9 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import tensorstore as ts
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
@@ -156,9 +158,11 @@ class Campaign:
         remove(workdir / path)
     return workdir
 
-  def same(self, workdir):
-    ours, theirs = workdir / "results.json", self.undisturbed / "results.json"
-    return ours.exists() and ours.read_bytes() == theirs.read_bytes()
+  def same(self, workdir, undisturbed=()):
+    """Whether the results are those of an undisturbed run, by default of the first one."""
+    ours = workdir / "results.json"
+    theirs = [path / "results.json" for path in undisturbed or [self.undisturbed]]
+    return ours.exists() and ours.read_bytes() in [path.read_bytes() for path in theirs]
 
   def add(self, fault, moment, first, again, ok):
     self.rows.append((fault, moment, first, again, "ok" if ok else "FAILED"))
@@ -168,18 +172,19 @@ class Campaign:
     self.rows.append((fault, "-", "-", "-", f"skipped: {why}"))
     print(" | ".join(self.rows[-1]), flush=True)
 
-  def finish(self, fault, moment, first, workdir, *arguments, ok=True):
+  def finish(self, fault, moment, first, workdir, *arguments, ok=True, undisturbed=()):
     """Runs again: the same results, or a refusal of one line whose remedy works."""
     ended = self.run(workdir, *arguments)
-    again = "same results" if self.same(workdir) else ended.shown()
+    again = "same results" if self.same(workdir, undisturbed) else ended.shown()
     if any(ended.codes) and ended.in_one_line():
       # The remedy is with the process that refused, not with those that only lost it.
       lines = [text for text in errors(ended.output()) if "another process of" not in text]
       for path in named_by_remedy(lines[-1]):
         remove(path)
       ended = self.run(workdir, *arguments)
-      again = "refused; after its remedy " + ("the same results" if self.same(workdir) else "NOT")
-    good = not any(ended.codes) and ended.in_time and self.same(workdir)
+      same = self.same(workdir, undisturbed)
+      again = "refused; after its remedy " + ("the same results" if same else "NOT")
+    good = not any(ended.codes) and ended.in_time and self.same(workdir, undisturbed)
     self.add(fault, moment, first, again, ok and good)
     if not good:
       print(ended.output(), flush=True)
@@ -555,6 +560,93 @@ def deleted(campaign):
     campaign.finish(fault, moment, ended.shown(), workdir, *settings, ok=ok)
 
 
+def source_changed(campaign):
+  """Deletes, adds or replaces an image while a folder is prepared.
+
+  What is deleted is put back before the rerun. An image that is added or replaced may or may not
+  belong to what is prepared: the results are those of the folder before or after it.
+  """
+  folder = campaign.folder / "source"
+  write_images(folder, 3000)
+  names = sorted(path.name for path in (folder / "images").iterdir())
+  settings = (
+    "--config.data.source=folder", f"--config.data.root={folder}", "--config.data.num_unlabelled=20",
+    "--config.data.split_seed=1",
+  )  # fmt: skip
+
+  def put(name, there):
+    """The image and mask `there` as `name`; None deletes it."""
+    for part in ("images", "masks"):
+      path = folder / part / name
+      if there is None:
+        path.unlink()
+      else:
+        new = path.with_suffix(".new")
+        shutil.copy(there / part / names[0], new)
+        new.replace(path)
+
+  other = campaign.folder / "other"
+  write_images(other, 1, seed=1)
+  last = campaign.folder / "last"
+  for part in ("images", "masks"):
+    (last / part).mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / part / names[-1], last / part / names[0])
+  # (fault, name, what is there then, what is there at the rerun)
+  faults = (
+    ("image deleted", names[-1], None, last),
+    ("image added", "a" + names[-1], other, other),
+    ("image replaced", names[-1], other, other),
+  )
+  undisturbed = {"before": campaign.folder / "source-before"}
+  for state, (name, there) in {
+    "before": (names[-1], last),
+    "image added": ("a" + names[-1], other),
+    "image replaced": (names[-1], other),
+  }.items():
+    put(name, there)
+    undisturbed[state] = campaign.folder / f"source-{state.replace(' ', '-')}"
+    ended = campaign.run(undisturbed[state], *settings)
+    assert not any(ended.codes), ended.output()
+    put(names[-1], last)
+    (folder / "images" / ("a" + names[-1])).unlink(missing_ok=True)
+    (folder / "masks" / ("a" + names[-1])).unlink(missing_ok=True)
+  seconds = float(re.search(r"\[prepare\] ([\d.]+) s", ended.outputs[0]).group(1))
+  for turn in range(3):
+    for fault, name, there, then in faults:
+      workdir = campaign.folder / "source-run"
+      processes = campaign.start(workdir, *settings)
+      wait_for_stage(processes, "prepare")
+      delay = campaign.random.uniform(0, seconds)
+      time.sleep(delay)
+      put(name, there)
+      ended = campaign.end(processes)
+      put(name, then)
+      expected = [undisturbed["before"], undisturbed.get(fault, undisturbed["before"])]
+      moment = f"prepare + {delay:.1f} s"
+      campaign.finish(
+        f"{fault} while preparing", moment, ended.shown(), workdir, *settings,
+        ok=ended.in_one_line(), undisturbed=expected,
+      )  # fmt: skip
+      put(names[-1], last)
+      for part in ("images", "masks"):
+        (folder / part / ("a" + names[-1])).unlink(missing_ok=True)
+
+
+def write_images(folder, count, seed=0):
+  """Noise with a brighter rectangle, which the mask shows."""
+  shutil.rmtree(folder, ignore_errors=True)
+  for part in ("images", "masks"):
+    (folder / part).mkdir(parents=True)
+  draw = np.random.default_rng(seed)
+  for number in range(count):
+    image = draw.integers(0, 100, (40, 48), dtype=np.uint8)
+    top, left = draw.integers(0, 20, 2)
+    mask = np.zeros_like(image)
+    mask[top : top + 16, left : left + 20] = 1
+    for part, pixels in (("images", image + 90 * mask), ("masks", mask)):
+      Image.fromarray(pixels).save(folder / part / f"{number:05d}.png")
+
+
 FAULTS = {
   "kill": lambda campaign, options: kills(campaign, options.kills),
   "one": lambda campaign, _: one_killed(campaign),
@@ -565,6 +657,7 @@ FAULTS = {
   "checkpoint_of_one": lambda campaign, _: checkpoint_of_one(campaign),
   "damage": lambda campaign, _: damages(campaign),
   "clock": lambda campaign, _: clock(campaign),
+  "source": lambda campaign, _: source_changed(campaign),
   "deleted": lambda campaign, _: deleted(campaign),
 }
 
