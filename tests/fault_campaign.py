@@ -489,7 +489,7 @@ def clock_jump(campaign, library, seconds):
   )  # fmt: skip
   processes = campaign.start(workdir, programs=[moved])
   wait_until(processes, (workdir / "base" / "state" / "20").exists)
-  replace_text(offset, f"{seconds:+d}")
+  replace(offset, f"{seconds:+d}".encode())
   ended = campaign.end(processes)
   shown = ended.shown()
   ok = seconds > 0 and ended.in_one_line()  # Orbax measures by it how long a write takes
@@ -514,9 +514,9 @@ def python_clock_jump(campaign, seconds, everywhere):
   campaign.finish(fault + which, "base, step 20", ended.shown(), workdir, ok=ok)
 
 
-def replace_text(path, text):
+def replace(path, content):
   new = path.with_suffix(".new")
-  new.write_text(text)
+  new.write_bytes(content)
   new.replace(path)
 
 
@@ -563,73 +563,55 @@ def deleted(campaign):
 def source_changed(campaign):
   """Deletes, adds or replaces an image while a folder is prepared.
 
-  What is deleted is put back before the rerun. An image that is added or replaced may or may not
-  belong to what is prepared: the results are those of the folder before or after it.
+  What was deleted is back at the rerun. One that was added or replaced may or may not belong to
+  what is prepared: the results are those of the folder before or after that.
   """
-  folder = campaign.folder / "source"
+  folder, others = campaign.folder / "source", campaign.folder / "others"
   write_images(folder, 3000)
-  names = sorted(path.name for path in (folder / "images").iterdir())
+  write_images(others, 1, seed=1)
+  (there,) = os.listdir(others / "images")
+  last = max(os.listdir(folder / "images"))
   settings = (
-    "--config.data.source=folder", f"--config.data.root={folder}", "--config.data.num_unlabelled=20",
-    "--config.data.split_seed=1",
+    "--config.data.source=folder", f"--config.data.root={folder}",
+    "--config.data.num_unlabelled=20",
   )  # fmt: skip
+  kept = {part: (folder / part / last).read_bytes() for part in ("images", "masks")}
+  other = {part: (others / part / there).read_bytes() for part in ("images", "masks")}
+  faults = {"deleted": (last, None), "added": (f"a{last}", other), "replaced": (last, other)}
 
-  def put(name, there):
-    """The image and mask `there` as `name`; None deletes it."""
+  def put(name, content):
     for part in ("images", "masks"):
-      path = folder / part / name
-      if there is None:
-        path.unlink()
-      else:
-        new = path.with_suffix(".new")
-        shutil.copy(there / part / names[0], new)
-        new.replace(path)
+      remove(folder / part / name)
+      if content is not None:
+        replace(folder / part / name, content[part])
 
-  other = campaign.folder / "other"
-  write_images(other, 1, seed=1)
-  last = campaign.folder / "last"
-  for part in ("images", "masks"):
-    (last / part).mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / part / names[-1], last / part / names[0])
-  # (fault, name, what is there then, what is there at the rerun)
-  faults = (
-    ("image deleted", names[-1], None, last),
-    ("image added", "a" + names[-1], other, other),
-    ("image replaced", names[-1], other, other),
-  )
-  undisturbed = {"before": campaign.folder / "source-before"}
-  for state, (name, there) in {
-    "before": (names[-1], last),
-    "image added": ("a" + names[-1], other),
-    "image replaced": (names[-1], other),
-  }.items():
-    put(name, there)
-    undisturbed[state] = campaign.folder / f"source-{state.replace(' ', '-')}"
+  def restore():
+    put(f"a{last}", None)
+    put(last, kept)
+
+  undisturbed = {}
+  for state in ("added", "replaced", "deleted"):
+    put(*(faults[state] if state != "deleted" else (last, kept)))
+    undisturbed[state] = campaign.folder / f"source-{state}"
     ended = campaign.run(undisturbed[state], *settings)
     assert not any(ended.codes), ended.output()
-    put(names[-1], last)
-    (folder / "images" / ("a" + names[-1])).unlink(missing_ok=True)
-    (folder / "masks" / ("a" + names[-1])).unlink(missing_ok=True)
+    restore()
   seconds = float(re.search(r"\[prepare\] ([\d.]+) s", ended.outputs[0]).group(1))
-  for turn in range(3):
-    for fault, name, there, then in faults:
-      workdir = campaign.folder / "source-run"
-      processes = campaign.start(workdir, *settings)
-      wait_for_stage(processes, "prepare")
-      delay = campaign.random.uniform(0, seconds)
-      time.sleep(delay)
-      put(name, there)
-      ended = campaign.end(processes)
-      put(name, then)
-      expected = [undisturbed["before"], undisturbed.get(fault, undisturbed["before"])]
-      moment = f"prepare + {delay:.1f} s"
-      campaign.finish(
-        f"{fault} while preparing", moment, ended.shown(), workdir, *settings,
-        ok=ended.in_one_line(), undisturbed=expected,
-      )  # fmt: skip
-      put(names[-1], last)
-      for part in ("images", "masks"):
-        (folder / part / ("a" + names[-1])).unlink(missing_ok=True)
+  for state in 3 * tuple(faults):
+    workdir = campaign.folder / "source-run"
+    processes = campaign.start(workdir, *settings)
+    wait_for_stage(processes, "prepare")
+    delay = campaign.random.uniform(0, seconds)
+    time.sleep(delay)
+    put(*faults[state])
+    ended = campaign.end(processes)
+    if state == "deleted":
+      restore()
+    campaign.finish(
+      f"image {state} in the source", f"prepare + {delay:.1f} s", ended.shown(), workdir, *settings,
+      ok=ended.in_one_line(), undisturbed=[undisturbed["deleted"], undisturbed[state]],
+    )  # fmt: skip
+    restore()
 
 
 def write_images(folder, count, seed=0):
