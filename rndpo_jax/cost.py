@@ -20,6 +20,20 @@ class Storage(NamedTuple):
   checkpoints: int
 
 
+def preparing_seconds(
+  num_records: int, record_seconds: float, num_files: int, num_processes: int
+) -> float:
+  """Seconds of the process that prepares the most: file i is of process i mod N, all equally large.
+
+  Args:
+    num_records: of the source.
+    record_seconds: to read, check and write one.
+    num_files: that the records are written to.
+    num_processes: N.
+  """
+  return num_records * record_seconds * -(-num_files // num_processes) / num_files
+
+
 def mining_batches(num_images: int, num_shards: int, num_processes: int, batch_size: int) -> int:
   """Batches that the busiest process mines one after another.
 

@@ -22,21 +22,22 @@ from jax.sharding import Mesh
 from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
+from rndpo_jax.data import builder, reader, records, splits
 from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.data import reader, records, splits
 from rndpo_jax.stages import measure, prepare, shards
 
 
 class Data(NamedTuple):
   """The data set of a config: `problem`, images of each split, images stored (also those of no
   split), their bytes on their own grids (before compression where it is not prepared), and the
-  prepared set, None where the stage 'prepare' has not run."""
+  prepared set, or the source where the stage 'prepare' has not run."""
 
   problem: aot.Problem
   num_images: dict[str, int]
   num_stored: int
   num_bytes: int
   dataset: data_pipeline.Dataset | None
+  source: records.Source | None
 
 
 def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
@@ -76,6 +77,7 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     *_head(data, mesh, params),
     *_table(config, data, trials, host, limit),
     *_foot(config, data, record, storage, free),
+    *_preparing(data, files.is_remote(workdir)),
   ]
   progress.say("\n".join(lines))
   refused = refusals(config, trials, limit, storage, free)
@@ -88,15 +90,14 @@ def describe_data(config, workdir: os.PathLike) -> Data:
   """The prepared data set where there is one, else what the source's file headers tell."""
   home = epath.Path(config.base.workdir or workdir)
   if prepare.is_done(home):
-    dataset = data_pipeline.open_dataset(config, workdir)
+    dataset, source = data_pipeline.open_dataset(config, workdir), None
     facts, entries = dataset._asdict(), dataset.records
     counts = {name: len(indices) for name, indices in dataset.splits.items()}
     shown = [entries[i]["shape"] for name in measure.SPLITS for i in dataset.splits[name]]
     stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
     num_bytes = sum(stat.length for stat in stored)
   else:
-    dataset = None
-    source = prepare.SOURCES[config.data.source](config)
+    dataset, source = None, prepare.SOURCES[config.data.source](config)
     facts, entries = source._asdict(), source.records
     cases = prepare.split_cases(config.data, entries)
     split_of = {case: name for name, ids in cases.items() for case in ids}
@@ -111,7 +112,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     native=tuple(int(n) for n in np.max(shown, axis=0)),
   )
   counts = {name: counts[name] for name in splits.NAMES}
-  return Data(problem, counts, len(entries), num_bytes, dataset)
+  return Data(problem, counts, len(entries), num_bytes, dataset, source)
 
 
 def example_record(out_info) -> dict[str, np.ndarray]:
@@ -226,7 +227,7 @@ def _foot(config, data: Data, record, storage: cost.Storage, free: int | None) -
   most = data.num_images["unlabelled"] * config.mine.pairs_per_image
   proposals = sum(count for _, count in config_lib.parse_mix(config.proposals.mix))
   size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
-  lines = [
+  return [
     "",
     f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {proposals} "
     f"proposals; {size:,.0f} bytes a pair before compression",
@@ -234,11 +235,22 @@ def _foot(config, data: Data, record, storage: cost.Storage, free: int | None) -
     + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in storage._asdict().items())
     + ("" if free is None else f"; {cost.show_bytes(free)} free"),
   ]
-  if data.dataset is None:
-    lines.append(
-      "reading   not measured, for nothing is prepared; run --stages=prepare and look again"
-    )
-  return lines
+
+
+def _preparing(data: Data, remote: bool) -> list[str]:
+  """What the stage 'prepare' takes where it has not run, and that reading is then unknown."""
+  if data.source is None:
+    return []
+  each = trial.preparing_seconds(data.source)
+  num_files = -(-data.num_bytes // builder.FILE_BYTES)
+  processes = 1 if remote else jax.process_count()  # process 0 alone writes to an object store
+  seconds = cost.preparing_seconds(data.num_stored, each, num_files, processes)
+  return [
+    f"prepare   {cost.show_seconds(seconds)}: {_rate(1 / each)} records/s in a process, "
+    f"{data.num_stored:,} in {num_files:,} file{'s' if num_files > 1 else ''}, which {processes} "
+    f"process{'es share' if processes > 1 else ' writes'}",
+    "reading   not measured, for nothing is prepared; run --stages=prepare and look again",
+  ]
 
 
 def _num_bytes(tree) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rndpo_jax import aot, parallel, program_report
 from rndpo_jax.config import ConfigError
-from rndpo_jax.data import pipeline
+from rndpo_jax.data import pipeline, records, writer
 from rndpo_jax.stages import pairs
 
 # Images read, and records written, to see how long one takes.
@@ -87,6 +87,19 @@ def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]
     start = time.perf_counter()
     pairs.write_shard(epath.Path(folder) / "trial.array_record", [record] * _NUM_TRIALS, {})
     return read, (time.perf_counter() - start) / _NUM_TRIALS * batch_size
+
+
+def preparing_seconds(source: records.Source) -> float:
+  """Seconds of a process to read, check and write a record, from the first ones of a source."""
+  with tempfile.TemporaryDirectory() as folder:
+    start = time.perf_counter()
+    count = writer.try_some(
+      source,
+      epath.Path(folder) / "trial.array_record",
+      min(len(source.records), _NUM_TRIALS),
+      _ENOUGH_SECONDS,
+    )
+    return (time.perf_counter() - start) / count
 
 
 def memory_limit() -> int:

@@ -21,6 +21,20 @@ def test_batches_of_the_busiest_process(
   assert cost.mining_batches(num_images, num_shards, num_processes, batch_size) == expected
 
 
+@pytest.mark.parametrize(
+  "num_files, num_processes, expected",
+  [
+    (1, 4, 20.0),  # one file has one writer
+    (4, 1, 20.0),
+    (4, 2, 10.0),
+    (4, 3, 10.0),  # process 0 writes files 0 and 3
+    (4, 8, 5.0),
+  ],
+)
+def test_seconds_of_the_process_that_prepares_the_most(num_files, num_processes, expected):
+  assert cost.preparing_seconds(100, 0.2, num_files, num_processes) == pytest.approx(expected)
+
+
 def test_seconds_add_up_on_shared_cores_and_else_the_slowest_counts():
   assert cost.mining_seconds(10, 0.5, 2.0, 0.25, shared=False) == 20.0
   assert cost.mining_seconds(10, 0.5, 2.0, 0.25, shared=True) == 27.5

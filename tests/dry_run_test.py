@@ -107,6 +107,23 @@ def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
   assert f"data {cost.show_bytes(stored / 30 * 10_000_010)}, " in lines
 
 
+def test_preparing_is_foreseen_where_it_has_not_run(tiny_config, tiny_run, tried, tmp_path):
+  data = dry_run.describe_data(tiny_config(), tmp_path)
+  found, reading = dry_run._preparing(data, remote=False)
+  rate = re.fullmatch(
+    r"prepare   [\d.]+ s: ([\d,.]+) records/s in a process, 30 in 1 file, which 1 process writes",
+    found,
+  )
+  assert rate and "not measured" in reading
+  assert not list(tmp_path.iterdir())
+  more = dry_run._preparing(dry_run._with_unlabelled(data, 20_000_000), remote=False)
+  # 720 bytes each, and 4 GiB a file.
+  assert "20,000,010 in 4 files, which 1 process writes" in more[0]
+  config, workdir = tiny_run
+  assert dry_run._preparing(dry_run.describe_data(config, workdir), remote=False) == []
+  assert not any(line.startswith("prepare") for line in tried[0])
+
+
 def test_images_of_no_split_count_as_stored(tiny_config, tmp_path):
   config = tiny_config()
   config.data.num_unlabelled = 2

@@ -4,11 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
+from etils import epath
 from PIL import Image
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import threads
-from rndpo_jax.data import builder, folder, images, pipeline, reader, records, splits
+from rndpo_jax.data import builder, folder, images, pipeline, reader, records, splits, writer
 from rndpo_jax.stages import prepare
 
 
@@ -80,7 +82,7 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
   for n in (2, 3, 4):  # foreground in the first of the three files is enough
     Image.fromarray(np.zeros((8 + n, 9), np.uint8)).save(root / "masks" / f"{n}.png")
   for name, size in (("one", 1 << 32), ("many", 400)):
-    monkeypatch.setattr(builder, "_FILE_BYTES", size)
+    monkeypatch.setattr(builder, "FILE_BYTES", size)
     prepare.run(_config(root), tmp_path / name)
     datasets.append(pipeline.open_dataset(_config(root), tmp_path / name))
   # 9 x 8, 9, ... 12 pixels with masks and 9 x 13 without: 144 + 162, 180 + 198, 216 + 117 bytes.
@@ -93,6 +95,13 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
     assert one.keys() == many.keys() and one["record_id"] == f"{index}".encode()
     for key in one:
       np.testing.assert_array_equal(one[key], many[key], err_msg=key)
+
+
+def test_a_trial_writes_the_first_records_for_so_long(root, tmp_path):
+  source, path = folder.open_source(_config(root)), epath.Path(tmp_path / "trial")
+  assert writer.try_some(source, path, 4, seconds=60.0) == 4
+  assert array_record_module.ArrayRecordReader(str(path)).num_records() == 4
+  assert writer.try_some(source, path, 4, seconds=-1.0) == 1  # at least one, however slow
 
 
 class _Killed(BaseException):
@@ -130,7 +139,7 @@ def _times(folder):
 
 def test_a_killed_run_goes_on_after_its_finished_files(root, tmp_path, monkeypatch, opened):
   seen, state = opened
-  monkeypatch.setattr(builder, "_FILE_BYTES", 400)  # two records a file
+  monkeypatch.setattr(builder, "FILE_BYTES", 400)  # two records a file
   prepare.run(_config(root), tmp_path / "whole")
   seen.clear()
   state["left"] = 5
@@ -155,7 +164,7 @@ def test_a_killed_run_goes_on_after_its_finished_files(root, tmp_path, monkeypat
 
 def test_processes_share_the_files(root, tmp_path, monkeypatch, opened):
   seen, _ = opened
-  monkeypatch.setattr(builder, "_FILE_BYTES", 400)
+  monkeypatch.setattr(builder, "FILE_BYTES", 400)
   prepare.run(_config(root), tmp_path / "one")
   source, directory = folder.open_source(_config(root)), tmp_path / "two" / "data"
   builder._start(source, directory)
@@ -177,7 +186,7 @@ def test_a_source_that_processes_list_otherwise_is_refused(root, tmp_path, monke
 
   Without it three files or two; with it four, which have other names, or two as well.
   """
-  monkeypatch.setattr(builder, "_FILE_BYTES", limit)
+  monkeypatch.setattr(builder, "FILE_BYTES", limit)
   before, directory = folder.open_source(_config(root)), tmp_path / "data"
   builder._start(before, directory)
   builder._write_files(before, directory, 0, 2)
@@ -207,7 +216,7 @@ def test_files_of_other_pixels_are_written_anew(
   change, expected, root, tmp_path, monkeypatch, opened
 ):
   seen, state = opened
-  monkeypatch.setattr(builder, "_FILE_BYTES", 400)
+  monkeypatch.setattr(builder, "FILE_BYTES", 400)
   state["left"] = 5
   config, workdir = _config(root), tmp_path / "w"
   if change.startswith("only"):
@@ -251,7 +260,7 @@ def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
     source = records.Source("toy", 2, [], 1, 1, "voxel", "float32", entries, iter, str)
     return builder.file_lengths(source)
 
-  monkeypatch.setattr(builder, "_FILE_BYTES", 40)  # ten float32
+  monkeypatch.setattr(builder, "FILE_BYTES", 40)  # ten float32
   assert lengths(4, 6, 1) == [2, 1]
   assert lengths(11, 1, 30, 9) == [1, 1, 1, 1]
   assert lengths(1) == [1]
@@ -304,7 +313,7 @@ def test_disk_full(root, tmp_path):
     raise RuntimeError("write() failed: No space left on device")  # as ArrayRecord does
 
   patch = pytest.MonkeyPatch()
-  patch.setattr(builder.array_record_module, "ArrayRecordWriter", full)
+  patch.setattr(writer.array_record_module, "ArrayRecordWriter", full)
   message = "w/data/cases/.*: the prepared data cannot be written: .*No space left"
   _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, message)
 

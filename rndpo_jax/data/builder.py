@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from etils import epath
 
 from rndpo_jax import files, preemption, processes, progress
-from rndpo_jax.data import reader, records
+from rndpo_jax.data import reader, records, writer
 
 # Of a file's images and masks, before ArrayRecord compresses them.
-_FILE_BYTES = 4 << 30
-_KEPT = "prepare: finished files are kept"
+FILE_BYTES = 4 << 30
 
 
 def build(source: records.Source, directory: epath.Path) -> list[str]:
@@ -46,7 +41,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
     preemption.Preempted: on every process, after a signal to any.
   """
   remote, digests = files.is_remote(directory), []
-  with contextlib.ExitStack() as stack, preemption.together(_KEPT):
+  with contextlib.ExitStack() as stack, preemption.together(writer.KEPT):
     if remote and processes.is_first():  # ArrayRecord writes local files alone
       here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       _start(source, here)
@@ -60,7 +55,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
   if processes.is_first():
     _start(source, directory)
   processes.barrier("prepare")
-  with preemption.together(_KEPT):
+  with preemption.together(writer.KEPT):
     _write_files(source, directory, jax.process_index(), jax.process_count())
   if processes.is_first():
     digests = _finish(source, directory)
@@ -98,9 +93,9 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
   own = list(zip(_paths(source, directory), _spans(source), strict=True))[first::step]
   missing = [(path, span) for path, span in own if not _is_kept(source, path, span)]
   total, left = (sum(end - start for _, (start, end) in part) for part in (own, missing))
-  features = _features(source)
+  features = writer.features(source)
   examples = progress.track(
-    itertools.chain.from_iterable(_examples(source, span) for _, span in missing),
+    itertools.chain.from_iterable(writer.examples(source, span) for _, span in missing),
     total=total,
     description="prepare",
     unit="records",
@@ -109,7 +104,7 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
   for path, span in missing:
     _summary(path).unlink(missing_ok=True)  # of other pixels
     stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
-    summary = _write(path, features, itertools.islice(examples, span[1] - span[0]))
+    summary = writer.write(path, features, itertools.islice(examples, span[1] - span[0]))
     listed = _listing(source, span)
     files.write_json(_summary(path), {"stamp": stamp, "listing": listed, **summary})
   next(examples, None)  # ends its progress
@@ -149,7 +144,7 @@ def _finish(source, directory: epath.Path) -> list[str]:
   with reader.quiet():
     tfds.folder_dataset.write_metadata(
       data_dir=folder,
-      features=_features(source),
+      features=writer.features(source),
       split_infos=[split],
       version=reader.VERSION,
       check_data=False,  # by TensorFlow
@@ -200,97 +195,12 @@ def _digest(content: Any) -> str:
 
 def file_lengths(source: records.Source) -> list[int]:
   """Records of each file, in their order: up to 4 GiB of pixels, or a single one."""
-  counts, used = [], _FILE_BYTES
+  counts, used = [], FILE_BYTES
   for entry in source.records:
     size = records.num_bytes(source, entry)
-    if used + size > _FILE_BYTES:
+    if used + size > FILE_BYTES:
       counts.append(0)
       used = 0
     counts[-1] += 1
     used += size
   return counts
-
-
-def _features(source: records.Source) -> tfds.features.FeaturesDict:
-  """What a record is made of.
-
-  Pixels are bytes as they are, for ArrayRecord compresses every record, and sooner than zlib. Masks
-  may be of no pixel, which TFDS cannot read as bytes.
-  """
-  dims = source.spatial_dims
-  grid = (None,) * dims
-  return tfds.features.FeaturesDict({
-    "image": tfds.features.Tensor(
-      shape=(*grid, source.num_channels), dtype=np.dtype(source.dtype), encoding="bytes"
-    ),
-    "mask": tfds.features.Tensor(shape=grid, dtype=np.uint8, encoding="zlib"),
-    "has_mask": tfds.features.Scalar(np.uint8),
-    "record_id": tfds.features.Text(),
-    "case_id": tfds.features.Text(),
-    "group_id": tfds.features.Text(),
-    "slice": tfds.features.Scalar(np.int32),
-    "spacing": tfds.features.Tensor(shape=(dims,), dtype=np.float32),
-    "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
-  })  # fmt: skip
-
-
-def _examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
-  """The source's records in its order, of one span, checked."""
-  start, end = span
-  read = itertools.islice(source.read(start), end - start)
-  for entry, pixels in zip(source.records[start:end], read, strict=True):
-    preemption.check(_KEPT)
-    records.check_pixels(pixels, entry, source.num_classes)
-    mask = pixels.mask
-    yield {
-      "image": pixels.image.astype(source.dtype, copy=False),
-      "mask": np.zeros((0,) * source.spatial_dims, np.uint8) if mask is None else mask,
-      "has_mask": np.uint8(mask is not None),
-      "record_id": entry["record_id"],
-      "case_id": entry["case_id"],
-      "group_id": entry["group_id"],
-      "slice": np.int32(entry["slice"]),
-      "spacing": np.asarray(entry["spacing"] or (0,) * source.spatial_dims, np.float32),
-      "affine": pixels.affine.astype(np.float32),
-    }
-
-
-def _write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any]:
-  """Writes one file; its summary.
-
-  Raises:
-    OSError: where it cannot be written.
-  """
-  temporary = path.parent / f"{path.name}.tmp"
-  with _named_writing(path):
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-  num_bytes, has_foreground, digest = 0, False, hashlib.sha256()
-  for example in examples:
-    for name, value in sorted(example.items()):
-      value = np.asarray(value)
-      digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
-    has_foreground |= bool(example["mask"].any())
-    record = features.serialize_example(example)
-    with _named_writing(path):
-      writer.write(record)
-    num_bytes += len(record)
-  with _named_writing(path):
-    writer.close()
-  files.flush(temporary)
-  temporary.replace(path)
-  return {
-    "num_bytes": num_bytes,
-    "num_bytes_on_disk": path.stat().length,
-    "has_foreground": has_foreground,
-    "digest": digest.hexdigest(),
-  }
-
-
-@contextlib.contextmanager
-def _named_writing(path: epath.Path) -> Iterator[None]:
-  """Turns ArrayRecord's error into one that names the file and the remedy."""
-  try:
-    yield
-  except RuntimeError as error:
-    number = errno.ENOSPC if files.is_full_disk(error) else errno.EIO
-    raise OSError(number, f"{path}: the prepared data cannot be written: {error}") from error

@@ -1,0 +1,138 @@
+"""One file of records: what is in it, and how it is written without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+
+from rndpo_jax import files, preemption
+from rndpo_jax.data import records
+
+KEPT = "prepare: finished files are kept"
+
+
+def features(source: records.Source) -> tfds.features.FeaturesDict:
+  """What a record is made of.
+
+  Pixels are bytes as they are, for ArrayRecord compresses every record, and sooner than zlib. Masks
+  may be of no pixel, which TFDS cannot read as bytes.
+  """
+  dims = source.spatial_dims
+  grid = (None,) * dims
+  return tfds.features.FeaturesDict({
+    "image": tfds.features.Tensor(
+      shape=(*grid, source.num_channels), dtype=np.dtype(source.dtype), encoding="bytes"
+    ),
+    "mask": tfds.features.Tensor(shape=grid, dtype=np.uint8, encoding="zlib"),
+    "has_mask": tfds.features.Scalar(np.uint8),
+    "record_id": tfds.features.Text(),
+    "case_id": tfds.features.Text(),
+    "group_id": tfds.features.Text(),
+    "slice": tfds.features.Scalar(np.int32),
+    "spacing": tfds.features.Tensor(shape=(dims,), dtype=np.float32),
+    "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
+  })  # fmt: skip
+
+
+def examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
+  """The source's records in its order, of one span, checked.
+
+  Raises:
+    records.DataError: whatever reading the source finds wrong.
+    preemption.Preempted: after a signal.
+  """
+  start, end = span
+  read = itertools.islice(source.read(start), end - start)
+  for entry, pixels in zip(source.records[start:end], read, strict=True):
+    preemption.check(KEPT)
+    records.check_pixels(pixels, entry, source.num_classes)
+    mask = pixels.mask
+    yield {
+      "image": pixels.image.astype(source.dtype, copy=False),
+      "mask": np.zeros((0,) * source.spatial_dims, np.uint8) if mask is None else mask,
+      "has_mask": np.uint8(mask is not None),
+      "record_id": entry["record_id"],
+      "case_id": entry["case_id"],
+      "group_id": entry["group_id"],
+      "slice": np.int32(entry["slice"]),
+      "spacing": np.asarray(entry["spacing"] or (0,) * source.spatial_dims, np.float32),
+      "affine": pixels.affine.astype(np.float32),
+    }
+
+
+def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any]:
+  """Writes one file by rename; its summary.
+
+  Args:
+    path: of the file.
+    features: from `features`.
+    examples: from `examples`, or a part of them.
+
+  Raises:
+    OSError: where it cannot be written.
+  """
+  temporary = path.parent / f"{path.name}.tmp"
+  with _named_writing(path):
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+  num_bytes, has_foreground, digest = 0, False, hashlib.sha256()
+  for example in examples:
+    for name, value in sorted(example.items()):
+      value = np.asarray(value)
+      digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+    has_foreground |= bool(example["mask"].any())
+    record = features.serialize_example(example)
+    with _named_writing(path):
+      writer.write(record)
+    num_bytes += len(record)
+  with _named_writing(path):
+    writer.close()
+  files.flush(temporary)
+  temporary.replace(path)
+  return {
+    "num_bytes": num_bytes,
+    "num_bytes_on_disk": path.stat().length,
+    "has_foreground": has_foreground,
+    "digest": digest.hexdigest(),
+  }
+
+
+@contextlib.contextmanager
+def _named_writing(path: epath.Path) -> Iterator[None]:
+  """Turns ArrayRecord's error into one that names the file and the remedy."""
+  try:
+    yield
+  except RuntimeError as error:
+    number = errno.ENOSPC if files.is_full_disk(error) else errno.EIO
+    raise OSError(number, f"{path}: the prepared data cannot be written: {error}") from error
+
+
+def try_some(source: records.Source, path: epath.Path, count: int, seconds: float) -> int:
+  """Writes a file of the first `count` records, or of those that begin within `seconds`.
+
+  Returns:
+    How many.
+
+  Raises:
+    records.DataError: as `examples`.
+  """
+  written, end = [], time.monotonic() + seconds
+
+  def some():
+    for example in examples(source, (0, count)):
+      written.append(example["record_id"])
+      yield example
+      if time.monotonic() > end:
+        return
+
+  write(path, features(source), some())
+  return len(written)
