@@ -123,14 +123,23 @@ def of_params(tree: Any, mesh: Mesh, large: int) -> Any:
 def spread(apply: Callable, mesh: Mesh) -> Callable:
   """`apply(params, images, ...)` with whole parameters, and images placed by `over_grid`.
 
-  Left to itself XLA may split a convolution's channels and move activations for it, and it runs
-  the network on whole images where an augmentation had to gather them.
+  Where each image is on one device and nothing is drawn, the devices run it apart, and gradients
+  are added up for the parameters as they are. Left to itself XLA adds them up as soon as a sum over
+  the batch is formed, for kernels that `models.folding` has made many times wider; it may also
+  split a convolution's channels and move activations for it, and it runs the network on whole
+  images where an augmentation had to gather them.
   """
+  rows = over_batch(mesh).spec
+  apart = jax.shard_map(
+    apply, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+  )
 
   def on_mesh(params, images, *arguments):
     params = jax.lax.with_sharding_constraint(params, replicated(mesh))
     images = jax.lax.with_sharding_constraint(images, over_grid(mesh))
-    return apply(params, images, *arguments)
+    if arguments or mesh.shape["space"] > 1 or num_batch_parts(mesh) == 1:
+      return apply(params, images, *arguments)
+    return apart(params, images)
 
   return on_mesh
 

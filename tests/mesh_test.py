@@ -39,9 +39,9 @@ def mesh_of(data, fsdp, space):
 
 
 @functools.cache
-def network(dims):
+def network(dims, lanes=1):
   config = base_config().model
-  config.width, config.depth = 4, 2
+  config.width, config.depth, config.lanes = 4, 2, lanes
   return models.build(config, num_classes=CLASSES, spatial_dims=dims)
 
 
@@ -143,9 +143,10 @@ def assert_same(alone, shared, size):
     ("base", PLANE, (2, 2, 2), 1, 4),
     ("base", VOLUME, (2, 2, 2), 1, 4),
     ("finetune", PLANE, (1, 2, 4), 2, 2),
+    ("finetune", PLANE, (2, 2, 1), 1, 2),
   ],
 )
-def test_a_step_on_eight_devices_is_that_of_one(kind, size, axes, parts, unshared):
+def test_a_step_on_several_devices_is_that_of_one(kind, size, axes, parts, unshared):
   """Also with dropout and augmentation, which draw by place, and in micro-batches."""
   alone = compile_step(kind, size, mesh_of(1, 1, 1), parts)
   shared = compile_step(kind, size, mesh_of(*axes), parts)
@@ -176,6 +177,20 @@ def test_volumes_are_shared_by_borders_and_never_gathered(volume_step):
   # A border is one plane of 12 channels, concatenated of 8 and 4.
   borders = [size for kind, size in found if kind == "collective-permute"]
   assert max(borders) <= 4 * 12 * np.prod(VOLUME[1:])
+
+
+def test_gradients_of_folded_kernels_are_reduced_as_those_of_plain_ones(monkeypatch):
+  """Folded by 16, or 128 / width, the kernels are hundreds of times as large."""
+  reduced = []
+  for lanes in (1, 128):
+    folded = functools.partial(network, lanes=lanes)
+    monkeypatch.setitem(globals(), "network", folded)
+    compiled, *_ = compile_step("finetune", PLANE, mesh_of(2, 2, 1))
+    found = program_text.collectives(compiled.as_text())
+    reduced.append(sum(size for kind, size in found if kind == "all-reduce"))
+    monkeypatch.undo()
+  params = sum(4 * x.size for x in jax.tree.leaves(problem(PLANE)[0]))
+  assert params <= reduced[1] <= reduced[0] < 1.2 * params
 
 
 def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
