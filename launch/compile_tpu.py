@@ -18,20 +18,23 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
+# Measuring the judges, training the judge `learned`, and the loss alone.
+MORE = ("measure", "judge", "loss")
 # Each device has images of its own, also where config.mesh.space shares those of training.
-APART = ("mine", "evaluate")
+APART = ("mine", "measure", "evaluate")
 LOSSES = (((16, 256, 256, 4), "float32"), ((64, 512, 512, 4), "bfloat16"))
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", "v5e:4x4", "CHIP:AxB[xC], several after commas.")
-_PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}, loss.")
+_PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS + MORE)}.")
 _BATCH = flags.DEFINE_integer(
   "batch_per_device", 8, "Images on each chip; in training on config.mesh.space.", lower_bound=1
 )
 _CHANNELS = flags.DEFINE_integer("num_channels", 1, "Channels of an image.", lower_bound=1)
 _NUM_UNLABELLED = flags.DEFINE_integer(
-  "num_unlabelled", 0, "Also says how long mining so many images takes at least; 0 does not."
-)
+  "num_unlabelled", 0, "Also says how long mining so many images takes at least; 0 does not.",
+  lower_bound=0,
+)  # fmt: skip
 _CLASSES = flags.DEFINE_integer("num_classes", 0, "Classes; 0 takes config.data.num_classes.")
 
 
@@ -42,9 +45,10 @@ def main(argv):
   from rndpo_jax import aot, checks
   from rndpo_jax.config import ConfigError
 
-  unknown = set(_PROGRAMS.value) - {*PROGRAMS, "loss"}
+  unknown = set(_PROGRAMS.value) - {*PROGRAMS, *MORE}
   if unknown:
-    sys.exit(f"error: --programs: found {min(unknown)!r}, expected {', '.join(PROGRAMS)}, loss")
+    expected = ", ".join(PROGRAMS + MORE)
+    sys.exit(f"error: --programs: found {min(unknown)!r}, expected {expected}")
   if _NUM_UNLABELLED.value and "mine" not in _PROGRAMS.value:
     sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
@@ -70,7 +74,7 @@ def show(topology, problem):
   )
   print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
   parts = parallel.num_batch_parts(mesh)
-  images = {name: batch * (mesh.size if name in APART else parts) for name in PROGRAMS}
+  images = {name: batch * (mesh.size if name in APART else parts) for name in _PROGRAMS.value}
   programs = aot.programs(_CONFIG.value, problem, mesh, images)
   for name in _PROGRAMS.value:
     if name == "loss":

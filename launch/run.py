@@ -19,8 +19,9 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Says what the run would need here (memory, time, storage); writes nothing."
 )
 _NUM_UNLABELLED = flags.DEFINE_integer(
-  "num_unlabelled", 0, "--dry_run: for so many unlabelled images; 0 for those of the data set."
-)
+  "num_unlabelled", 0, "--dry_run: for so many unlabelled images; 0 for those of the data set.",
+  lower_bound=0,
+)  # fmt: skip
 
 
 def main(argv):

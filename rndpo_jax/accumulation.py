@@ -44,8 +44,11 @@ def in_micro_batches(gradient: Callable, count: int) -> Callable:
     total, (weights, aux) = jax.lax.scan(one, zeros, (jnp.arange(count), parts))
     share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
     grads = jax.tree.map(lambda t: t / jnp.maximum(jnp.sum(weights), 1e-12), total)
+    # A part without weight has no quantiles of its pairs: NaN, of which there is no share.
     aux = {
-      name: jnp.sum(values if name.startswith("num_") else share * values)
+      name: jnp.sum(
+        values if name.startswith("num_") else jnp.where(share > 0, share * values, 0.0)
+      )
       for name, values in aux.items()
     }
     return (aux["loss"], aux), grads

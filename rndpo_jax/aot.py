@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from rndpo_jax import hardware, losses, models, packing, parallel, training, types, validation
 from rndpo_jax.config import ConfigError
-from rndpo_jax.stages import base, finetune, learned, measure, mine
+from rndpo_jax.stages import audit, base, finetune, learned, measure, mine
 
 # Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
 _ENVIRONMENT = {
@@ -106,7 +106,9 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     "finetune": functools.partial(_finetune_step, segmenter=segmenter),
     "validate": functools.partial(_validate, segmenter=segmenter),
     "evaluate": functools.partial(_evaluate, segmenter=segmenter),
-    "mine": _mine,
+    "mine": functools.partial(_on_own_images, make=_mine),
+    "measure": functools.partial(_on_own_images, make=_measure),
+    "judge": _judge_step,
   }
 
   def lower(name):
@@ -140,8 +142,17 @@ def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
   return program.lower(logits, masks, masks, margin), minimum
 
 
-def _mine(config, problem, mesh, params, batch):
-  """Each device its own images, as under `jax.pmap`."""
+def _mine(config, problem, score):
+  return mine.make_mine_batch(config, problem, score)
+
+
+def _measure(config, problem, score):
+  names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+  return audit.make_measure(score, names, problem.num_classes)
+
+
+def _on_own_images(config, problem, mesh, params, batch, make):
+  """A program that mining runs under `jax.pmap`: each device has its own images."""
   ensemble = [params] * (config.base.num_members - 1)
   weights = {"policy": params, "ensemble": ensemble, "learned": None}
   learned_apply = None
@@ -151,7 +162,7 @@ def _mine(config, problem, mesh, params, batch):
   score = mine.make_score(config, problem, learned_apply)
   whole, split = parallel.replicated(mesh), parallel.over_all(mesh)
   program = jax.shard_map(
-    mine.with_keys(mine.make_mine_batch(config, problem, score)),
+    mine.with_keys(make(config, problem, score)),
     mesh=mesh,
     in_specs=(whole.spec, whole.spec, split.spec),
     out_specs=split.spec,
@@ -170,7 +181,18 @@ def _base_step(config, problem, mesh, segmenter, params, batch):
   )
   labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
   arrays = _placed(labelled, parallel.of_batch(labelled, mesh))
-  return _step(config, config.base, loss_fn, base.optimizer(config.base), mesh, params, arrays)
+  optimizer, parts = base.optimizer(config.base), config.base.accumulate_steps
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays)
+
+
+def _judge_step(config, problem, mesh, params, batch):
+  """That of the judge `learned`, whose network is another."""
+  init, apply = learned.build(config, problem)
+  params = jax.eval_shape(init, _key(), batch.images)
+  labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(labelled, parallel.of_batch(labelled, mesh))
+  loss_fn = learned.make_loss_fn(config, parallel.spread(apply, mesh), problem.num_classes)
+  return _step(config, 1, loss_fn, learned.optimizer(config.judge.learned), mesh, params, arrays)
 
 
 def _finetune_step(config, problem, mesh, segmenter, params, batch):
@@ -201,9 +223,9 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
   arrays = _placed(arrays, parallel.of_batch(arrays, mesh))
   if options["reference"] == "online":
     arrays["reference_params"] = _placed_params(config, params, mesh)
-  optimizer = finetune.optimizer(config.finetune)
+  optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
   ema_decay = config.finetune.ema_decay
-  return _step(config, config.finetune, loss_fn, optimizer, mesh, params, arrays, ema_decay)
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay)
 
 
 def _validate(config, problem, mesh, segmenter, params, batch):
@@ -231,14 +253,12 @@ def _evaluate(config, problem, mesh, segmenter, params, batch):
   return jax.jit(program).lower(_placed(params, whole), _placed((batch.images, resize), split))
 
 
-def _step(config, options, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
+def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
   large = config.mesh.large_parameter
   state = jax.eval_shape(
     lambda p: training.make_state(p, optimizer, mesh, ema_decay > 0, large), params
   )
-  step = training.make_train_step(
-    loss_fn, optimizer, mesh, options.accumulate_steps, ema_decay, large
-  )
+  step = training.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
   key = _placed(_key(), parallel.replicated(mesh))
   return step.lower(_placed_params(config, state, mesh), arrays, key)
 

@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 
 class Storage(NamedTuple):
-  """Bytes that a run leaves in its work directory.
+  """Bytes that a run leaves in its work directory, by folder.
 
   Attributes:
     data: images and masks as they are stored, before compression.
+    base: parameters and states of every member's training.
     pairs: mined records, before compression.
-    checkpoints: parameters and states of every training.
+    finetune: parameters and states.
   """
 
   data: int
+  base: int
   pairs: int
-  checkpoints: int
+  finetune: int
 
 
 def preparing_seconds(

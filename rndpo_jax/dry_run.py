@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections import Counter
 from typing import NamedTuple
 
@@ -19,12 +18,25 @@ from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 
-from rndpo_jax import aot, checks, cost, files, models, parallel, pipeline, progress, trial, types
+from rndpo_jax import (
+  aot,
+  checks,
+  cost,
+  files,
+  metrics,
+  models,
+  parallel,
+  pipeline,
+  progress,
+  storage,
+  trial,
+  types,
+)
 from rndpo_jax import config as config_lib
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import builder, reader, records, splits
 from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.stages import measure, prepare, shards
+from rndpo_jax.stages import audit, measure, prepare, shards
 
 
 class Data(NamedTuple):
@@ -68,19 +80,23 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   params = jax.eval_shape(segmenter.init, jax.eval_shape(lambda: jax.random.key(0)), image)
   trials = trial.try_programs(config, data.problem, mesh)
   record = example_record(trials["mine"].out_info)
-  storage = storage_of(config, data, params, record)
+  planned = storage.planned(config, data, params, record)
+  # Planned for other images, all of them are still to be prepared.
+  left = (
+    planned if num_unlabelled or files.is_remote(workdir) else storage.to_come(planned, workdir)
+  )
   local = config.mine.batch_size * jax.local_device_count()
   host = trial.host_seconds(data.dataset, record, local)
   limit = trial.memory_limit()
-  free = None if files.is_remote(workdir) else _free_bytes(workdir)
+  free = None if files.is_remote(workdir) else storage.free_bytes(workdir)
   lines = [
     *_head(data, mesh, params),
     *_table(config, data, trials, host, limit),
-    *_foot(config, data, record, storage, free),
+    *_foot(config, data, record, planned, left, free),
     *_preparing(data, files.is_remote(workdir)),
   ]
   progress.say("\n".join(lines))
-  refused = refusals(config, trials, limit, storage, free)
+  refused = refusals(config, trials, limit, left, free)
   if refused:
     raise ConfigError("\n".join(refused))
   return lines
@@ -122,23 +138,16 @@ def example_record(out_info) -> dict[str, np.ndarray]:
   return shards.record(out, 0, 0, mined)
 
 
-def storage_of(config, data: Data, params: types.Params, record) -> cost.Storage:
-  """Bytes of data, pairs and checkpoints; compression makes the first two smaller."""
-  size = _num_bytes(params)
-  base, tuned = config.base, config.finetune
-  checkpoints = cost.checkpoint_bytes(
-    size, (3 + (tuned.ema_decay > 0)) * size, tuned.num_steps, tuned.eval_every_steps,
-    tuned.keep_checkpoints, best=False,
-  )  # fmt: skip
-  checkpoints += base.num_members * cost.checkpoint_bytes(
-    size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
-  )
-  mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
-  return cost.Storage(0 if config.base.workdir else data.num_bytes, mined, checkpoints)
+def refusals(config, trials, limit: int, left: cost.Storage, free: int | None) -> list[str]:
+  """A line for each thing that does not fit, naming the key that makes it smaller.
 
-
-def refusals(config, trials, limit: int, storage: cost.Storage, free: int | None) -> list[str]:
-  """A line for each thing that does not fit, naming the key that makes it smaller."""
+  Args:
+    config: the whole config.
+    trials: from `trial.try_programs`.
+    limit: bytes that a program may take on a device.
+    left: what is still to be written.
+    free: bytes of the disk; None where there is no such limit.
+  """
   found = [
     trial.too_large(
       config, name, f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
@@ -146,9 +155,9 @@ def refusals(config, trials, limit: int, storage: cost.Storage, free: int | None
     for name, tried in trials.items()
     if tried.memory > limit
   ]
-  if free is not None and sum(storage) > free:
+  if free is not None and sum(left) > free:
     found.append(
-      f"--workdir: needs up to {cost.show_bytes(sum(storage))}, its disk has "
+      f"--workdir: needs up to {cost.show_bytes(sum(left))} more, its disk has "
       f"{cost.show_bytes(free)} free; name another, or mine fewer pairs an image "
       f"(config.mine.pairs_per_image={config.mine.pairs_per_image})"
     )
@@ -166,7 +175,7 @@ def _head(data: Data, mesh: Mesh, params) -> list[str]:
     f"{' x '.join(map(str, problem.size))}, stored with {data.num_bytes // data.num_stored:,} "
     "bytes each in the mean",
     f"model     {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} parameters, "
-    f"{cost.show_bytes(_num_bytes(params))}",
+    f"{cost.show_bytes(storage.num_bytes(params))}",
     "",
   ]
 
@@ -211,19 +220,25 @@ def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str,
   validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
   local = config.mine.batch_size * jax.local_device_count()
   processes = jax.process_count()
+  judged = sum(-(-counts[split] // local) for split in audit.SPLITS)  # by process 0
   # Each process measures some of the checkpoints, and of the base, on its own devices.
   measured = -(-(evaluations + 1) // processes)
   own = trials["evaluate"].batch_size // processes
-  return {
+  if set(config.evaluate.metrics) & set(metrics.SURFACE):
+    measured += 3  # base, last and selected checkpoint again, by process 0
+  found = {
     "base": supervised * base.num_steps,
+    "judge": config.judge.learned.num_steps,
+    "measure": judged,
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
     "finetune": tuned.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
     "evaluate": measured * -(-(counts["val"] + counts["test"]) // own),
   }
+  return {name: count for name, count in found.items() if name in trials}
 
 
-def _foot(config, data: Data, record, storage: cost.Storage, free: int | None) -> list[str]:
+def _foot(config, data: Data, record, planned, left, free: int | None) -> list[str]:
   most = data.num_images["unlabelled"] * config.mine.pairs_per_image
   proposals = sum(count for _, count in config_lib.parse_mix(config.proposals.mix))
   size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
@@ -231,8 +246,9 @@ def _foot(config, data: Data, record, storage: cost.Storage, free: int | None) -
     "",
     f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {proposals} "
     f"proposals; {size:,.0f} bytes a pair before compression",
-    f"storage   at most {cost.show_bytes(sum(storage))}: "
-    + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in storage._asdict().items())
+    f"storage   at most {cost.show_bytes(sum(planned))}: "
+    + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in planned._asdict().items())
+    + ("" if left == planned else f"; {cost.show_bytes(sum(left))} of it to come")
     + ("" if free is None else f"; {cost.show_bytes(free)} free"),
   ]
 
@@ -251,18 +267,6 @@ def _preparing(data: Data, remote: bool) -> list[str]:
     f"process{'es share' if processes > 1 else ' writes'}",
     "reading   not measured, for nothing is prepared; run --stages=prepare and look again",
   ]
-
-
-def _num_bytes(tree) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _free_bytes(workdir: os.PathLike) -> int:
-  """Of the disk that the work directory is on, or would be."""
-  folder = epath.Path(workdir).absolute()
-  while not folder.exists():
-    folder = folder.parent
-  return shutil.disk_usage(folder).free
 
 
 def _with_unlabelled(data: Data, count: int) -> Data:

@@ -18,10 +18,14 @@ from rndpo_jax import files, processes
 
 
 def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
-  """Rows of `metrics.jsonl` of one kind, "train" or "val"."""
+  """Rows of `metrics.jsonl` of one kind, "train" or "val"; what is null there is NaN."""
   path = epath.Path(directory) / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  return [row for row in rows if row["kind"] == kind]
+  return _of_kind(path.read_text().splitlines(), kind)
+
+
+def _of_kind(lines: list[str], kind: str) -> list[dict[str, Any]]:
+  rows = [row for row in map(json.loads, lines) if row["kind"] == kind]
+  return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 class NotFiniteError(ArithmeticError):
@@ -58,7 +62,12 @@ class Rows:
   def add(self, row: dict[str, Any]) -> None:
     if not self._writes:
       return
-    self._lines.append(json.dumps(row))
+    # JSON has no NaN, as the quantiles of a batch are in which no pair informs.
+    known = {
+      name: None if isinstance(value, float) and not math.isfinite(value) else value
+      for name, value in row.items()
+    }
+    self._lines.append(json.dumps(known, allow_nan=False))
     for name, value in row.items():
       if name not in ("step", "kind"):
         self._add_event(row["step"], summary=summary.scalar(f"{row['kind']}/{name}", value))
@@ -80,7 +89,7 @@ class Rows:
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
     """As `read_rows`, of all that were added."""
-    return [row for row in map(json.loads, self._lines) if row["kind"] == kind]
+    return _of_kind(self._lines, kind)
 
   def write(self) -> None:
     """Brings all that were added to the disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 
@@ -35,7 +36,7 @@ DONE = {
 
 
 def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_lib.STAGES) -> None:
-  """Runs `stages` in their order; a stage that is done is skipped.
+  """Runs `stages` in their order; a stage that is done, with all before it, is skipped.
 
   Args:
     config: from a file in `configs/`.
@@ -57,13 +58,18 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   workdir = epath.Path(workdir)
   wanted = [name for name in config_lib.STAGES if name in stages]
   _check_same_stages(wanted)
-  done = find_done(workdir)
+  left = find_done(workdir)
+  there = left
   if config.base.workdir:
+    there = ["prepare", *left]
     wanted = [name for name in wanted if name != "prepare"]
+  # One whose predecessor is lost looks again at what it was made of, and is soon done where that
+  # is the same.
+  done = list(itertools.takewhile(there.__contains__, config_lib.STAGES))
   check_here(config, [name for name in wanted if name not in done])
   if processes.is_first():
-    prepared = "prepare" in done or bool(config.base.workdir)
-    started = bool(done) or (workdir / "base").exists()
+    prepared = "prepare" in there
+    started = bool(left) or (workdir / "base").exists()
     claims.claim(config, workdir, started=started, prepared=prepared)
   processes.barrier("claim")
   if not processes.is_first():
@@ -126,7 +132,8 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
   if "mine" in stages and "learned" in names:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   devices, space = jax.device_count(), config.mesh.space
-  parallel.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
+  if sizes:  # nothing else uses a mesh
+    parallel.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
   for key, size in sizes.items():
     parallel.check_batch_size(f"config.{key}", size, devices, space)
   for name in trained:

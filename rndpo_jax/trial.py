@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import aot, parallel, program_report
+from rndpo_jax import aot, parallel, processes, program_report
 from rndpo_jax.config import ConfigError
 from rndpo_jax.data import pipeline, records, writer
 from rndpo_jax.stages import pairs
@@ -51,8 +52,9 @@ def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
     try:
       compiled = lowered.compile()
       memory = program_report.memory(compiled)
-      # What is too large for the device is refused by its figure; running it would end the program.
-      seconds = _seconds(compiled) if memory <= memory_limit() else math.nan
+      # What is too large for a device is refused by its figure; running it would end the program.
+      # Of several processes all run it, or none does.
+      seconds = math.nan if processes.any_of(memory > memory_limit()) else _seconds(compiled)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -63,11 +65,14 @@ def try_programs(config, problem: aot.Problem, mesh: Mesh) -> dict[str, Trial]:
 
 
 def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
-  """Images that each program takes at once, on all devices together."""
+  """Images that each program of a run takes at once, on all devices together."""
   parts, local = parallel.num_batch_parts(mesh), jax.local_device_count()
-  return {
+  sizes = {} if config.base.workdir else {"base": config.base.batch_size}
+  if "learned" in (config.judge.name, *config.judge.compare):
+    sizes["judge"] = config.judge.learned.batch_size
+  return sizes | {
+    "measure": config.mine.batch_size * mesh.size,
     "mine": config.mine.batch_size * mesh.size,
-    "base": config.base.batch_size,
     "finetune": config.finetune.batch_size,
     "validate": -(-config.evaluate.batch_size // parts) * parts,
     "evaluate": -(-config.evaluate.batch_size // local) * mesh.size,
@@ -146,17 +151,26 @@ def cgroup_limits(
 
 def too_large(config, name: str, found: str) -> str:
   """The line that refuses a program, naming the keys that make it smaller."""
-  trains = name in ("base", "finetune")
-  section = "evaluate" if name == "validate" else name
-  more = f", a larger config.{name}.accumulate_steps, config.model.remat=True" if trains else ""
+  sections = {"validate": "evaluate", "measure": "mine", "judge": "judge.learned"}
+  section = sections.get(name, name)
+  more = {
+    "base": ", a larger config.base.accumulate_steps, config.model.remat=True",
+    "finetune": ", a larger config.finetune.accumulate_steps, config.model.remat=True",
+    "judge": ", a smaller config.judge.learned.masks_per_image",
+    "measure": ", fewer judges in config.judge.compare",
+  }
+  options = functools.reduce(getattr, section.split("."), config)
   return (
-    f"config.{section}.batch_size: found {config[section].batch_size}, with which the program "
-    f"{name!r} does not fit ({found}); take a smaller one{more}, or more devices"
+    f"config.{section}.batch_size: found {options.batch_size}, with which the program {name!r} "
+    f"does not fit ({found}); take a smaller one{more.get(name, '')}, or more devices"
   )
 
 
 def _seconds(compiled) -> float:
-  """Median seconds of a program on zeros after its first run; donated arguments are made anew."""
+  """Median seconds of a program on zeros after its first run; donated arguments are made anew.
+
+  Several processes run it as often, for they may wait for each other in it: process 0 decides.
+  """
 
   def zero(info):
     if jax.dtypes.issubdtype(info.dtype, jax.dtypes.prng_key):
@@ -165,8 +179,12 @@ def _seconds(compiled) -> float:
 
   (infos, _), (shardings, _) = compiled.args_info, compiled.input_shardings
   make = jax.jit(lambda: jax.tree.map(zero, infos), out_shardings=shardings)
-  times = []
-  while len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS):
+  times: list[float] = []
+
+  def goes_on() -> bool:
+    return len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS)
+
+  while processes.agree(goes_on):
     arguments = jax.block_until_ready(make())
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))

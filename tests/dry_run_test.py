@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from rndpo_jax import checkpoint, cost, dry_run, files, trial
+from rndpo_jax import aot, checkpoint, cost, dry_run, files, parallel, processes, storage, trial
 from rndpo_jax.config import ConfigError
 from rndpo_jax.stages import prepare
 
@@ -31,20 +31,17 @@ def test_pairs_take_the_bytes_that_were_planned(tiny_run, tried):
   config, workdir = tiny_run
   manifest = files.read_json(workdir / "pairs" / "manifest.json")
   record = dry_run.example_record(tried[1]["mine"].out_info)
-  found = dry_run.storage_of(
-    config, dry_run.describe_data(config, workdir), _params(workdir), record
-  )
+  found = storage.planned(config, dry_run.describe_data(config, workdir), _params(workdir), record)
   # Every record that was written is as large as planned; the plan counts images without pairs too.
   written = sum(entry["count"] for entry in manifest["shards"])
   assert found.pairs * written == manifest["num_bytes"] * manifest["num_images"]
-  assert manifest["num_pairs"] <= 20 * config.mine.pairs_per_image
 
 
 def test_checkpoints_take_what_was_planned(tiny_run, tried):
   config, workdir = tiny_run
   record = dry_run.example_record(tried[1]["mine"].out_info)
   data = dry_run.describe_data(config, workdir)
-  planned = dry_run.storage_of(config, data, _params(workdir), record).checkpoints
+  planned = storage.planned(config, data, _params(workdir), record)
   params = sum(x.nbytes for x in jax.tree.leaves(_params(workdir)))
   kept = {
     (part, kind): len(list((workdir / part / kind).iterdir()))
@@ -53,8 +50,9 @@ def test_checkpoints_take_what_was_planned(tiny_run, tried):
   }
   # The base's best parameters may be its last.
   assert kept["base", "params"] <= 2
-  states = kept["base", "state"] + kept["finetune", "state"]  # parameters and two moments
-  assert planned == params * (2 + kept["finetune", "params"] + 3 * states)
+  # A state is parameters and two moments.
+  assert planned.base == params * (2 + 3 * kept["base", "state"])
+  assert planned.finetune == params * (kept["finetune", "params"] + 3 * kept["finetune", "state"])
 
 
 def test_the_lines_say_what_there_is(tiny_run, tried):
@@ -71,9 +69,87 @@ def test_the_lines_say_what_there_is(tiny_run, tried):
   # 2 + 2 times on 3 images, then 3 checkpoints on 6 images.
   assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
   assert (batches["validate"], batches["evaluate"]) == ("4", "3")
+  assert batches["measure"] == "2" and "judge" not in batches  # validation, labelled split
   # Images of 20 x 18 pixels, up to the next multiple of 64.
   assert tried[1]["evaluate"].out_info.shape[1:] == (64, 64)
-  assert tried[1]["finetune"].memory > 4 * 6_000 * 3
+
+
+def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
+  config = tiny_config(
+    judge__compare=("learned",), base__num_members=2, evaluate__metrics=("dice", "hd95")
+  )
+  sizes = trial.batch_sizes(config, parallel.make_mesh())
+  assert sizes["judge"] == config.judge.learned.batch_size and sizes["measure"] == sizes["mine"]
+  trials = {name: trial.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
+  images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
+  data = dry_run.Data(None, images, 30, 30 * 720, None, None)
+  found = dry_run.num_batches(config, data, trials)
+  assert found["base"] == 200 and found["judge"] == config.judge.learned.num_steps
+  # Three checkpoints, and three times one more for the distances.
+  assert found["evaluate"] == 6
+  with config.unlocked():
+    config.base.workdir = "elsewhere"
+  sizes = trial.batch_sizes(config, parallel.make_mesh())
+  assert "base" not in sizes
+  trials = {name: trials[name] for name in sizes}
+  assert "base" not in dry_run.num_batches(config, data, trials)
+  shape = jax.ShapeDtypeStruct((100,), "float32")
+  planned = storage.planned(config, data, {"w": shape}, {"index": 1})
+  assert (planned.data, planned.base) == (0, 2 * 400)  # the members' parameters are copied
+
+
+def test_memory_of_what_mining_begins_with(tiny_config):
+  """The judges measured on the validation split, and the learned one's training."""
+  mesh, memory = parallel.make_mesh(), {}
+  for name, changes in {
+    "few": {"judge__compare": ()},
+    "all": {"judge__compare": ("agreement", "confidence", "entropy", "learned")},
+    "more masks": {"judge__learned__masks_per_image": 32},
+  }.items():
+    config = tiny_config(judge__learned__batch_size=8, **changes)
+    lowers = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8})
+    compiled = {program: lower().compile() for program, lower in lowers.items()}
+    memory[name] = {program: trial.program_report.memory(x) for program, x in compiled.items()}
+    assert lowers["measure"]().out_info["truth"].shape == (16, 4)
+  assert memory["all"]["measure"] > memory["few"]["measure"]
+  assert memory["more masks"]["judge"] > 1.5 * memory["few"]["judge"]
+
+
+def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch):
+  """Their clocks differ, and they may wait for each other in it."""
+  calls, answers = [], iter([1, 1, 1, 0])
+  asked = []
+
+  def agree(ask):
+    asked.append(ask())
+    return next(answers)
+
+  monkeypatch.setattr(processes, "agree", agree)
+  monkeypatch.setattr(trial, "_ENOUGH_SECONDS", -1.0)  # this one has had enough after two
+  compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+
+  class Counted:
+    args_info, input_shardings = compiled.args_info, compiled.input_shardings
+
+    def __call__(self, *arguments):
+      calls.append(arguments)
+      return compiled(*arguments)
+
+  assert trial._seconds(Counted()) > 0
+  assert len(calls) == 3 and asked == [True, True, False, False]
+
+
+def test_what_is_there_need_not_be_written_again(tiny_run, tried, tmp_path):
+  config, workdir = tiny_run
+  planned = cost.Storage(data=10**6, base=10**6, pairs=10**6, finetune=10**6)
+  assert sum(storage.to_come(planned, workdir)) == 0  # all is done
+  assert storage.to_come(planned, tmp_path) == planned
+  (tmp_path / "pairs" / "judge").mkdir(parents=True)
+  (tmp_path / "pairs" / "judge" / "part").write_bytes(bytes(1000))
+  (tmp_path / "base").mkdir()
+  (tmp_path / "base" / "selected.json").write_text("{}")
+  assert storage.to_come(planned, tmp_path) == planned._replace(base=0, pairs=999_000)
+  assert "; 0 B of it to come; " in "\n".join(tried[0])
 
 
 def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypatch):
@@ -150,7 +226,7 @@ def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsy
   assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "3", "-", "-"]
   monkeypatch.undo()
   monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
-  with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB, its disk has"):
+  with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB more, its disk has"):
     dry_run.run(config, workdir, num_unlabelled=10**12)
 
 

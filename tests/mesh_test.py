@@ -311,6 +311,7 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
 )
 def test_a_mesh_that_the_devices_cannot_make_is_refused(tiny_config, changes, message):
   pipeline.check_here(tiny_config(mesh__fsdp=2, mesh__space=2, finetune__accumulate_steps=2))
+  pipeline.check_here(tiny_config(**changes), ["prepare", "mine", "evaluate"])  # they use none
   with pytest.raises(ConfigError, match=message):
     pipeline.check_here(tiny_config(**changes))
 

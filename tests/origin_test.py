@@ -85,6 +85,24 @@ def test_a_base_of_other_data_is_refused_here_and_where_it_was_copied(
       pipeline.run(settings, place, [stage])
 
 
+def test_where_a_stage_is_lost_those_after_it_look_again(copied, capsys):
+  given, workdir = copied
+  before = files.read_json(workdir / "results.json")
+  shutil.rmtree(workdir / "data")
+  pipeline.run(given, workdir)
+  assert "done before" not in capsys.readouterr().out
+  assert files.read_json(workdir / "results.json") == before
+  pipeline.run(given, workdir)
+  assert capsys.readouterr().out.count("done before") == 6
+  shutil.rmtree(workdir / "data")
+  replace_base(workdir)
+  with pytest.raises(pairs.PairsError, match="pairs was mined with another base: .*delete"):
+    pipeline.run(given, workdir)
+  shutil.rmtree(workdir / "pairs")
+  with pytest.raises(checkpoint.CheckpointError, match="finetune was trained from .* delete"):
+    pipeline.run(given, workdir, ["mine", "finetune"])
+
+
 def test_other_splits_are_other_data(tiny_config, tmp_path):
   digests = []
   for seed in (0, 1):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from rndpo_jax import files, logbook, preemption
+from rndpo_jax import checkpoint, files, logbook, preemption
 from rndpo_jax.config import ConfigError
 from rndpo_jax.stages import sweep, sweep_results
 
@@ -66,6 +66,19 @@ def test_what_diverged_is_told_and_never_chosen(swept, capsys):
   assert table.count("diverged") == 6 and "test split was not touched" in table
   assert content["num_devices"] == 8 and content["form"] == "map"
   assert not list((workdir / "sweep" / "state").iterdir())
+
+
+def test_a_sweep_of_another_base_is_refused(swept, tmp_path):
+  config, first = swept
+  workdir = tmp_path / "run"
+  shutil.copytree(first, workdir)
+  path = workdir / "sweep" / "sweep.json"
+  content = files.read_json(path)
+  # That of the stage, which stands beside it.
+  assert content["origin"] == files.read_json(workdir / "finetune" / "done.json")["origin"]
+  files.write_json(path, {**content, "origin": "0123456789abcdef"})
+  with pytest.raises(checkpoint.CheckpointError, match=r"another base: SHA-256 0123456789ab, now"):
+    sweep.run(config, workdir, **GRID)
 
 
 def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):

@@ -207,7 +207,8 @@ def weighted_loss(params, batch, key):
   error = (batch["x"] @ params["w"] - batch["reference_params"]["w"][0]) ** 2
   total = jnp.sum(batch["weight"])
   loss = jnp.sum(error * batch["weight"]) / jnp.maximum(total, 1e-12)
-  return loss, {"num_rows": total, "mean": loss, "weight": total}
+  known = jnp.where(total > 0, 3.0, jnp.nan)  # as the quantiles of no pair are
+  return loss, {"num_rows": total, "mean": loss, "known": known, "weight": total}
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -227,7 +228,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
   (whole, whole_aux), (state, aux) = results
   assert (np.asarray(whole.params["w"]) != 1).all()
   np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-6)
-  assert set(aux) == set(whole_aux) == {"num_rows", "mean", "loss", "grad_norm"}
+  assert set(aux) == set(whole_aux) == {"num_rows", "mean", "known", "loss", "grad_norm"}
   assert float(aux["num_rows"]) == 9
   for name in whole_aux:
     np.testing.assert_allclose(aux[name], whole_aux[name], rtol=1e-6)

@@ -114,7 +114,9 @@ def _train_member(config, workdir, member: int) -> None:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), member))
+  # 1, 2 and 3 are folded in for mining, fine-tuning and the learned judge.
+  own = jax.random.fold_in(jax.random.key(config.seed), 1000 * member)
+  init_key, fit_key = jax.random.split(own)
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(

@@ -44,7 +44,7 @@ def run(config, workdir: os.PathLike) -> None:
       f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )
   evaluation = measure.open_evaluation(config, workdir)
-  _check_origin(workdir / "finetune", evaluation)
+  finetune.check_done(workdir / "finetune", evaluation.dataset, evaluation.params(0))
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
@@ -68,17 +68,6 @@ def run(config, workdir: os.PathLike) -> None:
   content = _context(config, workdir, evaluation.dataset)
   content |= _measured(models, reported, curve, names)
   files.write_json(workdir / "results.json", results.plain(content))
-
-
-def _check_origin(folder: epath.Path, evaluation: measure.Evaluation) -> None:
-  """Refuses a fine-tuning of another base or other data, which would stand beside this one."""
-  here = bytes(finetune.origin(evaluation.dataset, evaluation.params(0))).hex()
-  there = files.read_json(folder / "done.json").get("origin")
-  if there != here:
-    raise checkpoint.CheckpointError(
-      f"{folder} was trained from other data or another base: SHA-256 {str(there)[:12]}, now "
-      f"{here[:12]}; delete that folder and run the same command again"
-    )
 
 
 def csv_text(

@@ -118,7 +118,7 @@ def _chosen_cross_entropy(logits, chosen, weight):
 
 
 def run(config, workdir: os.PathLike) -> None:
-  """Fine-tunes to `config.finetune.num_steps`; writes `finetune/`.
+  """Fine-tunes to `config.finetune.num_steps`; writes `finetune/`, `done.json` last.
 
   Raises:
     training.TrainingError, checkpoint.CheckpointError, pairs.PairsError, config.ConfigError.
@@ -131,6 +131,9 @@ def run(config, workdir: os.PathLike) -> None:
   )
   params = base.load(config, workdir, dataset)[0]
   pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
+  if processes.agree((directory / "done.json").exists):
+    check_done(directory, dataset, params)
+    return
   loss_fn = make_loss_fn(
     segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
@@ -173,6 +176,21 @@ def run(config, workdir: os.PathLike) -> None:
 def origin(dataset, params: types.Params) -> np.ndarray:
   """What a fine-tuning is of: data, and the base that it starts from and is relative to."""
   return checkpoint.digest({"base": params, "data": dataset.digest})
+
+
+def check_done(directory: epath.Path, dataset, params: types.Params) -> None:
+  """Refuses a fine-tuning of another base or other data, which would stand beside these.
+
+  Raises:
+    checkpoint.CheckpointError: naming the folder to delete.
+  """
+  here = bytes(origin(dataset, params)).hex()
+  there = files.read_json(directory / "done.json").get("origin")
+  if there != here:
+    raise checkpoint.CheckpointError(
+      f"{directory} was trained from other data or another base: SHA-256 {str(there)[:12]}, now "
+      f"{here[:12]}; delete that folder and run the same command again"
+    )
 
 
 def run_key(seed: int) -> jax.Array:

@@ -28,6 +28,35 @@ def build(config, dataset) -> tuple[Callable, Callable]:
   )
 
 
+def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
+  """(params, batch {"image", "label"}, key) -> (loss, metrics), on masks drawn from the labels.
+
+  Args:
+    config: the whole config.
+    apply: from `build`.
+    num_classes: C.
+  """
+  augment_options = config.augment.to_dict()
+  masks_per_image = config.judge.learned.masks_per_image
+
+  def loss_fn(params, batch, key):
+    augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
+    images, labels = augment.augment(
+      augment_key, batch["image"], batch["label"][:, None], **augment_options
+    )
+    images, masks, targets = corruptions.training_batch(
+      corrupt_key, images, labels[:, 0], num_classes, masks_per_image
+    )
+    return quality.quality_loss(params, apply, images, masks, targets, dropout_key)
+
+  return loss_fn
+
+
+def optimizer(options) -> optax.GradientTransformation:
+  """That of `config.judge.learned`."""
+  return optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.num_steps))
+
+
 def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params]:
   """Trains on synthetic bad masks of the labelled images, or goes on where an earlier run stopped.
 
@@ -49,23 +78,11 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
-  augment_options = config.augment.to_dict()
-  on_mesh = parallel.spread(apply, mesh)
-
-  def loss_fn(params, batch, key):
-    augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
-    images, labels = augment.augment(
-      augment_key, batch["image"], batch["label"][:, None], **augment_options
-    )
-    images, masks, targets = corruptions.training_batch(
-      corrupt_key, images, labels[:, 0], dataset.num_classes, options.masks_per_image
-    )
-    return quality.quality_loss(params, on_mesh, images, masks, targets, dropout_key)
-
-  optimizer = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.num_steps))
+  loss_fn = make_loss_fn(config, parallel.spread(apply, mesh), dataset.num_classes)
+  transformation = optimizer(options)
   state = training.fit(
-    training.make_train_step(loss_fn, optimizer, mesh, large=large),
-    training.make_state(params, optimizer, mesh, large=large),
+    training.make_train_step(loss_fn, transformation, mesh, large=large),
+    training.make_state(params, transformation, mesh, large=large),
     base.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=config.seed + 1
     ),

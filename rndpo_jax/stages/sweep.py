@@ -79,9 +79,18 @@ def run(
   if not processes.is_first():
     list(directory.glob("*"))  # a network file system looks again for what was missing
     _claim(directory, grid)
+  dataset = pipeline.open_dataset(config, workdir)
+  params = base.load(config, workdir, dataset)[0]
+  made_of = bytes(finetune.origin(dataset, params)).hex()
   if processes.agree((directory / DONE).exists):
+    content = files.read_json(directory / DONE)
+    if (there := content.get("origin")) != made_of:
+      raise checkpoint.CheckpointError(
+        f"{directory / DONE} is of other data or another base: SHA-256 {str(there)[:12]}, now "
+        f"{made_of[:12]}; delete the folder {directory} and run the same command again"
+      )
     progress.say("[sweep] done before")
-    return files.read_json(directory / DONE)
+    return content
   mesh = _mesh_of(grid)
   form = form or population.default_form(mesh)
   progress.say(
@@ -90,10 +99,11 @@ def run(
   )
   if config.mesh.fsdp * config.mesh.space > 1:
     progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
-  diverged = _train(config, workdir, directory, grid, mesh, form)
+  diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
   if processes.is_first():
     content = {
       **sweep_results.results(grid, directory, diverged),
+      "origin": made_of,
       "form": form,
       "num_devices": mesh.size,
       "base": _base_dice(workdir),
@@ -147,11 +157,9 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
     files.write_json(path, grid)
 
 
-def _train(config, workdir, directory, grid, mesh, form) -> np.ndarray:
+def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
   options = config.finetune
-  dataset = pipeline.open_dataset(config, workdir)
-  params = base.load(config, workdir, dataset)[0]
   pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
   state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
