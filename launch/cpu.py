@@ -7,10 +7,15 @@ starts.
 import importlib.metadata
 import os
 
-# jaxlib 0.10 hands convolutions on the CPU to YNNPACK by default. Without it a training step of the
-# U-Net takes 4/5 of the time. XLA ends the program on flags it does not know, so no other version
-# is told.
-_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+# XLA ends the program on flags it does not know, so no other version is told.
+_FLAGS = {
+  # jaxlib 0.10 hands convolutions on the CPU to YNNPACK by default. Without it a training step of
+  # the U-Net takes 4/5 of the time.
+  "--xla_cpu_experimental_ynn_fusion_type": ("", ("0.10.",)),
+  # Of several processes on CPUs one may wait hours for another's shards, a week at most; after half
+  # an hour the wait would fail. Who is dead the heartbeats tell.
+  "--xla_cpu_collective_timeout_seconds": ("604800", ("0.10.", "0.11.")),
+}
 
 
 def tune() -> None:
@@ -19,5 +24,9 @@ def tune() -> None:
   # for the cores that compute.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   flags = os.environ.get("XLA_FLAGS", "")
-  if _FLAG not in flags and importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
+  version = importlib.metadata.version("jaxlib")
+  for name, (value, known_to) in _FLAGS.items():
+    if name not in flags and version.startswith(known_to):
+      flags = f"{flags} {name}={value}".strip()
+  if flags:
+    os.environ["XLA_FLAGS"] = flags

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging as std_logging
+import os
+import signal
 import sys
+import threading
 import traceback
 
 from absl import app, logging
@@ -14,9 +17,48 @@ def start(argv):
   """Before anything imports numpy or jax; refuses arguments that are no flags."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  end_at_sigterm()
   cpu.tune()
   logging.set_verbosity(logging.ERROR)
   quiet_failed_writes()
+
+
+# Where Python's own handler of a signal writes its number, before `take_signals`.
+_told: list[int] = []
+_START_AGAIN = 75  # preemption.EXIT_CODE, whose module imports jax
+
+
+def end_at_sigterm():
+  """SIGTERM ends the program at once as one to start again, for nothing is half done yet.
+
+  A thread does it: the main one may be waiting for other processes, where no handler runs.
+  """
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+
+  def wait():
+    for number in iter(lambda: os.read(read, 1), b""):
+      if number[0] == signal.SIGTERM:
+        os.write(2, b"SIGTERM: ended before any work; the same command starts it\n")
+        os._exit(_START_AGAIN)
+    os.close(read)
+
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  _told.append(write)
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def take_signals():
+  """From here on a signal is noted, and the work in hand finished (`preemption`).
+
+  Call after the processes have met: JAX sets a handler of its own then.
+  """
+  from rndpo_jax import preemption
+
+  preemption.install()
+  signal.set_wakeup_fd(-1)
+  os.close(_told.pop())
 
 
 def parse(argv):
@@ -79,6 +121,11 @@ def one_line(error):
     if not processes.is_loss_of_another(error):
       return None
     return processes.failed_collective(str(error).splitlines()[0][:200])
+  if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
+    return (
+      f"error: a process that loads images was ended from outside ({error}); where memory ran out, "
+      "take fewer of them (config.data.num_workers); the same command goes on from what is finished"
+    )
   if not isinstance(error, OSError):
     return None
   if files.is_full_disk(error):

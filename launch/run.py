@@ -27,7 +27,7 @@ _NUM_UNLABELLED = flags.DEFINE_integer(
 def main(argv):
   program.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config, dry_run, pipeline, preemption, processes, progress
+  from rndpo_jax import config, dry_run, pipeline, processes, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
   with program.one_line_errors():
@@ -38,7 +38,7 @@ def main(argv):
       return
     if _NUM_UNLABELLED.value:
       raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
-    preemption.install()  # after the others are met: JAX sets a handler of its own then
+    program.take_signals()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and processes.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")

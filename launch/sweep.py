@@ -32,7 +32,7 @@ _FORM = flags.DEFINE_enum(
 def main(argv):
   program.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import pipeline, preemption, processes, progress
+  from rndpo_jax import pipeline, processes, progress
   from rndpo_jax.stages import sweep, sweep_results
 
   with program.one_line_errors():
@@ -45,7 +45,7 @@ def main(argv):
       "seeds": numbers(_SEEDS, int, config.seed),
     }
     sweep.check(config, grid)
-    preemption.install()
+    program.take_signals()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
   if not processes.is_first():

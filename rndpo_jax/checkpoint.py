@@ -185,7 +185,9 @@ def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
   """Deletes the whole checkpoints of other steps; process 0 does so for all."""
   if processes.is_first():
     for step in set(steps(directory)) - set(kept):
-      (epath.Path(directory) / str(step)).rmtree()
+      path = epath.Path(directory) / str(step)
+      (path / _WHOLE).unlink()  # first: half of a checkpoint must not count as one
+      path.rmtree()
 
 
 def digest(tree: Any) -> np.ndarray:
@@ -209,9 +211,9 @@ def _sums(path: epath.Path) -> dict[str, str]:
 
 
 def _check_sums(path: epath.Path) -> None:
-  """Raises ValueError where a file differs; checkpoints of before there were sums pass."""
+  """Raises ValueError where a file differs, or nothing says what the files are."""
   if not (path / _SUMS).exists():
-    return
+    raise ValueError(f"the file {_SUMS} is missing, which vouches for the others")
   expected, found = files.read_json(path / _SUMS), _sums(path)
   for name in sorted(expected.keys() | found.keys()):
     if expected.get(name) != found.get(name):

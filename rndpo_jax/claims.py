@@ -38,7 +38,8 @@ def claim(
 ) -> None:
   """Writes `config.json`, or checks that the one there is of the same config.
 
-  The keys of `OPERATIONAL` may differ, and those of today are written.
+  The keys of `OPERATIONAL` may differ, as may the place of `base.workdir` where there is one, and
+  those of today are written.
 
   Args:
     config: the whole config.
@@ -56,6 +57,8 @@ def claim(
   if started:
     content = _read(path)
     free = [name for name in OPERATIONAL if prepared or name != "data.root"]
+    if content["config"].get("base", {}).get("workdir") and config.base.workdir:
+      free.append("base.workdir")  # moved; whether it is the same one the data and base tell
     changes = _differences(_without(content["config"], free), _without(resolved, free))
     if changes:
       raise config_lib.ConfigError(

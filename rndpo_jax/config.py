@@ -105,7 +105,7 @@ def base_config() -> ml_collections.ConfigDict:
   base.log_every_steps = 20
   base.eval_every_steps = 100  # validation and checkpoint
   base.keep_checkpoints = 2  # states to go on from; an older one serves if the latest is corrupt
-  base.checkpoint_minutes = 0.0  # between further states; 0 makes none
+  base.checkpoint_minutes = 0.0  # between further states, also of the learned judge; 0 makes none
 
   config.proposals = proposals = ml_collections.ConfigDict()
   # Comma-separated NAME[+NAME...]:COUNT; K is the sum of the counts. '+' composes samplers.

@@ -18,13 +18,34 @@ from rndpo_jax import files, processes
 
 
 def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
-  """Rows of `metrics.jsonl` of one kind, "train" or "val"; what is null there is NaN."""
+  """Rows of `metrics.jsonl` of one kind, "train" or "val"; what is null there is NaN.
+
+  Raises:
+    files.FileError: where a line is no JSON object with a step and a kind.
+  """
   path = epath.Path(directory) / "metrics.jsonl"
-  return _of_kind(path.read_text().splitlines(), kind)
+  return _of_kind(_parse(path, path.read_text().splitlines()), kind)
 
 
-def _of_kind(lines: list[str], kind: str) -> list[dict[str, Any]]:
-  rows = [row for row in map(json.loads, lines) if row["kind"] == kind]
+def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, Any]]:
+  rows = []
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      rows.append({"step": int(row["step"]), "kind": str(row["kind"]), **row})
+    except (ValueError, KeyError, TypeError) as error:
+      raise files.FileError(
+        f"{path}: line {number} is no row of metrics ({error}); {_delete(path)}"
+      ) from error
+  return rows
+
+
+def _delete(path: epath.Path) -> str:
+  return f"delete the folder {path.parent} and run the same command again: its training starts anew"
+
+
+def _of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+  rows = [row for row in rows if row["kind"] == kind]
   return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
@@ -42,6 +63,9 @@ class Rows:
   full disk that dies, and the next rows wait for it forever.
 
   Process 0 has rows and writes; in the others every method does nothing.
+
+  Raises:
+    files.FileError: where a line cannot be read.
   """
 
   def __init__(self, directory: epath.Path, start: int):
@@ -51,13 +75,29 @@ class Rows:
       return
     self._path = directory / "metrics.jsonl"
     if self._path.exists():
-      for line in self._path.read_text().splitlines(keepends=True):
-        # Half a line at the end is of a version that appended, and was killed.
-        if line.endswith("\n") and json.loads(line)["step"] <= start:
-          self._lines.append(line.rstrip())
+      # Half a line at the end is of a version that appended, and was killed.
+      whole = self._path.read_text().splitlines(keepends=True)
+      lines = [line.rstrip() for line in whole if line.endswith("\n")]
+      parsed = zip(lines, _parse(self._path, lines), strict=True)
+      self._lines = [line for line, row in parsed if row["step"] <= start]
     (directory / "tensorboard").mkdir(exist_ok=True)
     self._events = EventsWriter(str(directory / "tensorboard" / "events"))
     self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
+
+  def check_validated(self, steps: list[int]) -> None:
+    """Refuses rows that lack a validation, which may have been the best one.
+
+    Args:
+      steps: that were validated up to the one that training goes on from.
+
+    Raises:
+      files.FileError: naming the file and what to delete.
+    """
+    if self._writes and (found := [row["step"] for row in self.of_kind("val")]) != steps:
+      raise files.FileError(
+        f"{self._path}: holds the validations of steps {found}, expected {steps}; bring it back, "
+        f"or {_delete(self._path)}"
+      )
 
   def add(self, row: dict[str, Any]) -> None:
     if not self._writes:
@@ -89,7 +129,7 @@ class Rows:
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
     """As `read_rows`, of all that were added."""
-    return _of_kind(self._lines, kind)
+    return _of_kind(_parse(self._path, self._lines), kind)
 
   def write(self) -> None:
     """Brings all that were added to the disk."""

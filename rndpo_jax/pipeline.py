@@ -24,7 +24,7 @@ RUNNERS = {
 }
 # Stages that process 0 runs while the others wait.
 ALONE = ("report",)
-# The file that a stage writes last, and so the sign that it is done.
+# The file that a stage writes last, and so the sign that it is done,
 DONE = {
   "prepare": "data/records.json",
   "base": "base/selected.json",
@@ -32,6 +32,11 @@ DONE = {
   "finetune": "finetune/done.json",
   "evaluate": "results.json",
   "report": "report.html",
+}
+# with these, of which each is made anew where it is lost.
+ALSO = {
+  "mine": ("pairs/judges.json", "pairs/proposals.json", "pairs/examples.npz"),
+  "evaluate": ("evaluate/gallery.npz",),
 }
 
 
@@ -109,8 +114,10 @@ def find_done(workdir: epath.Path) -> list[str]:
 
 
 def is_done(name: str, workdir: epath.Path) -> bool:
-  """Whether a stage's last file is there."""
-  return prepare.is_done(workdir) if name == "prepare" else (workdir / DONE[name]).exists()
+  """Whether a stage's last file is there, and what else stages after it read."""
+  if name == "prepare":
+    return prepare.is_done(workdir)
+  return all((workdir / path).exists() for path in (DONE[name], *ALSO.get(name, ())))
 
 
 def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> None:
@@ -168,9 +175,11 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
       )
     claims.check_same_base(config)
     return
-  if before and not (workdir / DONE[before]).exists():
+  needed = (DONE[before], *ALSO.get(before, ())) if before else ()
+  missing = [path for path in needed if not (workdir / path).exists()]
+  if missing:
     raise config_lib.ConfigError(
-      f"--stages: {name!r} needs {workdir / DONE[before]}, which is missing; run the stage "
+      f"--stages: {name!r} needs {workdir / missing[0]}, which is missing; run the stage "
       f"{before!r} first"
     )
 

@@ -21,6 +21,8 @@ from rndpo_jax.config import ConfigError
 # In the store of the distributed runtime: who has stopped; whether that is asked; who answered.
 _STOPPED, _ROLL_CALL, _HERE = "rndpo_jax/stopped", "rndpo_jax/roll_call", "rndpo_jax/here"
 _LOOK_EVERY_SECONDS = 1.0
+# Part of the heartbeats' time after which process 0 counts as gone: before JAX says so.
+_SILENCE = 0.5
 # Held for ever by the thread that ends this process: its message is the only one.
 _ending = threading.Lock()
 
@@ -93,8 +95,12 @@ def initialize(
     timer.cancel()
   over = threading.Event()
   atexit.register(over.set)
-  watched = (distributed.global_state.client, over)
+  answered = [0]
+  watched = (distributed.global_state.client, over, answered)
   threading.Thread(target=_watch, args=watched, daemon=True).start()
+  if not is_first():
+    silence = (over, answered, heartbeat_seconds * _SILENCE)
+    threading.Thread(target=_look_out, args=silence, daemon=True).start()
   return True
 
 
@@ -135,7 +141,8 @@ def stop(message: str) -> None:
   An orderly exit would wait for processes that wait for this one.
   """
   _ending.acquire()
-  _say_error(message)
+  own = f"error: process {jax.process_index()}: "
+  _say_error(message if message.startswith(own) else message.replace("error: ", own, 1))
   _tell_stopped(distributed.global_state.client, f"process {jax.process_index()}")
   _let_others_look()
   os._exit(1)
@@ -153,34 +160,54 @@ def _let_others_look() -> None:
     time.sleep(2 * _LOOK_EVERY_SECONDS)
 
 
-def _watch(client: Any, over: threading.Event) -> None:
+def _look_out(over: threading.Event, answered: list[int], silence_seconds: float) -> None:
+  """Ends this process where process 0 has been silent for so long.
+
+  A host that is gone without a word, or frozen, sends no reset: JAX would end this process by its
+  own message, without a name. Looks are counted, lest a pause of this process looks like silence.
+  """
+  before, silent = -1, 0
+  while not over.wait(_LOOK_EVERY_SECONDS):
+    before, silent = answered[0], silent + 1 if answered[0] == before else 0
+    if silent * _LOOK_EVERY_SECONDS > silence_seconds:
+      _exit(loss_of_another(f"process 0, silent for {silence_seconds:.0f} s"))
+
+
+def _watch(client: Any, over: threading.Event, answered: list[int]) -> None:
   """Ends this process when another says that one has stopped; answers a roll call.
 
   One that waits for it at a barrier of a checkpoint would learn that from the heartbeats alone, or
   never, where each of two waits for the other's failed write.
+
+  Args:
+    client: of the store.
+    over: set when this process ends.
+    answered: how often process 0, where the store is, has answered; counted here.
   """
   here = False
   while not over.wait(_LOOK_EVERY_SECONDS):
-    if (who := _read(client, _STOPPED)) is not None:
+    who = _read(client, _STOPPED, answered)
+    if who is not None:
       _ending.acquire()
       _say_error(loss_of_another(who))
       _let_others_look()
       os._exit(1)
-    if not here and _read(client, _ROLL_CALL) is not None:
+    if not here and _read(client, _ROLL_CALL, answered) is not None:
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_HERE}/{jax.process_index()}", "")
         here = True
 
 
-def _read(client: Any, key: str) -> str | None:
-  """What stands in the store; None where nothing does, or the coordinator does not answer.
-
-  Where that is gone JAX ends this process.
-  """
+def _read(client: Any, key: str, answered: list[int]) -> str | None:
+  """What stands in the store; None where nothing does, or process 0 does not answer."""
   try:
-    return client.key_value_try_get(key)
-  except jax.errors.JaxRuntimeError:
-    return None
+    value = client.key_value_try_get(key)
+  except jax.errors.JaxRuntimeError as error:
+    if "NOT_FOUND" not in str(error):
+      return None
+    value = None
+  answered[0] += 1
+  return value
 
 
 def failed_collective(how: str) -> str:

@@ -197,6 +197,7 @@ def fit(
     preemption.Preempted: after a signal, the state being saved.
     checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
       another origin.
+    files.FileError: where `metrics.jsonl` does not hold what was validated before.
   """
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,8 @@ def fit(
       saver.save_params_if_missing(start, state)
     rows = open_rows(start) if open_rows else logbook.Rows(directory, start)
     stack.enter_context(contextlib.closing(rows))
+    if validate is not None and not open_rows:
+      rows.check_validated([s for s in kept_steps(num_steps, eval_every_steps) if s <= start])
     shown = progress.track(
       range(start + 1, num_steps + 1),
       total=num_steps,
@@ -236,6 +239,11 @@ def fit(
       if stop:
         raise preemption.Preempted(f"{description}: saved at step {step}")
   return state
+
+
+def kept_steps(num_steps: int, eval_every_steps: int) -> list[int]:
+  """The steps at which `fit` validates and keeps parameters."""
+  return sorted({*range(eval_every_steps, num_steps + 1, eval_every_steps), num_steps})
 
 
 def _add_steps(rows, pending, log_every_steps, description, saver) -> None:

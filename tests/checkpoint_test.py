@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from rndpo_jax import checkpoint, parallel, processes
 
@@ -71,6 +72,27 @@ def test_one_changed_byte_of_an_array_is_not_read_as_a_value(tmp_path):
     checkpoint.restore(tmp_path, 1, random)
   with pytest.raises(checkpoint.CheckpointError, match="the file"):
     checkpoint.restore_params(tmp_path, 1, stage_directory=tmp_path)
+
+
+def test_a_checkpoint_that_nothing_vouches_for_is_not_read(saved, capsys):
+  (saved / "10" / "sha256.json").unlink()
+  with pytest.raises(checkpoint.CheckpointError, match="sha256.json is missing, which vouches"):
+    checkpoint.restore(saved, 10, TREE)
+  with pytest.raises(checkpoint.CheckpointError, match="sha256.json is missing, which vouches"):
+    checkpoint.restore_params(saved, 10, stage_directory=saved)
+  assert checkpoint.restore_latest(saved, TREE)[0] == 2
+
+
+def test_half_deleted_is_not_whole(saved, monkeypatch):
+  """A kill while an old checkpoint is deleted."""
+
+  def killed(path):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(type(epath.Path(saved)), "rmtree", killed)
+  with pytest.raises(KeyboardInterrupt):
+    checkpoint.keep_only(saved, (2, 10))
+  assert checkpoint.steps(saved) == [2, 10]
 
 
 def test_a_corrupt_latest_falls_back_to_the_one_before_and_says_so(saved, capsys):

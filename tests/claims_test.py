@@ -74,6 +74,19 @@ def test_another_root_is_refused_until_the_data_are_prepared(claimed, tiny_confi
     claims.claim(tiny_config(finetune__log_every_steps=2), claimed, started=True, prepared=True)
 
 
+def test_a_moved_base_is_gone_on_with_and_another_config_of_it_not(claimed, tiny_config):
+  def claim(path):
+    claims.claim(tiny_config(base__workdir=path), claimed, started=True, prepared=True)
+
+  with pytest.raises(config_lib.ConfigError, match="config.base.workdir: was '', is '/there'"):
+    claim("/there")
+  claims.claim(tiny_config(base__workdir="/there"), claimed, started=False, prepared=False)
+  claim("/moved")
+  assert files.read_json(claimed / "config.json")["config"]["base"]["workdir"] == "/moved"
+  with pytest.raises(config_lib.ConfigError, match="config.base.workdir: was '/moved', is ''"):
+    claim("")
+
+
 def test_a_base_of_another_seed_or_augmentation_is_said(claimed, tiny_config, capsys):
   def said(**changes):
     claims.check_same_base(tiny_config(base__workdir=str(claimed), **changes))

@@ -293,9 +293,9 @@ def test_what_does_not_fit_together_is_named(workdir, tmp_path):
     (tmp_path / name).symlink_to(workdir / name)
   (tmp_path / splits.FILE).unlink()
   parts = json.loads((workdir / splits.FILE).read_text())
-  parts["val"].append("stranger")
+  parts["val"].append(parts["labelled"].pop())
   (tmp_path / splits.FILE).write_text(json.dumps(parts))
-  with pytest.raises(records.DataError, match="splits.json: unknown case id 'stranger' in 'val'"):
+  with pytest.raises(records.DataError, match="splits.json is not what .*'prepare' wrote"):
     pipeline.open_dataset(_config(), tmp_path)
 
 
@@ -322,8 +322,8 @@ def test_a_split_holds_every_record_of_its_cases(workdir, tmp_path):
   path = tmp_path / "run" / "data" / records.FILE
   content = json.loads(path.read_text())
   content["records"]["case_id"] = [f"c{n % 5}" for n in range(12)]
-  path.write_text(json.dumps(content))
   parts = {"labelled": ["c3", "c0"], "unlabelled": ["c4"], "val": ["c1"], "test": ["c2"]}
+  path.write_text(json.dumps({**content, "splits_sha256": splits.sha256(parts)}))
   (tmp_path / "run" / splits.FILE).write_text(json.dumps(parts))
   found = pipeline.open_dataset(_config(), tmp_path / "run").splits
   assert {name: part.tolist() for name, part in found.items()} == {

@@ -147,6 +147,45 @@ def test_signal_then_corrupt_state_then_lost_manifest_end_with_the_same_results(
   assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
 
 
+def test_what_is_lost_of_a_stage_that_is_done_is_made_again(tiny_run, tmp_path):
+  """By the remedy that the program itself names."""
+  config, undisturbed = tiny_run
+  workdir = tmp_path / "run"
+  shutil.copytree(undisturbed, workdir)
+  before = tree_bytes(workdir)
+  (workdir / "pairs" / "judges.json").write_text("{")
+  (workdir / "results.json").unlink()
+  with pytest.raises(files.FileError, match="judges.json: no valid JSON .*; delete it and run"):
+    pipeline.run(config, workdir)
+  (workdir / "pairs" / "judges.json").unlink()
+  pipeline.run(config, workdir)
+  assert tree_bytes(workdir) == before
+  for name in ("pairs/examples.npz", "evaluate/gallery.npz"):
+    content = (workdir / name).read_bytes()
+    (workdir / name).write_bytes(content[: len(content) // 2])
+    (workdir / "report.html").unlink()
+    with pytest.raises(files.FileError, match=f"{name}: cannot be read .*; delete it and run"):
+      pipeline.run(config, workdir)
+    (workdir / name).unlink()
+    if name.startswith("evaluate"):  # the stage before
+      with pytest.raises(config_lib.ConfigError, match=f"needs .*{name}, which is missing"):
+        pipeline.run(config, workdir, ["report"])
+    pipeline.run(config, workdir)
+  assert tree_bytes(workdir) == before
+
+
+def test_a_lost_logbook_chooses_no_other_base(tiny_run, tmp_path):
+  config, undisturbed = tiny_run
+  workdir = copy_without(undisturbed, tmp_path / "run", "pairs", "finetune")
+  for name in ("selected.json", "metrics.jsonl"):
+    (workdir / "base" / name).unlink()
+  with pytest.raises(files.FileError, match=r"steps \[\], expected \[50, 100\]; bring it back, or"):
+    pipeline.run(config, workdir)
+  shutil.rmtree(workdir / "base")
+  pipeline.run(config, workdir)
+  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
 def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
   config, clean = tiny_run
   unlabelled = set(files.read_json(clean / "splits.json")["unlabelled"])

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from launch import program
 from launch import run as launch_run
 from rndpo_jax import pipeline, preemption
 
@@ -164,6 +165,8 @@ def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypat
     os.kill(os.getpid(), signal.SIGTERM)
     preemption.check("finetune: saved at step 4")
 
+  for name in ("end_at_sigterm", "take_signals"):
+    monkeypatch.setattr(program, name, lambda: None)
   monkeypatch.setattr(pipeline, "run", preempted)
   for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
     monkeypatch.setattr(launch_run, name, Value)

@@ -97,7 +97,7 @@ def ends(monkeypatch):
 def test_a_process_ends_when_another_says_that_it_has_stopped(capsys, ends):
   store = Store({processes._STOPPED: "process 3"}, busy=3)
   with pytest.raises(SystemExit):
-    processes._watch(store, threading.Event())
+    processes._watch(store, threading.Event(), [0])
   assert ends == [1]
   assert "another process of this run has stopped" in (error := capsys.readouterr().err)
   assert "(process 3)" in error and error.count("\n") == 1
@@ -116,11 +116,40 @@ class Looks:
 
 def test_a_thread_answers_a_roll_call_once_asked():
   store = Store()
-  processes._watch(store, Looks(1))
+  processes._watch(store, Looks(1), [0])
   assert store.values == {}
   store.values[processes._ROLL_CALL] = ""
-  processes._watch(store, Looks(2))
+  processes._watch(store, Looks(2), [0])
   assert store.values.keys() == {processes._ROLL_CALL, f"{processes._HERE}/0"}
+
+
+def test_what_process_0_answers_is_counted():
+  answered = [0]
+  processes._watch(Store(busy=2), Looks(3), answered)
+  assert answered == [4]  # six reads, of which two failed; that nothing is there is an answer, too
+
+
+class Hears(Looks):
+  """As `Looks`; process 0 answers in the first `answers` of them."""
+
+  def __init__(self, number, answers, answered):
+    super().__init__(number)
+    self.answers, self.answered = answers, answered
+
+  def wait(self, seconds):
+    self.answers -= 1
+    self.answered[0] += self.answers >= 0
+    return super().wait(seconds)
+
+
+def test_a_process_ends_when_process_0_is_silent(monkeypatch, capsys, ends):
+  monkeypatch.setattr(processes, "_LOOK_EVERY_SECONDS", 1.0)
+  processes._look_out(Hears(14, 8, answered := [0]), answered, 6.0)  # six looks of silence
+  assert ends == []
+  with pytest.raises(SystemExit):
+    processes._look_out(Hears(15, 8, answered := [0]), answered, 6.0)
+  assert ends == [1]
+  assert "has stopped, see its own output (process 0, silent for 6 s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -162,7 +191,7 @@ def test_a_roll_call_without_a_coordinator(monkeypatch, ends):
 def test_a_process_that_is_over_looks_no_more(ends):
   over = threading.Event()
   over.set()
-  processes._watch(Store({processes._STOPPED: "process 3"}), over)
+  processes._watch(Store({processes._STOPPED: "process 3"}), over, [0])
   assert ends == []
 
 
@@ -172,5 +201,5 @@ def test_a_process_that_stops_tells_the_others_and_speaks_alone(monkeypatch, cap
   with pytest.raises(SystemExit):
     processes.stop("error: the disk is full")
   assert ends == [1] and store.values == {processes._STOPPED: "process 0"}
-  assert capsys.readouterr().err == "error: the disk is full\n"
+  assert capsys.readouterr().err == "error: process 0: the disk is full\n"
   assert processes._ending.locked()  # so that no other thread has a message to add

@@ -33,7 +33,7 @@ def _pixels(image=None, mask=None):
 
 def test_round_trip(tmp_path):
   entries = [_entry(spacing=(1.5, 2)), _entry(record_id="b", has_mask=False)]
-  records.write(tmp_path, _source(entries), "d")
+  records.write(tmp_path, _source(entries), "d", "s")
   content = records.read(tmp_path)
   assert list(content["records"]) == entries
   assert entries[0] == {
@@ -59,7 +59,7 @@ def test_a_table_gives_the_entries_it_was_made_of(tmp_path):
   assert columns["case_id"] is None and columns["group_id"] is None
   slices = [_entry(record_id=name, case_id="k", group_id="k") for name in ("x", "y")]
   for given in (entries, alone, slices):
-    records.write(tmp_path, _source(given), "d")
+    records.write(tmp_path, _source(given), "d", "s")
     table = records.read(tmp_path)["records"]
     assert len(table) == len(given) and list(table) == given
     assert table[np.int64(1)] == given[1] == table[-1 - (len(given) == 3)]
@@ -69,7 +69,7 @@ def test_a_table_gives_the_entries_it_was_made_of(tmp_path):
 
 
 def test_what_a_caller_does_to_an_entry_stays_his(tmp_path):
-  records.write(tmp_path, _source([_entry(spacing=(1, 2))] * 2), "d")
+  records.write(tmp_path, _source([_entry(spacing=(1, 2))] * 2), "d", "s")
   table = records.read(tmp_path)["records"]
   table[0]["shape"].append(3)
   table[0]["spacing"].append(3)
@@ -78,7 +78,7 @@ def test_what_a_caller_does_to_an_entry_stays_his(tmp_path):
 
 def test_a_list_of_an_older_version_is_read(tmp_path):
   entries = [_entry(), _entry(record_id="b", has_mask=False)]
-  records.write(tmp_path, _source(entries), "d")
+  records.write(tmp_path, _source(entries), "d", "s")
   content = json.loads((tmp_path / records.FILE).read_text())
   (tmp_path / records.FILE).write_text(json.dumps({**content, "records": entries}))
   assert list(records.read(tmp_path)["records"]) == entries
@@ -89,7 +89,7 @@ def test_a_list_of_an_older_version_is_read(tmp_path):
 )
 def test_columns_that_do_not_fit_are_named(tmp_path, change):
   entries = [_entry(), _entry(record_id="b")]
-  records.write(tmp_path, _source(entries), "d")
+  records.write(tmp_path, _source(entries), "d", "s")
   content = json.loads((tmp_path / records.FILE).read_text())
   content["records"] |= change
   content["records"] = {k: v for k, v in content["records"].items() if v is not ...}

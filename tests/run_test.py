@@ -5,6 +5,7 @@ import logging
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -12,7 +13,8 @@ import types
 import jax
 import pytest
 
-from rndpo_jax import checkpoint, pipeline
+from launch import program
+from rndpo_jax import checkpoint, pipeline, preemption
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
@@ -104,9 +106,47 @@ def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expecte
     assert "Traceback" not in output
 
 
+# Meets a signal before any work, as the program does while it imports or waits for the others.
+EARLY = """
+import os, signal, sys, time
+from launch import program
+program.end_at_sigterm()
+if sys.argv[1] == "taken":
+  program.take_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
+from rndpo_jax import preemption
+preemption.check("noted")
+"""
+
+
+def test_a_signal_before_any_work_asks_to_be_started_again():
+  done = subprocess.run([sys.executable, "-c", EARLY, "early"], cwd=ROOT, capture_output=True)
+  assert done.returncode == preemption.EXIT_CODE and b"before any work" in done.stderr
+
+
+def test_after_that_signals_are_noted():
+  code = EARLY.replace("sleep(20)", "sleep(1)")
+  done = subprocess.run([sys.executable, "-c", code, "taken"], cwd=ROOT, capture_output=True)
+  assert done.returncode == 1 and b"Preempted: SIGTERM: noted" in done.stderr
+
+
+def test_a_process_that_waits_for_the_others_ends_at_a_signal(tmp_path):
+  """In C++, where no handler of Python runs."""
+  with socket.create_server(("127.0.0.1", 0)) as coordinator:  # which never says a word
+    coordinator.settimeout(120)
+    several = ("--num_processes=2", "--process_id=1")
+    port = coordinator.getsockname()[1]
+    process = start(tmp_path / "run", f"--coordinator_address=127.0.0.1:{port}", *several)
+    connection, _ = coordinator.accept()
+    with connection:
+      process.send_signal(signal.SIGTERM)
+      output, _ = process.communicate(timeout=60)
+  assert process.returncode == preemption.EXIT_CODE, output
+
+
 def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
   from launch import run as launch_run
-  from rndpo_jax import pipeline, preemption
 
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
@@ -116,7 +156,8 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
       self.value = value
 
   monkeypatch.setattr(pipeline, "run", full)
-  monkeypatch.setattr(preemption, "install", lambda: None)
+  for name in ("end_at_sigterm", "take_signals"):
+    monkeypatch.setattr(program, name, lambda: None)
   for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
     monkeypatch.setattr(launch_run, name, Value(None))
   with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):
@@ -125,7 +166,6 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
 
 def ends_by(error, several, capsys):
   """(message, what was printed) where the program, or one of several, meets an error."""
-  from launch import program
 
   def stop(message):
     raise SystemExit(message)

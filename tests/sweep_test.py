@@ -96,11 +96,13 @@ def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):
           rows.add({"step": step, "kind": "val", "val_dice": value})
       rows.close()
       assert (folder / "metrics.jsonl").exists()
-  content = sweep_results.results(grid, tmp_path, np.array([[0, 0, 0], [0, 0, 6]]))
+  content = sweep_results.results(grid, tmp_path, np.array([[0, 0, 0], [0, 0, 6]]), [4, 8])
   assert [row["last"] for row in content["settings"]] == [0.70, pytest.approx(0.71), None]
   assert content["best"]["beta"] == 2.0 and content["settings"][2]["num_diverged"] == 1
   assert content["members"][5]["diverged"] == 6 and content["members"][5]["curve"][0]["step"] == 4
-  every = sweep_results.results(grid, tmp_path, np.full((2, 3), 5))
+  with pytest.raises(files.FileError, match=r"beta-3_.* \[4\], expected \[4, 8\]; bring it back"):
+    sweep_results.results(grid, tmp_path, np.zeros((2, 3), int), [4, 8])
+  every = sweep_results.results(grid, tmp_path, np.full((2, 3), 5), [4, 8])
   assert every["best"] is None and "<- best" not in sweep_results.summary({**every, "base": 0.5})
 
 

@@ -68,19 +68,19 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
       f"{directory}: {len(source)} records stored, {len(content['records'])} listed in "
       f"{records.FILE}; remove {directory} and run the stage 'prepare' again"
     )
+  case_ids = splits.read(workdir)
+  if splits.sha256(case_ids) != content.pop("splits_sha256"):
+    raise records.DataError(
+      f"{workdir / splits.FILE} is not what the stage 'prepare' wrote: a case that was trained on "
+      f"might be tested. Bring it back, or remove {directory / records.FILE} and run the stage "
+      "'prepare' again (config.data.split_file takes splits of your own)"
+    )
   cases, case_of = np.unique(content["records"].ids("case_id"), return_inverse=True)
   parts = {}
-  for name, ids in splits.read(workdir).items():
+  for name, ids in case_ids.items():
     wanted = np.array([case.encode() for case in ids], np.bytes_)
-    places = np.minimum(np.searchsorted(cases, wanted), len(cases) - 1)
-    unknown = np.flatnonzero(cases[places] != wanted)
-    if len(unknown):
-      raise records.DataError(
-        f"{workdir / splits.FILE}: unknown case id {ids[unknown[0]]!r} in {name!r}; remove the "
-        "file and run the stage 'prepare' again"
-      )
     chosen = np.zeros(len(cases), bool)
-    chosen[places] = True
+    chosen[np.searchsorted(cases, wanted)] = True
     parts[name] = np.flatnonzero(chosen[case_of])
   return Dataset(
     source=source,

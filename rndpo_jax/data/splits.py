@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -117,6 +119,12 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
           f"{path}: case {case!r} in {name!r} has a record without mask; move it to 'unlabelled'"
         )
   return {name: sorted(content[name]) for name in NAMES}
+
+
+def sha256(parts: dict[str, list[str]]) -> str:
+  """Hexadecimal SHA-256 of the splits, in whatever order their ids are."""
+  content = json.dumps({name: sorted(parts[name]) for name in NAMES})
+  return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read(workdir: epath.Path) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, preemption, processes, progress, results
+from rndpo_jax import checkpoint, files, metrics, preemption, processes, progress, results, training
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import records
 from rndpo_jax.stages import finetune, gallery, measure
@@ -32,8 +32,7 @@ def run(config, workdir: os.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   tuned = checkpoint.steps(workdir / "finetune" / "params")
-  every, last = config.finetune.eval_every_steps, config.finetune.num_steps
-  expected = sorted({*range(every, last + 1, every), last})
+  expected = training.kept_steps(config.finetune.num_steps, config.finetune.eval_every_steps)
   if not tuned:
     raise records.DataError(
       f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"

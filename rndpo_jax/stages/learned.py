@@ -93,5 +93,6 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=options.num_steps,
     origin=checkpoint.digest({"data": dataset.digest}),
+    checkpoint_minutes=config.base.checkpoint_minutes,
   )
   return apply, parallel.fetch(state.params)

@@ -56,8 +56,6 @@ def run(config, workdir: os.PathLike) -> None:
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   pairs.claim(directory, _origin(dataset, weights))
-  if processes.agree((directory / "manifest.json").exists):
-    return
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   measured = (directory / "judges.json", directory / "proposals.json")
   if processes.is_first() and not all(path.exists() for path in measured):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from rndpo_jax import results
+from rndpo_jax import files, results
 from rndpo_jax.stages import figures, tables
 
 MAX_IMAGES = 3  # whose proposals are all drawn; pairs are drawn of every example
@@ -144,5 +146,12 @@ def flat(image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load(path: epath.Path) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(path.read_bytes())) as content:
-    return dict(content)
+  try:
+    with np.load(io.BytesIO(path.read_bytes())) as content:
+      return dict(content)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    if isinstance(error, FileNotFoundError):
+      raise
+    raise files.FileError(
+      f"{path}: cannot be read ({error}); delete it and run the same command again"
+    ) from error

@@ -49,9 +49,9 @@ def run(config, workdir: epath.PathLike) -> None:
   pixels = builder.build(source, directory)
   if processes.is_first():
     files.write_json(workdir / splits.FILE, parts)
-    facts = [pixels, source.num_classes, {name: sorted(ids) for name, ids in parts.items()}]
+    facts = [pixels, source.num_classes, splits.sha256(parts)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    records.write(directory, source, digest)
+    records.write(directory, source, digest, splits.sha256(parts))
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:

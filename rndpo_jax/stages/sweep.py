@@ -102,7 +102,7 @@ def run(
   diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
   if processes.is_first():
     content = {
-      **sweep_results.results(grid, directory, diverged),
+      **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
       "origin": made_of,
       "form": form,
       "num_devices": mesh.size,
@@ -113,6 +113,10 @@ def run(
   processes.barrier("sweep")
   list(directory.glob("*"))  # a network file system looks again for what was missing
   return files.read_json(directory / DONE)
+
+
+def _validated(options) -> list[int]:
+  return training.kept_steps(options.num_steps, options.eval_every_steps)
 
 
 def check(config, grid: dict[str, list]) -> None:

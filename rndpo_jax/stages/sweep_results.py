@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rndpo_jax import logbook
+from rndpo_jax import files, logbook
 
 
 def member_directory(directory: os.PathLike, seed: int, beta: float, rate: float) -> epath.Path:
@@ -22,8 +22,16 @@ def members_of(grid: dict[str, list]) -> list[tuple[int, float, float]]:
   return [(seed, *setting) for seed in grid["seeds"] for setting in settings]
 
 
-def results(grid: dict[str, list], directory: os.PathLike, diverged: np.ndarray) -> dict[str, Any]:
+def results(
+  grid: dict[str, list], directory: os.PathLike, diverged: np.ndarray, steps: list[int]
+) -> dict[str, Any]:
   """What the sweep found, from the members' `metrics.jsonl`.
+
+  Args:
+    grid: betas, learning_rates and seeds.
+    directory: `sweep/`.
+    diverged: the step at which each member diverged, i32[N, R], 0 where it did not.
+    steps: that were validated.
 
   Returns:
     grid; split, "val"; members, one row each: seed, beta, learning_rate, curve of step and
@@ -31,11 +39,21 @@ def results(grid: dict[str, list], directory: os.PathLike, diverged: np.ndarray)
     settings, one row for each beta and learning rate: last, the mean over the seeds, and num_seeds,
     num_diverged; a setting with a member that diverged has no mean; best: the setting of the
     highest mean at the LAST step, the first of equals, or None where every one diverged.
+
+  Raises:
+    files.FileError: where a member that did not diverge lacks a validation.
   """
   members = []
   for (seed, beta, rate), at in zip(members_of(grid), diverged.ravel().tolist(), strict=True):
     rows = logbook.read_rows(member_directory(directory, seed, beta, rate), "val")
     curve = [{"step": row["step"], "val_dice": row["val_dice"]} for row in rows]
+    validated = [point["step"] for point in curve]
+    if not at and validated != steps:
+      raise files.FileError(
+        f"{member_directory(directory, seed, beta, rate) / 'metrics.jsonl'}: holds the validations "
+        f"of steps {validated}, expected {steps}; bring it back, or delete the folder {directory} "
+        "and run the same command again"
+      )
     last = None if at else curve[-1]["val_dice"]
     row = {"seed": seed, "beta": beta, "learning_rate": rate}
     members.append({**row, "last": last, "diverged": at or None, "curve": curve})
