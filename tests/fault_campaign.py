@@ -3,13 +3,15 @@
   python tests/fault_campaign.py --workdir=DIR [--kills=20] [--only=kill,sigterm] [--processes=1]
 
 An undisturbed run of `tests/tiny_config.py` comes first (its stages are the starting points), then
-each fault. A fault passes if the rerun ends with the same `results.json`, or if it is refused in
-one line with exit code 1 and the remedy that the line names leads there, and if all processes are
-gone within a minute of the first. Exit code 1 if any fails. DIR/output has what each run printed.
+each fault. A fault passes if the rerun ends with the same files (SAME), or if it is refused in one
+line with exit code 1 and the remedy that the line names leads there, and if all processes are gone
+within a minute of the first; where damage must be noticed, also if that is said. Exit code 1 if any
+fails. DIR/output has what each run printed.
 """
 
 import argparse
 import glob
+import json
 import os
 import pathlib
 import random
@@ -33,6 +35,11 @@ WRITES = {
   "prepare": ("data", "splits.json"), "base": ("base",), "mine": ("pairs",),
   "finetune": ("finetune",), "evaluate": ("evaluate", "results.json"), "report": ("report.html",),
 }  # fmt: skip
+# What must be the same after a fault: results, what they were chosen by, and every pair.
+SAME = (
+  "results.json", "splits.json", "base/metrics.jsonl", "base/selected.json", "pairs/judges.json",
+  "pairs/manifest.json", "finetune/metrics.jsonl",
+)  # fmt: skip
 SETTINGS = ("--config.base.eval_every_steps=20", "--config.finetune.num_steps=40")
 # Moves Python's wall clock by argv[1] seconds as soon as the file argv[2] is there.
 CLOCK_JUMP = """
@@ -160,9 +167,14 @@ class Campaign:
 
   def same(self, workdir, undisturbed=()):
     """Whether the results are those of an undisturbed run, by default of the first one."""
-    ours = workdir / "results.json"
-    theirs = [path / "results.json" for path in undisturbed or [self.undisturbed]]
-    return ours.exists() and ours.read_bytes() in [path.read_bytes() for path in theirs]
+
+    def content(folder):
+      files = [(folder / name).read_bytes() for name in SAME]
+      return [*files, *sorted(path.name for path in (folder / "finetune" / "params").iterdir())]
+
+    if not all((workdir / name).exists() for name in SAME):
+      return False
+    return content(workdir) in [content(path) for path in undisturbed or [self.undisturbed]]
 
   def add(self, fault, moment, first, again, ok):
     self.rows.append((fault, moment, first, again, "ok" if ok else "FAILED"))
@@ -172,9 +184,15 @@ class Campaign:
     self.rows.append((fault, "-", "-", "-", f"skipped: {why}"))
     print(" | ".join(self.rows[-1]), flush=True)
 
-  def finish(self, fault, moment, first, workdir, *arguments, ok=True, undisturbed=()):
-    """Runs again: the same results, or a refusal of one line whose remedy works."""
+  def finish(self, fault, moment, first, workdir, *arguments, ok=True, undisturbed=(), says=""):
+    """Runs again: the same results, or a refusal of one line whose remedy works.
+
+    `says` must be in what that run prints.
+    """
     ended = self.run(workdir, *arguments)
+    ok = ok and says in ended.output()
+    if says not in ended.output():
+      print(f"does not say {says!r}:\n{ended.output()}", flush=True)
     again = "same results" if self.same(workdir, undisturbed) else ended.shown()
     if any(ended.codes) and ended.in_one_line():
       # The remedy is with the process that refused, not with those that only lost it.
@@ -192,8 +210,8 @@ class Campaign:
 
 
 def named_by_remedy(line):
-  """Paths after 'delete' or 'remove' in a refusal."""
-  remedy = re.split(r"[Dd]elete|remove ", line, maxsplit=1)[-1]
+  """Paths after 'delete' or 'remove' in a refusal; for 'delete it' the file that it is about."""
+  remedy = re.split(r"[Dd]elete (?!it\b)|remove (?!it\b)", line, maxsplit=1)[-1]
   return [pathlib.Path(path.rstrip(",;.:")) for path in re.findall(r"/\S+", remedy)]
 
 
@@ -264,7 +282,55 @@ def kills(campaign, count):
   for turn in range(count):
     stage = STAGES[turn % len(STAGES)]
     workdir, moment, ended = signal_during(campaign, stage, signal.SIGKILL, f"kill-{turn}")
-    campaign.finish("kill -9", moment, ended.shown(), workdir)
+    # Some of them, or all, may have been over and done.
+    ok = -signal.SIGKILL in ended.codes or (workdir / "report.html").exists()
+    campaign.finish("kill -9", moment, ended.shown(), workdir, ok=ok)
+
+
+def frozen(campaign):
+  """Stops one of several processes, as a host that hangs; the others must end, and name it."""
+  for lost in (0, campaign.processes - 1):
+    for stage in ("base", "mine"):
+      workdir = campaign.before(stage, f"frozen-{stage}")
+      processes = campaign.start(workdir, "--heartbeat_seconds=20")
+      wait_for_stage(processes, stage)
+      time.sleep(campaign.random.uniform(0, campaign.seconds[stage] / 2))
+      processes[lost].send_signal(signal.SIGSTOP)
+      stopped = time.monotonic()
+      others = [process for process in processes if process is not processes[lost]]
+      wait_until(others, lambda: time.monotonic() > stopped + 90)  # noqa: B023, called here
+      seconds = time.monotonic() - stopped
+      processes[lost].kill()
+      ended = campaign.end(processes)
+      named = all(
+        f"(process {lost}" in text or f"heartbeats):\n{lost}\n" in text
+        for i, text in enumerate(ended.outputs)
+        if i != lost
+      )
+      moment = f"{stage}, process {lost}"
+      shown = f"{ended.shown()} after {seconds:.0f} s"
+      ok = seconds < 60 and (named or campaign.same(workdir))
+      campaign.finish("one process frozen", moment, shown, workdir, ok=ok)
+
+
+def early_sigterm(campaign):
+  """While the program imports, and meets the others: nothing is lost, and it is started again."""
+  workdir = campaign.before("prepare", "early")
+  began = time.monotonic()
+  processes = campaign.start(workdir)
+  wait_for_stage(processes, "prepare")
+  seconds = time.monotonic() - began
+  campaign.end(processes)
+  for turn in range(3):
+    workdir = campaign.before("prepare", f"early-{turn}")
+    processes = campaign.start(workdir)
+    delay = campaign.random.uniform(1.0, max(1.1, seconds - 0.5))  # Python itself takes a moment
+    time.sleep(delay)
+    for process in processes:
+      process.send_signal(signal.SIGTERM)
+    ended = campaign.end(processes)
+    ok = ended.in_time and set(ended.codes) == {75}
+    campaign.finish("SIGTERM", f"start + {delay:.1f} s", ended.shown(), workdir, ok=ok)
 
 
 def one_killed(campaign):
@@ -403,11 +469,39 @@ def checkpoint_of_one(campaign):
     campaign.finish("checkpoint unreadable for one process", moment, ended.shown(), workdir, ok=ok)
 
 
-def damage(campaign, fault, stage, harm):
+def damage(campaign, fault, stage, harm, says=""):
   """`harm` changes files of a run that stands before `stage`."""
   workdir = campaign.before(stage, "damage")
   what = harm(workdir)
-  campaign.finish(fault, f"before {stage}", what, workdir)
+  campaign.finish(fault, f"before {stage}", what, workdir, says=says)
+
+
+def flip_latest(campaign, folder, unfinished=()):
+  """A harm: flips a byte of the latest checkpoint, after the files `unfinished` are gone."""
+
+  def harm(workdir):
+    for name in unfinished:
+      remove(workdir / name)
+    latest = max((workdir / folder).iterdir(), key=lambda path: int(path.name))
+    flip_checkpoint(campaign, latest)
+    return f"{folder}/{latest.name}"
+
+  return harm
+
+
+def damaged_states(campaign):
+  """Of a latest state that is not read the one before serves; without that, training is refused."""
+  back, no = "going back to that of step", "cannot be read"
+  rows = (
+    ("flipped byte, base state", "mine", "base/state", ("base/selected.json",), back),
+    ("flipped byte, state", "evaluate", "finetune/state", ("finetune/done.json",), back),
+    (
+      "flipped byte, only base state", "mine", "base/state",
+      ("base/selected.json", "base/state/100", "base/params/100"), no,
+    ),
+  )  # fmt: skip
+  for fault, stage, folder, unfinished, says in rows:
+    damage(campaign, fault, stage, flip_latest(campaign, folder, unfinished), says)
 
 
 def damages(campaign):
@@ -421,16 +515,6 @@ def damages(campaign):
   def flip_shard(workdir):
     flip_a_byte(campaign, shard(workdir))
     return shard(workdir).name
-
-  def flip_latest(folder, unfinished=()):
-    def harm(workdir):
-      for name in unfinished:
-        remove(workdir / name)
-      latest = max((workdir / folder).iterdir(), key=lambda path: int(path.name))
-      flip_checkpoint(campaign, latest)
-      return f"{folder}/{latest.name}"
-
-    return harm
 
   def lose_manifest(workdir):
     (workdir / "pairs" / "manifest.json").unlink()
@@ -446,16 +530,36 @@ def damages(campaign):
     flip_a_byte(campaign, max(files, key=lambda path: path.stat().st_size))
     return "the records"
 
-  damage(campaign, "flipped byte in data/", "base", flip_data)
-  damage(campaign, "truncated shard", "finetune", truncate)
-  damage(campaign, "flipped byte in a shard", "finetune", flip_shard)
-  damage(campaign, "flipped byte, base params", "mine", flip_latest("base/params"))
-  started = ("base/selected.json",)
-  damage(campaign, "flipped byte, base state", "mine", flip_latest("base/state", started))
-  tuned = ("finetune/done.json",)
-  flip = flip_latest("finetune/state", tuned)
-  damage(campaign, "flipped byte, state", "evaluate", flip)
-  damage(campaign, "flipped byte, params", "evaluate", flip_latest("finetune/params"))
+  def exchange(workdir):
+    """A case that was trained on is now one that is tested."""
+    parts = json.loads((workdir / "splits.json").read_text())
+    parts["labelled"][0], parts["test"][0] = parts["test"][0], parts["labelled"][0]
+    (workdir / "splits.json").write_text(json.dumps(parts))
+    return "splits.json"
+
+  def lose_rows(workdir):
+    """Of a base whose training goes on: they say which step was the best."""
+    for name in ("selected.json", "metrics.jsonl", "state/100", "params/100"):
+      remove(workdir / "base" / name)
+    return "base/metrics.jsonl"
+
+  def lose_judges(workdir):
+    (workdir / "pairs" / "judges.json").write_text('{"agreement": {')
+    return "pairs/judges.json"
+
+  unread, corrupt = "cannot be read", "is corrupt"
+  damage(campaign, "flipped byte in data/", "base", flip_data, "error: ")
+  damage(campaign, "splits exchanged", "mine", exchange, "is not what the stage 'prepare' wrote")
+  damage(campaign, "metrics lost", "mine", lose_rows, "holds the validations of steps []")
+  damage(campaign, "truncated shard", "finetune", truncate, corrupt)
+  damage(campaign, "flipped byte in a shard", "finetune", flip_shard, corrupt)
+  damage(
+    campaign, "flipped byte, base params", "mine", flip_latest(campaign, "base/params"), unread
+  )
+  damaged_states(campaign)
+  flip = flip_latest(campaign, "finetune/params")
+  damage(campaign, "flipped byte, params", "evaluate", flip, unread)
+  damage(campaign, "half of judges.json", "evaluate", lose_judges, "no valid JSON")
   damage(campaign, "manifest lost", "finetune", lose_manifest)
   damage(campaign, "clock jump: file times", "finetune", age)
 
@@ -632,12 +736,15 @@ def write_images(folder, count, seed=0):
 FAULTS = {
   "kill": lambda campaign, options: kills(campaign, options.kills),
   "one": lambda campaign, _: one_killed(campaign),
+  "frozen_one": lambda campaign, _: frozen(campaign),
+  "early": lambda campaign, _: early_sigterm(campaign),
   "sigterm": lambda campaign, _: sigterms(campaign),
   "sweep": lambda campaign, _: sweeps(campaign),
   "disk": lambda campaign, _: full_disk(campaign),
   "disk_of_one": lambda campaign, _: disk_of_one(campaign),
   "checkpoint_of_one": lambda campaign, _: checkpoint_of_one(campaign),
   "damage": lambda campaign, _: damages(campaign),
+  "states": lambda campaign, _: damaged_states(campaign),
   "clock": lambda campaign, _: clock(campaign),
   "source": lambda campaign, _: source_changed(campaign),
   "deleted": lambda campaign, _: deleted(campaign),
@@ -656,8 +763,9 @@ def main():
   options.workdir.mkdir(parents=True, exist_ok=True)
   campaign = Campaign(options)
   undisturbed(campaign)
-  # One process has none beside it.
+  # One process has none beside it; `states` are part of `damage`.
   names = [name for name in FAULTS if "one" not in name or options.processes > 1]
+  names.remove("states")
   for name in options.only.split(",") if options.only else names:
     FAULTS[name](campaign, options)
   head = ("fault", "moment", "what happened", "the same command again", "")
