@@ -67,7 +67,7 @@ def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: f
   """One line for a program: memory, operations, bytes, roofline, collectives."""
   seconds, bound = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
   return (
-    f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB, "
+    f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB, "
     f"{report.flops / 1e9:.1f} GFLOP, {report.bytes_accessed / 1e9:.2f} GB accessed "
     f"({report.hbm_bytes / 1e9:.2f} in HBM), at least {seconds * 1e3:.2f} ms ({bound}), "
     f"{report.cycles / 1e6:.1f} Mcycles estimated, "
@@ -88,9 +88,18 @@ def describe_mining(
 
 
 def describe_scaling(report: Report, chip: hardware.Chip) -> str:
-  """One line: efficiency by number of chips, from the all-reduces of a step."""
+  """One line: efficiency by number of chips, from the all-reduces of a step.
+
+  None is told of a step that communicates in other ways too, whose time is not known here.
+  """
+  others = sorted({kind for kind, _ in report.collectives} - {"all-reduce"})
+  if others:
+    return (
+      f"          weak scaling: not told, since the step also has {', '.join(others)}, and the time "
+      "of all-reduces alone is known"
+    )
   seconds, _ = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
-  reduced = [size for kind, size in report.collectives if kind == "all-reduce"]
+  reduced = [size for _, size in report.collectives]
   efficiencies = hardware.weak_scaling(chip, seconds, sum(reduced), len(reduced))
   return "          weak scaling, nothing overlapped: " + ", ".join(
     f"{value:.3f} at {chips} chips" for chips, value in efficiencies.items()

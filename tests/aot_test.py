@@ -2,9 +2,12 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from rndpo_jax import aot, parallel, program_report
+from rndpo_jax import aot, hardware, parallel, program_report
 from rndpo_jax.config import ConfigError
 
 needs_libtpu = pytest.mark.skipif(
@@ -48,6 +51,27 @@ def test_lanes_are_those_of_the_devices_that_it_is_compiled_for(tiny_config):
     lowers = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"evaluate": mesh.size})
     texts.append(lowers["evaluate"]().as_text())
   assert texts[0] == texts[1] != texts[2]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", hardware.CHIPS)
+def test_slices_of_the_scaling_table_can_be_opened(name):
+  assert set(hardware.CHIPS[name].slices) == {8, 64, 256}
+  for count, shape in hardware.CHIPS[name].slices.items():
+    chip, mesh = aot.open_topology(f"{name}:{shape}")
+    assert chip is hardware.CHIPS[name] and mesh.size == count
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name,shape", [("v5e", "2x2"), ("v6e", "2x2"), ("v5p", "2x2x1")])
+def test_memory_is_what_the_compiler_allows(name, shape):
+  """A TiB is more than any chip has; the error says what it has."""
+  chip, mesh = aot.open_topology(f"{name}:{shape}")
+  sharding = SingleDeviceSharding(mesh.devices.flat[0])
+  large = jax.ShapeDtypeStruct((2**38,), jnp.float32, sharding=sharding)
+  with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+    jax.jit(lambda x: x + 1).lower(large).compile()
+  assert f"exceeds available HBM ({chip.memory / 2**30:.2f}G)" in str(refused.value)
 
 
 @needs_libtpu
