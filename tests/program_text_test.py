@@ -149,6 +149,52 @@ def test_branches_and_calls_cost_what_they_hold(opcode, branches):
   assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == 3 * PLANE
 
 
+# Fusions in a fusion, as libtpu 0.0.42 puts the slicing of what a loop goes through.
+SLICES = """\
+%inner (s: f32[4,8,128], t: s32[]) -> f32[8,128] {
+  %s = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %t = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%s, %t, %zero, %zero), \
+dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%slice)
+}
+
+%outer (u: s32[], v: f32[4,8,128]) -> f32[8,128] {
+  %v = f32[4,8,128]{2,1,0:T(8,128)} parameter(1)
+  %u = s32[]{:T(128)S(6)} parameter(0)
+  %part = f32[8,128]{1,0:T(8,128)} fusion(%v, %u), kind=kLoop, calls=%inner
+  %other = f32[8,128]{1,0:T(8,128)} negate(%part)
+  ROOT %both = f32[8,128]{1,0:T(8,128)} add(%part, %other)
+}
+
+ENTRY"""
+_STACKED = """\
+  %at = s32[]{:T(128)S(6)} custom-call()
+  %stack = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%start), index=1
+  %c = f32[8,128]{1,0:T(8,128)S(1)} fusion(%at, %stack), kind=kLoop, calls=%outer
+"""
+
+
+@pytest.mark.parametrize(
+  "old,new,planes",
+  [
+    ("", "", 1),
+    ("dynamic-slice(", "gather(", 4),
+    ("negate(%part)", "negate(%u)", 1),
+    ("fusion(%v, %u)", "fusion(%u, %v)", 4),  # the stack as the index
+    ("negate(%part)", "reduce(%v, %u)", 4),  # a slice, and all of it
+    ("negate(%part)", "fusion(%v, %u), kind=kLoop, calls=%inner", 2),
+    ("fusion(%at, %stack), kind=kLoop, calls=%outer", "dynamic-slice(%stack, %at, %at, %at)", 1),
+    ("fusion(%at, %stack), kind=kLoop, calls=%outer", "dynamic-slice(%a, %at, %stack, %at)", 5),
+  ],
+)
+def test_of_a_sliced_array_the_slices_are_read(old, new, planes):
+  text = TEXT.replace("ENTRY", SLICES).replace("  %loop = ", _STACKED + "  %loop = ")
+  text = text.replace(old, new)
+  assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == planes * PLANE
+
+
 def test_arrays_side_by_side_in_memory_are_joined_for_nothing():
   """As libtpu 0.0.42 writes a concatenation whose parts were written where they shall stand."""
   array = "f32[16,128]{1,0:T(8,128)}"
