@@ -13,8 +13,9 @@ class Report(NamedTuple):
 
   Attributes:
     memory: bytes of arguments, results, temporaries and code.
-    flops: operations.
-    bytes_accessed: by XLA's count, in which traffic inside the vector memory stands too.
+    flops: operations, by XLA's count. Of a loop inside the program its body counts once: of
+      evaluation the network counts whole, but bringing masks to their own grids for one image.
+    bytes_accessed: by XLA's count likewise, in which traffic inside the vector memory stands too.
     hbm_bytes: by `program_text.hbm_bytes`.
     cycles: the compiler's own estimate, by `program_text.cycles`.
     collectives: (kind, bytes) of each.
@@ -95,7 +96,7 @@ def describe_scaling(report: Report, chip: hardware.Chip) -> str:
   others = sorted({kind for kind, _ in report.collectives} - {"all-reduce"})
   if others:
     return (
-      f"          weak scaling: not told, since the step also has {', '.join(others)}, and the time "
+      f"          weak scaling: not told, for the step also has {', '.join(others)}, and the time "
       "of all-reduces alone is known"
     )
   seconds, _ = hardware.step_seconds(chip, report.flops, report.hbm_bytes)

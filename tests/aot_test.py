@@ -1,6 +1,10 @@
 """One small config compiled for a TPU slice that is not here."""
 
 import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -144,3 +148,58 @@ def test_what_cannot_be_compiled_for_is_refused_by_name(tiny_config):
 def test_a_slice_that_does_not_exist_is_refused():
   with pytest.raises(ConfigError, match="v5e:3x5"):
     aot.open_topology("v5e:3x5")
+
+
+def compile_tpu(*arguments):
+  """The program as a user starts it: (exit status, its lines, what it says of errors)."""
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.compile_tpu", "--config=tests/tiny_config.py", *arguments],
+    cwd=pathlib.Path(__file__).parent.parent,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments,error",
+  [
+    (["--config.model.widht=8"], "widht"),
+    (["--programs=base,tune"], "--programs: found 'tune'"),
+    (
+      ["--config.finetune.accumulate_steps=4", "--batch_per_device=6", "--programs=base,finetune"],
+      "--batch_per_device: found 6, no multiple of config.finetune.accumulate_steps=4; use 8,",
+    ),
+    (
+      ["--config.base.accumulate_steps=4", "--batch_per_device=1", "--programs=base"],
+      "--batch_per_device: found 1, no multiple of config.base.accumulate_steps=4; use 4,",
+    ),
+  ],
+)
+def test_what_the_program_refuses_it_says_in_one_line(arguments, error):
+  code, lines, said = compile_tpu("--topology=v5e:2x2", *arguments)
+  assert code == 1 and lines == []
+  assert said.startswith("error: ") and error in said and said.count("\n") == 1
+
+
+@needs_libtpu
+def test_the_program_tells_what_a_slice_would_need():
+  """Only the step that is compiled has to suit its micro-batches."""
+  code, lines, said = compile_tpu(
+    "--topology=v5e:2x2", "--programs=finetune", "--batch_per_device=2",
+    "--config.base.accumulate_steps=4",
+  )  # fmt: skip
+  assert code == 0, said
+  assert lines[0] == "v5e:2x2, 2 images a chip of (16, 16), 2 classes"
+  assert re.fullmatch(
+    r"finetune  memory 0\.\d\d of 15\.75 GiB, 0\.\d GFLOP, 0\.\d\d GB accessed \(0\.0\d in HBM\), "
+    r"at least 0\.\d\d ms \(bandwidth\), \d\.\d Mcycles estimated, at most \d+ images/s a chip; "
+    r"\d all-reduce of 0\.02\d MB",
+    lines[1],
+  )
+  assert re.fullmatch(
+    r" +weak scaling, nothing overlapped: 0\.\d{3} at 8 chips, 0\.\d{3} at 64 chips, "
+    r"0\.\d{3} at 256 chips",
+    lines[2],
+  )
+  assert len(lines) == 3
