@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch import program
+
 PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
 # Measuring the judges, training the judge `learned`, and the loss alone.
 MORE = ("measure", "judge", "loss")
@@ -53,11 +55,30 @@ def main(argv):
     sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
     checks.validate(_CONFIG.value)
+    check_micro_batches(_CONFIG.value, _BATCH.value)
     problem = aot.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)
     for topology in _TOPOLOGY.value:
       show(topology, problem)
   except ConfigError as error:
     sys.exit(f"error: {error}")
+
+
+def accumulate_steps(config, name):
+  """Micro-batches that a step of the program `name` goes through; 1 of one that has none."""
+  return config[name].accumulate_steps if name in ("base", "finetune") else 1
+
+
+def check_micro_batches(config, batch):
+  """Refuses a batch that the stages refuse; compiled, it would gather images on every chip."""
+  from rndpo_jax.config import ConfigError
+
+  for name in _PROGRAMS.value:
+    steps = accumulate_steps(config, name)
+    if batch % steps:
+      raise ConfigError(
+        f"--batch_per_device: found {batch}, no multiple of config.{name}.accumulate_steps="
+        f"{steps}; use {batch // steps * steps + steps}, or other accumulate_steps"
+      )
 
 
 def show(topology, problem):
@@ -73,25 +94,25 @@ def show(topology, problem):
     "a chip" if axes.space == 1 else f"for {axes.space} chips (mining and evaluating, a chip)"
   )
   print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
-  parts = parallel.num_batch_parts(mesh)
-  images = {name: batch * (mesh.size if name in APART else parts) for name in _PROGRAMS.value}
-  programs = aot.programs(_CONFIG.value, problem, mesh, images)
+  sharers = parallel.num_batch_parts(mesh)
+  totals = {name: batch * (mesh.size if name in APART else sharers) for name in _PROGRAMS.value}
+  programs = aot.programs(_CONFIG.value, problem, mesh, totals)
   for name in _PROGRAMS.value:
     if name == "loss":
       show_losses(mesh)
       continue
     try:
-      parts = _CONFIG.value[name].accumulate_steps if name in ("base", "finetune") else 1
-      report = program_report.measure(programs[name]().compile(), parts)
+      compiled = programs[name]().compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       print(f"{name:9} does not fit: {str(error).splitlines()[0][:200]}", flush=True)
       continue
+    report = program_report.measure(compiled, accumulate_steps(_CONFIG.value, name))
     if name in APART and report.collectives:
       sys.exit(f"error: the program {name!r} communicates: {report.collectives}")
-    images = batch if name in APART else batch / axes.space
-    print(program_report.describe(name, report, chip, images), flush=True)
+    per_chip = batch if name in APART else batch / axes.space
+    print(program_report.describe(name, report, chip, per_chip), flush=True)
     if name == "mine" and _NUM_UNLABELLED.value:
       chips = mesh.size
       print(program_report.describe_mining(report, chip, batch, chips, _NUM_UNLABELLED.value))
@@ -111,4 +132,4 @@ def show_losses(mesh):
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config"])
-  app.run(main)
+  app.run(main, flags_parser=program.parse)

@@ -10,7 +10,7 @@ class Chip(NamedTuple):
   """One chip.
 
   Attributes:
-    memory: bytes of HBM.
+    memory: bytes of HBM that the compiler lets a program have.
     memory_bandwidth: bytes a second.
     peak_flops: bfloat16 multiply and add operations a second.
     link_bandwidth: bytes a second of one interconnect link in one direction.
@@ -28,13 +28,15 @@ class Chip(NamedTuple):
 
 # Source: Google Cloud's pages "TPU v5e", "TPU v6e" and "TPU v5p" (cloud.google.com/tpu/docs/v5e,
 # v6e, v5p), key specifications. They give interconnect bandwidth a chip, all ports and both
-# directions together: 400, 800 and 1200 GB/s over 4, 4 and 6 ports.
+# directions together: 400, 800 and 1200 GB/s over 4, 4 and 6 ports. Memory is not the pages' 16, 32
+# and 95 GiB, but what libtpu 0.0.42.1 names where it refuses a program that is too large:
+# "exceeds available HBM (15.75G)"; a test provokes that.
 _FLAT = {8: "2x4", 64: "8x8", 256: "16x16"}
 _CUBE = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"}
 CHIPS = {
-  "v5e": Chip(16 * 2**30, 819e9, 197e12, 400e9 / 4 / 2, 16, _FLAT),
-  "v6e": Chip(32 * 2**30, 1638e9, 918e12, 800e9 / 4 / 2, 16, _FLAT),
-  "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1200e9 / 6 / 2, 4, _CUBE),
+  "v5e": Chip(15.75 * 2**30, 819e9, 197e12, 400e9 / 4 / 2, 16, _FLAT),
+  "v6e": Chip(31.25 * 2**30, 1638e9, 918e12, 800e9 / 4 / 2, 16, _FLAT),
+  "v5p": Chip(95.74 * 2**30, 2765e9, 459e12, 1200e9 / 6 / 2, 4, _CUBE),
 }
 
 # Channels in a tile of memory, and multipliers along a side of v5e's and v5p's matrix units.

@@ -13,8 +13,9 @@ class Report(NamedTuple):
 
   Attributes:
     memory: bytes of arguments, results, temporaries and code.
-    flops: operations.
-    bytes_accessed: by XLA's count, in which traffic inside the vector memory stands too.
+    flops: operations, by XLA's count. Of a loop inside the program its body counts once: of
+      evaluation the network counts whole, but bringing masks to their own grids for one image.
+    bytes_accessed: by XLA's count likewise, in which traffic inside the vector memory stands too.
     hbm_bytes: by `program_text.hbm_bytes`.
     cycles: the compiler's own estimate, by `program_text.cycles`.
     collectives: (kind, bytes) of each.
@@ -67,7 +68,7 @@ def describe(name: str, report: Report, chip: hardware.Chip, batch_per_device: f
   """One line for a program: memory, operations, bytes, roofline, collectives."""
   seconds, bound = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
   return (
-    f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.0f} GiB, "
+    f"{name:9} memory {report.memory / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB, "
     f"{report.flops / 1e9:.1f} GFLOP, {report.bytes_accessed / 1e9:.2f} GB accessed "
     f"({report.hbm_bytes / 1e9:.2f} in HBM), at least {seconds * 1e3:.2f} ms ({bound}), "
     f"{report.cycles / 1e6:.1f} Mcycles estimated, "
@@ -88,9 +89,18 @@ def describe_mining(
 
 
 def describe_scaling(report: Report, chip: hardware.Chip) -> str:
-  """One line: efficiency by number of chips, from the all-reduces of a step."""
+  """One line: efficiency by number of chips, from the all-reduces of a step.
+
+  None is told of a step that communicates in other ways too, whose time is not known here.
+  """
+  others = sorted({kind for kind, _ in report.collectives} - {"all-reduce"})
+  if others:
+    return (
+      f"          weak scaling: not told, for the step also has {', '.join(others)}, and the time "
+      "of all-reduces alone is known"
+    )
   seconds, _ = hardware.step_seconds(chip, report.flops, report.hbm_bytes)
-  reduced = [size for kind, size in report.collectives if kind == "all-reduce"]
+  reduced = [size for _, size in report.collectives]
   efficiencies = hardware.weak_scaling(chip, seconds, sum(reduced), len(reduced))
   return "          weak scaling, nothing overlapped: " + ", ".join(
     f"{value:.3f} at {chips} chips" for chips, value in efficiencies.items()

@@ -37,10 +37,11 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-  """One instruction: its arrays read and written, and the rest of its line."""
+  """One instruction: its operands' names, the arrays read and written, the rest of its line."""
 
   name: str
   opcode: str
+  operands: list[str]
   reads: list[Array]
   writes: list[Array]
   rest: str
@@ -62,7 +63,7 @@ def instructions(text: str) -> dict[str, list[Instruction]]:
     arrays[name] = _arrays(kind)
     operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
     reads = [array for operand in operands for array in arrays.get(operand, [])]
-    current.append(Instruction(name, opcode, reads, arrays[name], rest))
+    current.append(Instruction(name, opcode, operands, reads, arrays[name], rest))
   return computations
 
 
@@ -70,7 +71,8 @@ def hbm_bytes(text: str) -> float:
   """Bytes that a program reads from HBM and writes to it, as far as its text says.
 
   Loops count as often as they are known to run, else once; of the branches of a conditional the
-  costliest counts. An update in place counts as if it wrote the whole array.
+  costliest counts. Of an array that is sliced at an index, as a loop slices what it goes through,
+  the slice counts. An update in place counts as if it wrote the whole array.
   """
   computations = instructions(text)
   return sum(_total(i, computations, _traffic) for i in computations["ENTRY"])
@@ -148,7 +150,7 @@ def _results(instruction: Instruction) -> list[Array]:
 def _total(
   instruction: Instruction,
   computations: dict[str, list[Instruction]],
-  cost: Callable[[Instruction], float],
+  cost: Callable[[Instruction, dict[str, list[Instruction]]], float],
 ) -> float:
   """`cost` of one instruction, or of what the loop, branch or call that it is holds."""
 
@@ -165,15 +167,15 @@ def _total(
     return max(total(name) for name in re.findall(r"%([\w.\-]+)", names))
   if opcode == "call":
     return total(re.search(r"to_apply=%([\w.\-]+)", rest)[1])
-  return cost(instruction)
+  return cost(instruction, computations)
 
 
-def _cycles(instruction: Instruction) -> float:
+def _cycles(instruction: Instruction, _) -> float:
   found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
   return float(found[1]) if found else 0.0
 
 
-def _traffic(instruction: Instruction) -> float:
+def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]]) -> float:
   """HBM bytes of one instruction."""
   opcode, rest = instruction.opcode, instruction.rest
   if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in rest:
@@ -182,8 +184,27 @@ def _traffic(instruction: Instruction) -> float:
     # A prefetch or eviction gives (to, from, context) or (from, to, context): the smaller moves.
     ends = instruction.writes[:2]
     return min(end.padded_bytes for end in ends) * sum(end.in_hbm for end in ends)
-  moved = (*instruction.reads, *_results(instruction))
-  return sum(array.padded_bytes for array in moved if array.in_hbm)
+  moved = sum(array.padded_bytes for array in _results(instruction) if array.in_hbm)
+  # Operands that are tuples have several arrays: no fusion takes them.
+  aligned = len(instruction.operands) == len(instruction.reads)
+  for place, array in enumerate(instruction.reads):
+    if array.in_hbm:
+      part = _sliced(instruction, place, computations) if aligned else math.inf
+      moved += min(array.padded_bytes, part)
+  return moved
+
+
+def _sliced(
+  instruction: Instruction, place: int, computations: dict[str, list[Instruction]]
+) -> float:
+  """Bytes that an instruction reads of an operand by slicing it; infinite where it reads it all."""
+  if instruction.opcode == "dynamic-slice" and place == 0:
+    return sum(array.padded_bytes for array in instruction.writes)
+  called = re.search(r"calls=%([\w.\-]+)", instruction.rest)
+  inner = computations.get(called[1], []) if called else []
+  name = [i.name for i in inner if i.opcode == "parameter" and i.rest.startswith(f"{place})")]
+  uses = [(i, at) for i in inner for at, used in enumerate(i.operands) if [used] == name]
+  return sum(_sliced(i, at, computations) for i, at in uses) if uses else math.inf
 
 
 def _arrays(kind: str) -> list[Array]:

@@ -1,10 +1,17 @@
 """One small config compiled for a TPU slice that is not here."""
 
 import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from rndpo_jax import aot, parallel, program_report
+from rndpo_jax import aot, hardware, parallel, program_report
 from rndpo_jax.config import ConfigError
 
 needs_libtpu = pytest.mark.skipif(
@@ -48,6 +55,27 @@ def test_lanes_are_those_of_the_devices_that_it_is_compiled_for(tiny_config):
     lowers = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"evaluate": mesh.size})
     texts.append(lowers["evaluate"]().as_text())
   assert texts[0] == texts[1] != texts[2]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", hardware.CHIPS)
+def test_slices_of_the_scaling_table_can_be_opened(name):
+  assert set(hardware.CHIPS[name].slices) == {8, 64, 256}
+  for count, shape in hardware.CHIPS[name].slices.items():
+    chip, mesh = aot.open_topology(f"{name}:{shape}")
+    assert chip is hardware.CHIPS[name] and mesh.size == count
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name,shape", [("v5e", "2x2"), ("v6e", "2x2"), ("v5p", "2x2x1")])
+def test_memory_is_what_the_compiler_allows(name, shape):
+  """A TiB is more than any chip has; the error says what it has."""
+  chip, mesh = aot.open_topology(f"{name}:{shape}")
+  sharding = SingleDeviceSharding(mesh.devices.flat[0])
+  large = jax.ShapeDtypeStruct((2**38,), jnp.float32, sharding=sharding)
+  with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+    jax.jit(lambda x: x + 1).lower(large).compile()
+  assert f"exceeds available HBM ({chip.memory / 2**30:.2f}G)" in str(refused.value)
 
 
 @needs_libtpu
@@ -120,3 +148,58 @@ def test_what_cannot_be_compiled_for_is_refused_by_name(tiny_config):
 def test_a_slice_that_does_not_exist_is_refused():
   with pytest.raises(ConfigError, match="v5e:3x5"):
     aot.open_topology("v5e:3x5")
+
+
+def compile_tpu(*arguments):
+  """The program as a user starts it: (exit status, its lines, what it says of errors)."""
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.compile_tpu", "--config=tests/tiny_config.py", *arguments],
+    cwd=pathlib.Path(__file__).parent.parent,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments,error",
+  [
+    (["--config.model.widht=8"], "widht"),
+    (["--programs=base,tune"], "--programs: found 'tune'"),
+    (
+      ["--config.finetune.accumulate_steps=4", "--batch_per_device=6", "--programs=base,finetune"],
+      "--batch_per_device: found 6, no multiple of config.finetune.accumulate_steps=4; use 8,",
+    ),
+    (
+      ["--config.base.accumulate_steps=4", "--batch_per_device=1", "--programs=base"],
+      "--batch_per_device: found 1, no multiple of config.base.accumulate_steps=4; use 4,",
+    ),
+  ],
+)
+def test_what_the_program_refuses_it_says_in_one_line(arguments, error):
+  code, lines, said = compile_tpu("--topology=v5e:2x2", *arguments)
+  assert code == 1 and lines == []
+  assert said.startswith("error: ") and error in said and said.count("\n") == 1
+
+
+@needs_libtpu
+def test_the_program_tells_what_a_slice_would_need():
+  """Only the step that is compiled has to suit its micro-batches."""
+  code, lines, said = compile_tpu(
+    "--topology=v5e:2x2", "--programs=finetune", "--batch_per_device=2",
+    "--config.base.accumulate_steps=4",
+  )  # fmt: skip
+  assert code == 0, said
+  assert lines[0] == "v5e:2x2, 2 images a chip of (16, 16), 2 classes"
+  assert re.fullmatch(
+    r"finetune  memory 0\.\d\d of 15\.75 GiB, 0\.\d GFLOP, 0\.\d\d GB accessed \(0\.0\d in HBM\), "
+    r"at least 0\.\d\d ms \(bandwidth\), \d\.\d Mcycles estimated, at most \d+ images/s a chip; "
+    r"\d all-reduce of 0\.02\d MB",
+    lines[1],
+  )
+  assert re.fullmatch(
+    r" +weak scaling, nothing overlapped: 0\.\d{3} at 8 chips, 0\.\d{3} at 64 chips, "
+    r"0\.\d{3} at 256 chips",
+    lines[2],
+  )
+  assert len(lines) == 3

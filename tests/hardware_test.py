@@ -1,4 +1,6 @@
-"""Rooflines and all-reduce times, by hand."""
+"""Chips' figures, rooflines and all-reduce times, by hand; what is told of a program."""
+
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +14,22 @@ CHIP = hardware.Chip(
   torus_from=4,
   slices={1: "1x1", 4: "2x2", 16: "4x4"},
 )
-HOP = hardware.SECONDS_PER_HOP
+HOP = 1e-6
+REPORT = program_report.Report(0, 500.0, 0, 100.0, 0, [], [])  # a second on CHIP
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+  "name,figures",
+  [
+    ("v5e", (15.75 * GIB, 819e9, 197e12, 50e9, 16, {8: "2x4", 64: "8x8", 256: "16x16"})),
+    ("v6e", (31.25 * GIB, 1638e9, 918e12, 100e9, 16, {8: "2x4", 64: "8x8", 256: "16x16"})),
+    ("v5p", (95.74 * GIB, 2765e9, 459e12, 100e9, 4, {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"})),
+  ],
+)
+def test_figures_are_the_vendors(name, figures):
+  assert tuple(hardware.CHIPS[name]) == figures
+  assert len(hardware.CHIPS) == 3
 
 
 def test_the_slower_of_compute_and_bandwidth_sets_the_time():
@@ -41,18 +58,64 @@ def test_weak_scaling_is_the_share_of_the_step_that_is_not_communication():
   assert found == pytest.approx({1: 1.0, 4: 0.5, 16: 12.0 / 19.5}, rel=1e-12)
 
 
-def test_slices_have_the_chips_they_are_named_for():
-  for chip in hardware.CHIPS.values():
-    assert set(chip.slices) == {8, 64, 256}
-    for count, topology in chip.slices.items():
-      product = 1
-      for axis in topology.split("x"):
-        product *= int(axis)
-      assert product == count
-
-
 def test_mining_many_images_takes_whole_batches_of_all_chips():
   # 100 bytes take a second for 8 images on each of 4 chips; 65 images are three batches of 32.
-  report = program_report.Report(0, 500.0, 0, 100.0, 0, [], [])
-  line = program_report.describe_mining(report, CHIP, 8, 4, 65)
+  line = program_report.describe_mining(REPORT, CHIP, 8, 4, 65)
   assert "65 images: at least 3.0 s on 4 chips, reading 32 images/s" in line
+
+
+def test_a_program_is_told_beside_its_chip():
+  chip = CHIP._replace(memory=15.75 * GIB, memory_bandwidth=1e12, peak_flops=1e12)
+  exchanged = [("all-reduce", 1e6), ("send", 3e3), ("all-reduce", 2e6)]
+  report = program_report.Report(0.5 * GIB, 5e9, 3e9, 2e9, 2e6, exchanged, [])
+  assert program_report.describe("base", report, chip, 8) == (
+    "base      memory 0.50 of 15.75 GiB, 5.0 GFLOP, 3.00 GB accessed (2.00 in HBM), at least "
+    "5.00 ms (compute), 2.0 Mcycles estimated, at most 1600 images/s a chip; "
+    "2 all-reduce of 3.000 MB, 1 send of 0.003 MB"
+  )
+
+
+def test_scaling_is_told_from_all_reduces_and_of_a_step_that_has_nothing_else():
+  report = REPORT._replace(hbm_bytes=1200.0, collectives=[("all-reduce", 50.0), ("all-reduce", 30)])
+  line = program_report.describe_scaling(report, CHIP)
+  assert line.endswith("nothing overlapped: 1.000 at 1 chips, 0.500 at 4 chips, 0.615 at 16 chips")
+  many = REPORT._replace(flops=8e-3, hbm_bytes=0.0, collectives=[("all-reduce", 0.0)] * 2)
+  assert "0.500 at 4 chips" in program_report.describe_scaling(many, CHIP)  # two, of 4 hops each
+  more = [*report.collectives, ("all-gather", 1.0), ("collective-permute", 1.0)]
+  line = program_report.describe_scaling(report._replace(collectives=more), CHIP)
+  assert "not told" in line and "all-gather, collective-permute" in line
+  assert " at 4 chips" not in line
+
+
+class Compiled:
+  """What is read of a compiled program."""
+
+  def cost_analysis(self):
+    return {"flops": 7.0, "bytes accessed": 11.0}
+
+  def memory_analysis(self):
+    return SimpleNamespace(
+      argument_size_in_bytes=100, output_size_in_bytes=80, alias_size_in_bytes=60,
+      temp_size_in_bytes=5, generated_code_size_in_bytes=3,
+    )  # fmt: skip
+
+  def as_text(self):
+    array = "f32[8,128]{1,0:T(8,128)}"
+    return f"""ENTRY %main (a: f32[8,128]) -> f32[8,128] {{
+  %a = {array} parameter(0)
+  ROOT %sum = {array} all-reduce(%a), replica_groups={{}}, \
+backend_config={{"estimated_cycles":"9"}}
+}}"""
+
+
+def test_xlas_counts_of_micro_batches_are_multiplied_and_those_of_the_text_are_not():
+  plane = 8 * 128 * 4
+  assert program_report.measure(Compiled(), 4) == program_report.Report(
+    memory=100 + 80 - 60 + 5 + 3,
+    flops=28.0,
+    bytes_accessed=44.0,
+    hbm_bytes=2 * plane,
+    cycles=9.0,
+    collectives=[("all-reduce", plane)],
+    largest=[("all-reduce sum", 2 * plane)],
+  )

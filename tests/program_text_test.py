@@ -102,6 +102,108 @@ def test_what_a_start_passes_on_is_not_moved_twice():
   assert program_text.hbm_bytes(text) == program_text.hbm_bytes(TEXT)
 
 
+def test_loops_in_loops_count_as_often_as_both_run():
+  loop = TEXT[TEXT.index("  %loop = ") : TEXT.index("  ROOT %result")]
+  outer = f"""%outer (o: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %start = (s32[]{{:T(128)S(6)}}, f32[8,128]{{1,0:T(8,128)}}) parameter(0)
+{loop}}}
+
+ENTRY"""
+  thrice = loop.replace("body=%body", "body=%outer").replace('"n":"5"', '"n":"3"')
+  text = TEXT.replace(loop, thrice).replace("ENTRY", outer)
+  assert program_text.cycles(text) == 1000 + 3 * 5 * 70
+  assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == (3 - 1) * 5 * 2 * PLANE
+  text = text.replace("fusion(%value), kind=kLoop, calls=%fused", "all-reduce(%value)")
+  assert program_text.collectives(text) == [("all-reduce", PLANE)] * (1 + 3 * 5)
+
+
+# One plane read and written, and two read and one written.
+BRANCHES = """\
+%less (l: f32[8,128]) -> f32[8,128] {
+  %l = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %one = f32[8,128]{1,0:T(8,128)} negate(%l), backend_config={"estimated_cycles":"30"}
+}
+
+%more (k: f32[8,128]) -> f32[8,128] {
+  %k = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %two = f32[8,128]{1,0:T(8,128)} add(%k, %k), backend_config={"estimated_cycles":"50"}
+}
+
+ENTRY"""
+
+
+@pytest.mark.parametrize(
+  "opcode,branches",
+  [
+    ("conditional(%pick, %a, %a)", "branch_computations={%more, %less}"),
+    ("conditional(%pick, %a, %a)", "branch_computations={%less, %more}"),
+    ("conditional(%pick, %a, %a)", "true_computation=%more, false_computation=%less"),
+    ("call(%a)", "to_apply=%more"),
+  ],
+)
+def test_branches_and_calls_cost_what_they_hold(opcode, branches):
+  """The costliest branch alone, whatever the branch's or call's own line says."""
+  line = f'  %c = f32[8,128]{{1,0:T(8,128)}} {opcode}, {branches}, x={{"estimated_cycles":"9"}}\n'
+  text = TEXT.replace("ENTRY", BRANCHES).replace("  %loop = ", line + "  %loop = ")
+  assert program_text.cycles(text) - program_text.cycles(TEXT) == 50
+  assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == 3 * PLANE
+
+
+# Fusions in a fusion, as libtpu 0.0.42 puts the slicing of what a loop goes through.
+SLICES = """\
+%inner (s: f32[4,8,128], t: s32[]) -> f32[8,128] {
+  %s = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  %t = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%s, %t, %zero, %zero), \
+dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%slice)
+}
+
+%outer (u: s32[], v: f32[4,8,128]) -> f32[8,128] {
+  %v = f32[4,8,128]{2,1,0:T(8,128)} parameter(1)
+  %u = s32[]{:T(128)S(6)} parameter(0)
+  %part = f32[8,128]{1,0:T(8,128)} fusion(%v, %u), kind=kLoop, calls=%inner
+  %other = f32[8,128]{1,0:T(8,128)} negate(%part)
+  ROOT %both = f32[8,128]{1,0:T(8,128)} add(%part, %other)
+}
+
+ENTRY"""
+_STACKED = """\
+  %at = s32[]{:T(128)S(6)} custom-call()
+  %stack = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%start), index=1
+  %c = f32[8,128]{1,0:T(8,128)S(1)} fusion(%at, %stack), kind=kLoop, calls=%outer
+"""
+
+
+@pytest.mark.parametrize(
+  "old,new,planes",
+  [
+    ("", "", 1),
+    ("dynamic-slice(", "gather(", 4),
+    ("negate(%part)", "negate(%u)", 1),
+    ("fusion(%v, %u)", "fusion(%u, %v)", 4),  # the stack as the index
+    ("negate(%part)", "reduce(%v, %u)", 4),  # a slice, and all of it
+    ("negate(%part)", "fusion(%v, %u), kind=kLoop, calls=%inner", 2),
+    ("fusion(%at, %stack), kind=kLoop, calls=%outer", "dynamic-slice(%stack, %at, %at, %at)", 1),
+    ("fusion(%at, %stack), kind=kLoop, calls=%outer", "dynamic-slice(%a, %at, %stack, %at)", 5),
+  ],
+)
+def test_of_a_sliced_array_the_slices_are_read(old, new, planes):
+  text = TEXT.replace("ENTRY", SLICES).replace("  %loop = ", _STACKED + "  %loop = ")
+  text = text.replace(old, new)
+  assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == planes * PLANE
+
+
+def test_arrays_side_by_side_in_memory_are_joined_for_nothing():
+  """As libtpu 0.0.42 writes a concatenation whose parts were written where they shall stand."""
+  array = "f32[16,128]{1,0:T(8,128)}"
+  for target, moved in (("ConcatBitcast", 0), ("Other", 4 * PLANE)):
+    line = f'  %c = {array} custom-call(%a, %first), custom_call_target="{target}"\n'
+    text = TEXT.replace("  %loop = ", line + "  %loop = ")
+    assert program_text.hbm_bytes(text) - program_text.hbm_bytes(TEXT) == moved
+
+
 def test_collectives_are_found_with_their_bytes():
   assert program_text.collectives(TEXT) == [("all-reduce", PLANE)]
 
