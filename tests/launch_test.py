@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
-SCRIPTS = ("multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh", "quickstart.sh", "setup.sh")
+SCRIPTS = (
+  "multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh", "tpu_slice.sh", "quickstart.sh", "setup.sh"
+)  # fmt: skip
 
 
 def dry_run(script, *arguments, **variables):
@@ -204,7 +206,7 @@ def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
 )
 def test_launchers_run_a_sweep_where_it_is_named(script, variables):
   code, output, error = dry_run(script, "--betas=3,10", PROGRAM="launch.sweep", **variables)
-  assert code == 0 and not error
+  assert code == 0 and "error" not in error  # of tpu_vm.sh perhaps the warning about this checkout
   assert "launch.run" not in output and "--betas" in output
   found = output.replace("\\", "").count("-m launch.sweep --")
   assert found == int(variables.get("PROCESSES", 1))
@@ -244,7 +246,9 @@ def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
   places = [output.replace("\\", "").find(step) for step in steps]
   assert code == 0 and -1 not in places and places == sorted(places), (output, places)
   assert output.count("--worker=all") == 3
-  _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="gs://bucket/a")
+  more = {"WORKDIR": "gs://bucket/a", "CONNECT_SECONDS": "7"}
+  _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", **more)
+  assert "--connect_seconds=7 " in output.replace("\\", "")
   assert "storage cp gs://bucket/a/results.json runs/slice/results.json" in output
   assert "source launch/setup.sh tpu,gcs" in output.replace("\\", "")
   code, output, error = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="runs/a")
@@ -259,10 +263,13 @@ GCLOUD = """
 set -e
 for x; do case $x in --worker=*) worker=${x#*=} ;; --command=*) command=${x#*=} ;; esac; done
 case $4 in
-  describe) cat $HOME/state ;;
-  create | start | delete) echo $4 >>$HOME/did; echo READY >$HOME/state ;;
+  describe) case $* in *csv*) cat $HOME/was ;; *) cat $HOME/state ;; esac ;;
+  create | start | delete) echo "${@:4}" >>$HOME/did; echo READY >$HOME/state ;;
   scp)
-    if [ "$worker" = all ]; then mkdir -p $HOME/0 $HOME/1; exit; fi
+    if [ "$worker" = all ]; then
+      for i in 0 1; do mkdir -p $HOME/$i; cp "$5" $HOME/$i/${6#*:}; done
+      exit
+    fi
     tail -f /dev/null --pid=$(cat $HOME/1/rndpo_jax/job.pid)
     echo result >"$8" ;;
   ssh)
@@ -270,7 +277,6 @@ case $4 in
     for i in $workers; do
       cd $HOME/$i
       case $command in
-        *apt-get*) mkdir -p rndpo_jax/.venv/bin; cp $HOME/program rndpo_jax/.venv/bin/python ;;
         *nohup*) for i in 1 2; do bash -c "$command" </dev/null; done ;;
         *tail*)
           touch $HOME/watched
@@ -281,21 +287,37 @@ case $4 in
     done ;;
 esac
 """
+GIT = """
+case $1 in
+  status) cat $HOME/uncommitted ;;
+  archive) tar -czf ${2#--output=} -C $HOME/tree launch ;;
+esac
+"""
+# That of a worker: installs uv, by which it makes the folder in which the job's Python is.
+PYTHON3 = """
+echo "$*" >>python3.log
+case $* in
+  "-m uv venv "*) mkdir -p ${!#}/bin; cp $HOME/program ${!#}/bin/python ;;
+esac
+"""
 
 
 def tpu_vm(tmp_path, program, **variables):
   """Runs tpu_vm.sh on a slice of folders, where `program` stands for the job."""
   (tmp_path / "here" / "launch").mkdir(parents=True, exist_ok=True)
-  shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "here" / "launch")
-  fake(tmp_path, "gcloud", GCLOUD)
+  for name in ("tpu_vm.sh", "tpu_slice.sh"):
+    shutil.copy(LAUNCH / name, tmp_path / "here" / "launch")
+  fake(tmp_path / "tree" / "launch", "setup.sh", 'echo "$1" by "$PYTHON" >installed')
   wait = "until [ -e $HOME/watched ]; do command -p sleep 0.05; done"
   fake(tmp_path, "program", f'echo $PPID "$*" >>calls\n{wait}\n{program}')
-  for name in ("git", "sleep"):
-    fake(tmp_path, name, "")
-  if not (tmp_path / "state").exists():
-    (tmp_path / "state").write_text("READY")
+  fakes = {"gcloud": GCLOUD, "git": GIT, "python3": PYTHON3, "sudo": 'echo "$*" >>../sudo.log'}
+  for name, body in {**fakes, "sleep": ""}.items():
+    fake(tmp_path, name, body)
+  for name, content in (("state", "READY"), ("was", "v5litepod-16,v2,,\n"), ("uncommitted", "")):
+    if not (tmp_path / name).exists():
+      (tmp_path / name).write_text(content)
   environment = {
-    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
+    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "USER": "me",
     "NAME": "slice", "ZONE": "zone", "CONFIG": "c", "WORKDIR": "/w", **variables,
   }  # fmt: skip
   return subprocess.run(
@@ -304,11 +326,29 @@ def tpu_vm(tmp_path, program, **variables):
   )  # fmt: skip
 
 
+def test_tpu_vm_installs_what_is_committed_by_a_released_python(tmp_path):
+  done = tpu_vm(tmp_path, "", WORKDIR="gs://bucket/w")
+  assert done.returncode == 0 and "warning" not in done.stderr, done
+  for worker in ("0", "1"):
+    folder = tmp_path / worker / "rndpo_jax"
+    assert (folder / "installed").read_text() == "tpu,gcs by .venv/bin/python\n"
+    assert (folder / "python3.log").read_text().splitlines() == [
+      "-m pip install --quiet --user uv", "-m uv venv --quiet --seed --python=3.12 .venv"
+    ]  # fmt: skip
+    assert (tmp_path / worker / "sudo.log").read_text() == "loginctl enable-linger me\n"
+
+
+def test_tpu_vm_warns_of_what_is_not_committed(tmp_path):
+  (tmp_path / "uncommitted").write_text("?? configs/mine.py\n")
+  done = tpu_vm(tmp_path, "")
+  assert done.returncode == 0 and "warning: what is not committed stays here" in done.stderr
+
+
 def test_tpu_vm_watches_through_a_broken_connection_and_starts_again_after_75(tmp_path):
   (tmp_path / "drop").write_text("READY")
   done = tpu_vm(tmp_path, "echo log; [ $(wc -l <calls) -gt 1 ] || exit 75")
   assert done.returncode == 0 and not (tmp_path / "drop").exists(), done
-  run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w"
+  run = "-m launch.run --distributed --connect_seconds=60 --config=c --workdir=/w"
   for worker in ("0", "1"):
     calls = (tmp_path / worker / "rndpo_jax" / "calls").read_text().splitlines()
     job = (tmp_path / worker / "rndpo_jax" / "job.pid").read_text().strip()
@@ -343,7 +383,71 @@ def test_tpu_vm_tells_a_slice_that_was_taken_away(tmp_path, state):
 def test_tpu_vm_brings_back_what_was_taken_away(tmp_path, state, expected):
   (tmp_path / "state").write_text(state)
   done = tpu_vm(tmp_path, "")
-  assert done.returncode == 0 and (tmp_path / "did").read_text().split() == expected, done
+  did = (tmp_path / "did").read_text().splitlines()
+  assert done.returncode == 0 and [line.split()[0] for line in did] == expected, done
+  assert all(line.split()[1:3] == ["slice", "--zone=zone"] for line in did)
+
+
+def have_slice(tmp_path, state, was, **variables):
+  """What tpu_vm.sh does first, on a slice in that state, of that type, runtime and provisioning."""
+  fake(tmp_path, "gcloud", GCLOUD)
+  (tmp_path / "state").write_text(state)
+  (tmp_path / "was").write_text(f"{was}\n")
+  environment = {
+    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
+    "NAME": "slice", "ZONE": "zone", **variables,
+  }  # fmt: skip
+  return subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", f"source {LAUNCH}/tpu_slice.sh; have_slice"],
+    env=environment, cwd=tmp_path, capture_output=True, text=True,
+  )  # fmt: skip
+
+
+NEW = {"TYPE": "v6e-8", "VERSION": "v2-alpha-tpuv6e"}
+
+
+@pytest.mark.parametrize(
+  "state,was,variables,flags",
+  [
+    (GONE, "", {}, "--accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
+    (
+      GONE, "", {**NEW, "CREATE": "--spot  --metadata-from-file=startup-script=*.sh"},
+      "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot "
+      "--metadata-from-file=startup-script=*.sh",
+    ),
+    ("PREEMPTED", "v4-32,base,True,", {}, "--accelerator-type=v4-32 --version=base --spot"),
+    ("PREEMPTED", "v4-32,base,True,True", {}, "--accelerator-type=v4-32 --version=base --spot"),
+    ("TERMINATED", "v4-32,base,,True", {}, "--accelerator-type=v4-32 --version=base --preemptible"),
+    ("PREEMPTED", "v4-32,base,False,", {}, "--accelerator-type=v4-32 --version=base"),
+    (
+      "PREEMPTED", "projects/p/locations/z/acceleratorTypes/v3-32,base,,", {},
+      "--accelerator-type=v3-32 --version=base",
+    ),
+    (
+      "PREEMPTED", "v4-32,base,True,", {"CREATE": "--network=net"},
+      "--accelerator-type=v4-32 --version=base --network=net --spot",
+    ),
+    (
+      "PREEMPTED", "v4-32,base,True,", {**NEW, "CREATE": "--reserved"},
+      "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --reserved",
+    ),
+    (  # made by --topology
+      "PREEMPTED", ",base,,True", {"TYPE": "v4-32"},
+      "--accelerator-type=v4-32 --version=base --preemptible",
+    ),
+  ],
+)  # fmt: skip
+def test_tpu_vm_makes_a_slice_again_as_it_was_unless_told(tmp_path, state, was, variables, flags):
+  done = have_slice(tmp_path, state, was, **variables)
+  *before, create = (tmp_path / "did").read_text().splitlines()
+  assert done.returncode == 0 and create == f"create slice --zone=zone {flags}", done
+  assert before == ([] if state == GONE else ["delete slice --zone=zone --quiet"])
+
+
+def test_tpu_vm_deletes_no_slice_of_unknown_type(tmp_path):
+  done = have_slice(tmp_path, "PREEMPTED", ",base,True,")
+  assert done.returncode == 2 and not (tmp_path / "did").exists(), done
+  assert re.fullmatch(r"error: slice has no accelerator type .*: set TYPE\n", done.stderr)
 
 
 @pytest.mark.parametrize("state", ["CREATING", "ERROR: no credentials"])
