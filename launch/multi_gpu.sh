@@ -18,41 +18,41 @@ if ((${#gpus[@]} == 0 || ${#gpus[@]} % PROCESSES)); then
     "CUDA_VISIBLE_DEVICES lists; without a GPU run python -m launch.run itself" >&2
   exit 2
 fi
-if [ "$DRY_RUN" != 1 ]; then
+if [ "$DRY_RUN" = 1 ]; then
+  printf '# on %s GPUs\nsource launch/setup.sh %q\n' "${#gpus[@]}" "${EXTRA-cuda12}"
+else
   # shellcheck source=launch/setup.sh
   source launch/setup.sh "${EXTRA-cuda12}"
 fi
 command=(python -m "${PROGRAM:-launch.run}" "--config=$CONFIG" "--workdir=$WORKDIR" "$@")
 if ((PROCESSES == 1)); then
   [ "$DRY_RUN" = 1 ] || exec "${command[@]}"
-  echo "on ${#gpus[@]} GPUs: ${command[*]}"
-  exit
+  printf '%q ' "${command[@]}" && echo && exit
 fi
 
 port=${PORT:-$((20000 + RANDOM % 10000))}
 share=$((${#gpus[@]} / PROCESSES))
-pids=()
 # SIGTERM or an interrupt goes on to every process, so that each can save.
-told=0
+pids=() told=0
 trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < PROCESSES; i++)); do
   one=("${command[@]}" "--coordinator_address=127.0.0.1:$port" "--num_processes=$PROCESSES"
     "--process_id=$i")
   visible=$(IFS=,; echo "${gpus[*]:i*share:share}")
   if [ "$DRY_RUN" = 1 ]; then
-    echo "CUDA_VISIBLE_DEVICES=$visible ${one[*]}"
+    printf '%q ' "CUDA_VISIBLE_DEVICES=$visible" "${one[@]}" && echo "&"
     continue
   fi
   CUDA_VISIBLE_DEVICES=$visible "${one[@]}" &
   pids+=($!)
 done
+[ "$DRY_RUN" != 1 ] || echo wait
 status=0
 for pid in "${pids[@]}"; do
   code=0
   wait "$pid" || code=$?
   if ((told)); then # the signal ended `wait`, not the process
-    told=0
-    code=0
+    told=0 code=0
     wait "$pid" || code=$?
   fi
   ((status)) || status=$code

@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 command=(python -m launch.run --config=configs/quickstart.py
   "--workdir=${WORKDIR:-runs/quickstart}" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
-  echo "source launch/setup.sh \"${EXTRA-}\""
-  echo "${command[*]}"
+  printf 'source launch/setup.sh %q\n' "${EXTRA-}"
+  printf '%q ' "${command[@]}" && echo
   exit
 fi
 # shellcheck source=launch/setup.sh

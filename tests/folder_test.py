@@ -55,6 +55,12 @@ def test_images_and_masks_are_paired_by_id(root):
   assert pixels[2].mask is None
 
 
+@pytest.mark.parametrize("root", ["gs://bucket/x", "s3://bucket/x"])
+def test_a_bucket_is_refused_in_words(root):
+  with pytest.raises(records.DataError, match=f"a bucket cannot be read.*{root}.*gcsfuse"):
+    folder.check_root(root)
+
+
 def test_sizes_and_formats_may_differ(root):
   _save(root / "images" / "d.tif", _grey(3, (9, 4)))
   _save(root / "masks" / "d.tif", _grey(3, (9, 4)) % 2)

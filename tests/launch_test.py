@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import string
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
-SCRIPTS = ("multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh", "quickstart.sh", "setup.sh")
+SCRIPTS = (
+  "multi_gpu.sh", "slurm.sbatch", "tpu_vm.sh", "tpu_slice.sh", "quickstart.sh", "setup.sh"
+)  # fmt: skip
 
 
 def dry_run(script, *arguments, **variables):
@@ -68,16 +71,45 @@ def test_a_failed_install_is_tried_again(tmp_path):
 def test_multi_gpu_is_one_process_or_shares_the_gpus():
   visible = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,9,GPU-7"}
   code, output, _ = dry_run("multi_gpu.sh", "--config.seed=1", **visible)
+  head = ["# on 8 GPUs", "source launch/setup.sh cuda12"]
   run = "python -m launch.run --config=configs/ph2.py --workdir=/runs/a --config.seed=1"
-  assert code == 0 and output == f"on 8 GPUs: {run}\n"
+  assert code == 0 and output.splitlines() == [*head, f"{run} "]
   code, output, _ = dry_run("multi_gpu.sh", PROCESSES="4", PORT="777", **visible)
-  lines = output.splitlines()
-  assert code == 0 and len(lines) == 4
-  assert lines[0].startswith("CUDA_VISIBLE_DEVICES=0,1 python -m launch.run")
-  assert lines[3].startswith("CUDA_VISIBLE_DEVICES=9,GPU-7 python -m launch.run")
-  assert lines[3].endswith("--coordinator_address=127.0.0.1:777 --num_processes=4 --process_id=3")
+  *said, first, _, _, last, wait = output.splitlines()
+  assert code == 0 and said == head and wait == "wait"
+  first, last = shlex.split(first), shlex.split(last)
+  assert first[:4] == ["CUDA_VISIBLE_DEVICES=0,1", "python", "-m", "launch.run"]
+  assert last[0] == "CUDA_VISIBLE_DEVICES=9,GPU-7" and first[-1] == last[-1] == "&"
+  assert last[-4:-1] == [
+    "--coordinator_address=127.0.0.1:777", "--num_processes=4", "--process_id=3"
+  ]  # fmt: skip
   code, _, error = dry_run("multi_gpu.sh", PROCESSES="3", **visible)
   assert code != 0 and "PROCESSES=3 does not divide 8 GPUs" in error
+
+
+@pytest.mark.parametrize(
+  "script,variables,processes",
+  [
+    ("quickstart.sh", {}, 1),
+    ("multi_gpu.sh", {"CUDA_VISIBLE_DEVICES": "0,1"}, 1),
+    ("multi_gpu.sh", {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "2"}, 2),
+    ("slurm.sbatch", {"SLURM_SUBMIT_DIR": "."}, 2),  # one of them loads JAX on every node
+  ],
+)
+def test_a_dry_run_can_be_pasted(tmp_path, script, variables, processes):
+  flags = ["--config.data.root=a b", "--config.data.case_pattern=(case\\d+)_z\\d+$"]
+  variables = {"EXTRA": "tpu gcs", "WORKDIR": "/my runs/a", **variables}
+  _, output, _ = dry_run(script, *flags, **variables)
+  fake(tmp_path, "python", """printf '%s\\n' "$@" >$$.call""")
+  fake(tmp_path, "srun", 'until [ "$1" = python ]; do shift || exit; done; exec "$@"')
+  fake(tmp_path / "launch", "setup.sh", 'echo "$1" >installed; PATH=$PWD:$PATH')
+  subprocess.run(["bash"], input=output, cwd=tmp_path, text=True, check=True)
+  assert (tmp_path / "installed").read_text() == "tpu gcs\n"
+  calls = [path.read_text().splitlines() for path in tmp_path.glob("*.call")]
+  assert len(calls) == processes
+  runs = [call for call in calls if "launch.run" in call]
+  assert len(runs) == processes - (script == "slurm.sbatch")
+  assert all({"--workdir=/my runs/a", *flags} <= set(call) for call in runs), calls
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -92,51 +124,70 @@ def test_multi_gpu_counts_gpus_and_not_their_parts(tmp_path, monkeypatch):
   fake(tmp_path, "nvidia-smi", "printf 'GPU 0: H100\\n  MIG 1g.10gb Device 0:\\nGPU 1: H100\\n'")
   path = f"{tmp_path}:{os.environ['PATH']}"
   _, output, _ = dry_run("multi_gpu.sh", PROCESSES="2", PATH=path)
-  assert [line.split()[0] for line in output.splitlines()] == [
+  assert re.findall(r"^CUDA\S+", output, re.M) == [
     "CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"
   ]  # fmt: skip
   fake(tmp_path, "nvidia-smi", "echo 'No devices were found'; exit 6")
   assert dry_run("multi_gpu.sh", PATH=path)[0] == 2
 
 
-def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path):
+def multi_gpu(tmp_path, program, processes):
+  """multi_gpu.sh on two GPUs, in processes that `program` stands for."""
   (tmp_path / "launch").mkdir()
   shutil.copy(LAUNCH / "multi_gpu.sh", tmp_path / "launch")
   (tmp_path / "launch" / "setup.sh").write_text(f"PATH={tmp_path}:$PATH\n")
-  # Stands for the program: on SIGTERM it takes a moment to save, then asks to be run again.
-  (tmp_path / "python").write_text(
-    "#!/usr/bin/env bash\ntrap 'sleep 0.3; exit 75' TERM\necho up\n"
-    "for i in {1..200}; do sleep 0.1; done\n"
-  )
-  (tmp_path / "python").chmod(0o755)
-  with subprocess.Popen(
+  fake(tmp_path, "python", program)
+  variables = {
+    "CONFIG": "c", "WORKDIR": "w", "PROCESSES": str(processes), "CUDA_VISIBLE_DEVICES": "0,1"
+  }  # fmt: skip
+  return subprocess.Popen(
     ["bash", tmp_path / "launch" / "multi_gpu.sh"],
-    env={
-      **os.environ,
-      "CONFIG": "c",
-      "WORKDIR": "w",
-      "PROCESSES": "2",
-      "CUDA_VISIBLE_DEVICES": "0,1",
-    },
+    env={**os.environ, **variables},
     stdout=subprocess.PIPE,
     text=True,
-  ) as process:
-    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+  )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_multi_gpu_hands_signals_and_exit_codes_on(tmp_path, processes):
+  # Stands for the program: on SIGTERM it takes a moment to save, then asks to be run again.
+  program = """trap 'sleep 0.3; exit 75' TERM; echo $$; for i in {1..200}; do sleep 0.1; done"""
+  with multi_gpu(tmp_path, program, processes) as process:
+    pids = [int(process.stdout.readline()) for _ in range(processes)]
+    assert (pids == [process.pid]) == (processes == 1)  # one alone takes the script's place
     process.terminate()
     assert process.wait(timeout=60) == 75
 
 
+@pytest.mark.parametrize("codes,expected", [("3 0", 3), ("0 4", 4), ("3 4", 3), ("0 0", 0)])
+def test_multi_gpu_fails_where_any_process_does(tmp_path, codes, expected):
+  program = f"codes=({codes}); last=${{!#}}; exit ${{codes[${{last#--process_id=}}]}}"
+  with multi_gpu(tmp_path, program, 2) as process:
+    assert process.wait(timeout=60) == expected
+
+
 def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
   code, output, _ = dry_run("slurm.sbatch", "--config.seed=1", SLURM_SUBMIT_DIR=".")
-  assert code == 0 and output == (
+  setup, load, run, after = output.splitlines()
+  assert code == 0 and setup == "source launch/setup.sh cuda12"
+  assert shlex.split(load) == [
+    "srun", "--ntasks=2", "--ntasks-per-node=1", "python", "-c",
+    "import jax, rndpo_jax.pipeline; jax.devices()",
+  ]  # fmt: skip
+  assert run == (
     "srun --cpus-per-task=8 --kill-on-bad-exit=0 --wait=120 python -m launch.run --distributed "
-    "--connect_seconds=600 --config=configs/ph2.py --workdir=/runs/a --config.seed=1\n"
+    "--connect_seconds=60 --config=configs/ph2.py --workdir=/runs/a --config.seed=1 "
   )
+  assert after.startswith("# after exit code 75") and "scontrol requeue" in after
   text = (LAUNCH / "slurm.sbatch").read_text()
   assert re.search(r"^#SBATCH --cpus-per-task=8$", text, re.M)
-  _, output, _ = dry_run("slurm.sbatch", SLURM_SUBMIT_DIR=".", SLURM_CPUS_PER_TASK="3")
-  assert output.startswith("srun --cpus-per-task=3 ")
+  assert re.search(r"^#SBATCH --nodes=2$", text, re.M)
+  given = {"SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_NUM_NODES": "5", "CONNECT_SECONDS": "7"}
+  _, load, run, _ = dry_run("slurm.sbatch", SLURM_SUBMIT_DIR=".", **given)[1].splitlines()
+  assert load.startswith("srun --ntasks=5 --ntasks-per-node=1 ")
+  assert run.startswith("srun --cpus-per-task=3 ") and "--connect_seconds=7 " in run
   assert re.search(r"^#SBATCH --requeue$", text, re.M)
+  assert re.search(r"^#SBATCH --open-mode=append$", text, re.M)  # a requeued job keeps its log
   assert re.search(r"^#SBATCH --signal=TERM@\d+$", text, re.M)
   tasks, gpus = (
     re.search(rf"^#SBATCH --{name}-per-node=(\d+)$", text, re.M)[1] for name in ("ntasks", "gpus")
@@ -155,7 +206,7 @@ def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
 )
 def test_launchers_run_a_sweep_where_it_is_named(script, variables):
   code, output, error = dry_run(script, "--betas=3,10", PROGRAM="launch.sweep", **variables)
-  assert code == 0 and not error
+  assert code == 0 and "error" not in error  # of tpu_vm.sh perhaps the warning about this checkout
   assert "launch.run" not in output and "--betas" in output
   found = output.replace("\\", "").count("-m launch.sweep --")
   assert found == int(variables.get("PROCESSES", 1))
@@ -163,10 +214,17 @@ def test_launchers_run_a_sweep_where_it_is_named(script, variables):
     assert "slice:/runs/a/sweep/sweep.json" in output and "results.json" not in output
 
 
-def test_slurm_requeues_what_was_saved(tmp_path):
-  for name, body in (("srun", "exit 75"), ("scontrol", 'echo "scontrol $*"')):
-    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-    (tmp_path / name).chmod(0o755)
+@pytest.mark.parametrize(
+  "srun,code,requeued", [("0", 0, False), ("75", 75, True), ("1", 1, False), ("-c", 75, False)]
+)
+def test_slurm_requeues_what_was_saved(tmp_path, srun, code, requeued):
+  # Ends the job by that code; "-c": the loading before it, which must not be taken for a save.
+  fake(
+    tmp_path,
+    "srun",
+    f'case "$*" in *" -c "*) [ {srun} != -c ] || exit 75 ;; *) exit {srun} ;; esac',
+  )
+  fake(tmp_path, "scontrol", 'echo "scontrol $*"')
   (tmp_path / "launch").mkdir()
   (tmp_path / "launch" / "setup.sh").write_text("")
   environment = {
@@ -176,7 +234,7 @@ def test_slurm_requeues_what_was_saved(tmp_path):
   done = subprocess.run(
     ["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True
   )
-  assert done.returncode == 75 and "scontrol requeue 12" in done.stdout, done
+  assert done.returncode == code and ("scontrol requeue 12" in done.stdout) == requeued, done
 
 
 def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
@@ -188,7 +246,9 @@ def test_tpu_vm_creates_installs_runs_and_fetches_in_order():
   places = [output.replace("\\", "").find(step) for step in steps]
   assert code == 0 and -1 not in places and places == sorted(places), (output, places)
   assert output.count("--worker=all") == 3
-  _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="gs://bucket/a")
+  more = {"WORKDIR": "gs://bucket/a", "CONNECT_SECONDS": "7"}
+  _, output, _ = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", **more)
+  assert "--connect_seconds=7 " in output.replace("\\", "")
   assert "storage cp gs://bucket/a/results.json runs/slice/results.json" in output
   assert "source launch/setup.sh tpu,gcs" in output.replace("\\", "")
   code, output, error = dry_run("tpu_vm.sh", NAME="slice", ZONE="zone", WORKDIR="runs/a")
@@ -203,10 +263,13 @@ GCLOUD = """
 set -e
 for x; do case $x in --worker=*) worker=${x#*=} ;; --command=*) command=${x#*=} ;; esac; done
 case $4 in
-  describe) cat $HOME/state ;;
-  create | start | delete) echo $4 >>$HOME/did; echo READY >$HOME/state ;;
+  describe) case $* in *csv*) cat $HOME/was ;; *) cat $HOME/state ;; esac ;;
+  create | start | delete) echo "${@:4}" >>$HOME/did; echo READY >$HOME/state ;;
   scp)
-    if [ "$worker" = all ]; then mkdir -p $HOME/0 $HOME/1; exit; fi
+    if [ "$worker" = all ]; then
+      for i in 0 1; do mkdir -p $HOME/$i; cp "$5" $HOME/$i/${6#*:}; done
+      exit
+    fi
     tail -f /dev/null --pid=$(cat $HOME/1/rndpo_jax/job.pid)
     echo result >"$8" ;;
   ssh)
@@ -214,7 +277,6 @@ case $4 in
     for i in $workers; do
       cd $HOME/$i
       case $command in
-        *apt-get*) mkdir -p rndpo_jax/.venv/bin; cp $HOME/program rndpo_jax/.venv/bin/python ;;
         *nohup*) for i in 1 2; do bash -c "$command" </dev/null; done ;;
         *tail*)
           touch $HOME/watched
@@ -225,21 +287,37 @@ case $4 in
     done ;;
 esac
 """
+GIT = """
+case $1 in
+  status) cat $HOME/uncommitted ;;
+  archive) tar -czf ${2#--output=} -C $HOME/tree launch ;;
+esac
+"""
+# That of a worker: installs uv, by which it makes the folder in which the job's Python is.
+PYTHON3 = """
+echo "$*" >>python3.log
+case $* in
+  "-m uv venv "*) mkdir -p ${!#}/bin; cp $HOME/program ${!#}/bin/python ;;
+esac
+"""
 
 
 def tpu_vm(tmp_path, program, **variables):
   """Runs tpu_vm.sh on a slice of folders, where `program` stands for the job."""
   (tmp_path / "here" / "launch").mkdir(parents=True, exist_ok=True)
-  shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "here" / "launch")
-  fake(tmp_path, "gcloud", GCLOUD)
+  for name in ("tpu_vm.sh", "tpu_slice.sh"):
+    shutil.copy(LAUNCH / name, tmp_path / "here" / "launch")
+  fake(tmp_path / "tree" / "launch", "setup.sh", 'echo "$1" by "$PYTHON" >installed')
   wait = "until [ -e $HOME/watched ]; do command -p sleep 0.05; done"
   fake(tmp_path, "program", f'echo $PPID "$*" >>calls\n{wait}\n{program}')
-  for name in ("git", "sleep"):
-    fake(tmp_path, name, "")
-  if not (tmp_path / "state").exists():
-    (tmp_path / "state").write_text("READY")
+  fakes = {"gcloud": GCLOUD, "git": GIT, "python3": PYTHON3, "sudo": 'echo "$*" >>../sudo.log'}
+  for name, body in {**fakes, "sleep": ""}.items():
+    fake(tmp_path, name, body)
+  for name, content in (("state", "READY"), ("was", "v5litepod-16,v2,,\n"), ("uncommitted", "")):
+    if not (tmp_path / name).exists():
+      (tmp_path / name).write_text(content)
   environment = {
-    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
+    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "USER": "me",
     "NAME": "slice", "ZONE": "zone", "CONFIG": "c", "WORKDIR": "/w", **variables,
   }  # fmt: skip
   return subprocess.run(
@@ -248,11 +326,29 @@ def tpu_vm(tmp_path, program, **variables):
   )  # fmt: skip
 
 
+def test_tpu_vm_installs_what_is_committed_by_a_released_python(tmp_path):
+  done = tpu_vm(tmp_path, "", WORKDIR="gs://bucket/w")
+  assert done.returncode == 0 and "warning" not in done.stderr, done
+  for worker in ("0", "1"):
+    folder = tmp_path / worker / "rndpo_jax"
+    assert (folder / "installed").read_text() == "tpu,gcs by .venv/bin/python\n"
+    assert (folder / "python3.log").read_text().splitlines() == [
+      "-m pip install --quiet --user uv", "-m uv venv --quiet --seed --python=3.12 .venv"
+    ]  # fmt: skip
+    assert (tmp_path / worker / "sudo.log").read_text() == "loginctl enable-linger me\n"
+
+
+def test_tpu_vm_warns_of_what_is_not_committed(tmp_path):
+  (tmp_path / "uncommitted").write_text("?? configs/mine.py\n")
+  done = tpu_vm(tmp_path, "")
+  assert done.returncode == 0 and "warning: what is not committed stays here" in done.stderr
+
+
 def test_tpu_vm_watches_through_a_broken_connection_and_starts_again_after_75(tmp_path):
   (tmp_path / "drop").write_text("READY")
   done = tpu_vm(tmp_path, "echo log; [ $(wc -l <calls) -gt 1 ] || exit 75")
   assert done.returncode == 0 and not (tmp_path / "drop").exists(), done
-  run = "-m launch.run --distributed --connect_seconds=600 --config=c --workdir=/w"
+  run = "-m launch.run --distributed --connect_seconds=60 --config=c --workdir=/w"
   for worker in ("0", "1"):
     calls = (tmp_path / worker / "rndpo_jax" / "calls").read_text().splitlines()
     job = (tmp_path / worker / "rndpo_jax" / "job.pid").read_text().strip()
@@ -287,7 +383,71 @@ def test_tpu_vm_tells_a_slice_that_was_taken_away(tmp_path, state):
 def test_tpu_vm_brings_back_what_was_taken_away(tmp_path, state, expected):
   (tmp_path / "state").write_text(state)
   done = tpu_vm(tmp_path, "")
-  assert done.returncode == 0 and (tmp_path / "did").read_text().split() == expected, done
+  did = (tmp_path / "did").read_text().splitlines()
+  assert done.returncode == 0 and [line.split()[0] for line in did] == expected, done
+  assert all(line.split()[1:3] == ["slice", "--zone=zone"] for line in did)
+
+
+def have_slice(tmp_path, state, was, **variables):
+  """What tpu_vm.sh does first, on a slice in that state, of that type, runtime and provisioning."""
+  fake(tmp_path, "gcloud", GCLOUD)
+  (tmp_path / "state").write_text(state)
+  (tmp_path / "was").write_text(f"{was}\n")
+  environment = {
+    **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path),
+    "NAME": "slice", "ZONE": "zone", **variables,
+  }  # fmt: skip
+  return subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", f"source {LAUNCH}/tpu_slice.sh; have_slice"],
+    env=environment, cwd=tmp_path, capture_output=True, text=True,
+  )  # fmt: skip
+
+
+NEW = {"TYPE": "v6e-8", "VERSION": "v2-alpha-tpuv6e"}
+
+
+@pytest.mark.parametrize(
+  "state,was,variables,flags",
+  [
+    (GONE, "", {}, "--accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
+    (
+      GONE, "", {**NEW, "CREATE": "--spot  --metadata-from-file=startup-script=*.sh"},
+      "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot "
+      "--metadata-from-file=startup-script=*.sh",
+    ),
+    ("PREEMPTED", "v4-32,base,True,", {}, "--accelerator-type=v4-32 --version=base --spot"),
+    ("PREEMPTED", "v4-32,base,True,True", {}, "--accelerator-type=v4-32 --version=base --spot"),
+    ("TERMINATED", "v4-32,base,,True", {}, "--accelerator-type=v4-32 --version=base --preemptible"),
+    ("PREEMPTED", "v4-32,base,False,", {}, "--accelerator-type=v4-32 --version=base"),
+    (
+      "PREEMPTED", "projects/p/locations/z/acceleratorTypes/v3-32,base,,", {},
+      "--accelerator-type=v3-32 --version=base",
+    ),
+    (
+      "PREEMPTED", "v4-32,base,True,", {"CREATE": "--network=net"},
+      "--accelerator-type=v4-32 --version=base --network=net --spot",
+    ),
+    (
+      "PREEMPTED", "v4-32,base,True,", {**NEW, "CREATE": "--reserved"},
+      "--accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --reserved",
+    ),
+    (  # made by --topology
+      "PREEMPTED", ",base,,True", {"TYPE": "v4-32"},
+      "--accelerator-type=v4-32 --version=base --preemptible",
+    ),
+  ],
+)  # fmt: skip
+def test_tpu_vm_makes_a_slice_again_as_it_was_unless_told(tmp_path, state, was, variables, flags):
+  done = have_slice(tmp_path, state, was, **variables)
+  *before, create = (tmp_path / "did").read_text().splitlines()
+  assert done.returncode == 0 and create == f"create slice --zone=zone {flags}", done
+  assert before == ([] if state == GONE else ["delete slice --zone=zone --quiet"])
+
+
+def test_tpu_vm_deletes_no_slice_of_unknown_type(tmp_path):
+  done = have_slice(tmp_path, "PREEMPTED", ",base,True,")
+  assert done.returncode == 2 and not (tmp_path / "did").exists(), done
+  assert re.fullmatch(r"error: slice has no accelerator type .*: set TYPE\n", done.stderr)
 
 
 @pytest.mark.parametrize("state", ["CREATING", "ERROR: no credentials"])

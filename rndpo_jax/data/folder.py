@@ -85,10 +85,15 @@ def check_root(root: str) -> pathlib.Path:
   """The folder of a source's files.
 
   Raises:
-    records.DataError: where the key is not set or there is no such folder.
+    records.DataError: where the key is not set, names a bucket, or there is no such folder.
   """
   if not root:
     raise records.DataError("config.data.root: not set; give the folder, --config.data.root=DIR")
+  if "://" in root:  # a path of one slash would be looked for, and be missing for another reason
+    raise records.DataError(
+      f"config.data.root: a bucket cannot be read as a source, found {root!r}; mount it, for "
+      "example with gcsfuse, and give that folder"
+    )
   path = pathlib.Path(root).expanduser()
   if not path.is_dir():
     raise records.DataError(f"{path}: no such folder; set config.data.root to the data's folder")
