@@ -1,11 +1,10 @@
-"""The launchers: what they would run, that shellcheck finds nothing, and the JobSet's structure."""
+"""The launchers: what they run, that shellcheck finds nothing, that the APIs take the JobSet."""
 
 import os
 import pathlib
 import re
 import shlex
 import shutil
-import string
 import subprocess
 
 import pytest
@@ -475,87 +474,304 @@ def test_launchers_are_short_and_clean(name):
     assert done.returncode == 0, done.stdout
 
 
-def expect(value, shape, where="jobset"):
-  """Checks nested values against {key: shape, "key?": shape}, [shape], a type or a constant."""
-  if isinstance(shape, dict):
-    assert isinstance(value, dict), where
-    known = {key.rstrip("?"): key for key in shape}
-    assert set(value) <= set(known), f"{where}: unknown {set(value) - set(known)}"
-    for key, name in known.items():
-      assert key in value or name.endswith("?"), f"{where}.{key} is missing"
-      if key in value:
-        expect(value[key], shape[name], f"{where}.{key}")
-  elif isinstance(shape, list):
-    assert isinstance(value, list) and value, where
-    for i, item in enumerate(value):
-      expect(item, shape[0], f"{where}[{i}]")
-  elif isinstance(shape, type):
-    assert type(value) is shape, f"{where}: {value!r} is no {shape.__name__}"
-  else:
-    assert value == shape, f"{where}: {value!r}, expected {shape!r}"
-
-
+# What the published APIs of JobSet v1alpha2, Job and Pod take, of the fields that a launcher could
+# use, with the checks of their servers; anything else is refused. A shape is a type, a set of
+# constants, a range, a pattern, alternatives in a tuple, [the shape of all items], {str: the shape
+# of all values} or {field: shape}, with "!" after a field that must be there.
+LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+COUNT = range(2**31)
+TEXTS = {str: str}
+QUANTITY = (COUNT, re.compile(r"\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?"))
+META = {"name": LABEL, "namespace": LABEL, "labels": TEXTS, "annotations": TEXTS}
+ENV = {
+  "name!": re.compile(r"[A-Za-z_]\w*"),
+  "value": str,
+  "valueFrom": {
+    "fieldRef": {"fieldPath!": str, "apiVersion": str},
+    "secretKeyRef": {"name!": str, "key!": str, "optional": bool},
+    "configMapKeyRef": {"name!": str, "key!": str, "optional": bool},
+  },
+}
+MOUNT = {"name!": LABEL, "mountPath!": str, "subPath": str, "readOnly": bool}
 CONTAINER = {
-  "name": "main", "image": str, "args": [str], "resources": {"limits": {"google.com/tpu": str}},
-  "volumeMounts": [{"name": str, "mountPath": str}],
+  "name!": LABEL, "image": str, "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+  "command": [str], "args": [str], "workingDir": str, "env": [ENV], "volumeMounts": [MOUNT],
+  "resources": {"limits": {str: QUANTITY}, "requests": {str: QUANTITY}},
+  "ports": [{"containerPort!": range(1, 65536), "name": LABEL, "protocol": {"TCP", "UDP", "SCTP"}}],
+  "securityContext": {"privileged": bool, "runAsUser": COUNT, "runAsGroup": COUNT},
+}  # fmt: skip
+VOLUME = {
+  "name!": LABEL,
+  "persistentVolumeClaim": {"claimName!": LABEL, "readOnly": bool},
+  "emptyDir": {"medium": {"", "Memory", "HugePages"}, "sizeLimit": QUANTITY},
+  "nfs": {"server!": str, "path!": str, "readOnly": bool},
+  "hostPath": {"path!": str, "type": {"", "Directory", "DirectoryOrCreate", "File", "Socket"}},
+  "secret": {"secretName": str, "optional": bool},
+  "configMap": {"name": str, "optional": bool},
+}
+TOLERATION = {
+  "key": str, "operator": {"Exists", "Equal"}, "value": str, "tolerationSeconds": int,
+  "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
 }  # fmt: skip
 POD = {
-  "restartPolicy": "Never",  # a podFailurePolicy needs it
-  "terminationGracePeriodSeconds": int,
-  "nodeSelector": {
-    "cloud.google.com/gke-tpu-accelerator": str,
-    "cloud.google.com/gke-tpu-topology": str,
-  },
-  "containers": [CONTAINER],
-  "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
-}
-EXIT_CODES = {"containerName": "main", "operator": "In", "values": [int]}
-JOB = {
-  "parallelism": int, "completions": int, "completionMode": "Indexed", "backoffLimit": 0,
-  "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": EXIT_CODES}]},
-  "template": {"spec": POD},
+  "restartPolicy": {"Never", "OnFailure"},  # of a Job's pods
+  "terminationGracePeriodSeconds": COUNT, "activeDeadlineSeconds": range(1, 2**31),
+  "nodeSelector": TEXTS, "tolerations": [TOLERATION], "containers!": [CONTAINER],
+  "initContainers": [CONTAINER], "volumes": [VOLUME], "serviceAccountName": str,
+  "priorityClassName": str, "hostNetwork": bool, "subdomain": LABEL,
+  "dnsPolicy": {"ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"},
 }  # fmt: skip
-RULE = {
-  "name": str, "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": [str]
+POD_RULE = {
+  "action!": {"FailJob", "FailIndex", "Ignore", "Count"},
+  "onExitCodes": {"containerName": LABEL, "operator!": {"In", "NotIn"}, "values!": [COUNT]},
+  "onPodConditions": [
+    {
+      "type!": {
+        "PodScheduled", "PodReadyToStartContainers", "ContainersReady", "Initialized", "Ready",
+        "DisruptionTarget",
+      },
+      "status": {"True", "False", "Unknown"},
+    }
+  ],
+}  # fmt: skip
+JOB = {
+  "parallelism": COUNT, "completions": COUNT, "completionMode": {"NonIndexed", "Indexed"},
+  "backoffLimit": COUNT, "backoffLimitPerIndex": COUNT, "maxFailedIndexes": COUNT,
+  "activeDeadlineSeconds": range(1, 2**31), "ttlSecondsAfterFinished": COUNT, "suspend": bool,
+  "podReplacementPolicy": {"TerminatingOrFailed", "Failed"},
+  "podFailurePolicy": {"rules!": [POD_RULE]}, "template!": {"metadata": META, "spec!": POD},
+}  # fmt: skip
+JOBSET_RULE = {
+  "name": re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?"),
+  "action!": {
+    "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob",
+    "RestartJobAndIgnoreMaxRestarts",
+  },
+  "onJobFailureReasons": [
+    {
+      "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded",
+      "PodFailurePolicy",
+    }
+  ],
+  "onJobFailureMessagePatterns": [str],
+  "targetReplicatedJobs": [LABEL],
+}  # fmt: skip
+REPLICATED_JOB = {
+  "name!": LABEL, "groupName": LABEL, "replicas": COUNT,
+  "dependsOn": [{"name!": LABEL, "status!": {"Ready", "Complete"}}],
+  "template!": {"metadata": META, "spec!": JOB},
 }  # fmt: skip
 JOBSET = {
-  "apiVersion": "jobset.x-k8s.io/v1alpha2",
-  "kind": "JobSet",
-  "metadata": {
-    "name": str,
-    "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-  },
-  "spec": {
-    "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
-    "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
+  "apiVersion!": {"jobset.x-k8s.io/v1alpha2"},
+  "kind!": {"JobSet"},
+  "metadata!": {**META, "name!": LABEL},
+  "spec!": {
+    "replicatedJobs!": [REPLICATED_JOB],
+    "failurePolicy": {
+      "maxRestarts": COUNT,
+      "restartStrategy": {"Recreate", "BlockingRecreate", "InPlaceRestart"},
+      "rules": [JOBSET_RULE],
+    },
+    "successPolicy": {"operator!": {"All", "Any"}, "targetReplicatedJobs": [LABEL]},
+    "startupPolicy": {"startupPolicyOrder!": {"AnyOrder", "InOrder"}},
+    "network": {"enableDNSHostnames": bool, "subdomain": LABEL, "publishNotReadyAddresses": bool},
+    "coordinator": {"replicatedJob!": LABEL, "jobIndex": COUNT, "podIndex": COUNT},
+    "suspend": bool,
+    "managedBy": str,
+    "ttlSecondsAfterFinished": COUNT,
   },
 }
 
 
-def test_jobset_has_the_structure_of_v1alpha2(tmp_path):
-  flags = "--config.data.size='(64,64,32)' --config.data.case_pattern='(case\\d+)_z\\d+'"
-  text = string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(
-    NAME="ph2", IMAGE="registry/image", CONFIG="configs/ph2.py", WORKDIR="/runs/ph2", CLAIM="runs",
-    FLAGS=flags,
-  )  # fmt: skip
-  jobset = yaml.safe_load(text)
-  expect(jobset, JOBSET)
-  job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+def misfits(value, shape, where):
+  """What in nested values does not fit the shape, each with its place."""
+  if isinstance(shape, tuple):
+    found = [misfits(value, one, where) for one in shape]
+    return [] if [] in found else found[0]
+  if isinstance(shape, list):
+    if not isinstance(value, list):
+      return [f"{where}: no list"]
+    return [x for i, one in enumerate(value) for x in misfits(one, shape[0], f"{where}.{i}")]
+  if isinstance(shape, dict):
+    if not isinstance(value, dict):
+      return [f"{where}: no object"]
+    shapes = {field.rstrip("!"): one for field, one in shape.items() if field is not str}
+    needed = {field[:-1] for field in shape if field is not str and field.endswith("!")}
+    found = [f"{where}.{field}: missing" for field in needed - set(value)]
+    for field, one in value.items():
+      if field not in shapes and str not in shape:
+        found.append(f"{where}.{field}: unknown")
+      else:
+        found += misfits(one, shapes.get(field, shape.get(str)), f"{where}.{field}")
+    return found
+  if isinstance(shape, type):
+    fits = type(value) is shape
+  elif isinstance(shape, re.Pattern):
+    fits = isinstance(value, str) and shape.fullmatch(value)
+  else:  # a set of strings or a range, in which True would be too
+    fits = type(value) is (int if isinstance(shape, range) else str) and value in shape
+  return [] if fits else [f"{where}: {value!r} does not fit"]
+
+
+def disagreements(jobset):
+  """Fields that the servers refuse together, of a JobSet in which each alone is right."""
+  for replicated in jobset["spec"]["replicatedJobs"]:
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    containers = {container["name"] for container in pod["containers"]}
+    volumes = [volume["name"] for volume in pod.get("volumes", [])]
+    if job.get("completionMode") == "Indexed" and "completions" not in job:
+      yield "Indexed without completions"
+    for rule in job.get("podFailurePolicy", {}).get("rules", []):
+      if pod.get("restartPolicy") != "Never":
+        yield "podFailurePolicy without restartPolicy Never"
+      if ("onExitCodes" in rule) == ("onPodConditions" in rule):
+        yield "a rule needs one of onExitCodes and onPodConditions"
+      if rule["action"] == "FailIndex" and "backoffLimitPerIndex" not in job:
+        yield "FailIndex without backoffLimitPerIndex"
+      codes = rule.get("onExitCodes", {"values": [1], "operator": "In"})
+      if not codes["values"] or codes["values"] != sorted(set(codes["values"])):
+        yield "exit codes not in order"
+      if codes["operator"] == "In" and 0 in codes["values"]:
+        yield "exit code 0 is no failure"
+      if codes.get("containerName", "main") not in containers:
+        yield "exit codes of an unknown container"
+    if len(set(volumes)) < len(volumes):
+      yield "two volumes of one name"
+    for volume in pod.get("volumes", []):
+      if len(volume) != 2:
+        yield "a volume needs one source"
+    for container in pod["containers"]:
+      mounts = container.get("volumeMounts", [])
+      if not {mount["name"] for mount in mounts} <= set(volumes):
+        yield "mount of an unknown volume"
+      if len({mount["mountPath"] for mount in mounts}) < len(mounts):
+        yield "two mounts at one path"
+
+
+EXPORTED = {
+  "NAME": "ph2", "IMAGE": "registry/image", "CONFIG": "configs/ph2.py", "WORKDIR": "/runs/ph2",
+  "CLAIM": "runs",
+  "FLAGS": "--config.data.size='(64,64,32)' --config.data.case_pattern='(case\\d+)_z\\d+'",
+}  # fmt: skip
+
+
+def jobset(**exported):
+  """As envsubst makes it, which takes $NAME and ${NAME} alone and leaves ${NAME:-DEFAULT}."""
+  text = (LAUNCH / "gke_jobset.yaml").read_text()
+  exported = {**EXPORTED, **exported}
+  made = re.sub(r"\$(\w+)|\$\{(\w+)\}", lambda found: exported.get(found[1] or found[2], ""), text)
+  if shutil.which("envsubst"):
+    done = subprocess.run(["envsubst"], input=text, env=exported, capture_output=True, text=True)
+    assert done.stdout == made
+  return yaml.safe_load(made)
+
+
+def test_jobset_fits_the_published_api():
+  found = jobset()
+  assert misfits(found, JOBSET, "jobset") == []
+  assert list(disagreements(found)) == []
+
+
+RULES = "spec.replicatedJobs.0.template.spec.podFailurePolicy.rules"
+POD_AT = "spec.replicatedJobs.0.template.spec.template.spec"
+GONE_FIELD = object()
+
+
+@pytest.mark.parametrize(
+  "place,value,problem",
+  [
+    ("apiVersion", "jobset.x-k8s.io/v1", "does not fit"),
+    ("spec.backoffLimit", 0, "unknown"),
+    ("spec.failurePolicy.maxRestarts", "10", "does not fit"),
+    ("spec.failurePolicy.maxRestarts", True, "does not fit"),
+    ("spec.failurePolicy.rules.0.action", "Restart", "does not fit"),
+    ("spec.failurePolicy.rules.0.name", "re-queue", "does not fit"),
+    ("spec.failurePolicy.rules.0.onJobFailureReasons", ["Preempted"], "does not fit"),
+    ("spec.replicatedJobs.0.template.spec.completionMode", "indexed", "does not fit"),
+    ("spec.replicatedJobs.0.template.spec.template", GONE_FIELD, "missing"),
+    ("spec.replicatedJobs.0.template.spec.completions", GONE_FIELD, "Indexed without completions"),
+    (f"{RULES}.0.action", "FailJobSet", "does not fit"),
+    (f"{RULES}.0.action", "FailIndex", "FailIndex without backoffLimitPerIndex"),
+    (f"{RULES}.0.onExitCodes.operator", "Equals", "does not fit"),
+    (f"{RULES}.0.onExitCodes.values", [137, 75], "exit codes not in order"),
+    (f"{RULES}.0.onExitCodes.values", [0, 75], "exit code 0 is no failure"),
+    (f"{RULES}.0.onExitCodes.containerName", "other", "exit codes of an unknown container"),
+    (f"{RULES}.1.onPodConditions.0.type", "Preempted", "does not fit"),
+    (f"{RULES}.1.onPodConditions.0.status", True, "does not fit"),
+    (f"{RULES}.0.onPodConditions", [{"type": "DisruptionTarget"}], "a rule needs one of"),
+    (f"{RULES}.1.onPodConditions", GONE_FIELD, "a rule needs one of"),
+    (f"{POD_AT}.restartPolicy", "OnFailure", "podFailurePolicy without restartPolicy Never"),
+    (f"{POD_AT}.gracePeriodSeconds", 180, "unknown"),
+    (f"{POD_AT}.nodeSelector", ["x"], "no object"),
+    (f"{POD_AT}.containers.0.args", "python", "no list"),
+    (f"{POD_AT}.containers.0.env.0.value", 600, "does not fit"),
+    (f"{POD_AT}.containers.0.resources.limits", {"google.com/tpu": "four"}, "does not fit"),
+    (f"{POD_AT}.containers.0.volumeMounts.1.name", "memory", "mount of an unknown volume"),
+    (f"{POD_AT}.containers.0.volumeMounts.1.mountPath", "/runs", "two mounts at one path"),
+    (f"{POD_AT}.volumes.1.emptyDir.medium", "RAM", "does not fit"),
+    (f"{POD_AT}.volumes.1.emptyDir", GONE_FIELD, "a volume needs one source"),
+    (f"{POD_AT}.volumes.1.name", "runs", "two volumes of one name"),
+  ],
+)
+def test_what_jobset_lacks_is_detected(place, value, problem):
+  found = jobset()
+  *path, field = [int(part) if part.isdigit() else part for part in place.split(".")]
+  inner = found
+  for part in path:
+    inner = inner[part]
+  if value is GONE_FIELD:
+    del inner[field]
+  else:
+    inner[field] = value
+  problems = misfits(found, JOBSET, "jobset") or list(disagreements(found))
+  assert any(problem in one for one in problems), problems
+
+
+def test_jobset_restarts_what_was_saved_or_preempted():
+  policy = jobset()["spec"]["failurePolicy"]
+  job = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert policy["maxRestarts"] > 0  # for failures of the machines
+  (rule,) = policy["rules"]
+  assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+  saved, killed = job["podFailurePolicy"]["rules"]
+  assert saved["action"] == killed["action"] == "FailJob" and job["backoffLimit"] == 0
+  assert saved["onExitCodes"]["values"] == [75] and saved["onExitCodes"]["operator"] == "In"
+  assert killed["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+
+
+def test_jobset_runs_a_process_on_each_host_of_one_slice():
+  found = jobset()
+  replicated = found["spec"]["replicatedJobs"][0]
+  job = replicated["template"]["spec"]
   pod = job["template"]["spec"]
-  assert job["parallelism"] == job["completions"]
-  assert "PodFailurePolicy" in jobset["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"]
-  assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
   (container,) = pod["containers"]
+  assert found["metadata"]["annotations"] == {
+    "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+  }
+  assert replicated["replicas"] == 1 and job["completionMode"] == "Indexed"
+  assert job["parallelism"] == job["completions"]
   rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
   chips = int(container["resources"]["limits"]["google.com/tpu"])
   assert rows * columns == chips * job["parallelism"]
+  assert pod["terminationGracePeriodSeconds"] >= 60
+  mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+  volumes = {volume["name"]: volume for volume in pod["volumes"]}
+  assert volumes[mounted["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+  assert volumes[mounted["/runs"]]["persistentVolumeClaim"] == {"claimName": "runs"}
+
+
+@pytest.mark.parametrize("exported,seconds", [({}, "600"), ({"CONNECT_SECONDS": "7"}, "7")])
+def test_jobset_hands_flags_and_what_is_exported_on(tmp_path, exported, seconds):
+  job = jobset(**exported)["spec"]["replicatedJobs"][0]["template"]["spec"]
+  (container,) = job["template"]["spec"]["containers"]
   fake(tmp_path, "python", """printf '%s\\n' "$@" """)
-  path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  env = {one["name"]: one["value"] for one in container["env"]}
+  path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}
   ran = subprocess.run(container["args"], env=path, capture_output=True, text=True).stdout
   assert ran.splitlines() == [
-    "-m", "launch.run", "--distributed", "--connect_seconds=600", "--config=configs/ph2.py",
-    "--workdir=/runs/ph2", "--config.data.size=(64,64,32)",
+    "-m", "launch.run", "--distributed", f"--connect_seconds={seconds}",
+    "--config=configs/ph2.py", "--workdir=/runs/ph2", "--config.data.size=(64,64,32)",
     r"--config.data.case_pattern=(case\d+)_z\d+",
   ]  # fmt: skip
-  mounted = {mount["name"] for mount in container["volumeMounts"]}
-  assert mounted == {volume["name"] for volume in pod["volumes"]}
