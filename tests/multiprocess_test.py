@@ -153,7 +153,7 @@ def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
   processes = start_two(tmp_path / "run", "--stages=finetune")
   outputs = [process.communicate(timeout=120)[0] for process in processes]
   assert [process.returncode for process in processes] == [1, 1]
-  assert f"error: {shard} is corrupt" in outputs[1]
+  assert f"error: process 1: {shard} is corrupt" in outputs[1]
   assert "error: process 0: another process of this run has stopped" in outputs[0]
 
 
@@ -200,7 +200,7 @@ def test_two_configs_for_one_job_are_refused_by_key(tmp_path):
   ]
   outputs = [process.communicate(timeout=120)[0] for process in processes]
   assert [process.returncode for process in processes] == [1, 1]
-  assert "error: --config: process 1 differs from process 0: config.seed: was 0, is 1" in outputs[1]
+  assert "error: process 1: --config: process 1 differs from process 0: config.seed: was 0, is 1" in outputs[1]
   assert "error: process 0: another process of this run has stopped" in outputs[0]
 
 
