@@ -113,7 +113,7 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
 
 @needs_libtpu
 def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
-  """A loop's body counted once would give a quarter; the gradients are reduced in each."""
+  """A loop's body counted once would give a quarter; the gradients are reduced after the loop."""
   _, mesh = slice_of_four
   reports = []
   for parts in (1, 4):
@@ -124,8 +124,11 @@ def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
   # So few images a chip pay for the kernels' gradients and the loop: 1.2 and 4 times as much.
   assert 0.9 < by_parts.flops / whole.flops < 1.5
   assert 0.9 < by_parts.cycles / whole.cycles < 6
-  sums = [sum(size for kind, size in r.collectives if kind == "all-reduce") for r in reports]
-  assert 3.9 < sums[1] / sums[0] < 4.1
+  assert {kind for report in reports for kind, _ in report.collectives} == {"all-reduce"}
+  # Each chip adds up its own gradients of all parts first; a few metrics are reduced in each part.
+  sums = [sum(size for _, size in report.collectives) for report in reports]
+  assert 1 < sums[1] / sums[0] < 1.05
+  assert len(by_parts.collectives) == len(whole.collectives) + 3
 
 
 @needs_libtpu
