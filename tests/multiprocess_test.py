@@ -200,7 +200,10 @@ def test_two_configs_for_one_job_are_refused_by_key(tmp_path):
   ]
   outputs = [process.communicate(timeout=120)[0] for process in processes]
   assert [process.returncode for process in processes] == [1, 1]
-  assert "error: process 1: --config: process 1 differs from process 0: config.seed: was 0, is 1" in outputs[1]
+  assert (
+    "error: process 1: --config: process 1 differs from process 0: config.seed: was 0, is 1"
+    in outputs[1]
+  )
   assert "error: process 0: another process of this run has stopped" in outputs[0]
 
 
