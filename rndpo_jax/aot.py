@@ -244,7 +244,7 @@ def _evaluate(config, problem, mesh, segmenter, params, batch):
   ]
   whole, split = parallel.replicated(mesh), parallel.over_all(mesh)
   program = jax.shard_map(
-    measure.make_predict(segmenter.apply),
+    lambda params, rows: measure.native_masks(segmenter.apply(params, rows[0]), rows[1]),
     mesh=mesh,
     in_specs=(whole.spec, split.spec),
     out_specs=split.spec,

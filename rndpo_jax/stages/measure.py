@@ -65,10 +65,11 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
       workdir / "finetune" / "params", step, stage_directory=workdir / "finetune"
     )
 
-  program = parallel.over_local_devices(make_predict(segmenter.apply))
+  apply = parallel.over_local_devices(segmenter.apply)
+  to_masks = parallel.over_local_devices(lambda _, arguments: native_masks(*arguments))
 
   def predict_batch(params, images, resize):
-    return program(params, (images, resize))
+    return to_masks(None, (apply(params, images), resize))
 
   def batches(indices: tuple[int, ...]):
     # As many as the devices share.
@@ -130,14 +131,6 @@ def predict(
     masks = np.asarray(masks)
     for row in np.flatnonzero(batch.valid):
       yield int(batch.index[row]), masks[row][tuple(slice(n) for n in shapes[row])]
-
-
-def make_predict(apply: Callable) -> Callable:
-  """`apply` and `native_masks` as one program: (params, (images, resize)) -> masks u8[B, *N].
-
-  It is compiled for each N anew.
-  """
-  return lambda params, rows: native_masks(apply(params, rows[0]), rows[1])
 
 
 def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
