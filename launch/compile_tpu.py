@@ -19,11 +19,11 @@ from ml_collections import config_flags
 
 from launch import program
 
-PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
+PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate", "resize")
 # Measuring the judges, training the judge `learned`, and the loss alone.
 MORE = ("measure", "judge", "loss")
 # Each device has images of its own, also where config.mesh.space shares those of training.
-APART = ("mine", "measure", "evaluate")
+APART = ("mine", "measure", "evaluate", "resize")
 LOSSES = (((16, 256, 256, 4), "float32"), ((64, 512, 512, 4), "bfloat16"))
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)

@@ -106,6 +106,7 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     "finetune": functools.partial(_finetune_step, segmenter=segmenter),
     "validate": functools.partial(_validate, segmenter=segmenter),
     "evaluate": functools.partial(_evaluate, segmenter=segmenter),
+    "resize": functools.partial(_resize, segmenter=segmenter),
     "mine": functools.partial(_on_own_images, make=_mine),
     "measure": functools.partial(_on_own_images, make=_measure),
     "judge": _judge_step,
@@ -236,21 +237,30 @@ def _validate(config, problem, mesh, segmenter, params, batch):
 
 
 def _evaluate(config, problem, mesh, segmenter, params, batch):
-  """Each device its own images, up to the masks on their own grids."""
+  """Each device its own images, up to the logits on the model's grid."""
+  arguments = (_placed(params, parallel.replicated(mesh)), batch.images)
+  return _apart(segmenter.apply, mesh, *arguments)
+
+
+def _resize(config, problem, mesh, segmenter, params, batch):
+  """What evaluation does then: masks on the records' own grids.
+
+  A program of its own, for grids differ, and the network is not compiled anew for each.
+  """
   count = batch.index.shape[0]
+  logits = jax.ShapeDtypeStruct((count, *problem.size, problem.num_classes), jnp.float32)
   resize = [
     jax.ShapeDtypeStruct((count, measure.padded(n), size), jnp.float32)
     for n, size in zip(problem.native, problem.size, strict=True)
   ]
-  whole, split = parallel.replicated(mesh), parallel.over_all(mesh)
-  program = jax.shard_map(
-    lambda params, rows: measure.native_masks(segmenter.apply(params, rows[0]), rows[1]),
-    mesh=mesh,
-    in_specs=(whole.spec, split.spec),
-    out_specs=split.spec,
-    check_vma=False,
-  )
-  return jax.jit(program).lower(_placed(params, whole), _placed((batch.images, resize), split))
+  return _apart(lambda _, rows: measure.native_masks(*rows), mesh, (), (logits, resize))
+
+
+def _apart(function, mesh, whole, rows):
+  """A program in which each device works on its own rows."""
+  specs = (parallel.replicated(mesh).spec, parallel.over_all(mesh).spec)
+  program = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)
+  return jax.jit(program).lower(whole, _placed(rows, parallel.over_all(mesh)))
 
 
 def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):

@@ -226,6 +226,7 @@ def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str,
   own = trials["evaluate"].batch_size // processes
   if set(config.evaluate.metrics) & set(metrics.SURFACE):
     measured += 3  # base, last and selected checkpoint again, by process 0
+  evaluated = -(-(counts["val"] + counts["test"]) // own)
   found = {
     "base": supervised * base.num_steps,
     "judge": config.judge.learned.num_steps,
@@ -233,7 +234,8 @@ def num_batches(config, data: Data, trials: dict[str, trial.Trial]) -> dict[str,
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
     "finetune": tuned.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
-    "evaluate": measured * -(-(counts["val"] + counts["test"]) // own),
+    "evaluate": measured * evaluated,
+    "resize": measured * evaluated,
   }
   return {name: count for name, count in found.items() if name in trials}
 

@@ -76,6 +76,7 @@ def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
     "finetune": config.finetune.batch_size,
     "validate": -(-config.evaluate.batch_size // parts) * parts,
     "evaluate": -(-config.evaluate.batch_size // local) * mesh.size,
+    "resize": -(-config.evaluate.batch_size // local) * mesh.size,
   }
 
 
@@ -151,7 +152,9 @@ def cgroup_limits(
 
 def too_large(config, name: str, found: str) -> str:
   """The line that refuses a program, naming the keys that make it smaller."""
-  sections = {"validate": "evaluate", "measure": "mine", "judge": "judge.learned"}
+  sections = {
+    "validate": "evaluate", "resize": "evaluate", "measure": "mine", "judge": "judge.learned",
+  }  # fmt: skip
   section = sections.get(name, name)
   more = {
     "base": ", a larger config.base.accumulate_steps, config.model.remat=True",

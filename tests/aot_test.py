@@ -19,7 +19,7 @@ needs_libtpu = pytest.mark.skipif(
   reason="libtpu is not installed; it comes with the extra tpu-aot",
 )
 BATCH = 2
-PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate")
+PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate", "resize")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_programs_follow_the_stages_without_libtpu(tiny_config):
   assert set(found["validate"]) == {"val_dice", "val_kl", "val_entropy", "valid"}
   assert found["validate"]["val_dice"].shape == (images,)
   # Grids of 16 x 16 are rounded up.
-  assert found["evaluate"].shape == (images, 64, 64) and found["evaluate"].dtype == "uint8"
+  assert found["resize"].shape == (images, 64, 64) and found["resize"].dtype == "uint8"
+  assert found["evaluate"].shape == (images, 16, 16, 2) and found["evaluate"].dtype == "float32"
   for name in ("base", "finetune"):
     state, metrics = found[name]
     assert metrics["loss"].shape == () and (state.ema is not None) == (name == "finetune")
@@ -107,7 +108,7 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
   assert 4 * 6_000 < reduced < 4 * 7_000
   assert 4 * 6_000 < by_lanes < 4 * 7_000  # kernels folded by 128 / 8 are many times as large
   assert 0 < step.memory < 2**30 and step.flops > 0 and step.hbm_bytes > 0
-  for name in ("mine", "evaluate"):
+  for name in ("mine", "evaluate", "resize"):
     assert program_report.measure(programs[name]().compile()).collectives == []
 
 

@@ -71,7 +71,7 @@ def test_the_lines_say_what_there_is(tiny_run, tried):
   assert (batches["validate"], batches["evaluate"]) == ("4", "3")
   assert batches["measure"] == "2" and "judge" not in batches  # validation, labelled split
   # Images of 20 x 18 pixels, up to the next multiple of 64.
-  assert tried[1]["evaluate"].out_info.shape[1:] == (64, 64)
+  assert tried[1]["resize"].out_info.shape[1:] == (64, 64) and batches["resize"] == "3"
 
 
 def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
