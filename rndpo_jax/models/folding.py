@@ -68,13 +68,20 @@ def fold_kernel(kernel: jax.Array, by: int, repeats: int = 1) -> jax.Array:
       block, entry = divmod(output + tap, by)
       places[block + 1, entry // repeats, output, tap + 1] = 1
   *window, _, inputs, features = kernel.shape
-  spread = jnp.einsum(
-    "sabt,ntif->nsaibf",
-    places,
-    kernel.reshape(-1, 3, inputs, features),
+  # As one product whose last axis is that of the result, which fills the lanes: an einsum over the
+  # taps alone has `by` of them last, and took a third of a small network's step on TPU v5e.
+  spread = np.einsum("sabt,fg->tfsabg", places, np.eye(features, dtype=np.float32))
+  spread = spread.reshape(3 * features, 3 * entries, by * features)
+  taps = jnp.moveaxis(kernel.reshape(-1, 3, inputs, features), 1, 2).reshape(-1, 3 * features)
+  folded = jnp.einsum(
+    "rk,kef->ref",
+    taps,
+    spread,
     precision=jax.lax.Precision.HIGHEST,  # zeros and ones: nothing is to be rounded
   )
-  return spread.reshape(*window, 3, entries * inputs, by * features)
+  folded = folded.reshape(-1, inputs, 3, entries, by * features)
+  folded = jnp.transpose(folded, (0, 2, 3, 1, 4))
+  return folded.reshape(*window, 3, entries * inputs, by * features)
 
 
 def fold_pointwise(kernel: jax.Array, by: int) -> jax.Array:
