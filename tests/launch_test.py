@@ -170,8 +170,8 @@ def test_slurm_runs_a_task_a_gpu_and_gives_them_time_to_end():
   setup, load, run, after = output.splitlines()
   assert code == 0 and setup == "source launch/setup.sh cuda12"
   assert shlex.split(load) == [
-    "srun", "--ntasks=2", "--ntasks-per-node=1", "python", "-c",
-    "import jax, rndpo_jax.pipeline; jax.devices()",
+    "srun", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0",
+    "python", "-c", "import jax, rndpo_jax.pipeline; jax.devices()",
   ]  # fmt: skip
   assert run == (
     "srun --cpus-per-task=8 --kill-on-bad-exit=0 --wait=120 python -m launch.run --distributed "
@@ -214,15 +214,16 @@ def test_launchers_run_a_sweep_where_it_is_named(script, variables):
 
 
 @pytest.mark.parametrize(
-  "srun,code,requeued", [("0", 0, False), ("75", 75, True), ("1", 1, False), ("-c", 75, False)]
-)
-def test_slurm_requeues_what_was_saved(tmp_path, srun, code, requeued):
-  # Ends the job by that code; "-c": the loading before it, which must not be taken for a save.
-  fake(
-    tmp_path,
-    "srun",
-    f'case "$*" in *" -c "*) [ {srun} != -c ] || exit 75 ;; *) exit {srun} ;; esac',
-  )
+  "load,program,code,requeued",
+  [
+    (0, 0, 0, False), (0, 75, 75, True), (0, 1, 1, False), (0, 137, 137, False),
+    (0, 143, 143, True),  # SIGTERM, before a process could take it
+    (143, 0, 143, True), (1, 0, 1, False),
+    (75, 0, 75, False),  # the loading saves nothing
+  ],
+)  # fmt: skip
+def test_slurm_requeues_what_sigterm_ended(tmp_path, load, program, code, requeued):
+  fake(tmp_path, "srun", f'case "$*" in *" -c "*) exit {load} ;; *) exit {program} ;; esac')
   fake(tmp_path, "scontrol", 'echo "scontrol $*"')
   (tmp_path / "launch").mkdir()
   (tmp_path / "launch" / "setup.sh").write_text("")
