@@ -144,6 +144,7 @@ def assert_same(alone, shared, size):
     ("base", VOLUME, (2, 2, 2), 1, 4),
     ("finetune", PLANE, (1, 2, 4), 2, 2),
     ("finetune", PLANE, (2, 2, 1), 1, 2),
+    ("finetune", PLANE, (1, 2, 1), 2, 1),
   ],
 )
 def test_a_step_on_several_devices_is_that_of_one(kind, size, axes, parts, unshared):
