@@ -119,10 +119,10 @@ def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
   reports = []
   for parts in (1, 4):
     config = tiny_config(finetune__accumulate_steps=parts)
-    lowered = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"finetune": 8 * mesh.size})
+    lowered = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"finetune": 32 * mesh.size})
     reports.append(program_report.measure(lowered["finetune"]().compile(), parts))
   whole, by_parts = reports
-  # So few images a chip pay for the kernels' gradients and the loop: 1.2 and 4 times as much.
+  # Each part pays for folding the kernels and for the loop.
   assert 0.9 < by_parts.flops / whole.flops < 1.5
   assert 0.9 < by_parts.cycles / whole.cycles < 6
   assert {kind for report in reports for kind, _ in report.collectives} == {"all-reduce"}
