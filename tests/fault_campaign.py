@@ -424,7 +424,8 @@ def full_disk(campaign):
 
 def of_full_disk(ended):
   """The row's entry, and whether a process said that the disk is full and the others stopped."""
-  clear = ended.in_one_line() and "error: the disk is full" in ended.output()
+  said = re.search(r"^error: (process \d+: )?the disk is full", ended.output(), re.MULTILINE)
+  clear = ended.in_one_line() and said is not None
   return f"{ended.shown()}: the disk is full" if clear else ended.shown(), clear
 
 
