@@ -43,7 +43,9 @@ def run(config, workdir: os.PathLike) -> None:
       f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )
   evaluation = measure.open_evaluation(config, workdir)
-  finetune.check_done(workdir / "finetune", evaluation.dataset, evaluation.params(0))
+  finetune.check_made_of(
+    workdir / "finetune", "done.json", evaluation.dataset, evaluation.params(0)
+  )
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")

@@ -132,7 +132,7 @@ def run(config, workdir: os.PathLike) -> None:
   params = base.load(config, workdir, dataset)[0]
   pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
   if processes.agree((directory / "done.json").exists):
-    check_done(directory, dataset, params)
+    check_made_of(directory, "done.json", dataset, params)
     return
   loss_fn = make_loss_fn(
     segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
@@ -178,14 +178,20 @@ def origin(dataset, params: types.Params) -> np.ndarray:
   return checkpoint.digest({"base": params, "data": dataset.digest})
 
 
-def check_done(directory: epath.Path, dataset, params: types.Params) -> None:
-  """Refuses a fine-tuning of another base or other data, which would stand beside these.
+def check_made_of(directory: epath.Path, name: str, dataset, params: types.Params) -> None:
+  """Refuses a fine-tuning or a sweep of another base or other data, which would stand beside these.
+
+  Args:
+    directory: `finetune/` or `sweep/`.
+    name: of the file in it whose `origin` is what it was made of.
+    dataset: that is here.
+    params: of the base that is here.
 
   Raises:
     checkpoint.CheckpointError: naming the folder to delete.
   """
   here = bytes(origin(dataset, params)).hex()
-  there = files.read_json(directory / "done.json").get("origin")
+  there = files.read_json(directory / name).get("origin")
   if there != here:
     raise checkpoint.CheckpointError(
       f"{directory} was trained from other data or another base: SHA-256 {str(there)[:12]}, now "

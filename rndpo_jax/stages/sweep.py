@@ -81,16 +81,10 @@ def run(
     _claim(directory, grid)
   dataset = pipeline.open_dataset(config, workdir)
   params = base.load(config, workdir, dataset)[0]
-  made_of = bytes(finetune.origin(dataset, params)).hex()
   if processes.agree((directory / DONE).exists):
-    content = files.read_json(directory / DONE)
-    if (there := content.get("origin")) != made_of:
-      raise checkpoint.CheckpointError(
-        f"{directory / DONE} is of other data or another base: SHA-256 {str(there)[:12]}, now "
-        f"{made_of[:12]}; delete the folder {directory} and run the same command again"
-      )
+    finetune.check_made_of(directory, DONE, dataset, params)
     progress.say("[sweep] done before")
-    return content
+    return files.read_json(directory / DONE)
   mesh = _mesh_of(grid)
   form = form or population.default_form(mesh)
   progress.say(
@@ -103,7 +97,7 @@ def run(
   if processes.is_first():
     content = {
       **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
-      "origin": made_of,
+      "origin": bytes(finetune.origin(dataset, params)).hex(),
       "form": form,
       "num_devices": mesh.size,
       "base": _base_dice(workdir),
