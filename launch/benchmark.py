@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import app, flags, logging
 
-from launch import cpu
+from launch import xla_flags
 
 _BENCHMARK = flags.DEFINE_string(
   "benchmark", None, "loss | step | mine | input | population | all."
@@ -47,12 +47,13 @@ _OPTIONS = {
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
-  cpu.tune()  # before anything imports numpy or jax
+  xla_flags.tune()  # before anything imports numpy or jax
   logging.set_verbosity(logging.ERROR)
   use_devices(_DEVICES.value)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config, progress
-  from rndpo_jax.benchmark import measure, options, run, show
+  from rndpo_jax import config
+  from rndpo_jax.benchmark import options, run, tables, timing
+  from rndpo_jax.runtime import progress
 
   try:
     given = {name: flag.value for name, flag in _OPTIONS.items()}
@@ -60,17 +61,17 @@ def main(argv):
     resolved = options.resolve(_BENCHMARK.value, given)
     check_devices(_DEVICES.value)
     rows = run.run(resolved)
-  except (measure.BenchmarkError, config.ConfigError) as error:
+  except (timing.BenchmarkError, config.ConfigError) as error:
     sys.exit(f"error: {error}")
-  show.print_tables(rows)
+  tables.print_tables(rows)
   if _OUTPUT.value:
-    content = show.document(rows, any(o.peers for o in resolved.values()))
-    progress.say("\n".join(f"written: {path}" for path in show.write(_OUTPUT.value, content)))
+    content = tables.document(rows, any(o.peers for o in resolved.values()))
+    progress.say("\n".join(f"written: {path}" for path in tables.write(_OUTPUT.value, content)))
 
 
 def integers(name):
   """The numbers of a list flag, or None where it is left out."""
-  from rndpo_jax.benchmark.measure import BenchmarkError
+  from rndpo_jax.benchmark.timing import BenchmarkError
 
   values = _OPTIONS[name].value
   try:
@@ -93,7 +94,7 @@ def check_devices(count):
   """Refuses a number of devices that is not there, or that JAX could not be held to."""
   import jax
 
-  from rndpo_jax.benchmark.measure import BenchmarkError
+  from rndpo_jax.benchmark.timing import BenchmarkError
 
   if count < 0 or count not in (0, jax.device_count()):
     raise BenchmarkError(

@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import program
+from launch import common
 
 PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate", "resize")
 # Measuring the judges, training the judge `learned`, and the loss alone.
@@ -44,8 +44,9 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   logging.set_verbosity(logging.ERROR)
-  from rndpo_jax import aot, checks
+  from rndpo_jax import config_checks
   from rndpo_jax.config import ConfigError
+  from rndpo_jax.planning import programs
 
   unknown = set(_PROGRAMS.value) - {*PROGRAMS, *MORE}
   if unknown:
@@ -54,9 +55,9 @@ def main(argv):
   if _NUM_UNLABELLED.value and "mine" not in _PROGRAMS.value:
     sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
-    checks.validate(_CONFIG.value)
+    config_checks.validate(_CONFIG.value)
     check_micro_batches(_CONFIG.value, _BATCH.value)
-    problem = aot.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)
+    problem = programs.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)
     for topology in _TOPOLOGY.value:
       show(topology, problem)
   except ConfigError as error:
@@ -85,51 +86,52 @@ def show(topology, problem):
   """Prints the programs of one slice."""
   import jax
 
-  from rndpo_jax import aot, parallel, program_report
+  from rndpo_jax.planning import programs, roofline
+  from rndpo_jax.runtime import sharding
 
   axes = _CONFIG.value.mesh
-  chip, mesh = aot.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
+  chip, mesh = programs.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
   batch = _BATCH.value
   of_chips = (
     "a chip" if axes.space == 1 else f"for {axes.space} chips (mining and evaluating, a chip)"
   )
   print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
-  sharers = parallel.num_batch_parts(mesh)
+  sharers = sharding.num_batch_parts(mesh)
   totals = {name: batch * (mesh.size if name in APART else sharers) for name in _PROGRAMS.value}
-  programs = aot.programs(_CONFIG.value, problem, mesh, totals)
+  lowered = programs.programs(_CONFIG.value, problem, mesh, totals)
   for name in _PROGRAMS.value:
     if name == "loss":
       show_losses(mesh)
       continue
     try:
-      compiled = programs[name]().compile()
+      compiled = lowered[name]().compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       print(f"{name:9} does not fit: {str(error).splitlines()[0][:200]}", flush=True)
       continue
-    report = program_report.measure(compiled, accumulate_steps(_CONFIG.value, name))
+    report = roofline.measure(compiled, accumulate_steps(_CONFIG.value, name))
     if name in APART and report.collectives:
       sys.exit(f"error: the program {name!r} communicates: {report.collectives}")
     per_chip = batch if name in APART else batch / axes.space
-    print(program_report.describe(name, report, chip, per_chip), flush=True)
+    print(roofline.describe(name, report, chip, per_chip), flush=True)
     if name == "mine" and _NUM_UNLABELLED.value:
       chips = mesh.size
-      print(program_report.describe_mining(report, chip, batch, chips, _NUM_UNLABELLED.value))
+      print(roofline.describe_mining(report, chip, batch, chips, _NUM_UNLABELLED.value))
     if name == "finetune" and axes.fsdp == axes.space == 1:  # of gradients' all-reduces alone
-      print(program_report.describe_scaling(report, chip), flush=True)
+      print(roofline.describe_scaling(report, chip), flush=True)
 
 
 def show_losses(mesh):
   """Prints what the loss alone moves."""
-  from rndpo_jax import aot, program_report
+  from rndpo_jax.planning import programs, roofline
 
   for shape, dtype in LOSSES:
-    lowered, minimum = aot.lower_loss(mesh, shape, dtype)
-    report = program_report.measure(lowered.compile())
-    print("\n".join(program_report.describe_loss(f"{dtype}{list(shape)}", report, minimum)))
+    lowered, minimum = programs.lower_loss(mesh, shape, dtype)
+    report = roofline.measure(lowered.compile())
+    print("\n".join(roofline.describe_loss(f"{dtype}{list(shape)}", report, minimum)))
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config"])
-  app.run(main, flags_parser=program.parse)
+  app.run(main, flags_parser=common.parse)

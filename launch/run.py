@@ -10,7 +10,7 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import program, several
+from launch import common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -25,20 +25,22 @@ _NUM_UNLABELLED = flags.DEFINE_integer(
 
 
 def main(argv):
-  program.start(argv)
+  common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config, dry_run, pipeline, processes, progress
+  from rndpo_jax import config, pipeline
+  from rndpo_jax.planning import dry_run
+  from rndpo_jax.runtime import processes, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
-  with program.one_line_errors():
-    end = several.meet()
-  with program.one_line_errors(end):
+  with common.one_line_errors():
+    end = process_flags.meet()
+  with common.one_line_errors(end):
     if _DRY_RUN.value:
       dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)
       return
     if _NUM_UNLABELLED.value:
       raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
-    program.take_signals()
+    common.take_signals()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and processes.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
@@ -46,4 +48,4 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=program.parse)
+  app.run(main, flags_parser=common.parse)

@@ -15,7 +15,7 @@ import shlex
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import program, several
+from launch import common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -30,14 +30,15 @@ _FORM = flags.DEFINE_enum(
 
 
 def main(argv):
-  program.start(argv)
+  common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import pipeline, processes, progress
-  from rndpo_jax.stages import sweep, sweep_results
+  from rndpo_jax import pipeline
+  from rndpo_jax.runtime import processes, progress
+  from rndpo_jax.sweep import sweep, sweep_results
 
-  with program.one_line_errors():
-    end = several.meet()
-  with program.one_line_errors(end):
+  with common.one_line_errors():
+    end = process_flags.meet()
+  with common.one_line_errors(end):
     config = _CONFIG.value
     grid = {
       "betas": numbers(_BETAS, float, config.finetune.beta),
@@ -45,7 +46,7 @@ def main(argv):
       "seeds": numbers(_SEEDS, int, config.seed),
     }
     sweep.check(config, grid)
-    program.take_signals()
+    common.take_signals()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
   if not processes.is_first():
@@ -85,4 +86,4 @@ def command(best):
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=program.parse)
+  app.run(main, flags_parser=common.parse)

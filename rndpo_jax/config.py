@@ -2,7 +2,7 @@
 
 A file in `configs/` starts from `base_config()` and overrides a few keys; the command line
 overrides more (`--config.finetune.beta=10`). Unknown keys and wrong types are refused by
-ml_collections; values that cannot work are refused by `checks.validate`.
+ml_collections; values that cannot work are refused by `config_checks.validate`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import checks, claims, files, judges, parallel, preemption, processes, progress
 from rndpo_jax import config as config_lib
+from rndpo_jax import config_checks
+from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.mining import judges
+from rndpo_jax.runtime import files, preemption, processes, progress, sharding
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
 RUNNERS = {
@@ -54,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     preemption.Preempted: after a signal, what is finished being kept.
     The stages' own errors.
   """
-  checks.validate(config)
+  config_checks.validate(config)
   unknown = [name for name in stages if name not in config_lib.STAGES]
   if unknown:
     raise config_lib.ConfigError(
@@ -75,10 +78,10 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   if processes.is_first():
     prepared = "prepare" in there
     started = bool(left) or (workdir / "base").exists()
-    claims.claim(config, workdir, started=started, prepared=prepared)
+    workdir_lib.claim(config, workdir, started=started, prepared=prepared)
   processes.barrier("claim")
   if not processes.is_first():
-    claims.check_shared(config, workdir)
+    workdir_lib.check_shared(config, workdir)
   for name in wanted:
     if name in done:
       progress.say(f"[{name}] done before")
@@ -140,15 +143,15 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   devices, space = jax.device_count(), config.mesh.space
   if sizes:  # nothing else uses a mesh
-    parallel.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
+    sharding.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
   for key, size in sizes.items():
-    parallel.check_batch_size(f"config.{key}", size, devices, space)
+    sharding.check_batch_size(f"config.{key}", size, devices, space)
   for name in trained:
     parts = config[name].accumulate_steps
     if config[name].batch_size % (parts * devices // space):
       raise config_lib.ConfigError(
         f"config.{name}.accumulate_steps: found {parts}, but batch_size="
-        f"{config[name].batch_size} on {parallel.sharers(devices, space)} is no multiple of "
+        f"{config[name].batch_size} on {sharding.sharers(devices, space)} is no multiple of "
         f"{parts * devices // space}"
       )
   for name in names:
@@ -173,7 +176,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
       raise config_lib.ConfigError(
         f"config.base.workdir: {path} is missing; run the stages prepare and base there first"
       )
-    claims.check_same_base(config)
+    workdir_lib.check_same_base(config)
     return
   needed = (DONE[before], *ALSO.get(before, ())) if before else ()
   missing = [path for path in needed if not (workdir / path).exists()]

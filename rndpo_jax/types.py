@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
     region_size: i32[B, P], number of pixels where the two masks differ, > 0 where valid.
     valid: bool[B, P].
     dropped: i32[B, filters], candidate pairs of the rule that a filter took, in the order of
-      `mining.FILTERS`.
+      `pair_rules.FILTERS`.
   """
 
   chosen: Array

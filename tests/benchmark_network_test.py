@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from rndpo_jax import config, packing, parallel
-from rndpo_jax.benchmark import feed, measure, mining, network, options, population, step
+from rndpo_jax import config
+from rndpo_jax.benchmark import input, mine, network, options, population, step, timing
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.runtime import sharding
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +23,21 @@ def small_unet():
 class TestStep:
   def test_batches_are_as_the_stage_takes_them(self, small_unet):
     given = small_unet[0]
-    first, second, *_ = step.make_batches(jax.random.key(0), given, 3, parallel.make_mesh())
-    masks = [packing.unpack(first[name], (4, 6), 2) for name in ("chosen", "rejected")]
+    first, second, *_ = step.make_batches(jax.random.key(0), given, 3, sharding.make_mesh())
+    masks = [bit_planes.unpack(first[name], (4, 6), 2) for name in ("chosen", "rejected")]
     assert masks[0].shape == (8, 3, 4, 6)
     assert 0.1 < float(jnp.mean(masks[0] != masks[1])) < 0.45
     assert first["image"].shape == (8, 4, 6, 1) and first["reference_margin"].shape == (8, 3)
     assert not np.array_equal(first["image"], second["image"])
-    labelled = step.make_batches(jax.random.key(0), given, 0, parallel.make_mesh())[0]
+    labelled = step.make_batches(jax.random.key(0), given, 0, sharding.make_mesh())[0]
     assert set(labelled) == {"image", "label"} and labelled["label"].shape == (8, 4, 6)
     with pytest.raises(config.ConfigError, match="--shape"):
       odd = given._replace(shape=(3, 4, 6))
-      step.make_batches(jax.random.key(0), odd, 0, parallel.make_mesh())
+      step.make_batches(jax.random.key(0), odd, 0, sharding.make_mesh())
 
   def test_steps_go_on_from_each_other(self, small_unet):
     given, segmenter, params = small_unet
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     batches = step.make_batches(jax.random.key(0), given, 2, mesh)
     turns = []
 
@@ -55,11 +57,11 @@ class TestStep:
     # Images f32; 24 pixels in 3 bytes of each mask; margins, log-probabilities and weights f32,
     # and a volume an image.
     batch = 8 * 24 * 4 + 2 * 8 * 2 * 3 + 3 * 8 * 2 * 4 + 8 * 4
-    assert variant.work == measure.Work(8, 16, 8 * 24, 2 * state + batch)
+    assert variant.work == timing.Work(8, 16, 8 * 24, 2 * state + batch)
 
   def test_supervised_loss_is_cross_entropy(self, small_unet):
     given, segmenter, params = small_unet
-    batch = step.make_batches(jax.random.key(0), given, 0, parallel.make_mesh())[0]
+    batch = step.make_batches(jax.random.key(0), given, 0, sharding.make_mesh())[0]
     value, metrics = step.supervised_loss_fn(segmenter)(params, batch, jax.random.key(0))
     logits = np.asarray(segmenter.apply(params, batch["image"]), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -73,7 +75,7 @@ class TestPopulation:
   def test_every_variant_takes_a_step_of_each_member(self, small_unet):
     changes = {"pairs": 2, "members": 4, "seeds": 2}
     given = small_unet[0]._replace(**changes)
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     batches = step.make_batches(jax.random.key(0), given, 2, mesh)
     apart = population.apart(given, batches[:1], mesh)
     variants = [apart, *(population.together(given, batches[:1], form) for form in ("vmap", "map"))]
@@ -94,12 +96,12 @@ class TestPopulation:
     given = small_unet[0]._replace(pairs=1, members=4, seeds=2)
 
     def fake(name):
-      return measure.Variant(name, "jax", measure.Work(1, 1, 1, 1), None, None)
+      return timing.Variant(name, "jax", timing.Work(1, 1, 1, 1), None, None)
 
-    monkeypatch.setattr(step, "copy_of_64_mib", lambda: fake(measure.COPY))
+    monkeypatch.setattr(step, "copy_of_64_mib", lambda: fake(timing.COPY))
     monkeypatch.setattr(population, "apart", lambda *_: fake(population.APART))
     monkeypatch.setattr(population, "together", lambda o, b, form: fake(population.TOGETHER[form]))
-    monkeypatch.setattr(measure, "sample", lambda v, repeats, calls: np.full((len(v), 1), 0.5))
+    monkeypatch.setattr(timing, "sample", lambda v, repeats, calls: np.full((len(v), 1), 0.5))
     rows = population.run(given, None)
     assert [row.get("member_steps_per_second") for row in rows] == [None, 8.0, 8.0, 8.0]
     assert rows[1]["members"] == 4 and rows[1]["seeds"] == 2
@@ -108,13 +110,13 @@ class TestPopulation:
 class TestMine:
   def test_both_ways_give_k_masks(self, small_unet):
     given, segmenter, params = small_unet
-    images = mining.make_images(given, parallel.make_mesh())
-    work = measure.Work(8, 0, 192, 1)
-    full = mining.forward_variant(segmenter, params, images, work).run(1)
+    images = mine.make_images(given, sharding.make_mesh())
+    work = timing.Work(8, 0, 192, 1)
+    full = mine.forward_variant(segmenter, params, images, work).run(1)
     cfg = network.make_config(given)
-    shared = mining.sampling_variant(segmenter, params, images, work, cfg, mining.DROPOUT_MIX)
+    shared = mine.sampling_variant(segmenter, params, images, work, cfg, mine.DROPOUT_MIX)
     masks = shared.run(1)
-    assert len(full) == mining.K == masks.shape[1] and full[0].shape == (8, 4, 6)
+    assert len(full) == mine.K == masks.shape[1] and full[0].shape == (8, 4, 6)
     assert masks.dtype == full[0].dtype == jnp.uint8
     for some in (np.stack(full, axis=1), np.asarray(masks)):
       differs = (some[:, :1] != some[:, 1:]).any(axis=(0, 2, 3))
@@ -124,29 +126,29 @@ class TestMine:
 class TestInput:
   def test_a_sample_starts_with_no_batch_ready(self):
     seen = []
-    variant = measure.Variant(
-      "x", "jax", measure.Work(1, 1, 1, 1), lambda turn: seen.append("run"),
+    variant = timing.Variant(
+      "x", "jax", timing.Work(1, 1, 1, 1), lambda turn: seen.append("run"),
       lambda outputs: seen.append("wait"),
     )  # fmt: skip
-    feed.settled(variant).settle()
-    assert seen == ["run"] * feed.SETTLE_STEPS + ["wait"]
+    input.settled(variant).settle()
+    assert seen == ["run"] * input.SETTLE_STEPS + ["wait"]
     data = network.make_config(options.resolve("input", {})["input"]).data
-    assert feed.SETTLE_STEPS > data.prefetch + 4  # Grain's buffer holds 4
+    assert input.SETTLE_STEPS > data.prefetch + 4  # Grain's buffer holds 4
 
   def test_the_phantom_has_its_classes(self):
-    with pytest.raises(measure.BenchmarkError, match="--classes: found 3"):
+    with pytest.raises(timing.BenchmarkError, match="--classes: found 3"):
       options.resolve("input", {"classes": 3})
 
 
 def test_peer_network_is_ours(small_unet):
   pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")
-  from rndpo_jax.benchmark import peer_network
+  from rndpo_jax.benchmark import torch_unet
 
   given, segmenter, params = small_unet
   images = jax.random.normal(jax.random.key(0), (8, 4, 6, 1))
-  peer_network.make(given, segmenter, params, images)
-  with pytest.raises(measure.BenchmarkError, match="PyTorch's U-Net takes"):
-    peer_network.make(given._replace(width=8), segmenter, params, images)
+  torch_unet.make(given, segmenter, params, images)
+  with pytest.raises(timing.BenchmarkError, match="PyTorch's U-Net takes"):
+    torch_unet.make(given._replace(width=8), segmenter, params, images)
   other = segmenter._replace(apply=lambda p, x: 1.01 * segmenter.apply(p, x))
-  with pytest.raises(measure.BenchmarkError, match="logits differ"):
-    peer_network.make(given, other, params, images)
+  with pytest.raises(timing.BenchmarkError, match="logits differ"):
+    torch_unet.make(given, other, params, images)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config
-from rndpo_jax.benchmark import loss, measure, options, run, show
+from rndpo_jax.benchmark import loss, options, run, tables, timing
 
 TINY = {"shape": (8, 4, 6), "sizes": ()}
 
@@ -22,71 +22,71 @@ def resolve(**given):
 
 @pytest.fixture
 def few_inputs(monkeypatch):
-  monkeypatch.setattr(measure, "MAX_INPUTS", 3)
-  monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
+  monkeypatch.setattr(timing, "MAX_INPUTS", 3)
+  monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
 
 
 class TestMeasure:
   def test_every_round_holds_each_variant_once_and_orders_differ(self):
-    order = measure.interleaved(4, 20)
+    order = timing.interleaved(4, 20)
     assert order.shape == (20, 4)
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(4), (20, 1)))
     assert len({tuple(row) for row in order}) > 5
 
   def test_calls_are_interleaved_and_inputs_rotate(self, monkeypatch):
-    monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
-    calls, work = [], measure.Work(1, 1, 1, 1)
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0.0)
+    calls, work = [], timing.Work(1, 1, 1, 1)
 
     def variant(name):
       def call(turn):
         calls.append((name, turn))
         return turn
 
-      return measure.Variant(
+      return timing.Variant(
         name, "jax", work, call, wait=lambda turn: calls.append(("wait", turn)),
         settle=lambda: calls.append(("settle", name)),
       )  # fmt: skip
 
-    seconds = measure.sample([variant("a"), variant("b")], repeats=20, calls=2)
+    seconds = timing.sample([variant("a"), variant("b")], repeats=20, calls=2)
     assert seconds.shape == (2, 20) and (seconds > 0).all()
     turns = [turn for name, turn in calls if name in "ab"]
-    assert turns == list(range(2 * measure.WARM_UP_CALLS + 20 * 2 * 3))  # no turn comes twice
-    timed = calls[2 * 2 * measure.WARM_UP_CALLS :]
+    assert turns == list(range(2 * timing.WARM_UP_CALLS + 20 * 2 * 3))  # no turn comes twice
+    timed = calls[2 * 2 * timing.WARM_UP_CALLS :]
     names = []
     for start in range(0, len(timed), 6):
       settle, waking, awake, first, second, wait = timed[start : start + 6]
       assert settle == ("settle", first[0]) and second[0] == first[0] == waking[0]
       assert awake == ("wait", waking[1]) and wait == ("wait", second[1])
       names.append(first[0])
-    order = np.array(["a", "b"])[measure.interleaved(2, 20).ravel()]
+    order = np.array(["a", "b"])[timing.interleaved(2, 20).ravel()]
     assert names == order.tolist()
 
   def test_inputs_exceed_the_cache(self):
-    assert measure.num_inputs(1 << 24) * (1 << 24) >= measure.ROTATED_BYTES
-    assert measure.num_inputs(1 << 40) == 2
-    assert measure.num_inputs(1) == measure.MAX_INPUTS
+    assert timing.num_inputs(1 << 24) * (1 << 24) >= timing.ROTATED_BYTES
+    assert timing.num_inputs(1 << 40) == 2
+    assert timing.num_inputs(1) == timing.MAX_INPUTS
 
   def test_a_variant_takes_the_input_of_its_turn(self):
     inputs = [(jnp.full(3, float(n)),) for n in range(3)]
-    work = measure.Work(1, 1, 1, 12)
-    variant = measure.jax_variant("double", work, lambda x: 2 * x, inputs)
+    work = timing.Work(1, 1, 1, 12)
+    variant = timing.jax_variant("double", work, lambda x: 2 * x, inputs)
     assert [float(variant.run(turn)[0]) for turn in range(5)] == [0.0, 2.0, 4.0, 0.0, 2.0]
     assert variant.compile_seconds > 0
     assert variant.peak_bytes == 24  # three float32 in, three out
 
   def test_rates_by_hand(self, monkeypatch):
-    times = {measure.COPY: 0.5, "mine": 2.0}
+    times = {timing.COPY: 0.5, "mine": 2.0}
 
     def sample(variants, repeats, calls):
       return np.array([[times[v.name]] * repeats for v in variants])
 
-    monkeypatch.setattr(measure, "sample", sample)
-    copy = measure.copy_variant([jnp.zeros(25)])
-    work = measure.Work(images=4, pairs=8, pixels=3_000_000, bytes_at_least=50)
-    variant = measure.Variant("mine", "jax", work, lambda t: t, lambda o: o)
-    missing = measure.Missing("other", "torch", "no compiler")
-    rows = measure.rows(
-      [copy, variant, missing], baseline=measure.COPY, repeats=20, calls=1, setup={"shape": [1]}
+    monkeypatch.setattr(timing, "sample", sample)
+    copy = timing.copy_variant([jnp.zeros(25)])
+    work = timing.Work(images=4, pairs=8, pixels=3_000_000, bytes_at_least=50)
+    variant = timing.Variant("mine", "jax", work, lambda t: t, lambda o: o)
+    missing = timing.Missing("other", "torch", "no compiler")
+    rows = timing.rows(
+      [copy, variant, missing], baseline=timing.COPY, repeats=20, calls=1, setup={"shape": [1]}
     )
     assert copy.work.bytes_at_least == 200  # 25 float32 read and written
     assert rows[0]["fraction_of_copy_bandwidth"] == 1.0
@@ -116,18 +116,18 @@ class TestOptions:
     ],
   )
   def test_refuses_what_cannot_work(self, given, named):
-    with pytest.raises(measure.BenchmarkError, match=named):
+    with pytest.raises(timing.BenchmarkError, match=named):
       resolve(**given)
 
   def test_refuses_members_that_seeds_cannot_share(self):
     for given in ({"members": 5}, {"members": 0, "seeds": 0}):
-      with pytest.raises(measure.BenchmarkError, match="--members, --seeds: found"):
+      with pytest.raises(timing.BenchmarkError, match="--members, --seeds: found"):
         options.resolve("population", given)
 
   def test_refuses_an_unknown_benchmark_and_a_grid_that_the_unet_cannot_halve(self):
-    with pytest.raises(measure.BenchmarkError, match="--benchmark: found 'speed'"):
+    with pytest.raises(timing.BenchmarkError, match="--benchmark: found 'speed'"):
       options.resolve("speed", {})
-    with pytest.raises(measure.BenchmarkError, match="multiples of 8"):
+    with pytest.raises(timing.BenchmarkError, match="multiples of 8"):
       options.resolve("step", {"shape": (4, 20, 24)})
 
   def test_all_takes_options_that_one_of_them_reads(self):
@@ -164,9 +164,9 @@ class TestLoss:
 
   def test_bytes_at_least_by_hand(self):
     # 8 x 4 x 6 pixels: 4 float32 logits in, 4 gradients out, one byte of each of two masks.
-    assert loss.work_of(resolve()) == measure.Work(8, 8, 192, 192 * (16 + 16 + 2))
+    assert loss.work_of(resolve()) == timing.Work(8, 8, 192, 192 * (16 + 16 + 2))
     work = loss.work_of(resolve(classes=1, dtype="bfloat16", pairs=3))
-    assert work == measure.Work(8, 24, 192, 192 * (2 + 2 + 6))
+    assert work == timing.Work(8, 24, 192, 192 * (2 + 2 + 6))
 
   @pytest.mark.parametrize("classes, pairs, dtype", [(4, 1, "float32"), (1, 2, "bfloat16")])
   def test_variants_agree(self, few_inputs, classes, pairs, dtype):
@@ -174,22 +174,22 @@ class TestLoss:
     inputs = loss.make_inputs(jax.random.key(1), given)
     work = loss.work_of(given)
     variants = [
-      measure.jax_variant(name, work, function, inputs) for name, function in loss.VARIANTS.items()
+      timing.jax_variant(name, work, function, inputs) for name, function in loss.VARIANTS.items()
     ]
     loss.check_agreement(variants, dtype, None)
     value, grad = variants[0].run(0)
     assert abs(float(value) - math.log(2)) > 1e-3 and float(jnp.max(jnp.abs(grad))) > 0
     wrong_value = variants[1]._replace(run=lambda turn: (value * 1.05, grad))
-    with pytest.raises(measure.BenchmarkError, match="gather: value"):
+    with pytest.raises(timing.BenchmarkError, match="gather: value"):
       loss.check_agreement([variants[0], wrong_value], dtype, None)
     off = 0.1 * float(jnp.max(jnp.abs(grad)))
     wrong_grad = variants[1]._replace(run=lambda turn: (value, grad.at[0, 0, 0, 0].add(off)))
-    with pytest.raises(measure.BenchmarkError, match="nothing was timed"):
+    with pytest.raises(timing.BenchmarkError, match="nothing was timed"):
       loss.check_agreement([variants[0], wrong_grad], dtype, None)
 
   def test_sizes_too_large_for_the_memory_are_left_out(self, few_inputs, monkeypatch, capsys):
     monkeypatch.setattr(loss, "_too_large", lambda o: "too much" if o.shape[0] > 8 else None)
-    monkeypatch.setattr(loss, "run_at", lambda o, peers, slow: [])
+    monkeypatch.setattr(loss, "run_at", lambda o, other, slow: [])
     loss.run(resolve(sizes=(8, 9)), None)
     assert "loss at 21 images: left out, too much" in capsys.readouterr().out
     monkeypatch.undo()
@@ -199,7 +199,7 @@ class TestLoss:
   def test_a_slow_variant_leaves_the_sweep_but_not_the_shape_asked_for(self, monkeypatch):
     seen = {}
 
-    def run_at(o, peers, slow):
+    def run_at(o, other, slow):
       seen[o.shape[0]] = sorted(slow)
       return [{"variant": "slow", "status": "ok", "seconds_median": 0.2 * o.shape[0]}]
 
@@ -238,7 +238,7 @@ def test_program_writes_json_table_and_plot(tmp_path):
 
 
 def test_refusals_name_the_flag():
-  with pytest.raises(measure.BenchmarkError, match="--devices=1"):
+  with pytest.raises(timing.BenchmarkError, match="--devices=1"):
     run.load_peers()  # eight simulated devices
   with pytest.raises(config.ConfigError, match="--shape"):
     loss.make_inputs(jax.random.key(0), resolve(shape=(3, 4, 4)))
@@ -247,33 +247,35 @@ def test_refusals_name_the_flag():
 def test_without_torch_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setitem(sys.modules, "torch", None)
-  monkeypatch.delitem(sys.modules, "rndpo_jax.benchmark.peers", raising=False)
-  with pytest.raises(measure.BenchmarkError, match=r"\.\[peers\]"):
+  monkeypatch.delitem(sys.modules, "rndpo_jax.benchmark.torch_losses", raising=False)
+  with pytest.raises(timing.BenchmarkError, match=r"\.\[peers\]"):
     run.load_peers()
 
 
 def test_peers_agree(few_inputs):
   pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")
-  from rndpo_jax.benchmark import peers
+  from rndpo_jax.benchmark import torch_losses
 
   for changes in ({}, {"classes": 1, "pairs": 2, "dtype": "bfloat16"}):
     given = resolve(**changes)
     device = jax.devices()[0]
     inputs = [jax.device_put(i, device) for i in loss.make_inputs(jax.random.key(1), given)]
     work = loss.work_of(given)
-    ours = measure.jax_variant(loss.OURS, work, loss.VARIANTS[loss.OURS], inputs)
+    ours = timing.jax_variant(loss.OURS, work, loss.VARIANTS[loss.OURS], inputs)
     eager = [
-      make() for name, make in peers.loss_makers(inputs, work, loss.BETA).items() if "eager" in name
+      make()
+      for name, make in torch_losses.loss_makers(inputs, work, loss.BETA).items()
+      if "eager" in name
     ]
-    loss.check_agreement([ours, *eager], given.dtype, peers)
-    off = peers.loss_makers(inputs, work, 1.1 * loss.BETA)["PyTorch eager, cancelled"]()
-    with pytest.raises(measure.BenchmarkError, match="eager, cancelled: value"):
-      loss.check_agreement([ours, off], given.dtype, peers)
+    loss.check_agreement([ours, *eager], given.dtype, torch_losses)
+    off = torch_losses.loss_makers(inputs, work, 1.1 * loss.BETA)["PyTorch eager, cancelled"]()
+    with pytest.raises(timing.BenchmarkError, match="eager, cancelled: value"):
+      loss.check_agreement([ours, off], given.dtype, torch_losses)
 
 
 def test_tables_show_what_is_missing():
   setup = {"benchmark": "loss", "shape": [1], "classes": 2, "dtype": "float32"}
   row = {**setup, "variant": "x", "framework": "torch", "status": "not available", "reason": "why"}
-  (table,) = show.tables([row])
+  (table,) = tables.tables([row])
   assert list(table.columns[0].cells) == ["x"]
   assert list(table.columns[-1].cells) == ["not available"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rndpo_jax import checkpoint, parallel, processes
+from rndpo_jax.runtime import processes, sharding
+from rndpo_jax.training import checkpoint
 
 TREE = {"layer": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(7)}
 
@@ -197,10 +198,10 @@ def test_a_step_goes_on_and_donates_while_its_state_is_written(tmp_path, monkeyp
   gate = threading.Event()
   real = checkpoint.Writer._write_sums
   monkeypatch.setattr(checkpoint.Writer, "_write_sums", lambda self: gate.wait(60) and real(self))
-  sharding = parallel.replicated(parallel.make_mesh())
-  step = jax.jit(lambda x: 2 * x + 1, donate_argnums=0, out_shardings=sharding)
+  replicated = sharding.replicated(sharding.make_mesh())
+  step = jax.jit(lambda x: 2 * x + 1, donate_argnums=0, out_shardings=replicated)
   values = np.arange(1000.0, dtype=np.float32)
-  array = jax.device_put(values, sharding)
+  array = jax.device_put(values, replicated)
   writer = checkpoint.Writer(tmp_path)
   writer.save(3, {"x": array})
   for _ in range(3):

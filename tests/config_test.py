@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from rndpo_jax import checks, judges, mining, pipeline
 from rndpo_jax import config as config_lib
+from rndpo_jax import config_checks, pipeline
+from rndpo_jax.mining import judges, pair_rules
 
 CONFIGS = sorted(
   path.stem
@@ -78,7 +79,7 @@ def test_refuses_what_cannot_work(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(config_lib.ConfigError, match=message):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +88,10 @@ def test_refuses_what_cannot_work(key, value, message):
 def test_a_sampler_needs_what_makes_it_act(key, mix):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: 0.0})
-  checks.validate(config)
+  config_checks.validate(config)
   config.proposals.mix = mix
   with pytest.raises(config_lib.ConfigError, match=f"config.{key}: it is 0"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -109,17 +110,17 @@ def test_no_more_views_than_the_grid_has(size, views):
   # Composed with a sampler that draws or sweeps, a view that comes again gives another mask.
   for mix in ("tta:{}", "tta+threshold:40", "tta+mc_dropout:40,tta+mc_dropout:40"):
     config.proposals.mix = mix.format(views)
-    checks.validate(config)
+    config_checks.validate(config)
   for mix in ("tta:{}", "mc_dropout:2,tta:{}"):
     config.proposals.mix = mix.format(views + 1)
     with pytest.raises(config_lib.ConfigError, match=f"has {views} flips and turns besides"):
-      checks.validate(config)
+      config_checks.validate(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_but_for_the_place_of_its_data(name):
   config = importlib.import_module(f"configs.{name}").get_config()
-  checks.validate(config)
+  config_checks.validate(config)
   assert config.is_locked
   assert not config.data.root
 
@@ -142,4 +143,4 @@ def test_mix_is_parsed_into_entries_and_counts():
 
 def test_names_are_those_of_the_tables():
   assert set(config_lib.JUDGES) == set(judges.JUDGES)
-  assert set(config_lib.RULES) == set(mining.RULES)
+  assert set(config_lib.RULES) == set(pair_rules.RULES)

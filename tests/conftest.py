@@ -21,11 +21,11 @@ import pytest
 from absl import flags
 from tiny_config import get_config
 
-from launch import cpu
+from launch import xla_flags
 from rndpo_jax import pipeline
 
 flags.FLAGS(["tests"])  # Grain and the programs' main read flags, which a program has parsed
-cpu.tune()  # as the programs do that some tests start, so that equal results are equal
+xla_flags.tune()  # as the programs do that some tests start, so that equal results are equal
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import corruptions, judges
+from rndpo_jax.mining import corruptions, judges
 
 
 def discs(num_classes, shape=(32, 32), count=100):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rndpo_jax import cost
+from rndpo_jax.planning import cost
 
 
 @pytest.mark.parametrize(

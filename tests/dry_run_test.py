@@ -6,9 +6,11 @@ import re
 import jax
 import pytest
 
-from rndpo_jax import aot, checkpoint, cost, dry_run, files, parallel, processes, storage, trial
 from rndpo_jax.config import ConfigError
+from rndpo_jax.planning import cost, dry_run, programs, storage, timing
+from rndpo_jax.runtime import files, processes, sharding
 from rndpo_jax.stages import prepare
+from rndpo_jax.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +23,9 @@ def tried(tiny_run):
     kept["trials"] = original(*arguments)
     return kept["trials"]
 
-  original = trial.try_programs
+  original = timing.try_programs
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trial, "try_programs", keep)
+    patch.setattr(timing, "try_programs", keep)
     return dry_run.run(config, workdir), kept["trials"]
 
 
@@ -78,9 +80,9 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   config = tiny_config(
     judge__compare=("learned",), base__num_members=2, evaluate__metrics=("dice", "hd95")
   )
-  sizes = trial.batch_sizes(config, parallel.make_mesh())
+  sizes = timing.batch_sizes(config, sharding.make_mesh())
   assert sizes["judge"] == config.judge.learned.batch_size and sizes["measure"] == sizes["mine"]
-  trials = {name: trial.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
+  trials = {name: timing.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
   images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
   data = dry_run.Data(None, images, 30, 30 * 720, None, None)
   found = dry_run.num_batches(config, data, trials)
@@ -89,7 +91,7 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   assert found["evaluate"] == 6
   with config.unlocked():
     config.base.workdir = "elsewhere"
-  sizes = trial.batch_sizes(config, parallel.make_mesh())
+  sizes = timing.batch_sizes(config, sharding.make_mesh())
   assert "base" not in sizes
   trials = {name: trials[name] for name in sizes}
   assert "base" not in dry_run.num_batches(config, data, trials)
@@ -100,14 +102,16 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
 
 def test_memory_of_what_mining_begins_with(tiny_config):
   """The judges measured on the validation split, and the learned one's training."""
-  mesh, memory = parallel.make_mesh(), []
+  mesh, memory = sharding.make_mesh(), []
   for judges, masks in ((), 4), (("agreement", "confidence", "entropy", "learned"), 32):
     config = tiny_config(
       judge__compare=judges, judge__learned__batch_size=8, judge__learned__masks_per_image=masks
     )
-    lowers = aot.programs(config, aot.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8})
+    lowers = programs.programs(
+      config, programs.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8}
+    )
     compiled = {program: lower().compile() for program, lower in lowers.items()}
-    memory.append({program: trial.program_report.memory(x) for program, x in compiled.items()})
+    memory.append({program: timing.program_report.memory(x) for program, x in compiled.items()})
     assert lowers["measure"]().out_info["truth"].shape == (16, 4)
   few, many = memory
   assert many["measure"] > few["measure"] and many["judge"] > 2 * few["judge"]
@@ -123,7 +127,7 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
     return next(answers)
 
   monkeypatch.setattr(processes, "agree", agree)
-  monkeypatch.setattr(trial, "_ENOUGH_SECONDS", -1.0)  # this one has had enough after two
+  monkeypatch.setattr(timing, "_ENOUGH_SECONDS", -1.0)  # this one has had enough after two
   compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
 
   class Counted:
@@ -133,7 +137,7 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
       calls.append(arguments)
       return compiled(*arguments)
 
-  assert trial._seconds(Counted()) > 0
+  assert timing._seconds(Counted()) > 0
   assert len(calls) == 3 and asked == [True, True, False, False]
 
 
@@ -152,7 +156,7 @@ def test_what_is_there_need_not_be_written_again(tiny_run, tried, tmp_path):
 
 def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypatch):
   config = tiny_config()
-  monkeypatch.setattr(trial, "try_programs", _no_trials)
+  monkeypatch.setattr(timing, "try_programs", _no_trials)
   with pytest.raises(_Reached):
     dry_run.run(config, tmp_path / "run")
   assert not list(tmp_path.iterdir())
@@ -171,7 +175,7 @@ def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypat
 
 def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
   config, workdir = tiny_run
-  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
+  monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
   lines = "\n".join(dry_run.run(config, workdir, num_unlabelled=10_000_000))
   assert "10,000,000 unlabelled" in lines and "at most 20,000,000" in lines
   assert "mine" in lines and "1,250,000" in lines  # 5,000,000 a shard, 8 at once
@@ -209,13 +213,13 @@ def test_images_of_no_split_count_as_stored(tiny_config, tmp_path):
 
 def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsys):
   config, workdir = tiny_run
-  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
-  monkeypatch.setattr(trial, "memory_limit", lambda: tried[1]["finetune"].memory - 1)
+  monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
+  monkeypatch.setattr(timing, "memory_limit", lambda: tried[1]["finetune"].memory - 1)
   with pytest.raises(ConfigError, match=r"config.finetune.batch_size: found 8, with which the pro"):
     dry_run.run(config, workdir)
   # Too large to be run, and so without a time.
   unknown = {name: one._replace(seconds=math.nan) for name, one in tried[1].items()}
-  monkeypatch.setattr(trial, "try_programs", lambda *_: unknown)
+  monkeypatch.setattr(timing, "try_programs", lambda *_: unknown)
   capsys.readouterr()
   with pytest.raises(ConfigError, match=r"config.finetune.batch_size"):
     dry_run.run(config, workdir)
@@ -223,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsy
   rows = {row[0]: row[3:] for row in (re.split(r"  +", line) for line in lines) if len(row) == 7}
   assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "3", "-", "-"]
   monkeypatch.undo()
-  monkeypatch.setattr(trial, "try_programs", lambda *_: tried[1])
+  monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
   with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB more, its disk has"):
     dry_run.run(config, workdir, num_unlabelled=10**12)
 
@@ -249,15 +253,15 @@ def test_limits_of_control_groups(tmp_path, own, limits, expected):
   for name, text in limits.items():
     (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "root" / name).write_text(f"{text}\n")
-  assert trial.cgroup_limits(tmp_path / "own", tmp_path / "root") == expected
-  assert trial.cgroup_limits(tmp_path / "missing", tmp_path / "root") == []
+  assert timing.cgroup_limits(tmp_path / "own", tmp_path / "root") == expected
+  assert timing.cgroup_limits(tmp_path / "missing", tmp_path / "root") == []
 
 
 def test_the_memory_of_the_host_is_what_the_groups_leave(monkeypatch):
-  monkeypatch.setattr(trial, "cgroup_limits", lambda: [8_000, 2**62])
-  assert trial.memory_limit() == 1_000  # eight devices
-  monkeypatch.setattr(trial, "cgroup_limits", lambda: [])
-  assert trial.memory_limit() > 10_000_000
+  monkeypatch.setattr(timing, "cgroup_limits", lambda: [8_000, 2**62])
+  assert timing.memory_limit() == 1_000  # eight devices
+  monkeypatch.setattr(timing, "cgroup_limits", lambda: [])
+  assert timing.memory_limit() > 10_000_000
 
 
 class _Reached(Exception):

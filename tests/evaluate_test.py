@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, checks, files, metrics, models, results, types
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import pipeline, records
-from rndpo_jax.stages import evaluate, finetune, gallery, measure, prepare
+from rndpo_jax import config_checks, models, types
+from rndpo_jax.data import loader, records
+from rndpo_jax.evaluation import gallery, metrics, predict, results
+from rndpo_jax.runtime import files
+from rndpo_jax.stages import evaluate, finetune, prepare
+from rndpo_jax.training import checkpoint
 
 NAMES = ("dice", "iou", "hd95", "assd", "nsd")
 
@@ -26,7 +29,7 @@ def _config():
   config.finetune.num_steps, config.finetune.eval_every_steps = 4, 2
   config.evaluate.batch_size = 4
   config.evaluate.metrics = NAMES
-  checks.validate(config)
+  config_checks.validate(config)
   return config
 
 
@@ -36,7 +39,7 @@ def _write_checkpoints(config, workdir):
   image = np.zeros((1, 16, 16, 1), np.float32)
   params = jax.jit(segmenter.init)(jax.random.key(0), image)
   checkpoint.save(workdir / "base" / "params", 5, params)
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset = loader.open_dataset(config, workdir)
   files.write_json(workdir / "base" / "selected.json", {"step": 5, "data": dataset.digest})
   made_of = bytes(finetune.origin(dataset, jax.device_get(params))).hex()
   files.write_json(workdir / "finetune" / "done.json", {"step": 4, "origin": made_of})
@@ -70,26 +73,26 @@ def run(tmp_path_factory):
 
 def test_what_was_measured_on_other_data_is_not_used(run):
   config, workdir, _ = run
-  evaluation = measure.open_evaluation(config, workdir)
+  evaluation = predict.open_evaluation(config, workdir)
   params = evaluation.params(0)
   other = evaluation._replace(dataset=evaluation.dataset._replace(digest="of other pixels"))
-  stamps = [measure._fingerprint(one, params) for one in (evaluation, evaluation, other)]
+  stamps = [predict._fingerprint(one, params) for one in (evaluation, evaluation, other)]
   assert stamps[0] == stamps[1] != stamps[2]
 
 
 def _masks_by_definition(config, workdir, step):
   """Record index -> (mask, label), one image at a time, by np.argmax on the record's own grid."""
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset = loader.open_dataset(config, workdir)
   segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
   folder = workdir / ("finetune" if step else "base") / "params"
   params = checkpoint.restore_params(folder, step or 5, stage_directory=folder)
   apply = jax.jit(segmenter.apply)
   found = {}
   for index in dataset.splits["test"]:
-    image = pipeline.load_example(dataset, index, with_labels=False)["image"]
+    image = loader.load_example(dataset, index, with_labels=False)["image"]
     logits = np.asarray(apply(params, image[None]))[0]
-    native = pipeline.load_native(dataset, index, with_labels=True)
-    mask = np.argmax(pipeline.to_native(logits, native["label"].shape, config.data.crop), axis=-1)
+    native = loader.load_native(dataset, index, with_labels=True)
+    mask = np.argmax(loader.to_native(logits, native["label"].shape, config.data.crop), axis=-1)
     found[index] = (mask.astype(np.uint8), native["label"])
   return found
 
@@ -152,7 +155,7 @@ def test_cases_csv_averages_to_the_results(run):
 
 def test_gallery_shows_the_masks_that_were_measured(run):
   config, workdir, _ = run
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset = loader.open_dataset(config, workdir)
   before = _masks_by_definition(config, workdir, 0)
   after = _masks_by_definition(config, workdir, 4)
   with np.load(workdir / "evaluate" / "gallery.npz") as gallery:
@@ -185,19 +188,19 @@ def test_rerun_after_any_loss_gives_equal_files(run):
 
 def test_what_is_known_is_not_measured_again(run, monkeypatch):
   config, workdir, _ = run
-  evaluation = measure.open_evaluation(config, workdir)
-  want = measure.overlap_cases(evaluation, 2)
+  evaluation = predict.open_evaluation(config, workdir)
+  want = predict.overlap_cases(evaluation, 2)
   batch = next(iter(evaluation.batches((0,))))
   size = tuple(evaluation.dataset.size)
-  resize = measure.resize_matrices([size] * len(batch.images), size, evaluation.dataset.crop)
+  resize = predict.resize_matrices([size] * len(batch.images), size, evaluation.dataset.crop)
   masks = evaluation.predict_batch(evaluation.params(2), batch.images, resize)
   assert len(masks.sharding.device_set) == jax.local_device_count() > 1
-  known = measure.surface_cases(evaluation, 0, measure.overlap_cases(evaluation, 0))
-  monkeypatch.setattr(measure, "predict", None)
-  got = measure.overlap_cases(evaluation, 2)
+  known = predict.surface_cases(evaluation, 0, predict.overlap_cases(evaluation, 0))
+  monkeypatch.setattr(predict, "predict", None)
+  got = predict.overlap_cases(evaluation, 2)
   for a, b in zip(got, want, strict=True):
     assert a.case_id == b.case_id and (a.counts == b.counts).all()
-  assert known[0].surface == measure.surface_cases(evaluation, 0, known)[0].surface
+  assert known[0].surface == predict.surface_cases(evaluation, 0, known)[0].surface
 
 
 def test_without_checkpoints_the_stage_to_run_is_named(run, tmp_path):
@@ -234,12 +237,12 @@ def _stack_evaluation(folder, masks):
     images = masks[list(indices)].astype(np.float32)[..., None]
     yield types.Batch(images, images, np.array(indices), np.ones(len(indices), bool))
 
-  return measure.Evaluation(
+  return predict.Evaluation(
     folder=folder,
     dataset=dataset,
     tolerance=2.0,
-    groups=measure.group_cases(dataset),
-    predict_batch=lambda params, images, resize: measure.native_masks(
+    groups=predict.group_cases(dataset),
+    predict_batch=lambda params, images, resize: predict.native_masks(
       np.concatenate([0.5 - images, images - 0.5], axis=-1), resize
     ),
     params=lambda step: {"w": np.zeros(1)},
@@ -253,8 +256,8 @@ def test_slices_of_a_case_count_together(tmp_path):
   masks[0] = 0  # slice z = 2 of case a is missed: Dice 2 * 8 / (8 + 12), not the mean of 1, 1, 0
   evaluation = _stack_evaluation(tmp_path, masks)
   assert evaluation.groups == {("val", "b"): [3], ("test", "a"): [1, 2, 0]}
-  cases = measure.overlap_cases(evaluation, 0)
-  cases = {c.case_id: c for c in measure.surface_cases(evaluation, 0, cases)}
+  cases = predict.overlap_cases(evaluation, 0)
+  cases = {c.case_id: c for c in predict.surface_cases(evaluation, 0, cases)}
   assert metrics.overlap(cases["a"].counts)["dice"] == [0.8]
   assert metrics.overlap(cases["b"].counts)["dice"] == [1.0]
   # Of the truth, the 4 pixels of the missed slice are 5 mm from the mask; every pixel of so thin
@@ -265,16 +268,16 @@ def test_slices_of_a_case_count_together(tmp_path):
 
 def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
   dataset = _stack_evaluation(tmp_path, _LABELS).dataset
-  assert measure.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
-  assert measure.case_spacing(dataset, [3]) == (1.0, 2.0)
+  assert predict.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
+  assert predict.case_spacing(dataset, [3]) == (1.0, 2.0)
   dataset.blind_source[:] = [{"image": None, "affine": 1000 * np.eye(4) * [1, 2, 5, 1]}] * 4
-  assert measure.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
+  assert predict.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
   dataset.spacing_unit = "voxel"
-  assert measure.case_spacing(dataset, [1, 2, 0]) is None
+  assert predict.case_spacing(dataset, [1, 2, 0]) is None
 
 
 def test_slices_of_different_sizes_are_filled_with_background():
-  volume = measure.stack_slices([np.ones((2, 3), np.uint8), np.ones((3, 2), np.uint8)])
+  volume = predict.stack_slices([np.ones((2, 3), np.uint8), np.ones((3, 2), np.uint8)])
   assert volume.shape == (3, 3, 2)
   assert volume[..., 0].sum() == 6 and volume[2, :, 0].sum() == 0
   assert volume[..., 1].sum() == 6 and volume[:, 2, 1].sum() == 0
@@ -289,7 +292,7 @@ def test_gallery_shows_the_fullest_slice(tmp_path, monkeypatch):
   evaluation.dataset.records[:] = [{"case_id": "v", "has_mask": True, "spacing": None}]
   evaluation.dataset.blind_source[:] = [{"image": image, "affine": np.eye(4)}]
   evaluation = evaluation._replace(groups={("test", "v"): [0]}, label=lambda index: volume)
-  monkeypatch.setattr(measure, "predict", lambda *_: iter([(0, 1 - volume)]))
+  monkeypatch.setattr(predict, "predict", lambda *_: iter([(0, 1 - volume)]))
   case = results.Case("test", "v", metrics.pixel_counts(1 - volume, volume, 2))
   gallery.write(evaluation, [case], [case], 7)
   with np.load(tmp_path / "gallery.npz") as content:
@@ -303,10 +306,10 @@ def test_gallery_shows_the_fullest_slice(tmp_path, monkeypatch):
 def test_masks_on_the_native_grid_equal_those_by_way_of_the_host(crop):
   logits = np.random.default_rng(0).normal(size=(3, 6, 4, 5, 3)).astype(np.float32)
   shapes = [(11, 13, 7), (6, 4, 5), (70, 8, 5)]
-  resize = measure.resize_matrices(shapes, (6, 4, 5), crop)
-  masks = np.asarray(measure.native_masks(logits, resize))
+  resize = predict.resize_matrices(shapes, (6, 4, 5), crop)
+  masks = np.asarray(predict.native_masks(logits, resize))
   for row, shape in enumerate(shapes):
-    want = np.argmax(pipeline.to_native(logits[row], shape, crop), axis=-1)
+    want = np.argmax(loader.to_native(logits[row], shape, crop), axis=-1)
     got = masks[row][tuple(slice(n) for n in shape)]
     np.testing.assert_array_equal(got, want)
     assert want.any() and not want.all()

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from rndpo_jax import files
+from rndpo_jax.runtime import files
 
 
 @pytest.mark.parametrize(

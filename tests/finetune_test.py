@@ -5,21 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import (
-  accumulation,
-  checks,
-  files,
-  losses,
-  models,
-  objectives,
-  packing,
-  parallel,
-  training,
-  types,
-)
+from rndpo_jax import config_checks, losses, models, types
 from rndpo_jax.config import ConfigError
-from rndpo_jax.data import pipeline
-from rndpo_jax.stages import base, finetune, pair_batches
+from rndpo_jax.data import loader
+from rndpo_jax.losses import bit_planes, objectives
+from rndpo_jax.pairs import pair_batches
+from rndpo_jax.runtime import files, sharding
+from rndpo_jax.stages import base, finetune
+from rndpo_jax.training import accumulation, train_loop
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -42,8 +35,8 @@ def draw():
   frozen = image @ reference
   batch = {
     "image": image,
-    "chosen": packing.pack(masks[0], CLASSES, 2),
-    "rejected": packing.pack(masks[1], CLASSES, 2),
+    "chosen": bit_planes.pack(masks[0], CLASSES, 2),
+    "rejected": bit_planes.pack(masks[1], CLASSES, 2),
     "reference_margin": losses.pair_margin(frozen, *masks),
     "reference_log_prob": losses.pair_log_prob(frozen, *masks),
     "weight": np.array([[1, 1, 0], [1, 0, 0]], np.float32),
@@ -127,7 +120,7 @@ def test_region_classes_leave_other_pixels_out(objective):
   options = {"objective": objective, "beta": 0.3}
   value, _, metrics = value_and_grad(loss_fn(**options, region_classes=(2,)), params, batch)
   counted = (masks[0] == 2) | (masks[1] == 2)
-  agreed = packing.pack(np.where(counted, masks[1], masks[0]), CLASSES, 2)
+  agreed = bit_planes.pack(np.where(counted, masks[1], masks[0]), CLASSES, 2)
   expected, _, plain = value_and_grad(loss_fn(**options), params, {**batch, "rejected": agreed})
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert metrics["region_size_p95"] == plain["region_size_p95"]
@@ -157,7 +150,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     if objective in objectives.SMOOTHED:
       changes["finetune__label_smoothing"] = 0.1
     config = tiny_config(**changes)
-    checks.validate(config)
+    config_checks.validate(config)
     function = finetune.make_loss_fn(
       segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
     )
@@ -181,20 +174,22 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
 )
 def test_options_without_effect_are_refused(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
-    checks.validate(tiny_config(**{f"finetune__{key}": value for key, value in changes.items()}))
+    config_checks.validate(
+      tiny_config(**{f"finetune__{key}": value for key, value in changes.items()})
+    )
 
 
 def test_one_program_serves_every_step(tiny_run):
   config, workdir = tiny_run
-  dataset = pipeline.open_dataset(config, workdir)
-  mesh = parallel.make_mesh()
+  dataset = loader.open_dataset(config, workdir)
+  mesh = sharding.make_mesh()
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
   function = finetune.make_loss_fn(
     segmenter, num_classes=2, size=dataset.size, **finetune.loss_options(config)
   )
   optimizer = finetune.optimizer(config.finetune)
-  step = training.make_train_step(function, optimizer, mesh)
-  state = training.make_state(base.load(config, workdir, dataset)[0], optimizer, mesh)
+  step = train_loop.make_train_step(function, optimizer, mesh)
+  state = train_loop.make_state(base.load(config, workdir, dataset)[0], optimizer, mesh)
   stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))

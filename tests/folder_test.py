@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import folder, images, records
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import folder, images
 
 PH2 = pathlib.Path(__file__).parents[2] / "shared" / "data" / "ph2"
 MASK = np.eye(6, 5, dtype=np.uint8)

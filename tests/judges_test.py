@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import judges, metrics
+from rndpo_jax.evaluation import metrics
+from rndpo_jax.mining import judges
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 

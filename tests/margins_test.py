@@ -9,7 +9,9 @@ import pytest
 from jax.extend import core as jax_core
 from jax.sharding import PartitionSpec
 
-from rndpo_jax import losses, margins, packing, parallel
+from rndpo_jax import losses
+from rndpo_jax.losses import bit_planes, margins
+from rndpo_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -59,7 +61,7 @@ def test_gradient_of_several_pairs_adds_up_and_margin_is_linear_in_it(space, cla
 @pytest.mark.parametrize("space,classes", SPACES)
 def test_packed_masks_give_the_same_bits(space, classes):
   logits, chosen, rejected, factor = draw(space, classes)
-  planes = [packing.pack(m, max(classes, 2), len(space) - 1) for m in (chosen, rejected)]
+  planes = [bit_planes.pack(m, max(classes, 2), len(space) - 1) for m in (chosen, rejected)]
   np.testing.assert_array_equal(
     margins.pair_margin(logits, *planes, packed=True), margins.pair_margin(logits, chosen, rejected)
   )
@@ -145,7 +147,7 @@ def test_transforms_agree_with_the_plain_call():
     return gradient(z, c, r, f)
 
   lead = [x[:, None] for x in (logits, chosen, rejected, factor)]
-  mesh = parallel.make_mesh()
+  mesh = sharding.make_mesh()
   spec = PartitionSpec("data")
   forms = {
     "jit": jax.jit(of)(logits, chosen, rejected, factor),

@@ -10,22 +10,13 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from rndpo_jax import (
-  checkpoint,
-  checks,
-  files,
-  logbook,
-  models,
-  packing,
-  parallel,
-  pipeline,
-  program_text,
-  training,
-  types,
-  validation,
-)
+from rndpo_jax import config_checks, models, pipeline, types
 from rndpo_jax.config import ConfigError, base_config
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.planning import hlo
+from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, finetune
+from rndpo_jax.training import checkpoint, metric_writer, train_loop, validation
 
 BATCH, PAIRS, CLASSES = 4, 2, 3
 PLANE, VOLUME = (16, 16), (12, 44, 2)
@@ -35,7 +26,7 @@ OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 def mesh_of(data, fsdp, space):
-  return parallel.make_mesh(jax.devices()[: data * fsdp * space], fsdp=fsdp, space=space)
+  return sharding.make_mesh(jax.devices()[: data * fsdp * space], fsdp=fsdp, space=space)
 
 
 @functools.cache
@@ -54,8 +45,8 @@ def problem(size):
   weight[1, 1] = 0
   batch = {
     "image": rng.normal(size=(BATCH, *size, 1)).astype(np.float32),
-    "chosen": np.asarray(packing.pack(masks[0], CLASSES, len(size))),
-    "rejected": np.asarray(packing.pack(masks[1], CLASSES, len(size))),
+    "chosen": np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
+    "rejected": np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
     "reference_margin": rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
     "reference_log_prob": np.full((BATCH, PAIRS), -9.0, np.float32),
     "weight": weight,
@@ -74,7 +65,7 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
   """(compiled step, state, batch) of the base's or the fine-tuning's training."""
   params, batch = problem(size)
   segmenter = network(len(size))
-  segmenter = segmenter._replace(apply=parallel.spread(segmenter.apply, mesh))
+  segmenter = segmenter._replace(apply=sharding.spread(segmenter.apply, mesh))
   if kind == "finetune":
     loss_fn = finetune.make_loss_fn(
       segmenter,
@@ -87,11 +78,11 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
     options = base_config().augment.to_dict()
     options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
     loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
-  step = training.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
-  state = training.make_state(params, OPTIMIZER, mesh, True, LARGE)
-  batch = parallel.put_batch(batch, mesh)
+  step = train_loop.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
+  state = train_loop.make_state(params, OPTIMIZER, mesh, True, LARGE)
+  batch = sharding.put_batch(batch, mesh)
   reference = jax.tree.map(lambda x: np.float32(0.9) * x, params)
-  batch["reference_params"] = parallel.put_params(reference, mesh, LARGE)
+  batch["reference_params"] = sharding.put_params(reference, mesh, LARGE)
   # The partitioner and the passes on arrays run all the same; machine code is made sooner.
   fast = {"xla_backend_optimization_level": 0}
   lowered = step.lower(state, batch, jax.random.key(1))
@@ -113,7 +104,7 @@ def volume_step():
     compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
   first = jax.device_get(take(compiled, state, batch))
   # A program takes its arguments where it was compiled for them: the state stays where it was.
-  state = training.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
+  state = train_loop.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
   state, _ = take(compiled, state, batch)
   return compiled, first, take(compiled, state, batch)[0]
 
@@ -166,7 +157,7 @@ def test_a_fine_tuning_step_of_volumes_on_eight_devices_is_that_of_one(volume_st
 def test_volumes_are_shared_by_borders_and_never_gathered(volume_step):
   """What is gathered are large parameters, once each, and numbers a pair."""
   params, _ = problem(VOLUME)
-  found = program_text.collectives(volume_step[0].as_text())
+  found = hlo.collectives(volume_step[0].as_text())
   gathered = Counter(size for kind, size in found if kind == "all-gather")
   large = Counter(4 * x.size for x in jax.tree.leaves(params) if x.size >= LARGE)
   rest = gathered - large
@@ -187,7 +178,7 @@ def test_gradients_of_folded_kernels_are_reduced_as_those_of_plain_ones(monkeypa
     folded = functools.partial(network, lanes=lanes)
     monkeypatch.setitem(globals(), "network", folded)
     compiled, *_ = compile_step("finetune", PLANE, mesh_of(2, 2, 1))
-    found = program_text.collectives(compiled.as_text())
+    found = hlo.collectives(compiled.as_text())
     reduced.append(sum(size for kind, size in found if kind == "all-reduce"))
     monkeypatch.undo()
   params = sum(4 * x.size for x in jax.tree.leaves(problem(PLANE)[0]))
@@ -223,8 +214,8 @@ def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
 )
 def test_the_largest_axis_that_divides_is_split(shape, fsdp, large, spec):
   array = jax.ShapeDtypeStruct(shape, np.float32)
-  mesh = parallel.make_mesh(fsdp=fsdp)
-  assert parallel.of_params({"a": array}, mesh, large)["a"].spec == PartitionSpec(*spec)
+  mesh = sharding.make_mesh(fsdp=fsdp)
+  assert sharding.of_params({"a": array}, mesh, large)["a"].spec == PartitionSpec(*spec)
 
 
 def test_the_default_network_stays_whole_in_two_and_three_dimensions():
@@ -233,7 +224,7 @@ def test_the_default_network_stays_whole_in_two_and_three_dimensions():
     net = models.build(config.model, num_classes=2, spatial_dims=dims)
     images = np.zeros((1, *(8,) * dims, 1), np.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), images)
-    placed = parallel.of_params(shapes, mesh_of(1, 8, 1), config.mesh.large_parameter)
+    placed = sharding.of_params(shapes, mesh_of(1, 8, 1), config.mesh.large_parameter)
     assert all(s.is_fully_replicated for s in jax.tree.leaves(placed))
 
 
@@ -243,7 +234,7 @@ def test_no_device_gets_more_of_a_batch_than_its_part():
     "labelled": batch,
     "batch": types.Batch(batch["image"], batch["label"], *[np.ones(4)] * 2),
   }
-  placed = parallel.put_batch(batch, mesh_of(2, 1, 2))
+  placed = sharding.put_batch(batch, mesh_of(2, 1, 2))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
   for name, shape in {
     "image": (2, 6, 44, 2, 1),
@@ -268,7 +259,7 @@ def test_validation_on_eight_devices_is_that_of_one():
     validate = validation.make_validate(
       network(2).apply, CLASSES, lambda: [batch], mesh, other, LARGE
     )
-    results.append(validate(parallel.put_params(params, mesh, LARGE)))
+    results.append(validate(sharding.put_params(params, mesh, LARGE)))
   assert results[0].keys() == {"val_dice", "val_kl", "val_entropy"} and results[0]["val_kl"] > 1e-3
   for name, value in results[0].items():
     np.testing.assert_allclose(results[1][name], value, rtol=1e-5, err_msg=name)
@@ -279,19 +270,19 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
   params, optimizer = problem(PLANE)[0], optax.adam(0.1)
 
   def start(mesh):
-    state = training.make_state(params, optimizer, mesh, True, LARGE)
+    state = train_loop.make_state(params, optimizer, mesh, True, LARGE)
     return state._replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
 
   there = start(mesh_of(2, 2, 2))
   checkpoint.save(tmp_path, 3, there)
-  like = training.make_state(
+  like = train_loop.make_state(
     jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, LARGE
   )
   here = checkpoint.restore(tmp_path, 3, like)
   for x, y, z in zip(*map(jax.tree.leaves, (there, here, like)), strict=True):
     np.testing.assert_array_equal(x, y)
     assert y.sharding == z.sharding
-  whole = parallel.fetch(here.params)
+  whole = sharding.fetch(here.params)
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), whole, params)
 
 
@@ -328,15 +319,15 @@ def test_a_mesh_that_the_devices_cannot_make_is_refused(tiny_config, changes, me
 )
 def test_values_of_the_mesh_that_cannot_work_are_refused(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
-    checks.validate(tiny_config(**changes))
+    config_checks.validate(tiny_config(**changes))
 
 
 def test_an_image_stays_within_a_process():
-  parallel.check_mesh(8, 2, 2, num_local=2)
+  sharding.check_mesh(8, 2, 2, num_local=2)
   with pytest.raises(
     ConfigError, match="mesh.space: found 4.* one process, and each has 2; use 1, 2"
   ):
-    parallel.check_mesh(8, 1, 4, num_local=2)
+    sharding.check_mesh(8, 1, 4, num_local=2)
 
 
 def test_a_job_goes_on_with_another_mesh(tiny_run, tmp_path, capsys):
@@ -354,7 +345,7 @@ def test_a_job_goes_on_with_another_mesh(tiny_run, tmp_path, capsys):
   pipeline.run(config, workdir, ("finetune",))
   assert "finetune: going on from step 4" in capsys.readouterr().out
   assert files.read_json(workdir / "config.json")["config"]["mesh"]["space"] == 2
-  last = [logbook.read_rows(path / "finetune", "val")[-1] for path in (there, workdir)]
+  last = [metric_writer.read_rows(path / "finetune", "val")[-1] for path in (there, workdir)]
   assert last[0]["step"] == last[1]["step"] == 8
   np.testing.assert_allclose(last[1]["val_dice"], last[0]["val_dice"], atol=0.01)
   params = [

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import metrics
+from rndpo_jax.evaluation import metrics
 
 MASK = np.array([[1, 1, 0], [2, 0, 0]], np.uint8)
 LABEL = np.array([[1, 0, 0], [0, 2, 2]], np.uint8)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from rndpo_jax import files, losses, models, packing, parallel, pipeline
-from rndpo_jax.data import pipeline as data_pipeline
-from rndpo_jax.stages import base, mine, pair_batches, pairs
+from rndpo_jax import losses, models, pipeline
+from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.pairs import pair_batches, shards
+from rndpo_jax.runtime import files, sharding
+from rndpo_jax.stages import base, mine
 
 
 def shard_hashes(workdir):
@@ -28,7 +31,7 @@ def test_pairs_do_not_depend_on_devices_or_batch_size(
   pipeline.run(config, tmp_path, ["base", "mine"])
   if batch_size == 1:  # as in the first: each device runs the same program
     assert shard_hashes(tmp_path) == shard_hashes(first)
-  tables = [pairs.read(workdir / "pairs") for workdir in (first, tmp_path)]
+  tables = [shards.read(workdir / "pairs") for workdir in (first, tmp_path)]
   assert len(tables[0]) == len(tables[1]) > 0
   for ours, theirs in zip(*tables, strict=True):
     for name in ("index", "chosen", "rejected", "valid", "region_size", "chosen_proposal"):
@@ -57,11 +60,11 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
   segmenter_logits = _base_logits(config, workdir, dataset)
   manifest = files.read_json(workdir / "pairs/manifest.json")
   count = 0
-  for record in pairs.read(workdir / "pairs"):
+  for record in shards.read(workdir / "pairs"):
     index = int(record["index"])
     assert index in dataset.splits["unlabelled"]
     chosen, rejected = (
-      np.asarray(packing.unpack(record[name], dataset.size, dataset.num_classes))
+      np.asarray(bit_planes.unpack(record[name], dataset.size, dataset.num_classes))
       for name in ("chosen", "rejected")
     )
     valid = record["valid"] > 0
@@ -75,7 +78,7 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
     margin = losses.pair_margin(segmenter_logits(index), chosen[None], rejected[None])[0]
     np.testing.assert_allclose(margin, record["reference_margin"], rtol=1e-3, atol=1e-3)
   assert count == manifest["num_pairs"] > 0
-  encoded = [serialization.msgpack_serialize(record) for record in pairs.read(workdir / "pairs")]
+  encoded = [serialization.msgpack_serialize(record) for record in shards.read(workdir / "pairs")]
   assert manifest["num_bytes"] == sum(map(len, encoded))
   assert manifest["bytes_per_pair"] == manifest["num_bytes"] / count
   histogram = manifest["region_size"]["histogram"]
@@ -131,7 +134,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   """Also: the pair files and their closure travel to another process."""
   _, workdir = tiny_run
   dataset = data_pipeline.open_dataset(tiny_config(), workdir)
-  mesh = parallel.make_mesh()
+  mesh = sharding.make_mesh()
   here, there = (
     pair_batches.on_devices(tiny_config(data__num_workers=n), workdir, dataset, mesh, None)(5)
     for n in (0, 2)
@@ -139,7 +142,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   seen = []
   for _ in range(3):
     one, two = next(here), next(there)
-    assert set(one) == {"image", "weight", "voxel_volume", *pairs.TRAINING_FIELDS} == set(two)
+    assert set(one) == {"image", "weight", "voxel_volume", *shards.TRAINING_FIELDS} == set(two)
     for name in one:
       np.testing.assert_array_equal(one[name], two[name], err_msg=name)
     seen.append(np.asarray(one["image"]).tobytes())
@@ -150,7 +153,7 @@ def test_kept_proposals_are_those_that_the_pairs_point_at(tiny_run, tiny_config,
   _, first = tiny_run
   config = tiny_config(base__workdir=str(first), mine__keep_proposals=True, judge__compare=())
   pipeline.run(config, tmp_path, ["base", "mine"])
-  tables = [pairs.read(workdir / "pairs") for workdir in (first, tmp_path)]
+  tables = [shards.read(workdir / "pairs") for workdir in (first, tmp_path)]
   assert len(tables[0]) == len(tables[1]) > 0
   for bare, record in zip(*tables, strict=True):
     assert "proposals" not in bare

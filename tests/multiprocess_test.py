@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, logbook
-from rndpo_jax.stages import pairs
+from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files
+from rndpo_jax.training import checkpoint, metric_writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIONS = (
@@ -109,8 +110,8 @@ def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tm
 def test_two_processes_keep_a_finished_shard_and_mine_the_same_bits(alone, tmp_path):
   shutil.copytree(alone, tmp_path / "run")
   workdir = tmp_path / "run"
-  kept, redone = (pairs.shard_path(workdir / "pairs", shard, 2) for shard in range(2))
-  for path in (redone, pairs.summary_path(redone), workdir / "pairs" / "manifest.json"):
+  kept, redone = (shards.shard_path(workdir / "pairs", shard, 2) for shard in range(2))
+  for path in (redone, shards.summary_path(redone), workdir / "pairs" / "manifest.json"):
     path.unlink()
   untouched = os.stat(kept).st_mtime_ns
   finish(start_two(workdir, "--stages=mine"))
@@ -130,9 +131,9 @@ def test_two_processes_share_a_sweep_whose_members_are_runs(alone, tmp_path):
     (1, 10.0), (1, 30.0), (0, 10.0), (0, 30.0)
   ]  # fmt: skip
   # The job's own seed and beta: process 1 had them.
-  rows = [logbook.read_rows(alone / "finetune", kind) for kind in ("train", "val")]
+  rows = [metric_writer.read_rows(alone / "finetune", kind) for kind in ("train", "val")]
   (own,) = (workdir / "sweep").glob("seed-0_beta-10_*")
-  found = [logbook.read_rows(own, kind) for kind in ("train", "val")]
+  found = [metric_writer.read_rows(own, kind) for kind in ("train", "val")]
   assert set(found[0][0]) == set(rows[0][0])
   losses = [[row["loss"] for row in steps] for steps, _ in (found, rows)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -141,14 +142,14 @@ def test_two_processes_share_a_sweep_whose_members_are_runs(alone, tmp_path):
   np.testing.assert_allclose(*dice, atol=1e-3)
   assert members[2]["last"] == dice[0][-1]
   folders = [path for path in (workdir / "sweep").glob("seed-*") if path != own]
-  others = [[row["loss"] for row in logbook.read_rows(path, "train")] for path in folders]
+  others = [[row["loss"] for row in metric_writer.read_rows(path, "train")] for path in folders]
   assert len(others) == 3 and losses[0] not in others
 
 
 def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
   shutil.copytree(alone, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "finetune")
-  shard = pairs.shard_path(tmp_path / "run" / "pairs", 1, 2)
+  shard = shards.shard_path(tmp_path / "run" / "pairs", 1, 2)
   shard.write_bytes(shard.read_bytes()[:-1])
   processes = start_two(tmp_path / "run", "--stages=finetune")
   outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import nnunet, records
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import nnunet
 
 ACDC = pathlib.Path(__file__).parents[2] / "shared" / "data" / "acdc" / "Dataset027_ACDC"
 SHAPE = (5, 6, 3)

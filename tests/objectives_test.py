@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config, losses, objectives
+from rndpo_jax import config, losses
+from rndpo_jax.losses import objectives
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -6,8 +6,9 @@ import pytest
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import files, logbook
+from rndpo_jax.runtime import files
 from rndpo_jax.stages import base, finetune
+from rndpo_jax.training import metric_writer
 
 RATE = 0.5
 RTOL = 1e-4  # Adam's correction 1 - 0.999**t has no more digits in float32
@@ -65,7 +66,7 @@ def test_the_base_is_the_best_checkpoint_or_the_last(tmp_path, monkeypatch, sele
     (tmp_path / "params" / str(saved) / "commit_success.txt").touch()
   rows = [f'{{"kind": "val", "step": {s}, "val_dice": {d}}}\n' for s, d in dice.items()]
   (tmp_path / "metrics.jsonl").write_text("".join(rows))
-  assert len(logbook.read_rows(tmp_path, "val")) == 3
+  assert len(metric_writer.read_rows(tmp_path, "val")) == 3
   config = config_lib.base_config()
   config.base.select = select
   base._select(config, epath.Path(tmp_path), "d")

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import metrics, overlap
+from rndpo_jax.evaluation import metrics
+from rndpo_jax.mining import overlap
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

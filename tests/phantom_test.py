@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import phantom, records
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import phantom
 
 
 def _config(**changes):

@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, logbook, pipeline, preemption
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import phantom, records
-from rndpo_jax.stages import pairs, shards
+from rndpo_jax import pipeline
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import phantom
+from rndpo_jax.pairs import manifest, shards
+from rndpo_jax.runtime import files, preemption
+from rndpo_jax.training import checkpoint, metric_writer
 
 
 def tree_bytes(directory):
@@ -56,7 +59,7 @@ def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
 
 def test_first_step_starts_at_log_two(tiny_run):
   _, workdir = tiny_run
-  first = logbook.read_rows(workdir / "finetune", "train")[0]
+  first = metric_writer.read_rows(workdir / "finetune", "train")[0]
   # Cached margins come from another compiled program: equal but for rounding.
   assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-5
   assert abs(first["h_mean"]) < 1e-3 and abs(first["chosen_log_ratio"]) < 1e-2
@@ -109,7 +112,7 @@ def interrupt_after(monkeypatch, module, name, calls):
   [
     # base: its second parameters are there, their state is not
     (checkpoint.Writer, "save", 3, ("data", "splits.json", "base", "pairs", "finetune")),
-    (pairs, "write_shard", 1, ("pairs", "finetune")),  # mine: one shard of two is done
+    (shards, "write_shard", 1, ("pairs", "finetune")),  # mine: one shard of two is done
     (checkpoint.Writer, "save", 2, ("finetune",)),  # finetune: one checkpoint of two
   ],
 )
@@ -253,7 +256,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
     finetune__num_steps=4,
   )
   pipeline.run(config, tmp_path, ["base", "mine", "finetune"])
-  rows = logbook.read_rows(tmp_path / "finetune", "train")
+  rows = metric_writer.read_rows(tmp_path / "finetune", "train")
   # XLA fuses the two forward passes each in its own way: equal but for rounding of the sums.
   assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
   assert abs(rows[0]["h_mean"]) < 1e-3 and abs(rows[0]["chosen_log_ratio"]) < 1e-2
@@ -264,7 +267,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
 def test_no_pairs_left_names_the_filter(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
   config = tiny_config(base__workdir=str(first), mine__min_region_size=10_000)
-  with pytest.raises(shards.MiningError, match="left no pair.*region_size [1-9]"):
+  with pytest.raises(manifest.MiningError, match="left no pair.*region_size [1-9]"):
     pipeline.run(config, tmp_path)
   assert not (tmp_path / "pairs" / "manifest.json").exists()
 
@@ -276,20 +279,20 @@ def test_corrupt_shard_is_named_and_rebuilt_alone(tiny_run, tmp_path):
   for name in ("finetune", "evaluate"):
     shutil.rmtree(workdir / name)
   (workdir / "results.json").unlink()
-  shards = [pairs.shard_path(workdir / "pairs", n, 2) for n in range(2)]
-  good = shards[1].read_bytes()
-  shards[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is corrupt.*delete"):
+  paths = [shards.shard_path(workdir / "pairs", n, 2) for n in range(2)]
+  good = paths[1].read_bytes()
+  paths[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
     pipeline.run(config, workdir)
-  shards[1].write_bytes(good[: len(good) // 2])
-  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is corrupt.*delete"):
+  paths[1].write_bytes(good[: len(good) // 2])
+  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
     pipeline.run(config, workdir)
-  shards[1].unlink()
-  with pytest.raises(pairs.PairsError, match=f"{shards[1].name} is missing.*delete"):
+  paths[1].unlink()
+  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is missing.*delete"):
     pipeline.run(config, workdir)
-  pairs.summary_path(shards[1]).unlink()
+  shards.summary_path(paths[1]).unlink()
   (workdir / "pairs" / "manifest.json").unlink()
-  untouched = os.stat(shards[0]).st_mtime_ns
+  untouched = os.stat(paths[0]).st_mtime_ns
   pipeline.run(config, workdir)
-  assert shards[1].read_bytes() == good and os.stat(shards[0]).st_mtime_ns == untouched
+  assert paths[1].read_bytes() == good and os.stat(paths[0]).st_mtime_ns == untouched
   assert (workdir / "results.json").read_bytes() == (first / "results.json").read_bytes()

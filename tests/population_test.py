@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import losses, packing, parallel, population, training, types, validation
+from rndpo_jax import losses, types
 from rndpo_jax.config import ConfigError, base_config
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
+from rndpo_jax.sweep import population
+from rndpo_jax.training import train_loop, validation
 
 SIZE, CLASSES, ROWS, STEPS = (6, 4), 3, 8, 4
 BETAS, RATES, SEEDS = (0.5, 20.0), (0.01, 0.1), (3, 4)
@@ -49,8 +53,8 @@ def batch_of(seed, step):
   frozen = segmenter().apply(params(), image)
   return {
     "image": image,
-    "chosen": np.asarray(packing.pack(masks[0], CLASSES, 2)),
-    "rejected": np.asarray(packing.pack(masks[1], CLASSES, 2)),
+    "chosen": np.asarray(bit_planes.pack(masks[0], CLASSES, 2)),
+    "rejected": np.asarray(bit_planes.pack(masks[1], CLASSES, 2)),
     "reference_margin": np.asarray(losses.pair_margin(frozen, *masks)),
     "reference_log_prob": np.asarray(losses.pair_log_prob(frozen, *masks)),
     "weight": rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
@@ -86,8 +90,8 @@ def ordinary_step(**changes):
   """(config, optimizer, step) of runs alone, on one device."""
   config = options(**changes)
   optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
-  step = training.make_train_step(
-    loss_fn(config), optimizer, parallel.make_mesh(ONE), tuned.accumulate_steps, tuned.ema_decay
+  step = train_loop.make_train_step(
+    loss_fn(config), optimizer, sharding.make_mesh(ONE), tuned.accumulate_steps, tuned.ema_decay
   )
   return config, optimizer, step
 
@@ -95,10 +99,10 @@ def ordinary_step(**changes):
 def ordinary(seed, beta, rate, stop=STEPS, **changes):
   """(state, metrics of the last step) of one run alone, on one device."""
   config, optimizer, step = ordinary_step(beta=beta, learning_rate=rate, **changes)
-  mesh, tuned = parallel.make_mesh(ONE), config.finetune
-  state = training.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
+  mesh, tuned = sharding.make_mesh(ONE), config.finetune
+  state = train_loop.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
   for number in range(stop):
-    batch = with_reference(parallel.put_batch(batch_of(seed, number), mesh), config)
+    batch = with_reference(sharding.put_batch(batch_of(seed, number), mesh), config)
     state, aux = step(state, batch, key_of(seed))
   return jax.device_get((state, aux))
 
@@ -107,7 +111,7 @@ def trained(form, devices, settings=None, spoilt=None, **changes):
   """(State, metrics of the last step) of all members together; `spoilt` (seed, step) is a NaN."""
   config = options(learning_rate=1.0, **changes)
   settings = population.grid(BETAS, RATES) if settings is None else settings
-  mesh = parallel.make_population_mesh(len(SEEDS), len(settings.beta), devices)
+  mesh = sharding.make_population_mesh(len(SEEDS), len(settings.beta), devices)
   assert mesh.size == len(devices)
   optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
   step = population.make_step(
@@ -211,7 +215,7 @@ def test_a_seed_with_one_spoilt_batch_stays_as_it_was_before_it():
 
 
 def test_validation_is_that_of_each_member():
-  mesh = parallel.make_population_mesh(2, 4)
+  mesh = sharding.make_population_mesh(2, 4)
   many = jax.random.normal(jax.random.key(1), (2, 4, 3, 3, 4, CLASSES))
   members = {"in": jnp.broadcast_to(params()["in"], (2, 4, 3, 3, 1, 4)), "out": many}
   rng = np.random.default_rng(0)
@@ -222,7 +226,7 @@ def test_validation_is_that_of_each_member():
     np.arange(ROWS) < 5,
   )
   apply, batches = segmenter().apply, lambda: [batch, batch]
-  plain = validation.make_validate(apply, CLASSES, batches, parallel.make_mesh())
+  plain = validation.make_validate(apply, CLASSES, batches, sharding.make_mesh())
   expected = [
     [plain({"in": params()["in"], "out": many[i, j]})["val_dice"] for j in range(4)]
     for i in range(2)
@@ -238,7 +242,7 @@ def test_validation_is_that_of_each_member():
   [(2, 4, 8, (2, 4)), (8, 4, 8, (8, 1)), (3, 6, 8, (3, 2)), (1, 5, 8, (1, 5)), (1, 7, 4, (1, 1))],
 )
 def test_members_share_the_most_devices_that_they_can_share_evenly(seeds, settings, devices, shape):
-  mesh = parallel.make_population_mesh(seeds, settings, EIGHT[:devices])
+  mesh = sharding.make_population_mesh(seeds, settings, EIGHT[:devices])
   assert mesh.devices.shape == shape and mesh.axis_names == ("seeds", "settings")
 
 
@@ -263,16 +267,16 @@ class Device:
 )
 def test_every_process_gives_as_many_devices(seeds, settings, processes, each, grid):
   devices = [Device(i, i // each) for i in range(processes * each)]
-  mesh = parallel.make_population_mesh(seeds, settings, devices)
+  mesh = sharding.make_population_mesh(seeds, settings, devices)
   assert [[device.id for device in row] for row in mesh.devices] == grid
 
 
 def test_members_that_the_processes_cannot_share_are_refused():
   devices = [Device(i, i // 2) for i in range(8)]
   with pytest.raises(ConfigError, match="4 processes cannot share 6 members.*a multiple of 4"):
-    parallel.make_population_mesh(3, 2, devices)
+    sharding.make_population_mesh(3, 2, devices)
 
 
 def test_an_unknown_form_is_refused():
   with pytest.raises(ValueError, match="form: found 'loop', expected one of vmap, map"):
-    population.make_validate(None, 2, None, parallel.make_population_mesh(1, 1), form="loop")
+    population.make_validate(None, 2, None, sharding.make_population_mesh(1, 1), form="loop")

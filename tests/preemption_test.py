@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from launch import program
+from launch import common
 from launch import run as launch_run
-from rndpo_jax import pipeline, preemption
+from rndpo_jax import pipeline
+from rndpo_jax.runtime import preemption
 
 # A training of 40 steps, then work that process 0 does alone; a signal comes to the one that waits.
 PROCESS = """
@@ -166,7 +167,7 @@ def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypat
     preemption.check("finetune: saved at step 4")
 
   for name in ("end_at_sigterm", "take_signals"):
-    monkeypatch.setattr(program, name, lambda: None)
+    monkeypatch.setattr(common, name, lambda: None)
   monkeypatch.setattr(pipeline, "run", preempted)
   for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
     monkeypatch.setattr(launch_run, name, Value)

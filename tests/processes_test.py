@@ -5,8 +5,8 @@ import threading
 import jax
 import pytest
 
-from rndpo_jax import processes
 from rndpo_jax.config import ConfigError
+from rndpo_jax.runtime import processes
 
 
 def initialize(address, count, index):

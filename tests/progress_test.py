@@ -2,7 +2,7 @@
 
 import re
 
-from rndpo_jax import progress
+from rndpo_jax.runtime import progress
 
 
 def test_plain_lines_say_how_much_and_how_fast(capsys):

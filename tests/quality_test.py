@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rndpo_jax.models import quality
+from rndpo_jax.mining import quality
 
 
 def test_loss_by_hand():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rndpo_jax.reliability import calibration, reliability
+from rndpo_jax.mining.reliability import calibration, reliability
 
 
 def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):

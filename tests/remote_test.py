@@ -10,9 +10,11 @@ import pytest
 from etils import epath
 from fsspec.implementations import local
 
-from rndpo_jax import files, logbook
-from rndpo_jax.data import pipeline
-from rndpo_jax.stages import pairs, prepare
+from rndpo_jax.data import loader
+from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files
+from rndpo_jax.stages import prepare
+from rndpo_jax.training import metric_writer
 
 
 class Upload(io.BytesIO):
@@ -68,25 +70,25 @@ def test_files_appear_whole_in_a_bucket(bucket, tmp_path):
 @pytest.fixture
 def no_events(monkeypatch):
   """TensorBoard's writer talks to the real store."""
-  monkeypatch.setattr(logbook, "EventsWriter", lambda _: mock.Mock())
+  monkeypatch.setattr(metric_writer, "EventsWriter", lambda _: mock.Mock())
 
 
 def test_rows_in_a_bucket_are_there_at_every_write_and_after_a_run_that_went_on(bucket, no_events):
   with (bucket / "half").open("w") as file:
     file.write("text")
     assert not (bucket / "half").exists()  # as it is in a bucket
-  rows = logbook.Rows(bucket, start=0)
+  rows = metric_writer.Rows(bucket, start=0)
   for step, kind in ((10, "train"), (10, "val"), (20, "train")):
     rows.add({"step": step, "kind": kind, "val_dice": step / 100})
   rows.write()
-  assert [row["step"] for row in logbook.read_rows(bucket, "train")] == [10, 20]
+  assert [row["step"] for row in metric_writer.read_rows(bucket, "train")] == [10, 20]
   rows.add({"step": 30, "kind": "val", "val_dice": 0.3})
   rows.close()  # killed after step 20's state: step 30 comes again
-  rows = logbook.Rows(bucket, start=20)
-  assert rows.of_kind("val") == logbook.read_rows(bucket, "val")[:1]
+  rows = metric_writer.Rows(bucket, start=20)
+  assert rows.of_kind("val") == metric_writer.read_rows(bucket, "val")[:1]
   rows.add({"step": 30, "kind": "val", "val_dice": 0.4})
   rows.close()
-  assert [row["val_dice"] for row in logbook.read_rows(bucket, "val")] == [0.1, 0.4]
+  assert [row["val_dice"] for row in metric_writer.read_rows(bucket, "val")] == [0.1, 0.4]
 
 
 def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_config):
@@ -95,9 +97,9 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
   for workdir in (bucket / "job", tmp_path / "job"):
     prepare.run(config, workdir)
     assert prepare.is_done(epath.Path(workdir))
-    datasets.append(pipeline.open_dataset(config, workdir))
+    datasets.append(loader.open_dataset(config, workdir))
   assert list(datasets[0].records) == list(datasets[1].records)
-  examples = [pipeline.load_example(dataset, 3, with_labels=True) for dataset in datasets]
+  examples = [loader.load_example(dataset, 3, with_labels=True) for dataset in datasets]
   for name, value in examples[0].items():
     np.testing.assert_array_equal(value, examples[1][name], err_msg=name)
   (bucket / "job" / "data" / "records.json").unlink()  # it broke off
@@ -110,14 +112,14 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
 
 def test_pairs_in_a_bucket_are_checked_and_read(bucket):
   directory = bucket / "pairs"
-  path = pairs.shard_path(directory, 0, 1)
+  path = shards.shard_path(directory, 0, 1)
   records = [{"index": np.int32(i), "chosen": np.full(3, i, np.uint8)} for i in range(4)]
-  pairs.write_shard(path, records, {"num_pairs": 4})
-  summary = files.read_json(pairs.summary_path(path))
+  shards.write_shard(path, records, {"num_pairs": 4})
+  summary = files.read_json(shards.summary_path(path))
   assert summary["count"] == 4 and summary["sha256"] == files.sha256(path)
   files.write_json(directory / "manifest.json", {"shards": [summary]})
-  table = pairs.read(directory)
+  table = shards.read(directory)
   assert [int(record["index"]) for record in table] == [0, 1, 2, 3]
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(pairs.PairsError, match="gs://runs/pairs/pairs-00000.*is corrupt"):
-    pairs.read(directory)
+  with pytest.raises(shards.PairsError, match="gs://runs/pairs/pairs-00000.*is corrupt"):
+    shards.read(directory)

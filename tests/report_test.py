@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from matplotlib import image as matplotlib_image
 
-from rndpo_jax import files
-from rndpo_jax.stages import figures, pictures, report, tables
+from rndpo_jax.report import figures, pictures, tables
+from rndpo_jax.runtime import files
+from rndpo_jax.stages import report
 
 EVIL = "<script>alert(1)</script>"
 

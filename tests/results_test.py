@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rndpo_jax import results
+from rndpo_jax.evaluation import results
 
 
 def _case(split, case_id, rows, surface=None):

@@ -13,8 +13,10 @@ import types
 import jax
 import pytest
 
-from launch import program
-from rndpo_jax import checkpoint, pipeline, preemption
+from launch import common
+from rndpo_jax import pipeline
+from rndpo_jax.runtime import preemption
+from rndpo_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
@@ -37,9 +39,9 @@ runpy.run_module("launch.run", run_name="__main__", alter_sys=True)
 """
 
 
-def start(workdir, *arguments, config=CONFIG, program=("-m", "launch.run")):
+def start(workdir, *arguments, config=CONFIG, entry=("-m", "launch.run")):
   return subprocess.Popen(
-    [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *arguments],
+    [sys.executable, *entry, f"--config={config}", f"--workdir={workdir}", *arguments],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -55,7 +57,7 @@ def run(workdir, *arguments, **options):
 
 def kill_at(workdir, pattern, *arguments):
   """Starts the job, which is killed with signal 9 half way through writing a file."""
-  code, output = run(workdir, *arguments, program=("-c", KILL_AT, f"{workdir}/{pattern}"))
+  code, output = run(workdir, *arguments, entry=("-c", KILL_AT, f"{workdir}/{pattern}"))
   assert code == -signal.SIGKILL, output
   assert not list(workdir.glob(pattern))
 
@@ -157,7 +159,7 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pipeline, "run", full)
   for name in ("end_at_sigterm", "take_signals"):
-    monkeypatch.setattr(program, name, lambda: None)
+    monkeypatch.setattr(common, name, lambda: None)
   for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
     monkeypatch.setattr(launch_run, name, Value(None))
   with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):
@@ -170,7 +172,7 @@ def ends_by(error, several, capsys):
   def stop(message):
     raise SystemExit(message)
 
-  with pytest.raises(SystemExit) as end, program.one_line_errors(stop if several else sys.exit):
+  with pytest.raises(SystemExit) as end, common.one_line_errors(stop if several else sys.exit):
     raise error
   return end.value.code, capsys.readouterr().err
 
@@ -192,11 +194,11 @@ def test_one_of_several_ends_at_once_by_an_error_that_is_not_foreseen(capsys):
 
 
 def test_what_tensorstore_says_of_a_write_that_nobody_waits_for_is_left_out(monkeypatch):
-  from launch import program
+  from launch import common
 
   shown = []
   monkeypatch.setattr(sys, "unraisablehook", shown.append)
-  program.quiet_failed_writes()
+  common.quiet_failed_writes()
   found = [types.SimpleNamespace(exc_value=RuntimeError(x)) for x in ("Event loop is closed", "x")]
   for one in found:
     sys.unraisablehook(one)
@@ -204,18 +206,18 @@ def test_what_tensorstore_says_of_a_write_that_nobody_waits_for_is_left_out(monk
 
 
 def test_the_log_of_a_failed_write_in_a_thread_is_left_out_and_no_other():
-  from launch import program
+  from launch import common
 
   def record(error):
     return logging.LogRecord("absl", logging.ERROR, "", 1, "failed", (), (type(error), error, None))
 
-  assert not program.is_no_failed_write(record(OSError(errno.ENOSPC, "No space left on device")))
-  assert not program.is_no_failed_write(record(ValueError("NOT_FOUND: Error reading /d/x")))
-  assert not program.is_no_failed_write(record(TimeoutError("Timed out after 86400 seconds.")))
+  assert not common.is_no_failed_write(record(OSError(errno.ENOSPC, "No space left on device")))
+  assert not common.is_no_failed_write(record(ValueError("NOT_FOUND: Error reading /d/x")))
+  assert not common.is_no_failed_write(record(TimeoutError("Timed out after 86400 seconds.")))
   late = RuntimeError("cannot schedule new futures after interpreter shutdown")
-  assert not program.is_no_failed_write(record(late))
-  assert program.is_no_failed_write(record(ValueError("no such key: x")))
-  assert program.is_no_failed_write(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
+  assert not common.is_no_failed_write(record(late))
+  assert common.is_no_failed_write(record(ValueError("no such key: x")))
+  assert common.is_no_failed_write(logging.LogRecord("absl", logging.ERROR, "", 1, "", (), None))
 
 
 def test_a_device_out_of_memory_is_one_line_with_what_helps(capsys):

@@ -1,94 +1,103 @@
-"""shards: what summaries count, and what a manifest makes of it, against numpy on every value."""
+"""pairs: shards round-trip, the summary comes last, and a full disk leaves nothing behind."""
 
-import types as python_types
+import contextlib
+import errno
+import signal
 
+import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import config as config_lib
-from rndpo_jax import files, types
-from rndpo_jax.stages import pairs, shards
+from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files, preemption
 
 
-def outputs(sizes, gaps, valid):
-  """One batch [b, P] as the mining stage gives it; the last image is padding."""
-  b, p = np.shape(sizes)
-  mined = types.Pairs(
-    chosen=np.zeros((b, p), np.int32),
-    rejected=np.ones((b, p), np.int32),
-    valid=np.array(valid, bool),
-    score_gap=np.array(gaps, np.float32),
-    region_size=np.array(sizes, np.int32),
-    dropped=np.ones((b, 5), np.int32),
-  )
-  out = {
-    name: np.zeros((b, p), np.uint8)
-    for name in ("chosen", "rejected", "reference_margin", "reference_log_prob", "scores")
-  }
-  batch = python_types.SimpleNamespace(valid=np.arange(b) < b - 1, index=np.arange(b))
-  return [(batch, {**out, "pairs": mined})]
+def records(count):
+  for index in range(count):
+    yield {"index": np.int32(index), "chosen": np.full((2, 3), index, np.uint8)}
 
 
-def write(directory, *batches):
-  """A shard a batch, and the manifest."""
-  config = config_lib.base_config()
-  config.mine.num_shards = len(batches)
-  files.write_json(directory / "proposals.json", {})
-  files.write_json(directory / "origin.json", {"base": "b"})
-  for shard, batch in enumerate(batches):
-    path = pairs.shard_path(directory, shard, len(batches))
-    shards.write(path, len(batch[0][0].valid) - 1, 1, batch)
-  shards.write_manifest(config, directory)
-  return files.read_json(directory / "manifest.json")
+def write(directory, counts):
+  for shard, count in enumerate(counts):
+    path = shards.shard_path(directory, shard, len(counts))
+    shards.write_shard(path, records(count), {"num_pairs": count})
+  summaries = [
+    files.read_json(shards.summary_path(shards.shard_path(directory, n, len(counts))))
+    for n in range(len(counts))
+  ]
+  files.write_json(directory / "manifest.json", {"shards": summaries})
+  return summaries
 
 
-def test_a_manifest_by_hand(tmp_path):
-  manifest = write(
-    tmp_path,
-    outputs([[3, 7], [999, 1004], [8, 8]], [[0.5, 0.25], [0.12345, 0.5], [9, 9]], [[1, 0]] * 3),
-    outputs([[1004, 1016], [5, 5]], [[0.123449, 2e-5], [9, 9]], [[True, True]] * 2),
-  )
-  first = files.read_json(pairs.summary_path(pairs.shard_path(tmp_path, 0, 2)))
-  assert first["region_size"] == {"3": 1, "999": 1} and first["num_pairs"] == 2
-  assert first["score_gap"] == {"0.5": 1, "0.123": 1}
-  # 3, 999, 1000, 1020: the rank of the median is 1.5, that of the 95th percentile 2.85.
-  assert manifest["num_pairs"] == 4 and manifest["num_images"] == 3
-  size = manifest["region_size"]
-  assert size["p50"] == 999.5 and size["p95"] == pytest.approx(1017, rel=1e-12)
-  assert size["p5"] == pytest.approx(3 + 0.15 * 996, rel=1e-12)
-  assert sum(size["histogram"]["counts"]) == 4 and size["histogram"]["counts"][-1] == 1
-  assert size["histogram"]["edges"][-2:] == [1020, 1021]
-  assert manifest["score_gap"]["p50"] == pytest.approx(0.123, rel=1e-12)
-  assert manifest["dropped"]["identical"] == 3  # one an image, not of the padding
+def test_records_come_back_in_the_order_of_the_shards(tmp_path):
+  summaries = write(tmp_path, [2, 0, 3])
+  assert [s["count"] for s in summaries] == [2, 0, 3]
+  assert summaries[0]["file"] == "pairs-00000-of-00003.array_record"
+  table = shards.read(tmp_path)
+  assert len(table) == 5
+  assert [int(record["index"]) for record in table] == [0, 1, 0, 1, 2]
+  assert table[4]["chosen"].dtype == np.uint8 and (table[4]["chosen"] == 2).all()
+  with pytest.raises(IndexError):
+    table[5]
 
 
-@pytest.mark.parametrize("count", [1, 2, 37, 5000])
-def test_quantiles_are_those_of_numpy_on_every_value(count):
-  rng = np.random.default_rng(count)
-  every = np.array([float(f"{x:.3g}") for x in np.exp(rng.normal(6, 2, count))])
-  found = shards.quantiles(*np.unique(every, return_counts=True))
-  expected = np.quantile(every, [0.05, 0.5, 0.95])
-  np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
-  assert list(found) == ["p5", "p50", "p95"]
+def test_missing_manifest_names_the_stage(tmp_path):
+  with pytest.raises(shards.PairsError, match="manifest.json is missing; run the stage 'mine'"):
+    shards.read(tmp_path)
 
 
-def test_a_summary_with_lists_of_an_older_version_counts_as_well(tmp_path):
-  batches = [outputs([[3, 5], [0, 0]], [[0.5, 0.25], [0, 0]], [[1, 1], [0, 0]])] * 2
-  expected = write(tmp_path, *batches)
-  path = pairs.summary_path(pairs.shard_path(tmp_path, 1, 2))
-  old = {"region_size": [3, 5], "score_gap": [0.5, 0.25]}
-  files.write_json(path, {**files.read_json(path), **old})
-  config = config_lib.base_config()
-  config.mine.num_shards = 2
-  shards.write_manifest(config, tmp_path)
-  assert files.read_json(tmp_path / "manifest.json") == expected
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_shard_is_checked_once_by_all_processes_together(tmp_path, monkeypatch, count):
+  write(tmp_path, [2, 0, 3, 1, 1])
+  paths = [shards.shard_path(tmp_path, n, 5) for n in range(5)]
+  whole = paths[3].read_bytes()
+  checked, found = [], []
+  sha256 = files.sha256
+  monkeypatch.setattr(files, "sha256", lambda path: checked.append(path) or sha256(path))
+  monkeypatch.setattr(preemption, "together", lambda what: contextlib.nullcontext())
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+  for index in range(count):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    assert len(shards.read(tmp_path)) == 7
+  assert sorted(checked) == paths
+  paths[3].write_bytes(whole[:-1] + b"?")
+  for index in range(count):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    try:
+      shards.read(tmp_path)
+    except shards.PairsError as error:
+      assert f"{paths[3]} is corrupt" in str(error) and f"delete {paths[3]}, " in str(error)
+      found.append(index)
+  assert found == [3 % count]
 
 
-def test_a_summary_stays_small_however_many_pairs(tmp_path):
-  rng = np.random.default_rng(0)
-  sizes = rng.integers(1, 512 * 512, (10_001, 1))
-  gaps = rng.uniform(0, 1, (10_001, 1))
-  shards.write(pairs.shard_path(tmp_path, 0, 1), 10_000, 1, outputs(sizes, gaps, sizes > 0))
-  summary = files.read_json(pairs.summary_path(pairs.shard_path(tmp_path, 0, 1)))
-  assert len(summary["region_size"]) < 999 + 900 * 3 and len(summary["score_gap"]) < 900 * 6
-  assert sum(summary["region_size"].values()) == 10_000 == summary["num_pairs"]
+def test_a_missing_shard_is_named(tmp_path):
+  write(tmp_path, [1, 1])
+  path = shards.shard_path(tmp_path, 1, 2)
+  path.unlink()
+  with pytest.raises(shards.PairsError, match=f"{path} is missing; delete {path}, .*rebuilds this"):
+    shards.read(tmp_path)
+
+
+def test_a_signal_ends_the_check(tmp_path, monkeypatch):
+  write(tmp_path, [1, 1])
+  shards.shard_path(tmp_path, 1, 2).write_bytes(b"?")  # it is not come to
+  monkeypatch.setattr(preemption, "_noted", [signal.SIGTERM])
+  with pytest.raises(preemption.Preempted, match="the shards of pairs are checked anew"):
+    shards.read(tmp_path)
+
+
+def test_full_disk_is_named_and_leaves_nothing_that_counts(tmp_path, monkeypatch):
+  class FullDisk:
+    def __init__(self, *_):
+      pass
+
+    def write(self, _):
+      raise RuntimeError("write() failed: No space left on device")
+
+  monkeypatch.setattr(shards.array_record_module, "ArrayRecordWriter", FullDisk)
+  path = shards.shard_path(tmp_path, 0, 1)
+  with pytest.raises(OSError, match="pairs-00000.*No space left") as error:
+    shards.write_shard(path, records(1), {})
+  assert error.value.errno == errno.ENOSPC
+  assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from rndpo_jax import checkpoint, files, logbook, preemption
 from rndpo_jax.config import ConfigError
-from rndpo_jax.stages import sweep, sweep_results
+from rndpo_jax.runtime import files, preemption
+from rndpo_jax.sweep import sweep, sweep_results
+from rndpo_jax.training import checkpoint, metric_writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 GRID = {"betas": [10.0, 30.0], "learning_rates": [1e-3, 3e38], "seeds": [0, 1]}
@@ -37,14 +38,14 @@ def test_the_member_of_the_config_is_what_the_stage_made(swept):
   config, workdir = swept
   content = files.read_json(workdir / "sweep" / "sweep.json")
   own = member(content, seed=config.seed, beta=config.finetune.beta, learning_rate=1e-3)
-  stage = logbook.read_rows(workdir / "finetune", "val")
+  stage = metric_writer.read_rows(workdir / "finetune", "val")
   assert [row["step"] for row in own["curve"]] == [row["step"] for row in stage] == [4, 8]
   found = [row["val_dice"] for row in own["curve"]]
   np.testing.assert_allclose(found, [row["val_dice"] for row in stage], atol=2e-3)
   folder = sweep_results.member_directory(
     workdir / "sweep", config.seed, config.finetune.beta, 1e-3
   )
-  mine, theirs = (logbook.read_rows(d, "train") for d in (folder, workdir / "finetune"))
+  mine, theirs = (metric_writer.read_rows(d, "train") for d in (folder, workdir / "finetune"))
   assert [row["step"] for row in mine] == list(range(1, 9)) and set(mine[0]) == set(theirs[0])
   losses = [[row["loss"] for row in rows] for rows in (mine, theirs)]
   np.testing.assert_allclose(*losses, rtol=1e-3)
@@ -90,7 +91,7 @@ def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):
   }
   for beta, seeds in curves.items():
     for seed, dice in enumerate(seeds):
-      rows = logbook.Rows(folder := sweep_folder(tmp_path, seed, beta), 0)
+      rows = metric_writer.Rows(folder := sweep_folder(tmp_path, seed, beta), 0)
       for step, value in zip((4, 8), dice, strict=True):
         if value is not None:
           rows.add({"step": step, "kind": "val", "val_dice": value})

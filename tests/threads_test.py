@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from rndpo_jax import threads
+from rndpo_jax.runtime import threads
 
 
 def test_results_come_in_order_and_items_are_taken_as_needed():

@@ -11,9 +11,12 @@ from PIL import Image
 
 from configs import folder as folder_config
 from configs import nnunet as nnunet_config
-from rndpo_jax import checkpoint, files, judges, models, pipeline
-from rndpo_jax.data import pipeline as data_pipeline
+from rndpo_jax import models, pipeline
+from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.mining import judges
+from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint
 
 TINY = {
   "model.width": 4,

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import losses, parallel, progress
-from rndpo_jax.benchmark import measure
+from rndpo_jax import losses
+from rndpo_jax.benchmark import timing
 from rndpo_jax.benchmark.options import Options
+from rndpo_jax.runtime import progress, sharding
 
 BETA = 10.0
 OURS = "rndpo_jax"
@@ -33,7 +34,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
 
   Args:
     options: of "loss".
-    peers: the module `benchmark.peers`, or None.
+    peers: the module `benchmark.torch_losses`, or None.
 
   Raises:
     BenchmarkError: where variants disagree; nothing is timed then.
@@ -64,16 +65,16 @@ def run_at(options: Options, peers: Any | None, slow: dict[str, str]) -> list[di
   inputs = make_inputs(jax.random.key(0), options)
   work = work_of(options)
   makers = {
-    name: ("jax", functools.partial(measure.jax_variant, name, work, function, inputs))
+    name: ("jax", functools.partial(timing.jax_variant, name, work, function, inputs))
     for name, function in VARIANTS.items()
   }
   if peers is not None:
     makers |= {
       name: ("torch", make) for name, make in peers.loss_makers(inputs, work, BETA).items()
     }
-  variants = [measure.copy_variant([logits for logits, *_ in inputs])]
+  variants = [timing.copy_variant([logits for logits, *_ in inputs])]
   for name, (framework, make) in makers.items():
-    variants.append(measure.Missing(name, framework, slow[name]) if name in slow else make())
+    variants.append(timing.Missing(name, framework, slow[name]) if name in slow else make())
   check_agreement(variants, options.dtype, peers)
   setup = {
     "benchmark": "loss",
@@ -84,8 +85,8 @@ def run_at(options: Options, peers: Any | None, slow: dict[str, str]) -> list[di
     "disagreement": options.disagreement,
     "inputs": len(inputs),
   }
-  calls = measure.calls_per_sample()
-  return measure.rows(variants, baseline=OURS, repeats=options.repeats, calls=calls, setup=setup)
+  calls = timing.calls_per_sample()
+  return timing.rows(variants, baseline=OURS, repeats=options.repeats, calls=calls, setup=setup)
 
 
 def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]:
@@ -93,8 +94,8 @@ def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]
 
   Logits are normal, f[B, *S, C]; masks u8[B, *S], or [B, P, *S] where P > 1, see `draw_pair`.
   """
-  mesh = parallel.make_mesh()
-  parallel.check_batch_size("--shape", options.shape[0], mesh.size)
+  mesh = sharding.make_mesh()
+  sharding.check_batch_size("--shape", options.shape[0], mesh.size)
   batch, *space = options.shape
   lead = (batch,) if options.pairs == 1 else (batch, options.pairs)
 
@@ -104,8 +105,8 @@ def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]
     chosen, rejected = draw_pair(pair_key, lead, space, options.classes, options.disagreement)
     return logits, chosen, rejected, jax.random.normal(margin_key, lead)
 
-  count = measure.num_inputs(math.prod(options.shape) * _input_bytes(options))
-  draw = jax.jit(draw, out_shardings=parallel.over_batch(mesh))
+  count = timing.num_inputs(math.prod(options.shape) * _input_bytes(options))
+  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(count)]
 
 
@@ -128,10 +129,10 @@ def draw_pair(
   return chosen, jnp.where(differs, other, chosen)
 
 
-def work_of(options: Options) -> measure.Work:
+def work_of(options: Options) -> timing.Work:
   """Images, pairs, pixels, and the bytes that must be moved."""
   pixels = math.prod(options.shape)
-  return measure.Work(
+  return timing.Work(
     images=options.shape[0],
     pairs=options.shape[0] * options.pairs,
     pixels=pixels,
@@ -187,7 +188,7 @@ def check_agreement(variants, dtype: str, peers: Any | None) -> None:
   Raises:
     BenchmarkError: naming the variant and the difference.
   """
-  compared = [v for v in variants if isinstance(v, measure.Variant) and v.name != measure.COPY]
+  compared = [v for v in variants if isinstance(v, timing.Variant) and v.name != timing.COPY]
   value, grad = next(v for v in compared if v.name == OURS).run(0)
   scale = float(jnp.max(jnp.abs(grad)))
   for variant in compared:
@@ -197,7 +198,7 @@ def check_agreement(variants, dtype: str, peers: Any | None) -> None:
     gap = jnp.max(jnp.abs(other_grad.astype(jnp.float32) - grad.astype(jnp.float32)))
     grad_apart = float(gap) / scale
     if not (apart <= TOLERANCE[dtype] and grad_apart <= TOLERANCE[dtype]):
-      raise measure.BenchmarkError(
+      raise timing.BenchmarkError(
         f"{variant.name}: value {float(other_value)}, {OURS} has {float(value)}; gradients differ "
         f"by {grad_apart:.2g} of the largest (expected at most {TOLERANCE[dtype]} for both); it "
         "computes something else, so nothing was timed"
@@ -212,7 +213,7 @@ def _too_large(options: Options) -> str | None:
   """
   pixels = math.prod(options.shape)
   each = pixels * _input_bytes(options)
-  inputs = measure.num_inputs(each) * each * (2 if options.peers else 1)
+  inputs = timing.num_inputs(each) * each * (2 if options.peers else 1)
   needed = inputs + 6 * 4 * pixels * options.classes
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import checkpoint, config, files, models, types
+from rndpo_jax import config, models, types
 from rndpo_jax.benchmark.options import Options
+from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint
 
 CHANNELS = 1  # of an image
 

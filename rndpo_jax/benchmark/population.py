@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rndpo_jax import parallel, population, training
-from rndpo_jax.benchmark import measure, network, step
+from rndpo_jax.benchmark import network, step, timing
 from rndpo_jax.benchmark.options import Options
+from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
+from rndpo_jax.sweep import population
+from rndpo_jax.training import train_loop
 
 APART = "one run after another"
 TOGETHER = {form: f"one program, {form}" for form in population.FORMS}
@@ -30,34 +32,34 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     peers: not read; there is no such thing to compare with.
   """
   del peers
-  mesh = parallel.make_mesh()
+  mesh = sharding.make_mesh()
   batches = step.make_batches(jax.random.key(1), options, options.pairs, mesh)
   variants = [step.copy_of_64_mib(), apart(options, batches, mesh)]
   variants += [together(options, batches, form) for form in population.FORMS]
   setup = {name: getattr(options, name) for name in ("disagreement", "pairs", "members", "seeds")}
-  rows = measure.rows(
+  rows = timing.rows(
     variants,
     baseline=APART,
     repeats=options.repeats,
-    calls=measure.calls_per_sample(),
+    calls=timing.calls_per_sample(),
     setup={**network.setup("population", options), **setup},
   )
   for row in rows:
-    if row["variant"] != measure.COPY:
+    if row["variant"] != timing.COPY:
       row["member_steps_per_second"] = options.members / row["seconds_median"]
   return rows
 
 
-def apart(options: Options, batches: list[dict], mesh: jax.sharding.Mesh) -> measure.Variant:
-  """A step of each run in turn, as `training.make_train_step` compiles it."""
+def apart(options: Options, batches: list[dict], mesh: jax.sharding.Mesh) -> timing.Variant:
+  """A step of each run in turn, as `train_loop.make_train_step` compiles it."""
   segmenter, params = network.make(options)
   optimizer = finetune.optimizer(network.make_config(options).finetune)
-  states = [training.make_state(params, optimizer, mesh) for _ in range(options.members)]
-  train_step = training.make_train_step(
+  states = [train_loop.make_state(params, optimizer, mesh) for _ in range(options.members)]
+  train_step = train_loop.make_train_step(
     step.preference_loss_fn(segmenter, options, "cached"), optimizer, mesh
   )
   key, share = jax.random.key(2), options.members // options.seeds
-  compiled, seconds, peak = measure.compile_ahead(train_step, states[0], batches[0], key)
+  compiled, seconds, peak = timing.compile_ahead(train_step, states[0], batches[0], key)
 
   def run(turn):
     aux = []
@@ -71,11 +73,11 @@ def apart(options: Options, batches: list[dict], mesh: jax.sharding.Mesh) -> mea
   return _variant(options, APART, run, seconds, peak, states, batches)
 
 
-def together(options: Options, batches: list[dict], form: str) -> measure.Variant:
-  """A step of all members, as `stages.sweep` takes it."""
+def together(options: Options, batches: list[dict], form: str) -> timing.Variant:
+  """A step of all members, as `sweep.sweep` takes it."""
   segmenter, params = network.make(options)
   share = options.members // options.seeds
-  mesh = parallel.make_population_mesh(options.seeds, share)
+  mesh = sharding.make_population_mesh(options.seeds, share)
   config = network.make_config(options).finetune
   config.learning_rate = 1.0
   optimizer = finetune.optimizer(config)
@@ -92,7 +94,7 @@ def together(options: Options, batches: list[dict], form: str) -> measure.Varian
   ]
   keys = jax.random.split(jax.random.key(2), options.seeds)
   settings = population.grid(np.geomspace(3.0, 30.0, share), [1e-3])
-  compiled, seconds, peak = measure.compile_ahead(train_step, state, stacked[0], keys, settings)
+  compiled, seconds, peak = timing.compile_ahead(train_step, state, stacked[0], keys, settings)
 
   def run(turn):
     nonlocal state  # its buffers are donated: the next step takes what this one leaves
@@ -102,14 +104,14 @@ def together(options: Options, batches: list[dict], form: str) -> measure.Varian
   return _variant(options, TOGETHER[form], run, seconds, peak, state, batches)
 
 
-def _variant(options, name, run, seconds, peak, state, batches) -> measure.Variant:
+def _variant(options, name, run, seconds, peak, state, batches) -> timing.Variant:
   """At least every member's state is read and written once, and every seed's batch read once."""
   moved = 2 * network.num_bytes(state) + options.seeds * network.num_bytes(batches[0])
   images = options.members * options.shape[0]
-  return measure.Variant(
+  return timing.Variant(
     name=name,
     framework="jax",
-    work=measure.Work(
+    work=timing.Work(
       images=images,
       pairs=images * options.pairs,
       pixels=images * math.prod(options.shape[1:]),

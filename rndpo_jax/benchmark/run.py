@@ -8,18 +8,9 @@ from typing import Any
 
 import jax
 
-from rndpo_jax import progress
-from rndpo_jax.benchmark import measure
+from rndpo_jax.benchmark import timing
 from rndpo_jax.benchmark.options import Options
-
-# Imported when asked for: the loss then needs none of the libraries that read data.
-MODULES = {
-  "loss": "loss",
-  "step": "step",
-  "mine": "mining",
-  "input": "feed",
-  "population": "population",
-}
+from rndpo_jax.runtime import progress
 
 
 def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
@@ -34,28 +25,29 @@ def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
   rows = []
   for name, options in resolved.items():
     progress.say(f"{name}: {options.shape}, {options.repeats} samples of each variant")
-    module = importlib.import_module(f"rndpo_jax.benchmark.{MODULES[name]}")
+    # Imported when asked for: the loss then needs none of the libraries that read data.
+    module = importlib.import_module(f"rndpo_jax.benchmark.{name}")
     rows += module.run(options, load_peers() if options.peers else None)
   return rows
 
 
 def load_peers() -> Any:
-  """The module `benchmark.peers`.
+  """The module `benchmark.torch_losses`.
 
   Raises:
     BenchmarkError: without PyTorch, or with several devices, over which it does not spread work.
   """
   if jax.device_count() > 1:
-    raise measure.BenchmarkError(
+    raise timing.BenchmarkError(
       f"--peers: found {jax.device_count()} devices, and PyTorch is timed on one; set --devices=1"
     )
   try:
-    from rndpo_jax.benchmark import peers
+    from rndpo_jax.benchmark import torch_losses
   except ModuleNotFoundError as error:
     if error.name != "torch":
       raise
-    raise measure.BenchmarkError(
+    raise timing.BenchmarkError(
       "--peers: PyTorch is not installed; install the extra, as in pip install -e '.[peers]', or "
       "leave --peers out"
     ) from error
-  return peers
+  return torch_losses

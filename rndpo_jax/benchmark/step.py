@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rndpo_jax import losses, packing, parallel, training, types
-from rndpo_jax.benchmark import loss, measure, network
+from rndpo_jax import losses, types
+from rndpo_jax.benchmark import loss, network, timing
 from rndpo_jax.benchmark.options import Options
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
+from rndpo_jax.training import train_loop
 
 NUM_BATCHES = 8
 SUPERVISED = "supervised, cross-entropy"
@@ -28,12 +31,12 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
 
   Args:
     options: of "step".
-    peers: the module `benchmark.peers`, or None.
+    peers: the module `benchmark.torch_losses`, or None.
 
   Raises:
     BenchmarkError: where PyTorch's U-Net does not give our logits, loss and gradient.
   """
-  mesh = parallel.make_mesh()
+  mesh = sharding.make_mesh()
   segmenter, params = network.make(options)
   variants = [copy_of_64_mib()]
   supervised = make_batches(jax.random.key(1), options, 0, mesh)
@@ -58,30 +61,30 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     cached = preference_loss_fn(segmenter, options, "cached")
     variants.append(make(f"RN-DPO, {noun}, cached", cached, batches, pairs))
     if pairs == 1:
-      frozen = jax.device_put(params, parallel.replicated(mesh))
+      frozen = jax.device_put(params, sharding.replicated(mesh))
       online = [{**batch, "reference_params": frozen} for batch in batches]
       loss_fn = preference_loss_fn(segmenter, options, "online")
       variants.append(make(f"RN-DPO, {noun}, online", loss_fn, online, pairs))
   if peers is not None:
-    from rndpo_jax.benchmark import peer_network
+    from rndpo_jax.benchmark import torch_unet
 
     variants.append(
-      peer_network.step_variant(options, segmenter, params, supervised, variants[1].work)
+      torch_unet.step_variant(options, segmenter, params, supervised, variants[1].work)
     )
-  return measure.rows(
+  return timing.rows(
     variants,
     baseline=SUPERVISED,
     repeats=options.repeats,
-    calls=measure.calls_per_sample(),
+    calls=timing.calls_per_sample(),
     setup={**network.setup("step", options), "disagreement": options.disagreement},
   )
 
 
-def copy_of_64_mib() -> measure.Variant:
+def copy_of_64_mib() -> timing.Variant:
   """The limit where no array of the work itself is to be copied; more arrays than a cache holds."""
   each = 64 << 20
-  arrays = [jnp.full(each // 4, float(n)) for n in range(measure.num_inputs(each))]
-  return measure.copy_variant(arrays)
+  arrays = [jnp.full(each // 4, float(n)) for n in range(timing.num_inputs(each))]
+  return timing.copy_variant(arrays)
 
 
 def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dict[str, jax.Array]]:
@@ -89,7 +92,7 @@ def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dic
 
   Masks are bit-packed, as they travel.
   """
-  parallel.check_batch_size("--shape", options.shape[0], mesh.size)
+  sharding.check_batch_size("--shape", options.shape[0], mesh.size)
   batch, *space = options.shape
 
   def draw(key):
@@ -99,7 +102,7 @@ def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dic
       labels = jax.random.randint(label_key, options.shape, 0, options.classes, jnp.uint8)
       return {"image": image, "label": labels}
     masks = loss.draw_pair(pair_key, (batch, pairs), space, options.classes, options.disagreement)
-    chosen, rejected = (packing.pack(mask, options.classes, len(space)) for mask in masks)
+    chosen, rejected = (bit_planes.pack(mask, options.classes, len(space)) for mask in masks)
     return {
       "image": image,
       "chosen": chosen,
@@ -110,11 +113,11 @@ def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dic
       "voxel_volume": jnp.ones(batch),
     }
 
-  draw = jax.jit(draw, out_shardings=parallel.over_batch(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
 
 
-def supervised_loss_fn(segmenter: types.Segmenter) -> training.LossFn:
+def supervised_loss_fn(segmenter: types.Segmenter) -> train_loop.LossFn:
   """(params, batch, key) -> (mean cross-entropy, no metrics): as little as such a step can do."""
 
   def loss_fn(params, batch, key):
@@ -127,7 +130,7 @@ def supervised_loss_fn(segmenter: types.Segmenter) -> training.LossFn:
 
 def preference_loss_fn(
   segmenter: types.Segmenter, options: Options, reference: str
-) -> training.LossFn:
+) -> train_loop.LossFn:
   """The loss of the stage `finetune`, its metrics among it, with the default objective."""
   config = network.make_config(options)
   config.finetune.reference = reference
@@ -142,30 +145,30 @@ def preference_loss_fn(
 def step_variant(
   name: str,
   *,
-  loss_fn: training.LossFn,
+  loss_fn: train_loop.LossFn,
   batch_of: Callable[[int], dict[str, Any]],
   options: Options,
   pairs: int,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   params: types.Params,
-) -> measure.Variant:
+) -> timing.Variant:
   """Training steps in a row, each from the state that the one before left.
 
   Args:
     name: in tables.
-    loss_fn: as `training.make_train_step` takes it.
+    loss_fn: as `train_loop.make_train_step` takes it.
     batch_of: (turn) -> the batch of that step, on the devices.
     options: for the work of a step.
     pairs: of each image, 0 where there are none.
     optimizer: of the step.
-    mesh: from `parallel.make_mesh`.
+    mesh: from `sharding.make_mesh`.
     params: to start from.
   """
-  state = training.make_state(params, optimizer, mesh)
+  state = train_loop.make_state(params, optimizer, mesh)
   key, batch = jax.random.key(2), batch_of(0)
-  step = training.make_train_step(loss_fn, optimizer, mesh)
-  compiled, seconds, peak = measure.compile_ahead(step, state, batch, key)
+  step = train_loop.make_train_step(loss_fn, optimizer, mesh)
+  compiled, seconds, peak = timing.compile_ahead(step, state, batch, key)
   moved = 2 * network.num_bytes(state) + network.num_bytes(batch)
 
   def run(turn):
@@ -173,10 +176,10 @@ def step_variant(
     state, metrics = compiled(state, batch_of(turn), key)
     return metrics
 
-  return measure.Variant(
+  return timing.Variant(
     name=name,
     framework="jax",
-    work=measure.Work(
+    work=timing.Work(
       images=options.shape[0],
       pairs=options.shape[0] * pairs,
       pixels=math.prod(options.shape),

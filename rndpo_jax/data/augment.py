@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import ndimage
 
-from rndpo_jax import proposals
+from rndpo_jax.mining import proposals
 
 
 def augment(

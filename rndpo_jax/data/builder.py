@@ -13,8 +13,8 @@ import jax
 import tensorflow_datasets as tfds
 from etils import epath
 
-from rndpo_jax import files, preemption, processes, progress
 from rndpo_jax.data import reader, records, writer
+from rndpo_jax.runtime import files, preemption, processes, progress
 
 # Of a file's images and masks, before ArrayRecord compresses them.
 FILE_BYTES = 4 << 30

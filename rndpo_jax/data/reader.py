@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from etils import epath
 
-from rndpo_jax import files
 from rndpo_jax.data import records
+from rndpo_jax.runtime import files
 
 NAME = SPLIT = "cases"  # TFDS reserves 'all' as a split
 VERSION = "1.0.0"

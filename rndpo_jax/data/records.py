@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rndpo_jax import files
+from rndpo_jax.runtime import files
 
 FILE = "records.json"
 _SOURCE_KEYS = (

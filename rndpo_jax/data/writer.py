@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from rndpo_jax import files, preemption
 from rndpo_jax.data import records
+from rndpo_jax.runtime import files, preemption
 
 KEPT = "prepare: finished files are kept"
 

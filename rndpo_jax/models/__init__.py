@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import hardware, types
+from rndpo_jax import types
 from rndpo_jax.models import unet
+from rndpo_jax.planning import chips
 
 
 def build(
@@ -42,4 +43,4 @@ def build(
 def lanes(model_config, platform: str | None = None) -> int:
   """`config.model.lanes`, where 0 is what a platform has; by default that of this process."""
   platform = platform or jax.default_backend()
-  return model_config.lanes or (hardware.TPU_LANES if platform == "tpu" else 1)
+  return model_config.lanes or (chips.TPU_LANES if platform == "tpu" else 1)

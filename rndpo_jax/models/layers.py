@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import threefry
-from rndpo_jax.models import folding
+from rndpo_jax.models import dropout_bits, folding
 
 
 def pool(x: jax.Array, fold: int = 1) -> jax.Array:
@@ -234,5 +233,5 @@ class Dropout(nn.Module):
     if self.rate == 1:  # no division by zero, in the gradient neither
       return jnp.zeros_like(x)
     keep = 1.0 - self.rate
-    kept = threefry.bernoulli(self.make_rng("dropout"), keep, x.shape)
+    kept = dropout_bits.bernoulli(self.make_rng("dropout"), keep, x.shape)
     return jnp.where(kept, x / keep, jnp.zeros_like(x))

@@ -11,21 +11,11 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import (
-  checkpoint,
-  files,
-  logbook,
-  losses,
-  models,
-  parallel,
-  processes,
-  saving,
-  training,
-  types,
-  validation,
-)
+from rndpo_jax import losses, models, types
 from rndpo_jax.config import ConfigError
-from rndpo_jax.data import augment, pipeline
+from rndpo_jax.data import augment, loader
+from rndpo_jax.runtime import files, processes, sharding
+from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop, validation
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -109,8 +99,8 @@ def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
   if processes.agree((directory / "selected.json").exists):
     return
-  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  dataset = pipeline.open_dataset(config, workdir)
+  mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
+  dataset = loader.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
@@ -120,16 +110,16 @@ def _train_member(config, workdir, member: int) -> None:
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(
-    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=config.augment.to_dict() if config.base.augment else None,
   )
   transformation, large = optimizer(config.base), config.mesh.large_parameter
-  training.fit(
-    training.make_train_step(
+  train_loop.fit(
+    train_loop.make_train_step(
       loss_fn, transformation, mesh, config.base.accumulate_steps, large=large
     ),
-    training.make_state(params, transformation, mesh, large=large),
+    train_loop.make_state(params, transformation, mesh, large=large),
     labelled_batches(
       config,
       dataset,
@@ -158,8 +148,8 @@ def labelled_batches(
 ) -> Callable[[int], Iterator[dict]]:
   """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
   stream = labelled_stream(config, dataset, batch_size)
-  return lambda start_step: pipeline.prefetch(
-    stream(seed, start_step), lambda batch: parallel.put_batch(batch, mesh), config.data.prefetch
+  return lambda start_step: loader.prefetch(
+    stream(seed, start_step), lambda batch: sharding.put_batch(batch, mesh), config.data.prefetch
   )
 
 
@@ -169,12 +159,12 @@ def labelled_stream(
   """(seed, start step) -> the same on the host: this process's rows, or the `whole` batches."""
   part = part_of_batches(whole)
 
-  @pipeline.cached
+  @loader.cached
   def load(index):
-    return pipeline.load_example(dataset, index, with_labels=True)
+    return loader.load_example(dataset, index, with_labels=True)
 
   def stream(seed: int, start_step: int):
-    return pipeline.stream(
+    return loader.stream(
       dataset.splits["labelled"],
       load,
       batch_size=batch_size,
@@ -188,7 +178,7 @@ def labelled_stream(
 
 
 def part_of_batches(whole: bool) -> dict[str, int]:
-  """Which part of each batch this process takes, as `data.pipeline` wants to be told."""
+  """Which part of each batch this process takes, as `data.loader` wants to be told."""
   if whole:
     return {"process_index": 0, "process_count": 1}
   return {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -214,7 +204,7 @@ def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Ite
   # Rounded up to what the devices can share: the last batch is padded in any case.
   parts = jax.device_count() // config.mesh.space
   batch_size = -(-config.evaluate.batch_size // parts) * parts
-  return lambda: pipeline.batches(
+  return lambda: loader.batches(
     dataset,
     dataset.splits["val"],
     batch_size=batch_size,
@@ -225,8 +215,8 @@ def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Ite
 
 def _select(config, directory: epath.Path, data: str) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
-  rows = logbook.read_rows(directory, "val")
-  chosen = saving.best_row(rows) if config.base.select == "best" else rows[-1]
+  rows = metric_writer.read_rows(directory, "val")
+  chosen = checkpoint_manager.best_row(rows) if config.base.select == "best" else rows[-1]
   files.write_json(
     directory / "selected.json",
     {

@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import checkpoint, files, metrics, preemption, processes, progress, results, training
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import records
-from rndpo_jax.stages import finetune, gallery, measure
+from rndpo_jax.evaluation import gallery, metrics, predict, results
+from rndpo_jax.runtime import files, preemption, processes, progress
+from rndpo_jax.stages import finetune
+from rndpo_jax.training import checkpoint, train_loop
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -32,7 +34,7 @@ def run(config, workdir: os.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   tuned = checkpoint.steps(workdir / "finetune" / "params")
-  expected = training.kept_steps(config.finetune.num_steps, config.finetune.eval_every_steps)
+  expected = train_loop.kept_steps(config.finetune.num_steps, config.finetune.eval_every_steps)
   if not tuned:
     raise records.DataError(
       f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"
@@ -42,7 +44,7 @@ def run(config, workdir: os.PathLike) -> None:
       f"{workdir / 'finetune' / 'params'}: found checkpoints of steps {tuned}, expected "
       f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )
-  evaluation = measure.open_evaluation(config, workdir)
+  evaluation = predict.open_evaluation(config, workdir)
   finetune.check_made_of(
     workdir / "finetune", "done.json", evaluation.dataset, evaluation.params(0)
   )
@@ -50,18 +52,18 @@ def run(config, workdir: os.PathLike) -> None:
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
   with preemption.together("evaluate: measured checkpoints are kept"):
-    cases = {step: measure.overlap_cases(evaluation, step) for step in shown}
+    cases = {step: predict.overlap_cases(evaluation, step) for step in shown}
   if not processes.is_first():
     return
   # What the other processes measured is read from their files.
-  cases |= {step: measure.overlap_cases(evaluation, step) for step in steps if step not in cases}
+  cases |= {step: predict.overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
     shown = progress.track(wanted, total=len(wanted), description="surfaces", unit="checkpoints")
-    cases |= {step: measure.surface_cases(evaluation, step, cases[step]) for step in shown}
+    cases |= {step: predict.surface_cases(evaluation, step, cases[step]) for step in shown}
   models = {model: cases[step] for model, step in reported.items()}
   table = csv_text(reported, models, names, evaluation.dataset.class_names)
   files.write_text(evaluation.folder / "cases.csv", table)
@@ -96,13 +98,13 @@ def csv_text(
 def _measured(models, steps, curve, names) -> dict:
   """The part of `results.json` that this stage measures."""
   content = {
-    model: {split: results.mean_metrics(cases, split, names) for split in measure.SPLITS}
+    model: {split: results.mean_metrics(cases, split, names) for split in predict.SPLITS}
     for model, cases in models.items()
   }
   content["finetuned"]["step"] = steps["finetuned"]
   content["selected"] |= {"step": steps["selected"], "rule": "validation"}
   empty = {
-    model: {split: results.empty_masks(cases, split) for split in measure.SPLITS}
+    model: {split: results.empty_masks(cases, split) for split in predict.SPLITS}
     for model, cases in models.items()
   }
   return content | {

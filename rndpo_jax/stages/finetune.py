@@ -14,19 +14,13 @@ import numpy as np
 import optax
 from etils import epath
 
-from rndpo_jax import (
-  checkpoint,
-  files,
-  losses,
-  models,
-  packing,
-  parallel,
-  processes,
-  training,
-  types,
-)
-from rndpo_jax.data import augment, pipeline
-from rndpo_jax.stages import base, pair_batches, pairs
+from rndpo_jax import losses, models, types
+from rndpo_jax.data import augment, loader
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.pairs import pair_batches, shards
+from rndpo_jax.runtime import files, processes, sharding
+from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint, train_loop
 
 
 def make_loss_fn(
@@ -50,7 +44,7 @@ def make_loss_fn(
     segmenter: of the policy, and of the reference where it is online.
     num_classes: C.
     size: S, the model's grid.
-    objective_options: keyword arguments of `losses.preference_loss`.
+    objective_options: keyword arguments of `preference.preference_loss`.
     region_classes: see `margins.region`.
     reference: "cached" (margins in the batch), "online" (reference_params in the batch) or
       "none" (a reference margin of 0).
@@ -69,7 +63,7 @@ def make_loss_fn(
   def loss_fn(params, batch, key, beta=None):
     options = objective_options if beta is None else {**objective_options, "beta": beta}
     images, packed = batch["image"], [batch["chosen"], batch["rejected"]]
-    masks = [packing.unpack(mask, size, num_classes) for mask in packed]
+    masks = [bit_planes.unpack(mask, size, num_classes) for mask in packed]
     if augment_options is not None:
       both = jnp.concatenate(masks, axis=1)
       images, both = augment.augment(key, images, both, **augment_options)
@@ -124,18 +118,18 @@ def run(config, workdir: os.PathLike) -> None:
     training.TrainingError, checkpoint.CheckpointError, pairs.PairsError, config.ConfigError.
   """
   directory = epath.Path(workdir) / "finetune"
-  mesh = parallel.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  dataset = pipeline.open_dataset(config, workdir)
+  mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
+  dataset = loader.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   params = base.load(config, workdir, dataset)[0]
-  pairs.check_origin(epath.Path(workdir) / "pairs", dataset, params)
+  shards.check_origin(epath.Path(workdir) / "pairs", dataset, params)
   if processes.agree((directory / "done.json").exists):
     check_made_of(directory, "done.json", dataset, params)
     return
   loss_fn = make_loss_fn(
-    segmenter._replace(apply=parallel.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
     size=dataset.size,
     **loss_options(config),
@@ -143,9 +137,9 @@ def run(config, workdir: os.PathLike) -> None:
   transformation, large = optimizer(config.finetune), config.mesh.large_parameter
   reference = None
   if config.finetune.reference == "online":
-    reference = parallel.put_params(params, mesh, large)
-  training.fit(
-    training.make_train_step(
+    reference = sharding.put_params(params, mesh, large)
+  train_loop.fit(
+    train_loop.make_train_step(
       loss_fn,
       transformation,
       mesh,
@@ -153,7 +147,7 @@ def run(config, workdir: os.PathLike) -> None:
       config.finetune.ema_decay,
       large,
     ),
-    training.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
+    train_loop.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
     pair_batches.on_devices(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
     key=run_key(config.seed),

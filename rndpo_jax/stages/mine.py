@@ -17,23 +17,16 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import (
-  checkpoint,
-  judges,
-  losses,
-  mining,
-  models,
-  packing,
-  parallel,
-  preemption,
-  processes,
-  proposals,
-  types,
-)
-from rndpo_jax import (
   config as config_lib,
 )
-from rndpo_jax.data import pipeline
-from rndpo_jax.stages import audit, base, finetune, learned, pairs, prepare, shards
+from rndpo_jax import losses, models, types
+from rndpo_jax.data import loader
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.pairs import manifest, shards
+from rndpo_jax.runtime import preemption, processes, sharding
+from rndpo_jax.stages import base, finetune, measure_judges, prepare, train_judge
+from rndpo_jax.training import checkpoint
 
 _KEPT = "mine: finished shards are kept"
 
@@ -52,34 +45,36 @@ def run(config, workdir: os.PathLike) -> None:
   """
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset = loader.open_dataset(config, workdir)
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
-  pairs.claim(directory, _origin(dataset, weights))
+  shards.claim(directory, _origin(dataset, weights))
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   measured = (directory / "judges.json", directory / "proposals.json")
   if processes.is_first() and not all(path.exists() for path in measured):
-    measure = on_local_devices(audit.make_measure(score, names, dataset.num_classes), weights)
+    measure = on_local_devices(
+      measure_judges.make_measure(score, names, dataset.num_classes), weights
+    )
     outputs = {
       split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
-      for split in audit.SPLITS
+      for split in measure_judges.SPLITS
     }
-    audit.write_reliability(config, directory, dataset, outputs)
+    measure_judges.write_reliability(config, directory, dataset, outputs)
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
   with_labels = config.judge.name in config_lib.TRUTH_JUDGES
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
   if processes.is_first() and not (directory / "examples.npz").exists():
-    outputs = mined(audit.example_indices(dataset))
-    audit.write_examples(directory / "examples.npz", dataset, outputs)
+    outputs = mined(measure_judges.example_indices(dataset))
+    measure_judges.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
   with preemption.together(_KEPT):
     for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
-      path = pairs.shard_path(directory, shard, config.mine.num_shards)
-      if shard % jax.process_count() == jax.process_index() and not shards.is_finished(path):
+      path = shards.shard_path(directory, shard, config.mine.num_shards)
+      if shard % jax.process_count() == jax.process_index() and not manifest.is_finished(path):
         outputs = mined(part, stays=("masks",))
-        shards.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
+        manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
   if processes.is_first():
-    shards.write_manifest(config, directory)
+    manifest.write_manifest(config, directory)
 
 
 def _origin(dataset, weights) -> dict[str, str]:
@@ -99,7 +94,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):
-    learned_apply, weights["learned"] = learned.train(config, workdir, dataset)
+    learned_apply, weights["learned"] = train_judge.train(config, workdir, dataset)
   return weights, make_score(config, dataset, learned_apply)
 
 
@@ -108,7 +103,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
 
   Args:
     dataset: num_classes and spatial_dims are read.
-    learned_apply: of `models.quality`, where the judge `learned` is used.
+    learned_apply: of `mining.quality`, where the judge `learned` is used.
 
   Returns:
     score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
@@ -173,12 +168,12 @@ def make_mine_batch(config, dataset, score) -> Callable:
 
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))
-    mined = mining.mine(scores[name], sampled.masks, keys[:, 2], **options)
+    mined = pair_rules.mine(scores[name], sampled.masks, keys[:, 2], **options)
     take = jax.vmap(lambda masks, which: masks[which])
     chosen, rejected = take(sampled.masks, mined.chosen), take(sampled.masks, mined.rejected)
 
     def pack(masks):
-      return packing.pack(masks, dataset.num_classes, dataset.spatial_dims)
+      return bit_planes.pack(masks, dataset.num_classes, dataset.spatial_dims)
 
     kept = {"proposals": pack(sampled.masks)} if config.mine.keep_proposals else {}
     return {
@@ -206,7 +201,7 @@ def on_local_devices(function: Callable, weights) -> Callable:
 
   program = jax.pmap(with_keys(function), in_axes=(None, None, 0), devices=jax.local_devices())
   # Else every batch would send them to every device again.
-  return functools.partial(program, parallel.put_on_local_devices(weights))
+  return functools.partial(program, sharding.put_on_local_devices(weights))
 
 
 def with_keys(function: Callable) -> Callable:
@@ -238,18 +233,18 @@ def run_batches(
 
   def start(batch):
     preemption.check(_KEPT)
-    out = program(key, parallel.split_over_local_devices(batch))
+    out = program(key, sharding.split_over_local_devices(batch))
     return batch, {name: value for name, value in out.items() if name not in stays}
 
-  loaded = pipeline.batches(
+  loaded = loader.batches(
     dataset,
     indices,
     batch_size=_batch_size(config),
     with_labels=with_labels,
     num_workers=config.data.num_workers,
   )
-  for batch, out in pipeline.prefetch(loaded, start, depth=1):
-    yield batch, parallel.join_local_devices(out)
+  for batch, out in loader.prefetch(loaded, start, depth=1):
+    yield batch, sharding.join_local_devices(out)
 
 
 def _batch_size(config) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import files, processes
-from rndpo_jax.data import builder, folder, nnunet, phantom, records, splits
+from rndpo_jax.data import builder, records, splits
+from rndpo_jax.data.sources import folder, nnunet, phantom
+from rndpo_jax.runtime import files, processes
 
 SOURCES = {
   "phantom": phantom.open_source,

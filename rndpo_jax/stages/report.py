@@ -12,10 +12,11 @@ import jinja2
 import numpy as np
 from etils import epath
 
-from rndpo_jax import files, logbook
-from rndpo_jax.stages import figures, pictures, tables
+from rndpo_jax.report import figures, pictures, tables
+from rndpo_jax.runtime import files
+from rndpo_jax.training import metric_writer
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = pathlib.Path(__file__).parents[1] / "report" / "report.html.j2"
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -46,13 +47,13 @@ def run(config, workdir: os.PathLike) -> None:
 def render(context: Mapping[str, Any]) -> str:
   """The page; whatever comes from data, such as a case id, is escaped."""
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    loader=jinja2.FileSystemLoader(TEMPLATE.parent),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  return environment.get_template(TEMPLATE).render(context)
+  return environment.get_template(TEMPLATE.name).render(context)
 
 
 def _result_part(results) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _chart(rows, keys: Mapping[str, str], ylabel: str, caption: str) -> dict[str
 def _rows(directory: epath.Path, kind: str) -> list[dict[str, Any]]:
   if not (directory / "metrics.jsonl").exists():
     return []
-  return logbook.read_rows(directory, kind)
+  return metric_writer.read_rows(directory, kind)
 
 
 def _read_made(workdir: epath.Path) -> dict[str, Any]:

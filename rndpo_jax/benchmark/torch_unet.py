@@ -1,0 +1,230 @@
+"""The U-Net of `models.unet` in PyTorch: the same architecture, with our parameters put in.
+
+Two spatial dimensions or three, memory with the channels last, nearest upsampling, group or
+instance normalisation, dropout in bottleneck and decoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rndpo_jax import losses, types
+from rndpo_jax.benchmark import network, timing, torch_losses
+from rndpo_jax.benchmark.options import Options
+
+# Largest difference of logits, loss and gradient norm from ours, relative to the largest logit,
+# the loss, the norm. On GPUs both frameworks round the factors of float32 products to TF32.
+TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
+CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+class Block(nn.Sequential):
+  """Twice: convolution, normalisation, ReLU."""
+
+  def __init__(self, inputs: int, features: int, norm: str, dims: int):
+    groups = features if norm == "instance" else max(1, features // 4)
+    while features % groups:
+      groups -= 1
+    layers: list[nn.Module] = []
+    for channels in (inputs, features):
+      layers += [
+        CONVOLUTIONS[dims](channels, features, 3, padding=1, bias=False),
+        nn.GroupNorm(groups, features, eps=1e-6),
+        nn.ReLU(inplace=True),
+      ]
+    super().__init__(*layers)
+
+
+class UNet(nn.Module):
+  """The network; `forward` takes f32[B, 1, *S] and returns logits f32[B, C, *S]."""
+
+  def __init__(self, options: Options):
+    super().__init__()
+    model, dims = network.make_config(options).model, len(options.shape) - 1
+    widths = [min(model.width * 2**level, model.max_width) for level in range(model.depth)]
+    inputs = [network.CHANNELS, *widths[:-1]]
+    self.down = nn.ModuleList(
+      Block(i, w, model.norm, dims) for i, w in zip(inputs, widths, strict=True)
+    )
+    self.up = nn.ModuleList(
+      Block(below + w, w, model.norm, dims)
+      for w, below in zip(widths[:-1], widths[1:], strict=True)
+    )
+    self.head = CONVOLUTIONS[dims](widths[0], options.classes, 1)
+    self.pool = {2: F.max_pool2d, 3: F.max_pool3d}[dims]
+    self.rate = model.dropout
+
+  def forward(self, x: torch.Tensor, dropout: bool = False) -> torch.Tensor:
+    features = []
+    for level, block in enumerate(self.down):
+      x = block(self.pool(x, 2) if level else x)
+      features.append(x)
+    x = F.dropout(x, self.rate, training=dropout)
+    for skip, block in zip(features[-2::-1], reversed(self.up), strict=True):
+      x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1))
+      x = F.dropout(x, self.rate, training=dropout)
+    with torch.autocast(x.device.type, enabled=False):  # ours computes the head in float32
+      return self.head(x.float())
+
+
+def make(options: Options, segmenter: types.Segmenter, params, images: jax.Array) -> UNet:
+  """The network with `params` in it, on the device.
+
+  Raises:
+    BenchmarkError: where the numbers of parameters or the logits of `images` are not ours.
+  """
+  net = UNet(options)
+  load(net, params)
+  count = sum(p.numel() for p in net.parameters())
+  expected = sum(leaf.size for leaf in jax.tree.leaves(params))
+  if count != expected:
+    raise timing.BenchmarkError(f"PyTorch's U-Net has {count} parameters, ours {expected}")
+  net = net.to(torch_losses.device(), memory_format=CHANNELS_LAST[len(options.shape) - 1])
+  ours = np.asarray(segmenter.apply(params, images))
+  with torch.no_grad(), precision(options):
+    other = net(from_jax(images)).movedim(1, -1).cpu().numpy()
+  check("logits", options, np.abs(other - ours).max() / np.abs(ours).max())
+  return net
+
+
+def load(net: UNet, params: dict[str, Any]) -> None:
+  """Copies the parameters of `models.unet`: in each block, convolutions and norms in their order.
+
+  Raises:
+    BenchmarkError: where a shape differs, which is another architecture.
+  """
+
+  def put(target: torch.Tensor, values) -> None:
+    values = torch.from_numpy(np.array(values))
+    if target.shape != values.shape:
+      raise timing.BenchmarkError(
+        f"PyTorch's U-Net takes {tuple(target.shape)}, ours has {tuple(values.shape)}"
+      )
+    with torch.no_grad():
+      target.copy_(values)
+
+  def kernel(values):  # [*window, in, out] -> [out, in, *window]
+    return np.moveaxis(np.asarray(values), (-1, -2), (0, 1))
+
+  for name, blocks in (("down", net.down), ("up", net.up)):
+    for level, block in enumerate(blocks):
+      layers = params[f"{name}_{level}"]
+      for kind, entry in ((CONVOLUTIONS[2], "kernel"), (nn.GroupNorm, "scale")):
+        kinds = tuple(CONVOLUTIONS.values()) if entry == "kernel" else kind
+        sources = [layers[key] for key in sorted(layers) if entry in layers[key]]
+        targets = [layer for layer in block if isinstance(layer, kinds)]
+        for source, target in zip(sources, targets, strict=True):
+          put(target.weight, kernel(source[entry]) if entry == "kernel" else source[entry])
+          if entry == "scale":
+            put(target.bias, source["bias"])
+  put(net.head.weight, kernel(params["head"]["kernel"]))
+  put(net.head.bias, params["head"]["bias"])
+
+
+def from_jax(images: jax.Array) -> torch.Tensor:
+  """f32[B, *S, 1] as f32[B, 1, *S] with the channels last in memory."""
+  format = CHANNELS_LAST[images.ndim - 2]
+  return torch_losses.from_jax(images).movedim(-1, 1).contiguous(memory_format=format)
+
+
+def precision(options: Options) -> contextlib.AbstractContextManager:
+  """Autocast to bfloat16 where that is the dtype of the computation."""
+  enabled = options.dtype == "bfloat16"
+  return torch.autocast(torch_losses.device().type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def check(what: str, options: Options, difference: float) -> None:
+  """Refuses a relative difference above the tolerance of the precision.
+
+  Raises:
+    BenchmarkError: naming what differs.
+  """
+  tf32 = options.dtype == "float32" and torch_losses.device().type == "cuda"
+  tolerance = TOLERANCE["tf32" if tf32 else options.dtype]
+  if not difference <= tolerance:
+    raise timing.BenchmarkError(
+      f"PyTorch's U-Net: {what} differ from ours by {difference:.2g} (relative), expected at most "
+      f"{tolerance}; it computes something else, so nothing was timed"
+    )
+
+
+def step_variant(
+  options: Options,
+  segmenter: types.Segmenter,
+  params: types.Params,
+  batches: Sequence[dict[str, jax.Array]],
+  work: timing.Work,
+) -> timing.Variant:
+  """Supervised steps in a row: forward, cross-entropy, backward, AdamW.
+
+  Raises:
+    BenchmarkError: where logits, loss or gradient norm of the first batch are not ours.
+  """
+  net = make(options, segmenter, params, batches[0]["image"])
+  optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+  shared = [(from_jax(b["image"]), torch_losses.from_jax(b["label"])) for b in batches]
+
+  def loss_of(turn):
+    images, labels = shared[turn % len(shared)]
+    optimizer.zero_grad(set_to_none=True)
+    with precision(options):
+      logits = net(images)
+    loss = F.cross_entropy(logits, labels.long())
+    loss.backward()
+    return loss
+
+  def ours(params):
+    logits = segmenter.apply(params, batches[0]["image"])
+    return jnp.mean(losses.cross_entropy(logits, batches[0]["label"]))
+
+  value, grads = jax.jit(jax.value_and_grad(ours))(params)
+  norm = float(jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))))
+  other = float(loss_of(0).detach())
+  other_norm = float(torch.sqrt(sum(p.grad.square().sum() for p in net.parameters())))
+  check("losses", options, abs(other - float(value)) / float(value))
+  check("gradient norms", options, abs(other_norm - norm) / norm)
+
+  def run(turn):
+    loss = loss_of(turn)
+    optimizer.step()
+    return loss
+
+  size = sum(tensor.nbytes for tensor in shared[0]) + 3 * sum(p.nbytes for p in net.parameters())
+  return torch_losses.variant("PyTorch, supervised", work, run, size, compiled=False)
+
+
+def sampling_variant(
+  options: Options,
+  segmenter: types.Segmenter,
+  params: types.Params,
+  images: Sequence[jax.Array],
+  work: timing.Work,
+  *,
+  count: int,
+) -> timing.Variant:
+  """`count` forward passes with dropout and their masks.
+
+  Raises:
+    BenchmarkError: where the logits without dropout are not ours.
+  """
+  net = make(options, segmenter, params, images[0])
+  shared = [from_jax(batch) for batch in images]
+
+  def run(turn):
+    with torch.inference_mode(), precision(options):
+      batch = shared[turn % len(shared)]
+      return [net(batch, dropout=True).argmax(dim=1).to(torch.uint8) for _ in range(count)]
+
+  size = shared[0].nbytes + sum(p.nbytes for p in net.parameters())
+  name = f"PyTorch, {count} dropout forward passes"
+  return torch_losses.variant(name, work, run, size, compiled=False)

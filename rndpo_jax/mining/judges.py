@@ -1,0 +1,231 @@
+"""Judges: automatic quality signals that score the proposals of an image, higher is better.
+
+A judge is a pure function (images f32[b, *S, I], masks u8[b, K, *S], probs f32[b, K, *S, C],
+context) -> f32[b, K]. Only the order and the gaps of scores within an image are used. `oracle`
+and `noisy_oracle` read labels and are for studies; no other judge does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rndpo_jax import types
+from rndpo_jax.evaluation import metrics
+from rndpo_jax.mining import overlap
+
+
+class JudgeError(ValueError):
+  """A judge that cannot work as it is set up."""
+
+
+class Context(NamedTuple):
+  """What a judge may need besides images and proposals; None where there is none.
+
+  Attributes:
+    keys: [b], one key an image.
+    ensemble_masks: u8[b, M, *S], masks of other base models.
+    labels: u8[b, *S]; given to `oracle` and `noisy_oracle` alone.
+    learned_params: parameters of the learned judge.
+  """
+
+  keys: jax.Array
+  ensemble_masks: jax.Array | None = None
+  labels: jax.Array | None = None
+  learned_params: types.Params | None = None
+
+
+class Settings(NamedTuple):
+  """Settings of the judges; see `build`."""
+
+  num_classes: int
+  border: int
+  flip_rate: float
+  noise_level: float
+  learned_apply: Callable[..., jax.Array] | None
+
+
+def build(
+  name: str,
+  *,
+  num_classes: int,
+  border: int,
+  flip_rate: float,
+  noise_level: float,
+  learned_apply: Callable[..., jax.Array] | None = None,
+) -> Callable[..., jax.Array]:
+  """Builds a judge by name.
+
+  Args:
+    name: a key of JUDGES, or `package.module:function` for a function of your own, called as
+      function(images, masks, probs) -> [b, K] inside a compiled program.
+    num_classes: C.
+    border: pixels around a mask that `entropy` looks at too.
+    flip_rate: `noisy_oracle`: share of images whose ranking is reversed.
+    noise_level: `noisy_oracle`: standard deviation of the noise on the true score.
+    learned_apply: `learned`: (params, images f32[n, *S, I], masks u8[n, *S]) -> f32[n].
+
+  Returns:
+    judge(images, masks, probs, context) -> f32[b, K].
+
+  Raises:
+    JudgeError: the name is unknown, or its module or function is not found. The judge itself
+      raises ValueError, while it is traced, when `context` lacks what it needs or a function of
+      your own returns another shape.
+  """
+  if ":" in name:
+    return _user_judge(name)
+  if name not in JUDGES:
+    raise JudgeError(
+      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
+    )
+  settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
+  return lambda images, masks, probs, context: JUDGES[name](images, masks, probs, context, settings)
+
+
+def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+  """Mean foreground Dice of each proposal with the label, the truth that judges are measured by.
+
+  Args:
+    masks: u8[b, K, *S]. labels: u8[b, *S]. num_classes: C.
+
+  Returns:
+    f32[b, K]; a class that mask and label both lack counts 1.
+  """
+  per_class = metrics.dice(masks, labels[:, None], num_classes, labels.ndim - 1)
+  return jnp.mean(per_class, axis=-1)
+
+
+def agreement(images, masks, probs, context, settings):
+  """Mean foreground Dice with the other proposals and, where given, the ensemble's masks."""
+  del images, probs
+  count = masks.shape[1]
+  with_others = overlap.pairwise_dice(masks, masks, settings.num_classes)
+  # The sum runs over the proposal itself too and its 1 is taken off after: so equal masks have
+  # equal sums to the last bit, and tie.
+  total, terms = jnp.sum(with_others, axis=2) - 1.0, count - 1
+  if context.ensemble_masks is not None:
+    dice = overlap.pairwise_dice(masks, context.ensemble_masks, settings.num_classes)
+    total, terms = total + jnp.sum(dice, axis=2), terms + dice.shape[2]
+  return total / terms
+
+
+def confidence(images, masks, probs, context, settings):
+  """Dice that the proposals' mean probabilities expect of the mask.
+
+  With q the mean over the image's K proposals of the class probabilities, the soft Dice
+  (2 sum_p q_p[c] 1[y_p = c] + 1) / (sum_p q_p[c] + |y = c| + 1), mean over foreground classes;
+  the sums run over all pixels, and the 1 lets a class that is neither predicted nor drawn count
+  1. An empty mask is judged like any other: it scores near 0 where q sees foreground, near 1
+  where it sees none. A mask's own probabilities tell less: they move along with its errors.
+  """
+  del images, context
+  mean_probs = jnp.mean(probs, axis=1)
+  axes = tuple(range(2, masks.ndim))
+
+  def soft_dice(label):
+    drawn = (masks == label.astype(masks.dtype)).astype(probs.dtype)
+    expected = jnp.take(mean_probs, label, axis=-1)[:, None]
+    total = jnp.sum(drawn, axis=axes) + jnp.sum(expected, axis=axes)
+    return (2 * jnp.sum(drawn * expected, axis=axes) + 1) / (total + 1)
+
+  return jnp.mean(jax.lax.map(soft_dice, jnp.arange(1, settings.num_classes)), axis=0)
+
+
+def entropy(images, masks, probs, context, settings):
+  """Minus the mean predictive entropy, in nats, in and around the mask's foreground.
+
+  The entropy is that of the proposal's own probabilities: in that of the mean over proposals,
+  which is the same map for all of them, the score would only tell where a mask's border lies.
+  The mean runs over the foreground dilated by `border` pixels; that of an empty mask runs over
+  the foreground of all of the image's proposals, and over the whole image if all are empty.
+  """
+  del images, context
+  values = jnp.sum(jax.scipy.special.entr(probs), axis=-1)
+  axes = tuple(range(2, masks.ndim))
+  region = _dilate((masks > 0).astype(jnp.float32), settings.border)
+  for fallback in (jnp.max(region, axis=1, keepdims=True), jnp.ones_like(region)):
+    region = jnp.where(jnp.any(region > 0, axis=axes, keepdims=True), region, fallback)
+  return -jnp.sum(values * region, axis=axes) / jnp.sum(region, axis=axes)
+
+
+def learned(images, masks, probs, context, settings):
+  """The Dice that a small network, trained on the labelled split, predicts."""
+  del probs
+  _need(context.learned_params is not None, "learned", "context.learned_params")
+  _need(settings.learned_apply is not None, "learned", "learned_apply")
+
+  def apply(one_mask_each):
+    return settings.learned_apply(context.learned_params, images, one_mask_each)
+
+  return jax.vmap(apply, in_axes=1, out_axes=1)(masks)
+
+
+def oracle(images, masks, probs, context, settings):
+  """The true score; for studies."""
+  del images, probs
+  _need(context.labels is not None, "oracle", "context.labels")
+  return true_scores(masks, context.labels, settings.num_classes)
+
+
+def noisy_oracle(images, masks, probs, context, settings):
+  """The true score, negated in a share of the images, plus normal noise; for studies."""
+  del images, probs
+  _need(context.labels is not None, "noisy_oracle", "context.labels")
+  scores = true_scores(masks, context.labels, settings.num_classes)
+
+  def disturb(key, row):
+    flip_key, noise_key = jax.random.split(key)
+    sign = jnp.where(jax.random.bernoulli(flip_key, settings.flip_rate), -1.0, 1.0)
+    return sign * row + settings.noise_level * jax.random.normal(noise_key, row.shape)
+
+  return jax.vmap(disturb)(context.keys, scores)
+
+
+JUDGES = {
+  "agreement": agreement,
+  "confidence": confidence,
+  "entropy": entropy,
+  "learned": learned,
+  "oracle": oracle,
+  "noisy_oracle": noisy_oracle,
+}
+
+
+def _need(there: bool, judge: str, what: str) -> None:
+  if not there:
+    raise JudgeError(f"judge {judge!r} needs {what}, found None")
+
+
+def _user_judge(name):
+  module_name, _, function_name = name.partition(":")
+  try:
+    function = getattr(importlib.import_module(module_name), function_name)
+  except (ImportError, AttributeError) as error:
+    raise JudgeError(
+      f"judge {name!r}: {error}; expected package.module:function, importable from here"
+    ) from error
+
+  def judge(images, masks, probs, context):
+    del context
+    scores = jnp.asarray(function(images, masks, probs))
+    if scores.shape != masks.shape[:2]:
+      raise JudgeError(
+        f"judge {name!r} returned shape {scores.shape}, expected (images, proposals) = "
+        f"{masks.shape[:2]}"
+      )
+    return scores.astype(jnp.float32)
+
+  return judge
+
+
+def _dilate(region, border):
+  """Dilates f32[b, K, *S] by a box of 2 * border + 1 pixels, one axis at a time."""
+  for axis in range(2, region.ndim):
+    window = tuple(2 * border + 1 if a == axis else 1 for a in range(region.ndim))
+    region = jax.lax.reduce_window(region, 0.0, jax.lax.max, window, (1,) * region.ndim, "SAME")
+  return region

@@ -1,0 +1,210 @@
+"""Samplers: K mask proposals of each image from one segmenter.
+
+A mix is a list of entries, each a composition of samplers and a count. A proposal is made in
+this order: a view of the image (`tta`), the decoder with or without dropout (`mc_dropout`), the
+view undone, `temperature`, `logit_noise`, `threshold`, argmax. Proposal k of an image draws
+from fold_in(key of the image, k) alone, so that it does not depend on the batch it is in.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rndpo_jax import types
+from rndpo_jax.mining import overlap
+
+
+def sample(
+  segmenter: types.Segmenter,
+  params: types.Params,
+  images: jax.Array,
+  keys: jax.Array,
+  *,
+  mix: tuple[tuple[tuple[str, ...], int], ...],
+  noise_scale: float,
+  noise_smoothing: float,
+  temperature_low: float,
+  temperature_high: float,
+  threshold_shift: float,
+) -> types.Proposals:
+  """Samples K proposals of each image.
+
+  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass.
+
+  Args:
+    segmenter: pure functions of `params`.
+    images: f32[b, *S, I].
+    keys: [b], one key an image.
+    mix: as `config.parse_mix` returns it; K is the sum of its counts.
+    noise_scale: standard deviation of the field that `logit_noise` adds to each class's logit.
+    noise_smoothing: standard deviation, in pixels, of the Gaussian that smooths that field.
+    temperature_low: first divisor of the logits in `temperature`, a geometric sweep over the
+      proposals of an entry.
+    temperature_high: the last one.
+    threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
+      from minus this to plus this over the proposals of an entry: more foreground each time.
+
+  Returns:
+    types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
+  """
+  features = segmenter.encode(params, images)
+  base_logits = segmenter.decode(params, features).astype(jnp.float32)
+  logits, start = [], 0
+  for atoms, count in mix:
+    dropout_keys, noise_keys = _proposal_keys(keys, start, count)
+    dropout_keys = dropout_keys if "mc_dropout" in atoms else None
+    if "tta" in atoms:
+      entry = _decode_views(segmenter, params, images, dropout_keys, count)
+    elif dropout_keys is not None:
+      entry = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=None)
+    else:
+      entry = jnp.repeat(base_logits[:, None], count, axis=1)
+    if "temperature" in atoms:
+      entry = entry / _per_proposal(np.geomspace(temperature_low, temperature_high, count), entry)
+    if "logit_noise" in atoms:
+      entry = entry + noise_scale * _noise(noise_keys, entry.shape[2:], noise_smoothing)
+    if "threshold" in atoms:
+      shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count), entry)
+      entry = entry - shift * _background(entry)
+    logits.append(entry)
+    start += count
+  logits = jnp.concatenate(logits, axis=1)
+  return types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
+
+
+def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
+  """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
+
+  Args:
+    masks: u8[b, K, *S], K >= 2. num_classes: C.
+
+  Returns:
+    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice.
+  """
+  count = masks.shape[1]
+  dice = overlap.pairwise_dice(masks, masks, num_classes)
+  return (jnp.sum(dice, axis=(1, 2)) - count) / (count * (count - 1))
+
+
+def smooth_noise(key: jax.Array, shape: tuple[int, ...], smoothing: float) -> jax.Array:
+  """A smooth Gaussian random field, drawn apart for each channel.
+
+  White noise on a grid of `smoothing` / 2 pixels' spacing that reaches beyond the image, spread
+  by a Gaussian along each axis. The weights of a pixel are scaled to unit Euclidean norm, so
+  mean 0 and variance 1 hold exactly at every pixel, at the border too.
+
+  Args:
+    key: one key.
+    shape: (*S, channels).
+    smoothing: standard deviation of the Gaussian in pixels; 0 gives white noise.
+
+  Returns:
+    f32[*S, channels].
+  """
+  weights = [_noise_weights(size, smoothing) for size in shape[:-1]]
+  field = jax.random.normal(key, (*(w.shape[1] for w in weights), shape[-1]))
+  for axis, w in enumerate(weights):
+    field = jnp.moveaxis(
+      jnp.tensordot(w, field, axes=(1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis
+    )
+  return field
+
+
+def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+  """Views of an image other than itself, as (quarter turns in the plane H, W; axes flipped).
+
+  Flips of every set of axes; where H equals W, also those after a quarter turn: 3 or 7 views of
+  an image, 7 or 15 of a volume, each another symmetry of the grid.
+
+  Args:
+    shape: S.
+  """
+  axes = range(len(shape))
+  flips = [f for n in range(len(shape) + 1) for f in itertools.combinations(axes, n)]
+  turns = (0, 1) if shape[0] == shape[1] else (0,)
+  return [(turn, flip) for turn in turns for flip in flips if turn or flip]
+
+
+def _proposal_keys(keys, start, count):
+  """Keys ([b, count] for dropout, [b, count] for noise) of proposals start..start + count - 1."""
+
+  def one(key, number):
+    return jax.random.split(jax.random.fold_in(key, number))
+
+  pairs = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, jnp.arange(start, start + count))
+  return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _noise(keys, shape, smoothing):
+  """f32[b, count, *S, C] for keys [b, count] and shape (*S, C)."""
+
+  def one(key):
+    return smooth_noise(key, shape, smoothing)
+
+  return jax.vmap(jax.vmap(one))(keys)
+
+
+def _decode_views(segmenter, params, images, dropout_keys, count):
+  """Logits f32[b, count, *S, C] of views of the images, undone; views repeat in a cycle."""
+  chosen = views(images.shape[1:-1])[:count]
+  seen = jnp.stack(
+    [
+      jnp.flip(jnp.rot90(images, turn, axes=(1, 2)), [a + 1 for a in flip]) for turn, flip in chosen
+    ],
+    axis=1,
+  )
+  features = segmenter.encode(params, _merge(seen))
+  split = (images.shape[0], len(chosen))
+  index = np.arange(count) % len(chosen)
+  if dropout_keys is None:
+    logits = segmenter.decode(params, features).astype(jnp.float32)
+    logits = logits.reshape(*split, *logits.shape[1:])
+  else:
+    features = jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:])[:, index], features)
+    logits = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=0)
+  undone = [_undo(logits[:, n], *chosen[index[n]]) for n in range(logits.shape[1])]
+  return jnp.stack([undone[n % len(undone)] for n in range(count)], axis=1)
+
+
+def _undo(logits, turn, flip):
+  return jnp.rot90(jnp.flip(logits, [a + 1 for a in flip]), -turn, axes=(1, 2))
+
+
+def _decode_dropout(segmenter, params, features, keys, *, features_axis):
+  """Logits f32[b, count, *S, C], each decoded under its own key; keys [b, count]."""
+
+  def decode(item, key):
+    batch_of_one = jax.tree.map(lambda x: x[None], item)
+    return segmenter.decode(params, batch_of_one, key)[0].astype(jnp.float32)
+
+  return jax.vmap(jax.vmap(decode, (features_axis, 0)))(features, keys)
+
+
+def _merge(x):
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _per_proposal(values, logits):
+  """One number a proposal, shaped to broadcast against logits [b, count, *S, C]."""
+  return jnp.asarray(values, jnp.float32).reshape(1, -1, *(1,) * (logits.ndim - 2))
+
+
+def _background(logits):
+  ones = np.zeros((1,) * (logits.ndim - 1) + (logits.shape[-1],), np.float32)
+  ones[..., 0] = 1
+  return jnp.asarray(ones)
+
+
+def _noise_weights(size, smoothing):
+  """Weights f32[size, nodes] from a coarse grid of nodes to pixels, each row of unit norm."""
+  if smoothing == 0:
+    return jnp.eye(size, dtype=jnp.float32)
+  spacing = max(1.0, smoothing / 2)
+  margin = int(np.ceil(3 * smoothing / spacing))
+  nodes = (np.arange(-margin, np.ceil((size - 1) / spacing) + margin + 1)) * spacing
+  weights = np.exp(-0.5 * ((np.arange(size)[:, None] - nodes) / smoothing) ** 2)
+  return jnp.asarray(weights / np.linalg.norm(weights, axis=1, keepdims=True), jnp.float32)

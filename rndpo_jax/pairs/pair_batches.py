@@ -1,0 +1,122 @@
+"""What fine-tuning reads: images with their mined pairs, weighed, in endless batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax import types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import geometry, loader
+from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files, sharding
+from rndpo_jax.stages import base
+
+
+def on_devices(
+  config, workdir, dataset, mesh: Mesh, reference: types.Params | None
+) -> Callable[[int], Iterator[dict]]:
+  """Start step -> endless batches of images with their pairs for `finetune.make_loss_fn`."""
+  stream = stream_of(config, workdir, dataset)
+
+  def put(batch):
+    batch = sharding.put_batch(batch, mesh)
+    return batch if reference is None else {**batch, "reference_params": reference}
+
+  return lambda start_step: loader.prefetch(
+    stream(config.seed, start_step), put, config.data.prefetch
+  )
+
+
+def stream_of(
+  config, workdir, dataset, whole: bool = False
+) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
+
+  What they hold: `finetune.make_loss_fn`.
+  """
+  part = base.part_of_batches(whole)
+  directory = epath.Path(workdir) / "pairs"
+  table = shards.read(directory)
+  weigh = weights_by_gap(config, directory)
+  volume = voxel_volumes(config, dataset)
+  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size, whole)
+
+  @loader.cached
+  def load(row: int) -> dict:
+    record = table[row]
+    index = int(record["index"])
+    return {
+      "image": loader.load_example(dataset, index, with_labels=False)["image"],
+      **{name: record[name] for name in shards.TRAINING_FIELDS},
+      "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
+      "voxel_volume": volume(index),
+    }
+
+  def stream(seed: int, start_step: int):
+    shown = loader.stream(
+      range(len(table)),
+      load,
+      batch_size=config.finetune.batch_size,
+      seed=seed,
+      start_step=start_step,
+      num_workers=config.data.num_workers,
+      **part,
+    )
+    if config.finetune.anchor != "labelled":
+      return shown
+    both = zip(shown, labelled(seed + 2, start_step), strict=False)
+    return ({**batch, "labelled": extra} for batch, extra in both)
+
+  return stream
+
+
+def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Score gaps f32[P] -> weights f32[P] of the pairs, by `config.finetune.pair_weight`.
+
+  `score_gap` is the gap itself. `reliability` is 2 a - 1, a the share of pairs with such a gap
+  that the judge had right on validation (`judges.json`), and 0 where that is not above one half.
+
+  Raises:
+    ConfigError: where no pair would weigh anything.
+  """
+  how = config.finetune.pair_weight
+  if how != "reliability":
+    return np.ones_like if how == "none" else np.asarray
+  calibration = files.read_json(directory / "judges.json")[config.judge.name]["calibration"]
+  worth = np.maximum(2.0 * np.array(calibration["accuracy"]) - 1.0, 0.0)
+  if not worth.any():
+    raise ConfigError(
+      f"config.finetune.pair_weight: 'reliability' gives every pair the weight 0, for the judge "
+      f"{config.judge.name!r} has at no gap more than half of the pairs right on validation; take "
+      "another judge"
+    )
+  edges = np.array(calibration["gap_edges"])
+  return lambda gap: worth[np.searchsorted(edges, gap)]
+
+
+def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:
+  """Record index -> what a pixel of the model's grid stands for, f32[].
+
+  Raises:
+    ConfigError: where `config.finetune.region_unit` is mm and a spacing is unknown.
+  """
+  if config.finetune.region_unit == "pixel":
+    return lambda index: np.float32(1.0)
+  unknown = [entry["record_id"] for entry in dataset.records if entry["spacing"] is None]
+  if unknown:
+    raise ConfigError(
+      f"config.finetune.region_unit: 'mm' needs spacings, but that of {unknown[0]!r} is unknown; "
+      "use 'pixel'"
+    )
+
+  def volume(index: int) -> np.ndarray:
+    entry = dataset.records[index]
+    return np.float32(
+      geometry.voxel_volume(entry["spacing"], entry["shape"], dataset.size, dataset.crop)
+    )
+
+  return volume

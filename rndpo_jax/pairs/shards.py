@@ -1,0 +1,206 @@
+"""Pair files: ArrayRecord shards, one record an image, and the manifest that vouches for them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from etils import epath
+from flax import serialization
+
+from rndpo_jax.runtime import files, preemption, processes, threads
+from rndpo_jax.training import checkpoint
+
+# What fine-tuning takes from a record as it stands, P slots an image.
+TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
+
+
+class PairsError(RuntimeError):
+  """Pair files that cannot be used; the message names the file and how to rebuild it."""
+
+
+def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Path:
+  """`pairs-00003-of-00008.array_record`."""
+  return epath.Path(directory) / f"pairs-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def summary_path(shard: os.PathLike) -> epath.Path:
+  """The JSON beside a finished shard: checksum, counts, sizes in bytes and pixels."""
+  return epath.Path(shard).with_suffix(".json")
+
+
+def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], summary: dict) -> None:
+  """Writes a shard and its summary, both by rename; the summary last, as the sign of the whole.
+
+  Args:
+    path: from `shard_path`.
+    records: dicts of numpy arrays, encoded with msgpack.
+    summary: entries of the summary besides file, sha256, count and num_bytes; read after the
+      records are exhausted, so that it may be filled while they are made.
+  """
+  path = epath.Path(path)
+  with contextlib.ExitStack() as stack:
+    folder = path.parent
+    if files.is_remote(path):  # ArrayRecord writes local files alone
+      folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    temporary = folder / f".{path.name}.tmp"
+    count, num_bytes = _write_records(temporary, path, records)
+    files.flush(temporary)
+    checksum = files.sha256(temporary)
+    if files.is_remote(path):
+      files.copy(temporary, path)
+    else:
+      temporary.replace(path)
+  files.write_json(
+    summary_path(path),
+    {
+      "file": path.name,
+      "sha256": checksum,
+      "count": count,
+      "num_bytes": num_bytes,
+      **summary,
+    },
+  )
+
+
+def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[int, int]:
+  """Writes `records` and returns how many and their bytes; where that fails nothing is left.
+
+  The bytes are those handed to ArrayRecord, which compresses them and fills blocks of 64 KiB: the
+  size of a small file says little of what a large one needs.
+  """
+  count = num_bytes = 0
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in records:
+      encoded = serialization.msgpack_serialize(record)
+      writer.write(encoded)
+      count, num_bytes = count + 1, num_bytes + len(encoded)
+    writer.close()
+  except RuntimeError as error:  # ArrayRecord's, when it cannot write
+    temporary.unlink(missing_ok=True)
+    if not files.is_full_disk(error):
+      raise
+    raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
+  return count, num_bytes
+
+
+def claim(directory: os.PathLike, origin: dict[str, str]) -> None:
+  """Writes `origin.json`, or checks that what is there already was mined from the same.
+
+  Margins in the pairs are those of one base on images of one data set: pairs of another would be
+  wrong and look right.
+
+  Args:
+    directory: of the pairs.
+    origin: SHA-256 of the `data` and of every weight that mining reads, by name.
+
+  Raises:
+    PairsError: naming what differs.
+  """
+  directory = epath.Path(directory)
+  path = directory / "origin.json"
+  if path.exists():
+    _compare(directory, files.read_json(path), origin)
+  elif processes.is_first():
+    if (directory / "judges.json").exists():
+      raise PairsError(
+        f"{path} is missing: nothing says of which data and base {directory} is; delete that "
+        "folder and run the same command again"
+      )
+    files.write_json(path, origin)
+
+
+def check_origin(directory: os.PathLike, dataset, params: Any) -> None:
+  """Refuses pairs of other data, or of another base: their margins are the reference.
+
+  Raises:
+    PairsError: naming what differs.
+  """
+  path = epath.Path(directory) / "manifest.json"
+  if not path.exists():
+    raise _not_mined(path)
+  here = {"data": dataset.digest, "base": bytes(checkpoint.digest(params)).hex()}
+  _compare(path.parent, files.read_json(path).get("origin", {}), here)
+
+
+def _compare(directory: epath.Path, there: dict[str, str], here: dict[str, str]) -> None:
+  for name, value in here.items():
+    if there.get(name) != value:
+      raise PairsError(
+        f"{directory} was mined with another {name}: SHA-256 {str(there.get(name))[:12]}, now "
+        f"{value[:12]}; delete the folders {directory} and {directory.parent / 'finetune'}, and "
+        "run the same command again"
+      )
+
+
+def _not_mined(path: epath.Path) -> PairsError:
+  return PairsError(f"{path} is missing; run the stage 'mine' first")
+
+
+def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
+  """Opens every shard for random access, after checking each against the manifest.
+
+  All processes call it together, for each checks its share, shard i being that of process i mod N.
+
+  Returns:
+    A sequence of records, dicts of numpy arrays, in the order of the shards.
+
+  Raises:
+    PairsError: where the manifest or a shard is missing, or a checksum differs; of several
+      processes, on the one that finds a checksum to differ.
+    files.FileError: where this host does not let a process open so many.
+    preemption.Preempted: after a signal.
+  """
+  directory = epath.Path(directory)
+  if not (directory / "manifest.json").exists():
+    raise _not_mined(directory / "manifest.json")
+  manifest = files.read_json(directory / "manifest.json")
+  shards = [(directory / entry["file"], entry) for entry in manifest["shards"]]
+  for path, _ in shards:
+    if not path.exists():
+      raise PairsError(f"{path} is missing; {_rebuild(path)}")
+  with preemption.together("the shards of pairs are checked anew"):
+    _check(shards[jax.process_index() :: jax.process_count()])
+  files.allow_open(len(shards), directory)
+  return _Records([os.fspath(files.local_copy(path)) for path, entry in shards if entry["count"]])
+
+
+def _check(shards: Sequence[tuple[epath.Path, dict[str, Any]]]) -> None:
+  """Compares (path, entry of the manifest) with the files; raises as `read`."""
+  checksums = threads.in_order(files.sha256, [path for path, _ in shards])
+  for (path, entry), checksum in zip(shards, checksums, strict=True):
+    preemption.check("the shards of pairs are checked anew")
+    if checksum != entry["sha256"]:
+      raise PairsError(
+        f"{path} is corrupt: its SHA-256 is not that of the manifest; {_rebuild(path)}"
+      )
+
+
+def _rebuild(path: epath.Path) -> str:
+  return (
+    f"delete {path}, {summary_path(path)} and {path.parent / 'manifest.json'}, then run the same "
+    "command again: the stage 'mine' rebuilds this shard alone"
+  )
+
+
+class _Records(Sequence):
+  """Decodes records on access; opens files on first use, so that workers can take a copy."""
+
+  def __init__(self, paths: list[str]):
+    self._source = array_record_data_source.ArrayRecordDataSource(paths)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index: int):
+    if not 0 <= index < len(self):
+      raise IndexError(f"pair record {index} of {len(self)}")
+    return serialization.msgpack_restore(self._source[index])

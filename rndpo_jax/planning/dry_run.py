@@ -1,0 +1,272 @@
+"""What a config would need here, before anything is trained or written.
+
+The programs of the stages are compiled for the devices that are here and run on zeros; the rest is
+arithmetic (`cost`). Nothing is written to the work directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import serialization
+from jax.sharding import Mesh
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import config_checks, models, pipeline, types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import builder, reader, records, splits
+from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.evaluation import metrics, predict
+from rndpo_jax.pairs import manifest
+from rndpo_jax.planning import cost, programs, storage, timing
+from rndpo_jax.runtime import files, progress, sharding
+from rndpo_jax.stages import measure_judges, prepare
+
+
+class Data(NamedTuple):
+  """The data set of a config: `problem`, images of each split, images stored (also those of no
+  split), their bytes on their own grids (before compression where it is not prepared), and the
+  prepared set, or the source where the stage 'prepare' has not run."""
+
+  problem: programs.Problem
+  num_images: dict[str, int]
+  num_stored: int
+  num_bytes: int
+  dataset: data_pipeline.Dataset | None
+  source: records.Source | None
+
+
+def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
+  """Says what a run of `config` needs.
+
+  Args:
+    config: the whole config.
+    workdir: of the run; what is prepared there is measured, and its disk looked at.
+    num_unlabelled: plans for so many unlabelled images; 0 takes those of the data set.
+
+  Returns:
+    The lines that were said.
+
+  Raises:
+    ConfigError: what cannot work or does not fit; the lines are said before that.
+    records.DataError: from the source.
+  """
+  config_checks.validate(config)
+  pipeline.check_here(config)
+  data = describe_data(config, workdir)
+  if num_unlabelled:
+    data = _with_unlabelled(data, num_unlabelled)
+  mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
+  segmenter = models.build(
+    config.model, num_classes=data.problem.num_classes, spatial_dims=data.problem.spatial_dims
+  )
+  image = jax.ShapeDtypeStruct((1, *data.problem.size, data.problem.num_channels), jnp.float32)
+  params = jax.eval_shape(segmenter.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+  trials = timing.try_programs(config, data.problem, mesh)
+  record = example_record(trials["mine"].out_info)
+  planned = storage.planned(config, data, params, record)
+  # Planned for other images, all of them are still to be prepared.
+  left = (
+    planned if num_unlabelled or files.is_remote(workdir) else storage.to_come(planned, workdir)
+  )
+  local = config.mine.batch_size * jax.local_device_count()
+  host = timing.host_seconds(data.dataset, record, local)
+  limit = timing.memory_limit()
+  free = None if files.is_remote(workdir) else storage.free_bytes(workdir)
+  lines = [
+    *_head(data, mesh, params),
+    *_table(config, data, trials, host, limit),
+    *_foot(config, data, record, planned, left, free),
+    *_preparing(data, files.is_remote(workdir)),
+  ]
+  progress.say("\n".join(lines))
+  refused = refusals(config, trials, limit, left, free)
+  if refused:
+    raise ConfigError("\n".join(refused))
+  return lines
+
+
+def describe_data(config, workdir: os.PathLike) -> Data:
+  """The prepared data set where there is one, else what the source's file headers tell."""
+  home = epath.Path(config.base.workdir or workdir)
+  if prepare.is_done(home):
+    dataset, source = data_pipeline.open_dataset(config, workdir), None
+    facts, entries = dataset._asdict(), dataset.records
+    counts = {name: len(indices) for name, indices in dataset.splits.items()}
+    shown = [entries[i]["shape"] for name in predict.SPLITS for i in dataset.splits[name]]
+    stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
+    num_bytes = sum(stat.length for stat in stored)
+  else:
+    dataset, source = None, prepare.SOURCES[config.data.source](config)
+    facts, entries = source._asdict(), source.records
+    cases = prepare.split_cases(config.data, entries)
+    split_of = {case: name for name, ids in cases.items() for case in ids}
+    counts = Counter(split_of.get(entry["case_id"]) for entry in entries)
+    shown = [e["shape"] for e in entries if split_of.get(e["case_id"]) in predict.SPLITS]
+    num_bytes = sum(records.num_bytes(source, entry) for entry in entries)
+  problem = programs.Problem(
+    facts["num_classes"],
+    facts["num_channels"],
+    facts["spatial_dims"],
+    tuple(config.data.size),
+    native=tuple(int(n) for n in np.max(shown, axis=0)),
+  )
+  counts = {name: counts[name] for name in splits.NAMES}
+  return Data(problem, counts, len(entries), num_bytes, dataset, source)
+
+
+def example_record(out_info) -> dict[str, np.ndarray]:
+  """A mined image as it is written, from the shapes of the mining program's results."""
+  out = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), out_info)
+  mined = types.Pairs(*(field[0] for field in out["pairs"]))
+  return manifest.record(out, 0, 0, mined)
+
+
+def refusals(config, trials, limit: int, left: cost.Storage, free: int | None) -> list[str]:
+  """A line for each thing that does not fit, naming the key that makes it smaller.
+
+  Args:
+    config: the whole config.
+    trials: from `timing.try_programs`.
+    limit: bytes that a program may take on a device.
+    left: what is still to be written.
+    free: bytes of the disk; None where there is no such limit.
+  """
+  found = [
+    timing.too_large(
+      config, name, f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
+    )
+    for name, tried in trials.items()
+    if tried.memory > limit
+  ]
+  if free is not None and sum(left) > free:
+    found.append(
+      f"--workdir: needs up to {cost.show_bytes(sum(left))} more, its disk has "
+      f"{cost.show_bytes(free)} free; name another, or mine fewer pairs an image "
+      f"(config.mine.pairs_per_image={config.mine.pairs_per_image})"
+    )
+  return found
+
+
+def _head(data: Data, mesh: Mesh, params) -> list[str]:
+  problem, device = data.problem, mesh.devices.flat[0]
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  counts = ", ".join(f"{count:,} {name}" for name, count in data.num_images.items())
+  return [
+    f"devices   {mesh.size} of kind {device.device_kind}, {jax.process_count()} process"
+    f"{'es' if jax.process_count() > 1 else ''}; mesh: {axes}",
+    f"images    {counts}; {problem.num_channels} channels, {problem.num_classes} classes, taken at "
+    f"{' x '.join(map(str, problem.size))}, stored with {data.num_bytes // data.num_stored:,} "
+    "bytes each in the mean",
+    f"model     {sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,} parameters, "
+    f"{cost.show_bytes(storage.num_bytes(params))}",
+    "",
+  ]
+
+
+def _table(config, data: Data, trials: dict[str, timing.Trial], host, limit: int) -> list[str]:
+  """One row a program; a batch's seconds are those of the program on zeros."""
+  title = ("program", "batch", "memory a device", "s a batch", "batches", "in all", "images/s read")
+  rows = [title]
+  for name, count in num_batches(config, data, trials).items():
+    tried = trials[name]
+    seconds = count * tried.seconds
+    if name == "mine":
+      read, write = host
+      seconds = cost.mining_seconds(
+        count, tried.seconds, read or 0.0, write, shared=jax.default_backend() == "cpu"
+      )
+    unknown = math.isnan(tried.seconds)  # too large to be run
+    rows.append(
+      (
+        name,
+        f"{tried.batch_size}",
+        f"{cost.show_bytes(tried.memory)} of {cost.show_bytes(limit)}",
+        "-" if unknown else f"{tried.seconds:.3g}",
+        f"{count:,}",
+        "-" if unknown else cost.show_seconds(seconds),
+        "-" if unknown else _rate(tried.batch_size / tried.seconds),
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _rate(images_a_second: float) -> str:
+  return f"{images_a_second:,.0f}" if images_a_second >= 10 else f"{images_a_second:.2g}"
+
+
+def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str, int]:
+  """Batches of each program one after another, in the order of the stages."""
+  counts, tuned, base = data.num_images, config.finetune, config.base
+  evaluations = -(-tuned.num_steps // tuned.eval_every_steps)
+  supervised = 0 if base.workdir else base.num_members
+  validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
+  local = config.mine.batch_size * jax.local_device_count()
+  processes = jax.process_count()
+  judged = sum(-(-counts[split] // local) for split in measure_judges.SPLITS)  # by process 0
+  # Each process measures some of the checkpoints, and of the base, on its own devices.
+  measured = -(-(evaluations + 1) // processes)
+  own = trials["evaluate"].batch_size // processes
+  if set(config.evaluate.metrics) & set(metrics.SURFACE):
+    measured += 3  # base, last and selected checkpoint again, by process 0
+  evaluated = -(-(counts["val"] + counts["test"]) // own)
+  found = {
+    "base": supervised * base.num_steps,
+    "judge": config.judge.learned.num_steps,
+    "measure": judged,
+    "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
+    "finetune": tuned.num_steps,
+    "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
+    "evaluate": measured * evaluated,
+    "resize": measured * evaluated,
+  }
+  return {name: count for name, count in found.items() if name in trials}
+
+
+def _foot(config, data: Data, record, planned, left, free: int | None) -> list[str]:
+  most = data.num_images["unlabelled"] * config.mine.pairs_per_image
+  proposals = sum(count for _, count in config_lib.parse_mix(config.proposals.mix))
+  size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
+  return [
+    "",
+    f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {proposals} "
+    f"proposals; {size:,.0f} bytes a pair before compression",
+    f"storage   at most {cost.show_bytes(sum(planned))}: "
+    + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in planned._asdict().items())
+    + ("" if left == planned else f"; {cost.show_bytes(sum(left))} of it to come")
+    + ("" if free is None else f"; {cost.show_bytes(free)} free"),
+  ]
+
+
+def _preparing(data: Data, remote: bool) -> list[str]:
+  """What the stage 'prepare' takes where it has not run, and that reading is then unknown."""
+  if data.source is None:
+    return []
+  each = timing.preparing_seconds(data.source)
+  num_files = -(-data.num_bytes // builder.FILE_BYTES)
+  processes = 1 if remote else jax.process_count()  # process 0 alone writes to an object store
+  seconds = cost.preparing_seconds(data.num_stored, each, num_files, processes)
+  return [
+    f"prepare   {cost.show_seconds(seconds)}: {_rate(1 / each)} records/s in a process, "
+    f"{data.num_stored:,} in {num_files:,} file{'s' if num_files > 1 else ''}, which {processes} "
+    f"process{'es share' if processes > 1 else ' writes'}",
+    "reading   not measured, for nothing is prepared; run --stages=prepare and look again",
+  ]
+
+
+def _with_unlabelled(data: Data, count: int) -> Data:
+  """The data set with another number of unlabelled images, of the mean size of what is stored."""
+  num_stored = data.num_stored - data.num_images["unlabelled"] + count
+  return data._replace(
+    num_images={**data.num_images, "unlabelled": count},
+    num_stored=num_stored,
+    num_bytes=data.num_bytes * num_stored // data.num_stored,
+  )

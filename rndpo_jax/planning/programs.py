@@ -1,0 +1,307 @@
+"""The program's compiled parts for TPU slices that are not here, from a config alone.
+
+The very functions that the stages run are lowered for the devices of a topology and compiled by
+libtpu (extra `tpu-aot`), which needs no TPU; what the compiler says is held against the chip's
+figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from rndpo_jax import losses, models, types
+from rndpo_jax.config import ConfigError
+from rndpo_jax.evaluation import predict
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.planning import chips
+from rndpo_jax.runtime import sharding
+from rndpo_jax.stages import base, finetune, measure_judges, mine, train_judge
+from rndpo_jax.training import train_loop, validation
+
+# Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
+_ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Problem(NamedTuple):
+  """What a prepared data set would tell: C, I, the spatial dimensions, S, and `native`.
+
+  The last is the size of the largest grid, axis by axis, that masks are brought to in evaluation.
+  """
+
+  num_classes: int
+  num_channels: int
+  spatial_dims: int
+  size: tuple[int, ...]
+  native: tuple[int, ...]
+
+
+def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[chips.Chip, Mesh]:
+  """The chip of a topology such as "v5e:4x4", and a mesh of it as `config.mesh` says.
+
+  Raises:
+    ConfigError: where the topology or libtpu is missing, or the chips cannot make the mesh.
+  """
+  generation = name.partition(":")[0]
+  if generation not in chips.CHIPS:
+    raise ConfigError(
+      f"--topology: found {name!r}, expected CHIP:AxB[xC] with a chip of "
+      f"{', '.join(chips.CHIPS)}, as in v5e:4x4"
+    )
+  for key, value in _ENVIRONMENT.items():
+    os.environ.setdefault(key, value)
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise ConfigError(
+      f"--topology: {name!r} cannot be opened ({error}); it needs the extra tpu-aot "
+      "(pip install -e '.[tpu-aot]') and a slice that the chip is sold in, as in v5e:4x4"
+    ) from error
+  return chips.CHIPS[generation], sharding.make_mesh(topology.devices, fsdp=fsdp, space=space)
+
+
+def problem_of(config, num_channels: int, num_classes: int) -> Problem:
+  """The problem that a config describes, of images that are as large as the model's grid.
+
+  0 classes takes `config.data.num_classes`.
+
+  Raises:
+    ConfigError: where neither says how many classes there are.
+  """
+  classes = num_classes or config.data.num_classes
+  if classes < 2:
+    raise ConfigError(
+      "--num_classes: config.data.num_classes is 0 (a data set would tell); give it, as in "
+      "--num_classes=4"
+    )
+  size = tuple(config.data.size)
+  return Problem(classes, num_channels, config.data.spatial_dims, size, native=size)
+
+
+def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> dict[str, Any]:
+  """The programs by name, each () -> lowered.
+
+  Args:
+    config: the whole config.
+    problem: what the data would tell.
+    mesh: from `open_topology`.
+    images: of each program at once, on all devices together.
+  """
+  config = copy.deepcopy(config)
+  config.model.lanes = models.lanes(config.model, mesh.devices.flat[0].platform)
+  segmenter = models.build(
+    config.model, num_classes=problem.num_classes, spatial_dims=problem.spatial_dims
+  )
+  params = jax.eval_shape(segmenter.init, _key(), _batch(problem, 1).images)
+  lowers = {
+    "base": functools.partial(_base_step, segmenter=segmenter),
+    "finetune": functools.partial(_finetune_step, segmenter=segmenter),
+    "validate": functools.partial(_validate, segmenter=segmenter),
+    "evaluate": functools.partial(_evaluate, segmenter=segmenter),
+    "resize": functools.partial(_resize, segmenter=segmenter),
+    "mine": functools.partial(_on_own_images, make=_mine),
+    "measure": functools.partial(_on_own_images, make=_measure),
+    "judge": _judge_step,
+  }
+
+  def lower(name):
+    batch = _batch(problem, images[name])
+    return lowers[name](config, problem, mesh, params=params, batch=batch)
+
+  return {name: functools.partial(lower, name) for name in images}
+
+
+def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
+  """Value and gradient of RN-DPO alone, one pair an image, cached margin, on one device.
+
+  The compiler chooses the layouts of arguments and results, as it does between a network and its
+  loss.
+
+  Returns:
+    (lowered, minimum): minimum is the bytes of logits read, masks read and gradient written, once
+    each.
+  """
+
+  def loss_fn(logits, chosen, rejected, reference_margin):
+    margin, size = losses.margin_and_size(logits, chosen, rejected)
+    return losses.preference_loss(margin, reference_margin, size, beta=10.0)[0]
+
+  layout = Format(Layout.AUTO, SingleDeviceSharding(mesh.devices.flat[0]))
+  logits = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+  masks = jax.ShapeDtypeStruct(shape[:-1], jnp.uint8)
+  margin = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+  program = jax.jit(jax.value_and_grad(loss_fn), in_shardings=layout, out_shardings=layout)
+  minimum = 2 * logits.size * logits.dtype.itemsize + 2 * masks.size
+  return program.lower(logits, masks, masks, margin), minimum
+
+
+def _mine(config, problem, score):
+  return mine.make_mine_batch(config, problem, score)
+
+
+def _measure(config, problem, score):
+  names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+  return measure_judges.make_measure(score, names, problem.num_classes)
+
+
+def _on_own_images(config, problem, mesh, params, batch, make):
+  """A program that mining runs under `jax.pmap`: each device has its own images."""
+  ensemble = [params] * (config.base.num_members - 1)
+  weights = {"policy": params, "ensemble": ensemble, "learned": None}
+  learned_apply = None
+  if config.judge.name == "learned" or "learned" in config.judge.compare:
+    init, learned_apply = train_judge.build(config, problem)
+    weights["learned"] = jax.eval_shape(init, _key(), batch.images)
+  score = mine.make_score(config, problem, learned_apply)
+  whole, split = sharding.replicated(mesh), sharding.over_all(mesh)
+  program = jax.shard_map(
+    mine.with_keys(make(config, problem, score)),
+    mesh=mesh,
+    in_specs=(whole.spec, whole.spec, split.spec),
+    out_specs=split.spec,
+    check_vma=False,
+  )
+  arguments = (_placed(weights, whole), _placed(_key(), whole), _placed(batch, split))
+  return jax.jit(program).lower(*arguments)
+
+
+def _base_step(config, problem, mesh, segmenter, params, batch):
+  augment_options = config.augment.to_dict() if config.base.augment else None
+  loss_fn = base.make_loss_fn(
+    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    dice_weight=config.base.dice_weight,
+    augment_options=augment_options,
+  )
+  labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(labelled, sharding.of_batch(labelled, mesh))
+  optimizer, parts = base.optimizer(config.base), config.base.accumulate_steps
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays)
+
+
+def _judge_step(config, problem, mesh, params, batch):
+  """That of the judge `learned`, whose network is another."""
+  init, apply = train_judge.build(config, problem)
+  params = jax.eval_shape(init, _key(), batch.images)
+  labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(labelled, sharding.of_batch(labelled, mesh))
+  loss_fn = train_judge.make_loss_fn(config, sharding.spread(apply, mesh), problem.num_classes)
+  return _step(
+    config, 1, loss_fn, train_judge.optimizer(config.judge.learned), mesh, params, arrays
+  )
+
+
+def _finetune_step(config, problem, mesh, segmenter, params, batch):
+  options = finetune.loss_options(config)
+  loss_fn = finetune.make_loss_fn(
+    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    num_classes=problem.num_classes,
+    size=problem.size,
+    **options,
+  )
+  pairs = (batch.index.shape[0], config.mine.pairs_per_image)
+  masks = jax.ShapeDtypeStruct((*pairs, *problem.size), jnp.uint8)
+  packed = jax.eval_shape(
+    lambda x: bit_planes.pack(x, problem.num_classes, problem.spatial_dims), masks
+  )
+  number = jax.ShapeDtypeStruct(pairs, jnp.float32)
+  arrays = {
+    "image": batch.images,
+    "chosen": packed,
+    "rejected": packed,
+    "reference_margin": number,
+    "reference_log_prob": number,
+    "weight": number,
+    "voxel_volume": jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+  }
+  if options["anchor"] == "labelled":
+    arrays["labelled"] = {"image": batch.images, "label": batch.labels, "index": batch.index}
+  arrays = _placed(arrays, sharding.of_batch(arrays, mesh))
+  if options["reference"] == "online":
+    arrays["reference_params"] = _placed_params(config, params, mesh)
+  optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
+  ema_decay = config.finetune.ema_decay
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay)
+
+
+def _validate(config, problem, mesh, segmenter, params, batch):
+  """That of fine-tuning, which runs the reference, too."""
+  per_image = validation.make_image_figures(segmenter.apply, problem.num_classes, mesh)
+  params = _placed_params(config, params, mesh)
+  return per_image.lower(params, params, _placed(batch, sharding.of_batch(batch, mesh)))
+
+
+def _evaluate(config, problem, mesh, segmenter, params, batch):
+  """Each device its own images, up to the logits on the model's grid."""
+  arguments = (_placed(params, sharding.replicated(mesh)), batch.images)
+  return _apart(segmenter.apply, mesh, *arguments)
+
+
+def _resize(config, problem, mesh, segmenter, params, batch):
+  """What evaluation does then: masks on the records' own grids.
+
+  A program of its own, for grids differ, and the network is not compiled anew for each.
+  """
+  count = batch.index.shape[0]
+  logits = jax.ShapeDtypeStruct((count, *problem.size, problem.num_classes), jnp.float32)
+  resize = [
+    jax.ShapeDtypeStruct((count, predict.padded(n), size), jnp.float32)
+    for n, size in zip(problem.native, problem.size, strict=True)
+  ]
+  return _apart(lambda _, rows: predict.native_masks(*rows), mesh, (), (logits, resize))
+
+
+def _apart(function, mesh, whole, rows):
+  """A program in which each device works on its own rows."""
+  specs = (sharding.replicated(mesh).spec, sharding.over_all(mesh).spec)
+  program = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False)
+  return jax.jit(program).lower(whole, _placed(rows, sharding.over_all(mesh)))
+
+
+def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
+  large = config.mesh.large_parameter
+  state = jax.eval_shape(
+    lambda p: train_loop.make_state(p, optimizer, mesh, ema_decay > 0, large), params
+  )
+  step = train_loop.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
+  key = _placed(_key(), sharding.replicated(mesh))
+  return step.lower(_placed_params(config, state, mesh), arrays, key)
+
+
+def _batch(problem: Problem, size: int) -> types.Batch:
+  struct = jax.ShapeDtypeStruct
+  return types.Batch(
+    images=struct((size, *problem.size, problem.num_channels), jnp.float32),
+    labels=struct((size, *problem.size), jnp.uint8),
+    index=struct((size,), jnp.int32),
+    valid=struct((size,), jnp.bool_),
+  )
+
+
+def _key():
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _placed_params(config, tree, mesh):
+  return _placed(tree, sharding.of_params(tree, mesh, config.mesh.large_parameter))
+
+
+def _placed(tree, shardings):
+  """`tree` with one sharding, or with a tree of them."""
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )

@@ -1,0 +1,74 @@
+"""What a run will leave in its work directory, and whether the disk has room for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import shutil
+
+import jax
+from etils import epath
+from flax import serialization
+
+from rndpo_jax import pipeline, types
+from rndpo_jax.planning import cost
+
+# The stage that fills each folder of a `cost.Storage`.
+_STAGE_OF = {"data": "prepare", "base": "base", "pairs": "mine", "finetune": "finetune"}
+
+
+def planned(config, data, params: types.Params, record) -> cost.Storage:
+  """Bytes of data, pairs and checkpoints; compression makes the first two smaller.
+
+  Args:
+    config: the whole config.
+    data: of `dry_run.describe_data`.
+    params: of the network, or their shapes.
+    record: a mined image as it is written.
+  """
+  size = num_bytes(params)
+  base, tuned = config.base, config.finetune
+  finetune = cost.checkpoint_bytes(
+    size, (3 + (tuned.ema_decay > 0)) * size, tuned.num_steps, tuned.eval_every_steps,
+    tuned.keep_checkpoints, best=False,
+  )  # fmt: skip
+  member = cost.checkpoint_bytes(
+    size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
+  )
+  if base.workdir:
+    member = size  # its selected parameters are copied
+  mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
+  stored = 0 if base.workdir else data.num_bytes
+  return cost.Storage(stored, base.num_members * member, mined, finetune)
+
+
+def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:
+  """What a run has yet to write: of a stage that is done nothing, of another less what is there.
+
+  Args:
+    storage: from `planned`.
+    workdir: a local folder, or none yet.
+  """
+
+  def left(folder: str, planned: int) -> int:
+    if pipeline.is_done(_STAGE_OF[folder], epath.Path(workdir)):
+      return 0
+    there = (path for path in (workdir / folder).rglob("*") if path.is_file())
+    return max(0, planned - sum(path.stat().st_size for path in there))
+
+  workdir = pathlib.Path(workdir)
+  return cost.Storage(**{name: left(name, size) for name, size in storage._asdict().items()})
+
+
+def free_bytes(workdir: os.PathLike) -> int:
+  """Of the disk that the work directory is on, or would be."""
+  folder = epath.Path(workdir).absolute()
+  while not folder.exists():
+    folder = folder.parent
+  return shutil.disk_usage(folder).free
+
+
+def num_bytes(tree) -> int:
+  """Of all arrays in a tree, or of their shapes."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

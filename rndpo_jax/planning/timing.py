@@ -1,0 +1,196 @@
+"""The programs of the stages tried on the devices that are here: memory, and seconds a batch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import loader, records, writer
+from rndpo_jax.pairs import shards
+from rndpo_jax.planning import programs, roofline
+from rndpo_jax.runtime import processes, sharding
+
+# Images read, and records written, to see how long one takes.
+_NUM_TRIALS = 32
+# A program is run until it was timed so often or so long.
+_MAX_RUNS = 10
+_ENOUGH_SECONDS = 2.0
+
+
+class Trial(NamedTuple):
+  """One program on zeros: images a batch, bytes on each device, seconds a batch, its results.
+
+  The seconds are NaN where the program is too large to be run.
+  """
+
+  batch_size: int
+  memory: int
+  seconds: float
+  out_info: Any
+
+
+def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Trial]:
+  """Compiles each program at the config's batch size, and times it.
+
+  Raises:
+    ConfigError: where the compiler finds that a program does not fit.
+  """
+  trials = {}
+  for name, lower in programs.programs(config, problem, mesh, batch_sizes(config, mesh)).items():
+    lowered = lower()
+    try:
+      compiled = lowered.compile()
+      memory = roofline.memory(compiled)
+      # What is too large for a device is refused by its figure; running it would end the program.
+      # Of several processes all run it, or none does.
+      seconds = math.nan if processes.any_of(memory > memory_limit()) else _seconds(compiled)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise ConfigError(too_large(config, name, str(error).splitlines()[0][:200])) from error
+    size = batch_sizes(config, mesh)[name]
+    trials[name] = Trial(size, memory, seconds, lowered.out_info)
+  return trials
+
+
+def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
+  """Images that each program of a run takes at once, on all devices together."""
+  parts, local = sharding.num_batch_parts(mesh), jax.local_device_count()
+  sizes = {} if config.base.workdir else {"base": config.base.batch_size}
+  if "learned" in (config.judge.name, *config.judge.compare):
+    sizes["judge"] = config.judge.learned.batch_size
+  return sizes | {
+    "measure": config.mine.batch_size * mesh.size,
+    "mine": config.mine.batch_size * mesh.size,
+    "finetune": config.finetune.batch_size,
+    "validate": -(-config.evaluate.batch_size // parts) * parts,
+    "evaluate": -(-config.evaluate.batch_size // local) * mesh.size,
+    "resize": -(-config.evaluate.batch_size // local) * mesh.size,
+  }
+
+
+def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]:
+  """Seconds of a process to read a mining batch (None before `prepare`), and to write its pairs."""
+  read = None
+  if dataset is not None:
+    indices = np.resize(dataset.splits["unlabelled"], _NUM_TRIALS)
+    start = time.perf_counter()
+    for index in indices:
+      loader.load_example(dataset, int(index), with_labels=False)
+    read = (time.perf_counter() - start) / _NUM_TRIALS * batch_size
+  with tempfile.TemporaryDirectory() as folder:
+    start = time.perf_counter()
+    shards.write_shard(epath.Path(folder) / "trial.array_record", [record] * _NUM_TRIALS, {})
+    return read, (time.perf_counter() - start) / _NUM_TRIALS * batch_size
+
+
+def preparing_seconds(source: records.Source) -> float:
+  """Seconds of a process to read, check and write a record, from the first ones of a source."""
+  with tempfile.TemporaryDirectory() as folder:
+    start = time.perf_counter()
+    count = writer.try_some(
+      source,
+      epath.Path(folder) / "trial.array_record",
+      min(len(source.records), _NUM_TRIALS),
+      _ENOUGH_SECONDS,
+    )
+    return (time.perf_counter() - start) / count
+
+
+def memory_limit() -> int:
+  """Bytes that a program may take on a device.
+
+  On CPU the devices share the host's memory, or what a container or Slurm leaves of it.
+  """
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return min([host, *cgroup_limits()]) // jax.local_device_count()
+
+
+def cgroup_limits(
+  own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+  root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+) -> list[int]:
+  """Bytes to which this process's control groups limit its memory; those of Linux, v1 and v2.
+
+  A group's limit holds for all within it, so that those above count too. Source: Linux kernel
+  documentation, cgroups(7), cgroup-v2.rst.
+
+  Args:
+    own: file with a line ID:CONTROLLERS:PATH for each group of this process.
+    root: where the groups are mounted.
+  """
+  found = []
+  for line in own.read_text().splitlines() if own.exists() else []:
+    _, controllers, path = line.split(":", 2)
+    if "memory" in controllers.split(","):
+      top, name = root / "memory", "memory.limit_in_bytes"
+    elif not controllers:
+      top, name = root, "memory.max"
+    else:
+      continue
+    group = top / path.lstrip("/")
+    for folder in (group, *group.parents):
+      if folder.is_relative_to(top) and (folder / name).is_file():
+        text = (folder / name).read_text().strip()
+        found += [int(text)] if text.isdigit() else []  # else 'max', that is, none
+  return found
+
+
+def too_large(config, name: str, found: str) -> str:
+  """The line that refuses a program, naming the keys that make it smaller."""
+  sections = {
+    "validate": "evaluate", "resize": "evaluate", "measure": "mine", "judge": "judge.learned",
+  }  # fmt: skip
+  section = sections.get(name, name)
+  more = {
+    "base": ", a larger config.base.accumulate_steps, config.model.remat=True",
+    "finetune": ", a larger config.finetune.accumulate_steps, config.model.remat=True",
+    "judge": ", a smaller config.judge.learned.masks_per_image",
+    "measure": ", fewer judges in config.judge.compare",
+  }
+  options = functools.reduce(getattr, section.split("."), config)
+  return (
+    f"config.{section}.batch_size: found {options.batch_size}, with which the program {name!r} "
+    f"does not fit ({found}); take a smaller one{more.get(name, '')}, or more devices"
+  )
+
+
+def _seconds(compiled) -> float:
+  """Median seconds of a program on zeros after its first run; donated arguments are made anew.
+
+  Several processes run it as often, for they may wait for each other in it: process 0 decides.
+  """
+
+  def zero(info):
+    if jax.dtypes.issubdtype(info.dtype, jax.dtypes.prng_key):
+      return jax.random.key(0)
+    return jnp.zeros(info.shape, info.dtype)
+
+  (infos, _), (shardings, _) = compiled.args_info, compiled.input_shardings
+  make = jax.jit(lambda: jax.tree.map(zero, infos), out_shardings=shardings)
+  times: list[float] = []
+
+  def goes_on() -> bool:
+    return len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS)
+
+  while processes.agree(goes_on):
+    arguments = jax.block_until_ready(make())
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    times.append(time.perf_counter() - start)
+  return float(np.median(times[1:]))

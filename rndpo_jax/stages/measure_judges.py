@@ -1,0 +1,131 @@
+"""What mining is worth: judges and proposals against the truth, where there is truth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from rndpo_jax import types
+from rndpo_jax.mining import judges, proposals, reliability
+from rndpo_jax.runtime import files
+
+NUM_EXAMPLES = 6
+# Splits whose truth is known. The base was trained on the labelled one, so what is measured there
+# is beside the point for unlabelled images, and stands apart.
+SPLITS = ("val", "labelled")
+
+
+def make_measure(score: Callable, names: tuple[str, ...], num_classes: int) -> Callable:
+  """(weights, keys, batch) -> each judge's scores f32[b, K], the truth, and the proposals' worth.
+
+  Args:
+    score: from `mine.make_scorer`.
+    names: of the judges.
+    num_classes: C.
+  """
+
+  def measure(weights, keys, batch: types.Batch):
+    sampled, scores = score(weights, keys, batch, names)
+    base_masks = jnp.argmax(sampled.base_logits, axis=-1).astype(jnp.uint8)
+    return {
+      "scores": scores,
+      "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
+      "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
+      "diversity": proposals.diversity(sampled.masks, num_classes),
+    }
+
+  return measure
+
+
+def write_reliability(
+  config, directory: epath.Path, dataset, outputs: Mapping[str, Iterable]
+) -> None:
+  """Writes `proposals.json` (diversity, headroom) and `judges.json` (reliability of each judge).
+
+  Both are of the validation split; a judge's entry holds, as "labelled", its figures on the
+  labelled split too.
+
+  Args:
+    directory: `pairs/`.
+    outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
+  """
+  measured = {split: _whole(outputs[split]) for split in SPLITS}
+  truth = measured["val"]["truth"]
+  files.write_json(
+    directory / "proposals.json",
+    {
+      "split": "val",
+      "diversity": float(measured["val"]["diversity"].mean()),
+      "base_dice": float(measured["val"]["base"].mean()),
+      "mean_dice": float(truth.mean()),
+      "best_dice": float(truth.max(axis=1).mean()),
+    },
+  )
+
+  def figures(name: str, split: str) -> dict:
+    return reliability.reliability(
+      measured[split]["scores"][name],
+      measured[split]["truth"],
+      [dataset.records[index]["case_id"] for index in dataset.splits[split]],
+      num_bootstrap=config.judge.num_bootstrap,
+      seed=config.seed,
+    )
+
+  table = {
+    name: {
+      **figures(name, "val"),
+      "calibration": reliability.calibration(measured["val"]["scores"][name], truth),
+      "split": "val",
+      "used": name == config.judge.name,
+      "labelled": figures(name, "labelled"),
+    }
+    for name in sorted(measured["val"]["scores"])
+  }
+  files.write_json(directory / "judges.json", table)
+
+
+def _whole(outputs: Iterable) -> dict:
+  """Joins the valid rows of all batches."""
+  parts = [jax.tree.map(lambda x, valid=batch.valid: x[valid], out) for batch, out in outputs]
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def example_indices(dataset) -> np.ndarray:
+  """A few unlabelled records, spread over the split."""
+  unlabelled = dataset.splits["unlabelled"]
+  count = min(NUM_EXAMPLES, len(unlabelled))
+  return unlabelled[np.linspace(0, len(unlabelled) - 1, count).round().astype(int)]
+
+
+def write_examples(path: epath.Path, dataset, outputs: Iterable) -> None:
+  """Writes the proposals, scores and first pair of the `example_indices` as .npz.
+
+  Args:
+    path: `pairs/examples.npz`.
+    outputs: (batch, output of the mining program) over `example_indices`.
+  """
+  parts = []
+  for batch, out in outputs:
+    keep = batch.valid
+    has_pair = out["pairs"].valid[:, 0]
+    parts.append(
+      {
+        "image": batch.images[keep],
+        "masks": out["masks"][keep],
+        "scores": out["scores"][keep],
+        "chosen": np.where(has_pair, out["pairs"].chosen[:, 0], -1)[keep],
+        "rejected": np.where(has_pair, out["pairs"].rejected[:, 0], -1)[keep],
+      }
+    )
+  whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+  whole["record_id"] = np.array(
+    [dataset.records[index]["record_id"] for index in example_indices(dataset)]
+  )
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **whole)
+  files.write_bytes(path, buffer.getvalue())

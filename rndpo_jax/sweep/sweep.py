@@ -1,0 +1,277 @@
+"""Fine-tuning by every beta, learning rate and seed of a grid, as one program; see `population`.
+
+Data, base and pairs are those of the work directory, and so of `config.seed`. A seed of the sweep
+is what a seed is to the stage `finetune` alone: the order of the batches and the key. The member of
+`config.seed` is what that stage makes of its beta and learning rate. Only the validation split is
+looked at; the test split is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax import models
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import loader
+from rndpo_jax.pairs import pair_batches, shards
+from rndpo_jax.runtime import files, processes, progress, sharding
+from rndpo_jax.stages import base, finetune
+from rndpo_jax.sweep import population, sweep_results
+from rndpo_jax.training import checkpoint, metric_writer, train_loop
+
+# The file that a sweep writes last, and so the sign that it is done.
+DONE = "sweep.json"
+
+
+def run(
+  config,
+  workdir: os.PathLike,
+  *,
+  betas: Sequence[float],
+  learning_rates: Sequence[float],
+  seeds: Sequence[int],
+  form: str | None = None,
+) -> dict[str, Any]:
+  """Trains every member to `config.finetune.num_steps`; writes `sweep/`.
+
+  There is a folder for each member with its `metrics.jsonl` and TensorBoard, and `sweep.json`, see
+  `sweep_results.results`. A killed sweep goes on from its latest state; the states are deleted at
+  the end, and no parameters are kept: a single job makes those of the best member again, with all
+  that belongs to it. `config.finetune.beta` and `learning_rate` are not read.
+
+  Args:
+    config: the whole config.
+    workdir: where the stages up to `mine` are done.
+    betas: of the objective.
+    learning_rates: peaks.
+    seeds: of the batches and keys.
+    form: of `population.FORMS`; None for that of the platform.
+
+  Returns:
+    What `sweep.json` holds.
+
+  Raises:
+    ConfigError: on a grid that cannot be, or a folder with another sweep.
+    preemption.Preempted: after a signal, the state being saved.
+    checkpoint.CheckpointError, pairs.PairsError.
+  """
+  grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
+  check(config, grid)
+  directory = epath.Path(workdir) / "sweep"
+  if processes.is_first():
+    _claim(directory, grid)
+  processes.barrier("claim of a sweep")
+  if not processes.is_first():
+    list(directory.glob("*"))  # a network file system looks again for what was missing
+    _claim(directory, grid)
+  dataset = loader.open_dataset(config, workdir)
+  params = base.load(config, workdir, dataset)[0]
+  if processes.agree((directory / DONE).exists):
+    finetune.check_made_of(directory, DONE, dataset, params)
+    progress.say("[sweep] done before")
+    return files.read_json(directory / DONE)
+  mesh = _mesh_of(grid)
+  form = form or population.default_form(mesh)
+  progress.say(
+    f"[sweep] {len(seeds)} seeds x {len(betas)} betas x {len(learning_rates)} learning rates, by "
+    f"{form} on {mesh.size} of {jax.device_count()} devices"
+  )
+  if config.mesh.fsdp * config.mesh.space > 1:
+    progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
+  diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
+  if processes.is_first():
+    content = {
+      **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
+      "origin": bytes(finetune.origin(dataset, params)).hex(),
+      "form": form,
+      "num_devices": mesh.size,
+      "base": _base_dice(workdir),
+    }
+    files.write_json(directory / DONE, content)
+    checkpoint.keep_only(directory / "state", ())
+  processes.barrier("sweep")
+  list(directory.glob("*"))  # a network file system looks again for what was missing
+  return files.read_json(directory / DONE)
+
+
+def _validated(options) -> list[int]:
+  return train_loop.kept_steps(options.num_steps, options.eval_every_steps)
+
+
+def check(config, grid: dict[str, list]) -> None:
+  """Refuses what cannot be trained here; after the processes have met.
+
+  Raises:
+    ConfigError: naming the flag or key.
+  """
+  size, parts = config.finetune.batch_size, config.finetune.accumulate_steps
+  if size % parts:
+    raise ConfigError(
+      f"config.finetune.accumulate_steps: found {parts}, but batch_size={size}, which a member has "
+      f"on one device, is no multiple of it"
+    )
+  for name, values in grid.items():
+    names = {x if name == "seeds" else f"{x:g}" for x in values}
+    if not values or len(names) < len(values):
+      raise ConfigError(
+        f"--{name}: found {values}, expected one or more values that differ in six digits"
+      )
+    wrong = [x for x in values if x < 0 or (name != "seeds" and not 0 < x < math.inf)]
+    if wrong:
+      least = "0 or more" if name == "seeds" else "finite values above 0"
+      raise ConfigError(f"--{name}: found {wrong[0]}, expected {least}")
+  _mesh_of(grid)
+
+
+def _mesh_of(grid: dict[str, list]) -> Mesh:
+  num_settings = len(grid["betas"]) * len(grid["learning_rates"])
+  return sharding.make_population_mesh(len(grid["seeds"]), num_settings)
+
+
+def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
+  """Writes `grid.json`, or checks that the one there is the same."""
+  path = directory / "grid.json"
+  if path.exists() and (there := files.read_json(path)) != grid:
+    raise ConfigError(
+      f"{directory} holds another sweep: {there}, now asked for: {grid}. Delete that folder, or "
+      "use a new --workdir with --config.base.workdir"
+    )
+  if processes.is_first():
+    files.write_json(path, grid)
+
+
+def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
+  """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
+  options = config.finetune
+  shards.check_origin(epath.Path(workdir) / "pairs", dataset, params)
+  state, step, validate = _make(config, dataset, params, grid, mesh, form)
+  settings = population.grid(grid["betas"], grid["learning_rates"])
+  state = train_loop.fit(
+    lambda state, batch, keys: step(state, batch, keys, settings),
+    state,
+    _batches(config, workdir, dataset, grid["seeds"], mesh, params),
+    num_steps=options.num_steps,
+    key=jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]]),
+    directory=directory,
+    description="sweep",
+    log_every_steps=options.log_every_steps,
+    eval_every_steps=options.eval_every_steps,
+    validate=lambda params: {"val_dice": validate(params)},
+    origin=finetune.origin(dataset, params),
+    keep_checkpoints=options.keep_checkpoints,
+    keep_params=False,
+    checkpoint_minutes=options.checkpoint_minutes,
+    open_rows=lambda start: _Rows(directory, grid, start),
+  )
+  return sharding.fetch(state.diverged)
+
+
+def _make(config, dataset, params, grid, mesh, form):
+  """(state at step 0, step, validate), as the stage `finetune` would make them for one member."""
+  options = config.finetune
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  loss_fn = finetune.make_loss_fn(
+    segmenter,
+    num_classes=dataset.num_classes,
+    size=dataset.size,
+    **finetune.loss_options(config),
+  )
+  unit = options.copy_and_resolve_references()
+  unit.learning_rate = 1.0
+  optimizer = finetune.optimizer(unit)
+  num_settings = len(grid["betas"]) * len(grid["learning_rates"])
+  state = population.make_state(
+    params, optimizer, len(grid["seeds"]), num_settings, mesh, with_ema=options.ema_decay > 0
+  )
+  train_step = population.make_step(
+    loss_fn,
+    optimizer,
+    mesh,
+    form=form,
+    accumulate_steps=options.accumulate_steps,
+    ema_decay=options.ema_decay,
+  )
+  batches = base.validation_batches(config, dataset, whole=True)
+  validate = population.make_validate(
+    segmenter.apply, dataset.num_classes, batches, mesh, form=form
+  )
+  return state, train_step, validate
+
+
+def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], Iterator[dict]]:
+  """Start step -> every seed's batches, on the devices."""
+  stream = pair_batches.stream_of(config, workdir, dataset, whole=True)
+  own = population.local_seeds(len(seeds), mesh)
+  shared = {}
+  if config.finetune.reference == "online":
+    shared["reference_params"] = jax.device_put(params, sharding.replicated(mesh))
+
+  def put(batches):
+    rows = dict(zip(own, batches, strict=True))
+    return {**population.put_batches(rows, len(seeds), mesh), **shared}
+
+  def start_at(start: int):
+    each = zip(*(stream(seeds[place], start) for place in own), strict=True)
+    return loader.prefetch(each, put, config.data.prefetch)
+
+  return start_at
+
+
+class _Rows:
+  """As `metric_writer.Rows`, one for each member, which ends where the member diverges."""
+
+  def __init__(self, directory: epath.Path, grid: dict[str, list], start: int):
+    self._members = sweep_results.members_of(grid)
+    self._rows, self._diverged = [], np.zeros(len(self._members), np.int32)
+    for member in self._members:
+      folder = sweep_results.member_directory(directory, *member)
+      folder.mkdir(parents=True, exist_ok=True)
+      self._rows.append(metric_writer.Rows(folder, start))
+
+  def add_steps(self, steps: list[tuple[int, dict[str, jax.Array]]], every: int) -> None:
+    # The latest are fetched in any case: they say which members a validation is of.
+    for step, aux in [(n, aux) for n, aux in steps if n % every == 0 or n == steps[-1][0]]:
+      aux = sharding.fetch(aux)
+      self._tell(aux.pop("diverged").ravel())
+      if step % every == 0:
+        self._add("train", step, aux)
+
+  def add_validation(self, step: int, figures: dict[str, np.ndarray]) -> None:
+    self._add("val", step, figures)
+
+  def _add(self, kind: str, step: int, figures: dict[str, np.ndarray]) -> None:
+    for place in np.flatnonzero(self._diverged == 0):
+      row = {name: float(values.ravel()[place]) for name, values in sorted(figures.items())}
+      self._rows[place].add({"step": step, "kind": kind, **row})
+
+  def _tell(self, diverged: np.ndarray) -> None:
+    for place in np.flatnonzero((diverged > 0) & (self._diverged == 0)):
+      seed, beta, rate = self._members[place]
+      progress.say(
+        f"sweep: seed {seed}, beta {beta:g}, learning rate {rate:g} has no finite loss or gradient "
+        f"at step {diverged[place]}; it stays as it was before, the others go on"
+      )
+    self._diverged = diverged
+
+  def write(self) -> None:
+    for rows in self._rows:
+      rows.write()
+
+  def close(self) -> None:
+    for rows in self._rows:
+      rows.close()
+
+
+def _base_dice(workdir) -> float:
+  return files.read_json(base.member_directory(workdir, 0) / "selected.json")["val_dice"]

@@ -1,0 +1,116 @@
+"""What a training leaves on disk: parameters and states, and which of them are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from rndpo_jax.runtime import preemption, processes, progress
+from rndpo_jax.training import checkpoint
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """The row of the best validation Dice; the first of equals, so that a later step must earn it."""
+  return max(rows, key=lambda row: row["val_dice"])
+
+
+class Saver:
+  """Writes `params/STEP` and `state/STEP` of one training, each in the background."""
+
+  def __init__(self, directory: epath.Path, origin, keep_checkpoints: int, minutes: float):
+    self.folders = {name: directory / name for name in ("params", "state")}
+    self._writers = {name: checkpoint.Writer(folder) for name, folder in self.folders.items()}
+    self._origin = origin
+    self._keep_checkpoints = keep_checkpoints
+    self._seconds = 60 * minutes
+    self._last = time.monotonic()
+
+  def resume(self, state: Any, description: str) -> tuple[int, Any]:
+    """(step, state) of the latest checkpoint that can be read; (0, `state`) where none is."""
+    found = checkpoint.restore_latest(self.folders["state"], self._content(state))
+    if found is None:
+      return 0, state
+    step, content = found
+    if self._origin is not None and (content["origin"] != self._origin).any():
+      there, here = (bytes(x).hex()[:12] for x in (content["origin"], self._origin))
+      folder = self.folders["state"]
+      raise checkpoint.CheckpointError(
+        f"{folder / str(step)} was trained from other data or another base: SHA-256 {there}..., "
+        f"now {here}...; bring those back, or delete the folder {folder.parent} to train anew"
+      )
+    progress.say(f"{description}: going on from step {step}")
+    return step, content["state"]
+
+  def save(self, step: int, state: Any, with_params: bool = True) -> None:
+    """Starts to write a state, and the parameters to keep, once all before are whole."""
+    self.wait()
+    if with_params:
+      self._writers["params"].save(step, state.evaluated())
+    self._writers["state"].save(step, self._content(state))
+    self._drop_old()
+    self._last = time.monotonic()
+
+  def wait(self) -> None:
+    """Returns when all that was started is whole; raises as `checkpoint.Writer.save` does.
+
+    Each of several processes waits for the writers in the same order, and for all of them. So that
+    whose own write failed raises, and none waits for a process that waits for it.
+    """
+    for writer in self._writers.values():
+      writer.wait()
+
+  def save_params_if_missing(self, step: int, state: Any) -> None:
+    """A kill can come when the state of a step is whole and its parameters are not.
+
+    Every process takes the answer of the first: those that write wait for each other.
+    """
+    folder = self.folders["params"]
+    if step > 0 and processes.agree(lambda: step not in checkpoint.steps(folder)):
+      self._writers["params"].save(step, state.evaluated())
+
+  def is_due(self) -> bool:
+    """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
+    if not self._seconds:
+      return False
+    return bool(processes.agree(lambda: time.monotonic() - self._last >= self._seconds))
+
+  def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
+    """Deletes all parameters but the latest and the best as of each state that is kept."""
+    ends = {*checkpoint.steps(self.folders["state"]), step}
+    known = [[row for row in rows if row["step"] <= end] for end in ends]
+    best = {best_row(part)["step"] for part in known if part}
+    checkpoint.keep_only(self.folders["params"], best | {step})
+
+  def saved(self) -> list[int]:
+    """Steps of the states, the one being written among them."""
+    self.wait()
+    return checkpoint.steps(self.folders["state"])
+
+  def __enter__(self) -> Saver:
+    return self
+
+  def __exit__(self, kind, error: BaseException | None, trace) -> None:
+    """Waits for what was started; not on an error of one of several processes.
+
+    They would wait for each other's part of a checkpoint that is never whole.
+    """
+    if jax.process_count() > 1:
+      if error is not None and not isinstance(error, preemption.Preempted):
+        return
+      self.wait()
+    with contextlib.ExitStack() as stack:
+      for writer in self._writers.values():
+        stack.callback(writer.close)
+    self._drop_old()
+
+  def _content(self, state: Any) -> dict[str, Any]:
+    origin = {} if self._origin is None else {"origin": self._origin}
+    return {"state": state, **origin}
+
+  def _drop_old(self) -> None:
+    folder = self.folders["state"]
+    checkpoint.keep_only(folder, checkpoint.steps(folder)[-self._keep_checkpoints :])

@@ -1,0 +1,254 @@
+"""The one training loop: a jitted step over a mesh, checkpoints, metrics, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from rndpo_jax import types
+from rndpo_jax.runtime import preemption, processes, progress, sharding
+from rndpo_jax.training import accumulation, checkpoint_manager, metric_writer
+
+# (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
+LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TrainingError(RuntimeError):
+  """Training that cannot go on; the message names the step and the last good checkpoint."""
+
+
+class TrainState(NamedTuple):
+  """What a step reads and replaces: step i32[], params, opt_state. No reference network.
+
+  `ema`, None where it is off, is the exponential moving average of the parameters.
+  """
+
+  step: jax.Array
+  params: types.Params
+  opt_state: optax.OptState
+  ema: types.Params | None = None
+
+  def evaluated(self) -> types.Params:
+    """The parameters that are validated and kept: the average where there is one."""
+    return self.params if self.ema is None else self.ema
+
+
+def make_state(
+  params: types.Params,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  with_ema: bool = False,
+  large: int = 0,
+):
+  """A TrainState at step 0; it owns copies, since the step donates its buffers.
+
+  Arrays of `large` elements or more are split over the mesh's `fsdp` axis: `sharding.of_params`.
+  """
+
+  def init(params):
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+  shardings = sharding.of_params(jax.eval_shape(init, params), mesh, large)
+  return jax.jit(init, out_shardings=shardings)(params)
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  accumulate_steps: int = 1,
+  ema_decay: float = 0.0,
+  large: int = 0,
+):
+  """Compiles `make_update` over a mesh.
+
+  Args:
+    loss_fn: a mean over the global batch, so its gradient is that of one device holding all of it.
+    optimizer: as in `make_update`, and so the next two.
+    mesh: from `sharding.make_mesh`; the batch comes from `sharding.put_batch`.
+    large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
+      add up.
+
+  Returns:
+    step(state, batch, key) -> (state, metrics); `state` is donated.
+  """
+
+  def place(tree):
+    return jax.lax.with_sharding_constraint(tree, sharding.of_params(tree, mesh, large))
+
+  update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place)
+  return jax.jit(update, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh)))
+
+
+def make_update(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  accumulate_steps: int = 1,
+  ema_decay: float = 0.0,
+  place: Callable = lambda tree: tree,
+):
+  """One update, pure.
+
+  Args:
+    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]).
+    optimizer: an Optax transformation.
+    accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
+      `accumulation.in_micro_batches`.
+    ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
+      the first parameters.
+    place: says where gradients and states are on a mesh.
+
+  Returns:
+    update(state, batch, key) -> (state, metrics, loss and grad_norm among them). `key` is the same
+    at every step and folded with the step's number.
+  """
+
+  def gradient(params, batch, key):
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+    return value, place(grads)
+
+  if accumulate_steps > 1:
+    gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
+
+  def update(state: TrainState, batch, key):
+    step_key = jax.random.fold_in(key, state.step)
+    (loss, aux), grads = gradient(state.params, batch, step_key)
+    aux.pop("weight", None)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    aux = {**aux, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    return place(TrainState(state.step + 1, params, opt_state, ema)), aux
+
+  return update
+
+
+def fit(
+  train_step: Callable,
+  state: TrainState,
+  batches: Callable[[int], Iterator],
+  *,
+  num_steps: int,
+  key: jax.Array,
+  directory: os.PathLike,
+  description: str,
+  log_every_steps: int,
+  eval_every_steps: int,
+  validate: Callable[[types.Params], dict[str, float]] | None = None,
+  origin: np.ndarray | None = None,
+  keep_checkpoints: int = 2,
+  keep_params: bool = True,
+  keep_best: bool = False,
+  checkpoint_minutes: float = 0.0,
+  open_rows: Callable[[int], Any] | None = None,
+):
+  """Trains to `num_steps`, going on from the latest checkpoint in `directory`.
+
+  Writes `params/STEP` and `state/STEP` every `eval_every_steps` and at the end, in the background
+  while the steps go on, and `metrics.jsonl`. An interrupted run ends with the arrays of an
+  undisturbed one.
+
+  Args:
+    train_step: from `make_train_step`, or as it.
+    state: at step 0, a TrainState or with its method `evaluated`; donated.
+    batches: start step -> endless iterator of batches on the device.
+    num_steps: steps in all.
+    key: of the run; handed to `train_step`.
+    directory: of this training.
+    description: for progress and messages.
+    log_every_steps: steps between rows of training metrics.
+    eval_every_steps: steps between validations and checkpoints.
+    validate: params -> figures of the validation split, or None.
+    origin: `checkpoint.digest` of what the training is of, the data and the reference, kept in
+      the state: going on with others is refused.
+    keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
+    keep_params: whether there is a `params/STEP` at all.
+    keep_best: keeps the parameters of the best validation Dice and the latest alone.
+    checkpoint_minutes: minutes between further states, looked at every `log_every_steps`; 0 for
+      none. They leave no mark on the result.
+    open_rows: start step -> where the metrics go, with the methods of `metric_writer.Rows`, which
+      it is by default.
+
+  Returns:
+    The state at `num_steps`.
+
+  Raises:
+    TrainingError: at the first loss that is not finite.
+    preemption.Preempted: after a signal, the state being saved.
+    checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
+      another origin.
+    files.FileError: where `metrics.jsonl` does not hold what was validated before.
+  """
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    saver = stack.enter_context(
+      checkpoint_manager.Saver(directory, origin, keep_checkpoints, checkpoint_minutes)
+    )
+    start, state = saver.resume(state, description)
+    if keep_params and (start % eval_every_steps == 0 or start == num_steps):
+      saver.save_params_if_missing(start, state)
+    rows = open_rows(start) if open_rows else metric_writer.Rows(directory, start)
+    stack.enter_context(contextlib.closing(rows))
+    if validate is not None and not open_rows:
+      rows.check_validated([s for s in kept_steps(num_steps, eval_every_steps) if s <= start])
+    shown = progress.track(
+      range(start + 1, num_steps + 1),
+      total=num_steps,
+      description=description,
+      unit="steps",
+      done=start,
+    )
+    stream = batches(start) if start < num_steps else iter(())
+    pending = []
+    for step in shown:
+      state, aux = train_step(state, next(stream), key)
+      pending.append((step, aux))
+      keep = step % eval_every_steps == 0 or step == num_steps
+      logged = step % log_every_steps == 0
+      stop = preemption.reached(step)
+      if keep or logged or stop:
+        _add_steps(rows, pending, log_every_steps, description, saver)
+      if keep and validate is not None:
+        rows.add_validation(step, validate(state.evaluated()))
+      if keep or stop or (logged and saver.is_due()):
+        rows.write()
+        saver.save(step, state, with_params=keep and keep_params)
+      if keep and keep_best and processes.is_first():
+        saver.keep_best(step, rows.of_kind("val"))
+      if stop:
+        raise preemption.Preempted(f"{description}: saved at step {step}")
+  return state
+
+
+def kept_steps(num_steps: int, eval_every_steps: int) -> list[int]:
+  """The steps at which `fit` validates and keeps parameters."""
+  return sorted({*range(eval_every_steps, num_steps + 1, eval_every_steps), num_steps})
+
+
+def _add_steps(rows, pending, log_every_steps, description, saver) -> None:
+  """Hands over the metrics of the steps since the last time; ends at a loss that is not finite."""
+  try:
+    rows.add_steps(pending, log_every_steps)
+  except metric_writer.NotFiniteError as error:
+    saved = saver.saved()
+    last = f"step {saved[-1]} in {saver.folders['params']}" if saved else "none yet"
+    raise TrainingError(
+      f"{description}: {error}. The last good checkpoint is kept ({last}). Lower the learning rate "
+      "or set a clip_norm, in a new --workdir (with --config.base.workdir where the base is done), "
+      "or check the input for extreme values"
+    ) from error
+  pending.clear()

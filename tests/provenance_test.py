@@ -1,0 +1,125 @@
+"""What is made of data or of a base is not used with another."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from rndpo_jax import pipeline
+from rndpo_jax.config import ConfigError
+from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files
+from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint, metric_writer
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+  """(config, a copy of the tiny run that may be changed)."""
+  shutil.copytree(tiny_run[1], tmp_path / "run")
+  return tiny_run[0], tmp_path / "run"
+
+
+def replace_base(workdir):
+  """Another base in the place of the one that the pairs were mined with, as after a retraining."""
+  folder = workdir / "base" / "params"
+  step = files.read_json(workdir / "base" / "selected.json")["step"]
+  params = checkpoint.restore_params(folder, step, stage_directory=workdir / "base")
+  shutil.rmtree(folder)
+  params["head"]["bias"] = params["head"]["bias"] + np.float32(1e-3)
+  checkpoint.save(folder, step, params)
+
+
+def forget(workdir, *stages):
+  """As if the stages had not run."""
+  for name in stages:
+    path = workdir / pipeline.DONE[name]
+    shutil.rmtree(path.parent) if path.parent != workdir else path.unlink()
+
+
+def test_pairs_of_another_base_are_refused_and_the_remedy_works(copied):
+  given, workdir = copied
+  replace_base(workdir)
+  (workdir / "results.json").unlink()
+  with pytest.raises(checkpoint.CheckpointError, match="finetune was trained from .* delete"):
+    pipeline.run(given, workdir, ["evaluate"])
+  forget(workdir, "finetune")
+  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+    pipeline.run(given, workdir, ["finetune"])
+  (workdir / "pairs" / "manifest.json").unlink()  # mining was not at its end
+  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+    pipeline.run(given, workdir, ["mine"])
+  before = files.read_json(workdir / "pairs" / "origin.json")
+  shutil.rmtree(workdir / "pairs")
+  pipeline.run(given, workdir, ["mine", "finetune"])
+  after = files.read_json(workdir / "pairs" / "manifest.json")["origin"]
+  assert {name for name in before if before[name] != after[name]} == {"base"}
+  first = metric_writer.read_rows(workdir / "finetune", "train")[0]
+  np.testing.assert_allclose(first["loss"], np.log(2), atol=1e-3)
+
+
+def test_pairs_that_do_not_say_of_what_they_are_do_not_count(copied):
+  given, workdir = copied
+  for name in ("origin.json", "manifest.json"):
+    (workdir / "pairs" / name).unlink()
+  with pytest.raises(shards.PairsError, match="origin.json is missing.*delete that folder"):
+    pipeline.run(given, workdir, ["mine"])
+
+
+def test_a_base_of_other_data_is_refused_here_and_where_it_was_copied(
+  copied, tiny_config, tmp_path
+):
+  given, workdir = copied
+  there = tiny_config(base__workdir=str(workdir))
+  pipeline.run(there, tmp_path / "other", ["base"])
+  shutil.rmtree(workdir / "data")
+  pipeline.run(given, workdir, ["prepare"])
+  for settings, place in ((given, workdir), (there, tmp_path / "other")):
+    assert len(base.load(settings, place, data_pipeline.open_dataset(settings, place))) == 1
+  # The source has changed, as a folder of images does.
+  pipeline.run(tiny_config(data__phantom__seed=5), tmp_path / "changed", ["prepare"])
+  shutil.rmtree(workdir / "data")
+  shutil.copytree(tmp_path / "changed" / "data", workdir / "data")
+  forget(workdir, "finetune")
+  stages = ((given, workdir, "finetune"), (there, tmp_path / "other", "mine"))
+  for settings, place, stage in stages:
+    with pytest.raises(checkpoint.CheckpointError, match="base was trained on other data"):
+      pipeline.run(settings, place, [stage])
+
+
+def test_where_a_stage_is_lost_those_after_it_look_again(copied, capsys):
+  given, workdir = copied
+  before = files.read_json(workdir / "results.json")
+  shutil.rmtree(workdir / "data")
+  pipeline.run(given, workdir)
+  assert "done before" not in capsys.readouterr().out
+  assert files.read_json(workdir / "results.json") == before
+  pipeline.run(given, workdir)
+  assert capsys.readouterr().out.count("done before") == 6
+  shutil.rmtree(workdir / "data")
+  replace_base(workdir)
+  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+    pipeline.run(given, workdir)
+  shutil.rmtree(workdir / "pairs")
+  with pytest.raises(checkpoint.CheckpointError, match="finetune was trained from .* delete"):
+    pipeline.run(given, workdir, ["mine", "finetune"])
+
+
+def test_other_splits_are_other_data(tiny_config, tmp_path):
+  digests = []
+  for seed in (0, 1):
+    workdir = tmp_path / str(seed)
+    pipeline.run(tiny_config(data__split_seed=seed), workdir, ["prepare"])
+    digests.append(files.read_json(workdir / "data" / "records.json")["digest"])
+  assert len(set(digests)) == 2
+
+
+def test_members_of_two_bases_do_not_meet(copied, tiny_config, tmp_path):
+  """A kill between the members that are copied, then another base."""
+  _, workdir = copied
+  config = tiny_config(base__workdir=str(workdir))
+  pipeline.run(config, tmp_path / "other", ["base"])
+  (tmp_path / "other" / "base" / "selected.json").unlink()
+  with pytest.raises(ConfigError, match="config.seed: was 0, is 7"):
+    pipeline.run(tiny_config(base__workdir=str(workdir), seed=7), tmp_path / "other", ["base"])
