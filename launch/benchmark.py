@@ -51,8 +51,8 @@ def main(argv):
   logging.set_verbosity(logging.ERROR)
   use_devices(_DEVICES.value)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config
-  from rndpo_jax.benchmark import options, run, tables, timing
+  from rndpo_jax import errors
+  from rndpo_jax.benchmark import options, run, tables
   from rndpo_jax.runtime import progress
 
   try:
@@ -61,7 +61,7 @@ def main(argv):
     resolved = options.resolve(_BENCHMARK.value, given)
     check_devices(_DEVICES.value)
     rows = run.run(resolved)
-  except (timing.BenchmarkError, config.ConfigError) as error:
+  except (errors.BenchmarkError, errors.ConfigError) as error:
     sys.exit(f"error: {error}")
   tables.print_tables(rows)
   if _OUTPUT.value:
@@ -71,7 +71,7 @@ def main(argv):
 
 def integers(name):
   """The numbers of a list flag, or None where it is left out."""
-  from rndpo_jax.benchmark.timing import BenchmarkError
+  from rndpo_jax.errors import BenchmarkError
 
   values = _OPTIONS[name].value
   try:
@@ -94,7 +94,7 @@ def check_devices(count):
   """Refuses a number of devices that is not there, or that JAX could not be held to."""
   import jax
 
-  from rndpo_jax.benchmark.timing import BenchmarkError
+  from rndpo_jax.errors import BenchmarkError
 
   if count < 0 or count not in (0, jax.device_count()):
     raise BenchmarkError(

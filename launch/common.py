@@ -100,16 +100,12 @@ def one_line(error):
   """What to say of an error that a user can mend; None of any other."""
   import jax
 
-  from rndpo_jax import config
-  from rndpo_jax.data import records
-  from rndpo_jax.mining import judges
-  from rndpo_jax.pairs import manifest, shards
+  from rndpo_jax import errors
   from rndpo_jax.runtime import files, processes
-  from rndpo_jax.training import checkpoint, train_loop
 
   refusals = (
-    config.ConfigError, records.DataError, train_loop.TrainingError, checkpoint.CheckpointError,
-    shards.PairsError, manifest.MiningError, files.FileError, judges.JudgeError,
+    errors.ConfigError, errors.DataError, errors.TrainingError, errors.CheckpointError,
+    errors.PairsError, errors.MiningError, errors.FileError, errors.JudgeError,
   )  # fmt: skip
   if isinstance(error, refusals):
     return f"error: {error}"

@@ -45,7 +45,7 @@ def main(argv):
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   logging.set_verbosity(logging.ERROR)
   from rndpo_jax import config_checks
-  from rndpo_jax.config import ConfigError
+  from rndpo_jax.errors import ConfigError
   from rndpo_jax.planning import programs
 
   unknown = set(_PROGRAMS.value) - {*PROGRAMS, *MORE}
@@ -71,7 +71,7 @@ def accumulate_steps(config, name):
 
 def check_micro_batches(config, batch):
   """Refuses a batch that the stages refuse; compiled, it would gather images on every chip."""
-  from rndpo_jax.config import ConfigError
+  from rndpo_jax.errors import ConfigError
 
   for name in _PROGRAMS.value:
     steps = accumulate_steps(config, name)

@@ -27,7 +27,7 @@ _NUM_UNLABELLED = flags.DEFINE_integer(
 def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
-  from rndpo_jax import config, pipeline
+  from rndpo_jax import config, errors, pipeline
   from rndpo_jax.planning import dry_run
   from rndpo_jax.runtime import processes, progress
 
@@ -39,7 +39,7 @@ def main(argv):
       dry_run.run(_CONFIG.value, _WORKDIR.value, _NUM_UNLABELLED.value)
       return
     if _NUM_UNLABELLED.value:
-      raise config.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
+      raise errors.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     common.take_signals()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and processes.is_first():

@@ -58,7 +58,7 @@ def main(argv):
 
 def numbers(flag, kind, default):
   """The numbers of a list flag, or the config's own one."""
-  from rndpo_jax.config import ConfigError
+  from rndpo_jax.errors import ConfigError
 
   try:
     return [default] if flag.value is None else [kind(value) for value in flag.value]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ml_collections
 
+from rndpo_jax import errors
+
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 SOURCES = ("phantom", "folder", "nnunet")
 RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
@@ -21,10 +23,6 @@ JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_orac
 # Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
 TRUTH_JUDGES = ("oracle", "noisy_oracle")
 METRICS = ("dice", "iou", "hd95", "assd", "nsd")
-
-
-class ConfigError(ValueError):
-  """A config that cannot work; the message names the key, what was found and the remedy."""
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -189,22 +187,24 @@ def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
     atoms = tuple(names.strip().split("+"))
     unknown = [name for name in atoms if name not in SAMPLERS]
     if unknown:
-      raise ConfigError(
+      raise errors.ConfigError(
         f"config.proposals.mix: unknown sampler {unknown[0]!r}; known: {', '.join(SAMPLERS)}"
       )
     if not colon or not count.strip().isdigit() or int(count) < 1:
-      raise ConfigError(
+      raise errors.ConfigError(
         f"config.proposals.mix: found {entry!r}, expected NAME[+NAME...]:COUNT with COUNT >= 1"
       )
     if "temperature" in atoms and not {"logit_noise", "threshold"} & set(atoms):
-      raise ConfigError(
+      raise errors.ConfigError(
         "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
         "as in 'temperature+logit_noise:8'"
       )
     if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
-      raise ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
+      raise errors.ConfigError(
+        "config.proposals.mix: 'base' is one deterministic mask: use 'base:1'"
+      )
     entries.append((atoms, int(count)))
   total = sum(count for _, count in entries)
   if total < 2:
-    raise ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
+    raise errors.ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
   return tuple(entries)

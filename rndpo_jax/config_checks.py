@@ -7,7 +7,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import proposals
 

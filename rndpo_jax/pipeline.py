@@ -11,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks
+from rndpo_jax import config_checks, errors
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files, preemption, processes, progress, sharding
@@ -60,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   config_checks.validate(config)
   unknown = [name for name in stages if name not in config_lib.STAGES]
   if unknown:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--stages: unknown stage {unknown[0]!r}; known: {', '.join(config_lib.STAGES)}"
     )
   workdir = epath.Path(workdir)
@@ -104,7 +104,7 @@ def _check_same_stages(wanted: list[str]) -> None:
   mask = sum(bit << i for i, bit in enumerate(bits))
   others = processes.which(mask != processes.agree(lambda: mask))
   if others:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--stages: process {others[0]} was started with other stages than process 0; start all "
       "with the same command"
     )
@@ -149,7 +149,7 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
   for name in trained:
     parts = config[name].accumulate_steps
     if config[name].batch_size % (parts * devices // space):
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f"config.{name}.accumulate_steps: found {parts}, but batch_size="
         f"{config[name].batch_size} on {sharding.sharers(devices, space)} is no multiple of "
         f"{parts * devices // space}"
@@ -158,8 +158,8 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
     if ":" in name and "mine" in stages:
       try:
         judges.build(name, num_classes=2, border=0, flip_rate=0.0, noise_level=0.0)
-      except judges.JudgeError as error:
-        raise config_lib.ConfigError(f"config.judge: {error}") from error
+      except errors.JudgeError as error:
+        raise errors.ConfigError(f"config.judge: {error}") from error
 
 
 def check_before(config, name: str, workdir: epath.Path) -> None:
@@ -173,7 +173,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
   if before == "prepare" and config.base.workdir:
     path = epath.Path(config.base.workdir) / DONE["base"]
     if not path.exists():
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f"config.base.workdir: {path} is missing; run the stages prepare and base there first"
       )
     workdir_lib.check_same_base(config)
@@ -181,7 +181,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
   needed = (DONE[before], *ALSO.get(before, ())) if before else ()
   missing = [path for path in needed if not (workdir / path).exists()]
   if missing:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--stages: {name!r} needs {workdir / missing[0]}, which is missing; run the stage "
       f"{before!r} first"
     )

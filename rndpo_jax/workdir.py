@@ -18,6 +18,7 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.runtime import files, progress
 
 PACKAGES = (
@@ -61,7 +62,7 @@ def claim(
       free.append("base.workdir")  # moved; whether it is the same one the data and base tell
     changes = _differences(_without(content["config"], free), _without(resolved, free))
     if changes:
-      raise config_lib.ConfigError(
+      raise errors.ConfigError(
         f"{workdir} was made with another config; differing keys: {'; '.join(changes)}. Use a new "
         "--workdir (with --config.base.workdir to keep data and base), or the config of before"
       )
@@ -74,7 +75,7 @@ def claim(
   except OSError as error:
     if files.is_full_disk(error):
       raise
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--workdir: {workdir} cannot be written ({error.strerror}); name a folder that can"
     ) from error
 
@@ -87,14 +88,14 @@ def check_shared(config: ml_collections.ConfigDict, workdir: epath.Path) -> None
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--workdir: process {jax.process_index()} does not see {path}, which process 0 wrote; "
       "several processes need one folder that all of them see"
     )
   here = json.loads(config.to_json_best_effort())
   changes = _differences(files.read_json(path)["config"], here)
   if changes:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"--config: process {jax.process_index()} differs from process 0: {'; '.join(changes)}. "
       "Start every process with the same command"
     )
@@ -138,7 +139,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
     for names in (("data", "model", "base"), free)
   )
   if changes:
-    raise config_lib.ConfigError(
+    raise errors.ConfigError(
       f"config.base.workdir: {config.base.workdir} was made with other options: "
       f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train anew"
     )
@@ -152,8 +153,8 @@ def _read(path: epath.Path) -> dict[str, Any]:
   """`config.json` of a work directory where a stage is done."""
   try:
     return files.read_json(path)
-  except (FileNotFoundError, files.FileError) as error:
-    raise config_lib.ConfigError(
+  except (FileNotFoundError, errors.FileError) as error:
+    raise errors.ConfigError(
       f"{path} is missing or damaged ({error}), and nothing else says with which config the stages "
       f"that are done in {path.parent} were made; bring it back, or use a new --workdir"
     ) from error

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rndpo_jax import config
+from rndpo_jax import errors
 from rndpo_jax.benchmark import input, mine, network, options, population, step, timing
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
@@ -31,7 +31,7 @@ class TestStep:
     assert not np.array_equal(first["image"], second["image"])
     labelled = step.make_batches(jax.random.key(0), given, 0, sharding.make_mesh())[0]
     assert set(labelled) == {"image", "label"} and labelled["label"].shape == (8, 4, 6)
-    with pytest.raises(config.ConfigError, match="--shape"):
+    with pytest.raises(errors.ConfigError, match="--shape"):
       odd = given._replace(shape=(3, 4, 6))
       step.make_batches(jax.random.key(0), odd, 0, sharding.make_mesh())
 
@@ -136,7 +136,7 @@ class TestInput:
     assert input.SETTLE_STEPS > data.prefetch + 4  # Grain's buffer holds 4
 
   def test_the_phantom_has_its_classes(self):
-    with pytest.raises(timing.BenchmarkError, match="--classes: found 3"):
+    with pytest.raises(errors.BenchmarkError, match="--classes: found 3"):
       options.resolve("input", {"classes": 3})
 
 
@@ -147,8 +147,8 @@ def test_peer_network_is_ours(small_unet):
   given, segmenter, params = small_unet
   images = jax.random.normal(jax.random.key(0), (8, 4, 6, 1))
   torch_unet.make(given, segmenter, params, images)
-  with pytest.raises(timing.BenchmarkError, match="PyTorch's U-Net takes"):
+  with pytest.raises(errors.BenchmarkError, match="PyTorch's U-Net takes"):
     torch_unet.make(given._replace(width=8), segmenter, params, images)
   other = segmenter._replace(apply=lambda p, x: 1.01 * segmenter.apply(p, x))
-  with pytest.raises(timing.BenchmarkError, match="logits differ"):
+  with pytest.raises(errors.BenchmarkError, match="logits differ"):
     torch_unet.make(given, other, params, images)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config
+from rndpo_jax import errors
 from rndpo_jax.benchmark import loss, options, run, tables, timing
 
 TINY = {"shape": (8, 4, 6), "sizes": ()}
@@ -116,18 +116,18 @@ class TestOptions:
     ],
   )
   def test_refuses_what_cannot_work(self, given, named):
-    with pytest.raises(timing.BenchmarkError, match=named):
+    with pytest.raises(errors.BenchmarkError, match=named):
       resolve(**given)
 
   def test_refuses_members_that_seeds_cannot_share(self):
     for given in ({"members": 5}, {"members": 0, "seeds": 0}):
-      with pytest.raises(timing.BenchmarkError, match="--members, --seeds: found"):
+      with pytest.raises(errors.BenchmarkError, match="--members, --seeds: found"):
         options.resolve("population", given)
 
   def test_refuses_an_unknown_benchmark_and_a_grid_that_the_unet_cannot_halve(self):
-    with pytest.raises(timing.BenchmarkError, match="--benchmark: found 'speed'"):
+    with pytest.raises(errors.BenchmarkError, match="--benchmark: found 'speed'"):
       options.resolve("speed", {})
-    with pytest.raises(timing.BenchmarkError, match="multiples of 8"):
+    with pytest.raises(errors.BenchmarkError, match="multiples of 8"):
       options.resolve("step", {"shape": (4, 20, 24)})
 
   def test_all_takes_options_that_one_of_them_reads(self):
@@ -180,11 +180,11 @@ class TestLoss:
     value, grad = variants[0].run(0)
     assert abs(float(value) - math.log(2)) > 1e-3 and float(jnp.max(jnp.abs(grad))) > 0
     wrong_value = variants[1]._replace(run=lambda turn: (value * 1.05, grad))
-    with pytest.raises(timing.BenchmarkError, match="gather: value"):
+    with pytest.raises(errors.BenchmarkError, match="gather: value"):
       loss.check_agreement([variants[0], wrong_value], dtype, None)
     off = 0.1 * float(jnp.max(jnp.abs(grad)))
     wrong_grad = variants[1]._replace(run=lambda turn: (value, grad.at[0, 0, 0, 0].add(off)))
-    with pytest.raises(timing.BenchmarkError, match="nothing was timed"):
+    with pytest.raises(errors.BenchmarkError, match="nothing was timed"):
       loss.check_agreement([variants[0], wrong_grad], dtype, None)
 
   def test_sizes_too_large_for_the_memory_are_left_out(self, few_inputs, monkeypatch, capsys):
@@ -238,9 +238,9 @@ def test_program_writes_json_table_and_plot(tmp_path):
 
 
 def test_refusals_name_the_flag():
-  with pytest.raises(timing.BenchmarkError, match="--devices=1"):
+  with pytest.raises(errors.BenchmarkError, match="--devices=1"):
     run.load_peers()  # eight simulated devices
-  with pytest.raises(config.ConfigError, match="--shape"):
+  with pytest.raises(errors.ConfigError, match="--shape"):
     loss.make_inputs(jax.random.key(0), resolve(shape=(3, 4, 4)))
 
 
@@ -248,7 +248,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setitem(sys.modules, "torch", None)
   monkeypatch.delitem(sys.modules, "rndpo_jax.benchmark.torch_losses", raising=False)
-  with pytest.raises(timing.BenchmarkError, match=r"\.\[peers\]"):
+  with pytest.raises(errors.BenchmarkError, match=r"\.\[peers\]"):
     run.load_peers()
 
 
@@ -269,7 +269,7 @@ def test_peers_agree(few_inputs):
     ]
     loss.check_agreement([ours, *eager], given.dtype, torch_losses)
     off = torch_losses.loss_makers(inputs, work, 1.1 * loss.BETA)["PyTorch eager, cancelled"]()
-    with pytest.raises(timing.BenchmarkError, match="eager, cancelled: value"):
+    with pytest.raises(errors.BenchmarkError, match="eager, cancelled: value"):
       loss.check_agreement([ours, off], given.dtype, torch_losses)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import processes, sharding
 from rndpo_jax.training import checkpoint
 
@@ -49,7 +50,7 @@ def test_corrupt_checkpoint_is_named_with_its_remedy(saved):
     lambda: checkpoint.restore(saved, 10, TREE),
   ):
     message = f"10 cannot be read.*Delete the folder {saved}"
-    with pytest.raises(checkpoint.CheckpointError, match=message):
+    with pytest.raises(errors.CheckpointError, match=message):
       read()
 
 
@@ -69,17 +70,17 @@ def test_one_changed_byte_of_an_array_is_not_read_as_a_value(tmp_path):
   random = {"x": jnp.asarray(np.random.default_rng(0).normal(size=5000), jnp.float32)}
   checkpoint.save(tmp_path, 1, random)
   flip_one_byte(array_file(tmp_path / "1"))
-  with pytest.raises(checkpoint.CheckpointError, match="1 cannot be read .the file .* is not what"):
+  with pytest.raises(errors.CheckpointError, match="1 cannot be read .the file .* is not what"):
     checkpoint.restore(tmp_path, 1, random)
-  with pytest.raises(checkpoint.CheckpointError, match="the file"):
+  with pytest.raises(errors.CheckpointError, match="the file"):
     checkpoint.restore_params(tmp_path, 1, stage_directory=tmp_path)
 
 
 def test_a_checkpoint_that_nothing_vouches_for_is_not_read(saved, capsys):
   (saved / "10" / "sha256.json").unlink()
-  with pytest.raises(checkpoint.CheckpointError, match="sha256.json is missing, which vouches"):
+  with pytest.raises(errors.CheckpointError, match="sha256.json is missing, which vouches"):
     checkpoint.restore(saved, 10, TREE)
-  with pytest.raises(checkpoint.CheckpointError, match="sha256.json is missing, which vouches"):
+  with pytest.raises(errors.CheckpointError, match="sha256.json is missing, which vouches"):
     checkpoint.restore_params(saved, 10, stage_directory=saved)
   assert checkpoint.restore_latest(saved, TREE)[0] == 2
 
@@ -110,14 +111,14 @@ def test_a_corrupt_latest_falls_back_to_the_one_before_and_says_so(saved, capsys
 def test_no_readable_checkpoint_is_refused_and_none_deleted(saved):
   for step in (1, 2, 10):
     array_file(saved / str(step)).unlink()
-  with pytest.raises(checkpoint.CheckpointError, match="10 cannot be read .*is missing.*Delete"):
+  with pytest.raises(errors.CheckpointError, match="10 cannot be read .*is missing.*Delete"):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]
 
 
 def test_another_structure_is_refused(saved):
   other = {"layer": {"kernel": jnp.zeros((5, 5))}, "step": jnp.int32(0)}
-  with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+  with pytest.raises(errors.CheckpointError, match="cannot be read"):
     checkpoint.restore(saved, 10, other)
 
 
@@ -139,7 +140,7 @@ def test_a_write_that_takes_too_long_is_one_line_that_names_the_checkpoint(tmp_p
 
   monkeypatch.setattr(checkpoint.Writer, "_write_sums", late)
   message = "7 was not whole in time .*86400.*: .*the same command again"
-  with pytest.raises(checkpoint.CheckpointError, match=message):
+  with pytest.raises(errors.CheckpointError, match=message):
     checkpoint.save(tmp_path, 7, TREE)
   assert checkpoint.steps(tmp_path) == []
 
@@ -151,7 +152,7 @@ def test_a_folder_that_is_gone_is_one_line_and_a_programming_error_is_none(tmp_p
     raise errors.pop(0)
 
   monkeypatch.setattr(checkpoint.Writer, "_write_sums", fails)
-  with pytest.raises(checkpoint.CheckpointError, match="7 cannot be written .NOT_FOUND.*again"):
+  with pytest.raises(errors.CheckpointError, match="7 cannot be written .NOT_FOUND.*again"):
     checkpoint.save(tmp_path, 7, TREE)
   with pytest.raises(ValueError, match="bad shape"):
     checkpoint.save(tmp_path, 8, TREE)
@@ -179,7 +180,7 @@ def test_what_one_of_two_processes_cannot_read_neither_goes_on_from(saved, first
 def test_where_no_checkpoint_is_readable_for_all_the_refusal_says_for_whom(saved, first_of_two):
   first_of_two += [True, True, True]
   message = "10 cannot be read by process 1 .see its output.. Delete the folder"
-  with pytest.raises(checkpoint.CheckpointError, match=message):
+  with pytest.raises(errors.CheckpointError, match=message):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, pipeline
+from rndpo_jax import config_checks, errors, pipeline
 from rndpo_jax.mining import judges, pair_rules
 
 CONFIGS = sorted(
@@ -70,7 +70,7 @@ def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
   pipeline.check_here(config)
   config[section].accumulate_steps = 4
   message = f"config.{section}.accumulate_steps: found 4, .* on 8 devices is no multiple of 32"
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(errors.ConfigError, match=message):
     pipeline.check_here(config)
 
 
@@ -78,7 +78,7 @@ def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
 def test_refuses_what_cannot_work(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
-  with pytest.raises(config_lib.ConfigError, match=message):
+  with pytest.raises(errors.ConfigError, match=message):
     config_checks.validate(config)
 
 
@@ -90,7 +90,7 @@ def test_a_sampler_needs_what_makes_it_act(key, mix):
   config.update_from_flattened_dict({key: 0.0})
   config_checks.validate(config)
   config.proposals.mix = mix
-  with pytest.raises(config_lib.ConfigError, match=f"config.{key}: it is 0"):
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: it is 0"):
     config_checks.validate(config)
 
 
@@ -113,7 +113,7 @@ def test_no_more_views_than_the_grid_has(size, views):
     config_checks.validate(config)
   for mix in ("tta:{}", "mc_dropout:2,tta:{}"):
     config.proposals.mix = mix.format(views + 1)
-    with pytest.raises(config_lib.ConfigError, match=f"has {views} flips and turns besides"):
+    with pytest.raises(errors.ConfigError, match=f"has {views} flips and turns besides"):
       config_checks.validate(config)
 
 

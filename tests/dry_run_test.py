@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.planning import cost, dry_run, programs, storage, timing
 from rndpo_jax.runtime import files, processes, sharding
 from rndpo_jax.stages import prepare

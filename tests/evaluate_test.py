@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, models, types
-from rndpo_jax.data import loader, records
+from rndpo_jax import config_checks, errors, models, types
+from rndpo_jax.data import loader
 from rndpo_jax.evaluation import gallery, metrics, predict, results
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import evaluate, finetune, prepare
@@ -204,7 +204,7 @@ def test_what_is_known_is_not_measured_again(run, monkeypatch):
 
 
 def test_without_checkpoints_the_stage_to_run_is_named(run, tmp_path):
-  with pytest.raises(records.DataError, match="run the stage 'finetune' first"):
+  with pytest.raises(errors.DataError, match="run the stage 'finetune' first"):
     evaluate.run(run[0], tmp_path)
 
 

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 
@@ -39,7 +40,7 @@ def test_nan_is_refused_and_the_old_file_stays(tmp_path):
 
 def test_truncated_json_is_named(tmp_path):
   (tmp_path / "a.json").write_text('{"b": ')
-  with pytest.raises(files.FileError, match="a.json: no valid JSON.*delete it"):
+  with pytest.raises(errors.FileError, match="a.json: no valid JSON.*delete it"):
     files.read_json(tmp_path / "a.json")
 
 
@@ -64,5 +65,5 @@ def test_as_many_files_can_be_open_as_are_needed():
 
 def test_more_files_than_the_host_allows_are_refused(monkeypatch):
   monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
-  with pytest.raises(files.FileError, match=r"pairs: 4000 files .* needs 4512, .* allows it 4096"):
+  with pytest.raises(errors.FileError, match=r"pairs: 4000 files .* needs 4512, .* allows it 4096"):
     files.allow_open(4000, "pairs")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config_checks, losses, models, types
-from rndpo_jax.config import ConfigError
 from rndpo_jax.data import loader
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding

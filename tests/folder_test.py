@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import folder, images
 
@@ -58,7 +59,7 @@ def test_images_and_masks_are_paired_by_id(root):
 
 @pytest.mark.parametrize("root", ["gs://bucket/x", "s3://bucket/x"])
 def test_a_bucket_is_refused_in_words(root):
-  with pytest.raises(records.DataError, match=f"a bucket cannot be read.*{root}.*gcsfuse"):
+  with pytest.raises(errors.DataError, match=f"a bucket cannot be read.*{root}.*gcsfuse"):
     folder.check_root(root)
 
 
@@ -107,7 +108,7 @@ def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
   np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), rgba[..., :3])
   rgba[2, 3, 3] = 254
   _save(tmp_path / "b.png", rgba)
-  with pytest.raises(records.DataError, match=r"b\.png: transparent"):
+  with pytest.raises(errors.DataError, match=r"b\.png: transparent"):
     images.read_image(tmp_path / "b.png")
 
 
@@ -120,10 +121,10 @@ def test_case_pattern_groups_slices_in_natural_order(tmp_path):
     ("s1_z9", "s1", 0), ("s1_z10", "s1", 1), ("s2_z1", "s2", 0),
   ]  # fmt: skip
   assert {e["group_id"] for e in entries} == {"s"}
-  with pytest.raises(records.DataError, match="config.data.case_pattern.*'s1_z9'"):
+  with pytest.raises(errors.DataError, match="config.data.case_pattern.*'s1_z9'"):
     _open(tmp_path, case_pattern=r"(case\d+)")
   _save(tmp_path / "images" / "s2_z2.png", _grey(size=(7, 7)))
-  with pytest.raises(records.DataError, match=r"s2_z2\.png: \(7, 7\).*s2_z1\.png.*'s2'"):
+  with pytest.raises(errors.DataError, match=r"s2_z2\.png: \(7, 7\).*s2_z1\.png.*'s2'"):
     _open(tmp_path, case_pattern=r"(s\d)_z")
 
 
@@ -134,7 +135,7 @@ def test_other_files_are_left_alone(root):
 
 
 def _refused(root, message, **changes):
-  with pytest.raises(records.DataError, match=message):
+  with pytest.raises(errors.DataError, match=message):
     _read(root, **changes)
 
 

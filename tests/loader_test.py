@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.data import loader, records, splits
 from rndpo_jax.stages import prepare
 
@@ -167,7 +168,7 @@ def test_poisoned_masks_change_nothing_without_labels(dataset, tmp_path, monkeyp
 
 def test_a_label_that_is_not_there_is_refused(dataset):
   entries = [{**entry, "has_mask": False} for entry in dataset.records]
-  with pytest.raises(records.DataError, match="phantom_0004: it has no mask"):
+  with pytest.raises(errors.DataError, match="phantom_0004: it has no mask"):
     loader.load_example(dataset._replace(records=entries), 4, with_labels=True)
 
 
@@ -182,10 +183,10 @@ def test_what_is_opened_opens_anew_in_a_worker_and_names_what_it_cannot_read(wor
   content[4000] ^= 1  # within the records; zeros fill the file up
   file.write_bytes(content)
   message = f"data/cases: cannot be read .*; remove {tmp_path / 'run' / 'data'} and run"
-  with pytest.raises(records.DataError, match=message):
+  with pytest.raises(errors.DataError, match=message):
     [copied[index] for index in range(12)]
   shutil.rmtree(tmp_path / "run" / "data")
-  with pytest.raises(records.DataError, match=message):
+  with pytest.raises(errors.DataError, match=message):
     cloudpickle.loads(packed)
 
 
@@ -285,7 +286,7 @@ def test_prefetch_runs_ahead_by_its_depth(depth):
 
 
 def test_what_does_not_fit_together_is_named(workdir, tmp_path):
-  with pytest.raises(records.DataError, match="records.json: no such file.*'prepare'"):
+  with pytest.raises(errors.DataError, match="records.json: no such file.*'prepare'"):
     loader.open_dataset(_config(), tmp_path)
   for name in ("data", splits.FILE):
     (tmp_path / name).symlink_to(workdir / name)
@@ -293,7 +294,7 @@ def test_what_does_not_fit_together_is_named(workdir, tmp_path):
   parts = json.loads((workdir / splits.FILE).read_text())
   parts["val"].append(parts["labelled"].pop())
   (tmp_path / splits.FILE).write_text(json.dumps(parts))
-  with pytest.raises(records.DataError, match="splits.json is not what .*'prepare' wrote"):
+  with pytest.raises(errors.DataError, match="splits.json is not what .*'prepare' wrote"):
     loader.open_dataset(_config(), tmp_path)
 
 

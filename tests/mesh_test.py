@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rndpo_jax import config_checks, models, pipeline, types
-from rndpo_jax.config import ConfigError, base_config
+from rndpo_jax.config import base_config
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import hlo
 from rndpo_jax.runtime import files, sharding

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rndpo_jax.runtime import files
+from rndpo_jax import errors
 from rndpo_jax.training import metric_writer
 
 
@@ -38,10 +38,14 @@ def test_rows_that_lack_a_validation_are_refused(tmp_path):
       rows.check_validated(steps)
 
   check(40, [20, 40])
-  with pytest.raises(files.FileError, match=r"steps \[20, 40\], expected \[10, 20, 40\]; .*delete"):
+  with pytest.raises(
+    errors.FileError, match=r"steps \[20, 40\], expected \[10, 20, 40\]; .*delete"
+  ):
     check(40, [10, 20, 40])
   check(30, [20])  # the later one is made again, and gone from the file
-  with pytest.raises(files.FileError, match=r"metrics.jsonl: holds .* \[20\], expected \[20, 40\]"):
+  with pytest.raises(
+    errors.FileError, match=r"metrics.jsonl: holds .* \[20\], expected \[20, 40\]"
+  ):
     check(40, [20, 40])
 
 
@@ -53,5 +57,5 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     lambda: metric_writer.read_rows(tmp_path, "val"),
     lambda: metric_writer.Rows(tmp_path, 9),
   ):
-    with pytest.raises(files.FileError, match=f"line 2 is no row .*delete the folder {tmp_path}"):
+    with pytest.raises(errors.FileError, match=f"line 2 is no row .*delete the folder {tmp_path}"):
       read()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import nnunet
 
@@ -160,7 +161,7 @@ def test_microns_become_mm(root):
 
 
 def _refused(root, message, **changes):
-  with pytest.raises(records.DataError, match=message):
+  with pytest.raises(errors.DataError, match=message):
     _read(root, **changes)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import records
+from rndpo_jax import errors
 from rndpo_jax.data.sources import phantom
 
 
@@ -88,7 +88,7 @@ def test_source_describes_itself():
 
 
 def test_what_it_cannot_draw_is_refused():
-  with pytest.raises(records.DataError, match="num_classes: found 3"):
+  with pytest.raises(errors.DataError, match="num_classes: found 3"):
     phantom.open_source(_config(num_classes=3))
-  with pytest.raises(records.DataError, match=r"phantom\.size: found \(72, 80\), expected 3"):
+  with pytest.raises(errors.DataError, match=r"phantom\.size: found \(72, 80\), expected 3"):
     phantom.open_source(_config(spatial_dims=3))

@@ -8,11 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import config as config_lib
-from rndpo_jax import pipeline
-from rndpo_jax.data import records
+from rndpo_jax import errors, pipeline
 from rndpo_jax.data.sources import phantom
-from rndpo_jax.pairs import manifest, shards
+from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, preemption
 from rndpo_jax.training import checkpoint, metric_writer
 
@@ -74,15 +72,15 @@ def test_done_stages_are_skipped_and_change_nothing(tiny_run, capsys):
 
 
 def test_stages_out_of_order_or_unknown_are_refused(tiny_config, tmp_path):
-  with pytest.raises(config_lib.ConfigError, match="'mine' needs .*selected.json.*'base' first"):
+  with pytest.raises(errors.ConfigError, match="'mine' needs .*selected.json.*'base' first"):
     pipeline.run(tiny_config(), tmp_path / "a", ["mine"])
-  with pytest.raises(config_lib.ConfigError, match="unknown stage 'mining'"):
+  with pytest.raises(errors.ConfigError, match="unknown stage 'mining'"):
     pipeline.run(tiny_config(), tmp_path / "b", ["mining"])
 
 
 def test_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(config_lib.ConfigError, match="--workdir: .*file/run cannot be written"):
+  with pytest.raises(errors.ConfigError, match="--workdir: .*file/run cannot be written"):
     pipeline.run(tiny_config(), tmp_path / "file" / "run")
 
 
@@ -158,7 +156,7 @@ def test_what_is_lost_of_a_stage_that_is_done_is_made_again(tiny_run, tmp_path):
   before = tree_bytes(workdir)
   (workdir / "pairs" / "judges.json").write_text("{")
   (workdir / "results.json").unlink()
-  with pytest.raises(files.FileError, match="judges.json: no valid JSON .*; delete it and run"):
+  with pytest.raises(errors.FileError, match="judges.json: no valid JSON .*; delete it and run"):
     pipeline.run(config, workdir)
   (workdir / "pairs" / "judges.json").unlink()
   pipeline.run(config, workdir)
@@ -167,11 +165,11 @@ def test_what_is_lost_of_a_stage_that_is_done_is_made_again(tiny_run, tmp_path):
     content = (workdir / name).read_bytes()
     (workdir / name).write_bytes(content[: len(content) // 2])
     (workdir / "report.html").unlink()
-    with pytest.raises(files.FileError, match=f"{name}: cannot be read .*; delete it and run"):
+    with pytest.raises(errors.FileError, match=f"{name}: cannot be read .*; delete it and run"):
       pipeline.run(config, workdir)
     (workdir / name).unlink()
     if name.startswith("evaluate"):  # the stage before
-      with pytest.raises(config_lib.ConfigError, match=f"needs .*{name}, which is missing"):
+      with pytest.raises(errors.ConfigError, match=f"needs .*{name}, which is missing"):
         pipeline.run(config, workdir, ["report"])
     pipeline.run(config, workdir)
   assert tree_bytes(workdir) == before
@@ -182,7 +180,9 @@ def test_a_lost_logbook_chooses_no_other_base(tiny_run, tmp_path):
   workdir = copy_without(undisturbed, tmp_path / "run", "pairs", "finetune")
   for name in ("selected.json", "metrics.jsonl"):
     (workdir / "base" / name).unlink()
-  with pytest.raises(files.FileError, match=r"steps \[\], expected \[50, 100\]; bring it back, or"):
+  with pytest.raises(
+    errors.FileError, match=r"steps \[\], expected \[50, 100\]; bring it back, or"
+  ):
     pipeline.run(config, workdir)
   shutil.rmtree(workdir / "base")
   pipeline.run(config, workdir)
@@ -209,7 +209,7 @@ def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
 
 
 def test_a_refused_run_leaves_its_workdir_to_the_corrected_command(tiny_config, tmp_path):
-  with pytest.raises(records.DataError, match="num_labelled"):
+  with pytest.raises(errors.DataError, match="num_labelled"):
     pipeline.run(tiny_config(data__num_labelled=500), tmp_path, ["prepare"])
   pipeline.run(tiny_config(), tmp_path, ["prepare"])
   (tmp_path / "splits.json").unlink()
@@ -225,10 +225,10 @@ def test_remedy_for_a_corrupt_checkpoint_works(tiny_run, tmp_path):
   (workdir / "results.json").unlink()
   params = workdir / "finetune" / "params"
   (params / "4" / "_METADATA").write_text("{")
-  with pytest.raises(checkpoint.CheckpointError, match="params/4 .*Delete the folder .*finetune "):
+  with pytest.raises(errors.CheckpointError, match="params/4 .*Delete the folder .*finetune "):
     pipeline.run(config, workdir)
   shutil.rmtree(params / "4")
-  with pytest.raises(checkpoint.CheckpointError, match=r"steps \[8\], expected \[4, 8\]"):
+  with pytest.raises(errors.CheckpointError, match=r"steps \[8\], expected \[4, 8\]"):
     pipeline.run(config, workdir)
   shutil.rmtree(workdir / "finetune")
   pipeline.run(config, workdir)
@@ -240,9 +240,9 @@ def test_base_of_another_workdir_gives_the_same_job(tiny_run, tiny_config, tmp_p
   pipeline.run(tiny_config(base__workdir=str(first)), tmp_path)
   assert (tmp_path / "results.json").read_bytes() == (first / "results.json").read_bytes()
   other = tiny_config(base__workdir=str(first), model__width=4, data__num_val=2)
-  with pytest.raises(config_lib.ConfigError, match="config.data.num_val.*config.model.width"):
+  with pytest.raises(errors.ConfigError, match="config.data.num_val.*config.model.width"):
     pipeline.run(other, tmp_path / "other")
-  with pytest.raises(config_lib.ConfigError, match="config.base.workdir"):
+  with pytest.raises(errors.ConfigError, match="config.base.workdir"):
     pipeline.run(tiny_config(base__workdir=str(tmp_path / "nowhere")), tmp_path / "second")
 
 
@@ -267,7 +267,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
 def test_no_pairs_left_names_the_filter(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
   config = tiny_config(base__workdir=str(first), mine__min_region_size=10_000)
-  with pytest.raises(manifest.MiningError, match="left no pair.*region_size [1-9]"):
+  with pytest.raises(errors.MiningError, match="left no pair.*region_size [1-9]"):
     pipeline.run(config, tmp_path)
   assert not (tmp_path / "pairs" / "manifest.json").exists()
 
@@ -282,13 +282,13 @@ def test_corrupt_shard_is_named_and_rebuilt_alone(tiny_run, tmp_path):
   paths = [shards.shard_path(workdir / "pairs", n, 2) for n in range(2)]
   good = paths[1].read_bytes()
   paths[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
+  with pytest.raises(errors.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
     pipeline.run(config, workdir)
   paths[1].write_bytes(good[: len(good) // 2])
-  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
+  with pytest.raises(errors.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
     pipeline.run(config, workdir)
   paths[1].unlink()
-  with pytest.raises(shards.PairsError, match=f"{paths[1].name} is missing.*delete"):
+  with pytest.raises(errors.PairsError, match=f"{paths[1].name} is missing.*delete"):
     pipeline.run(config, workdir)
   shards.summary_path(paths[1]).unlink()
   (workdir / "pairs" / "manifest.json").unlink()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import losses, types
-from rndpo_jax.config import ConfigError, base_config
+from rndpo_jax.config import base_config
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune

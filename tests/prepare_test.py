@@ -9,6 +9,7 @@ from etils import epath
 from PIL import Image
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.data import builder, loader, reader, records, splits, writer
 from rndpo_jax.data.sources import folder, images
 from rndpo_jax.runtime import threads
@@ -55,7 +56,7 @@ def test_a_folder_becomes_records_and_splits(root, tmp_path, capsys):
     np.testing.assert_array_equal(native["image"][..., 0], stored)
     if n < 5:
       np.testing.assert_array_equal(native["label"], stored > 100)
-  with pytest.raises(records.DataError, match="5: it has no mask"):
+  with pytest.raises(errors.DataError, match="5: it has no mask"):
     loader.load_native(dataset, 5, with_labels=True)
   assert "Dataset cases" not in capsys.readouterr().out
 
@@ -195,7 +196,7 @@ def test_a_source_that_processes_list_otherwise_is_refused(root, tmp_path, monke
     shutil.copy(root / part / "0.png", root / part / "00.png")
   after = folder.open_source(_config(root))
   builder._write_files(after, directory, 1, 2)
-  with pytest.raises(records.DataError, match="its process listed other records of .*let it rest"):
+  with pytest.raises(errors.DataError, match="its process listed other records of .*let it rest"):
     builder._finish(before, directory)
   assert not (directory / "records.json").exists()
 
@@ -267,7 +268,7 @@ def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
   assert lengths(1) == [1]
 
 
-def _fails_and_recovers(config, workdir, mend, error=records.DataError, match=""):
+def _fails_and_recovers(config, workdir, mend, error=errors.DataError, match=""):
   """Fails, leaves nothing that looks whole, and after `mend` the same command works."""
   with pytest.raises(error, match=match):
     prepare.run(config, workdir)
@@ -304,7 +305,7 @@ def test_more_labels_than_cases_before_any_pixel(root, tmp_path, monkeypatch):
   config.data.num_labelled = 5
   with monkeypatch.context() as patch:
     patch.setattr(builder, "build", lambda *_: pytest.fail("read pixels first"))
-    with pytest.raises(records.DataError, match="num_labelled=5"):
+    with pytest.raises(errors.DataError, match="num_labelled=5"):
       prepare.run(config, tmp_path / "w")
   assert _files(tmp_path) == _files(root.parent)
 
@@ -355,5 +356,5 @@ def test_damaged_prepared_files_are_named(root, tmp_path, damage):
     path.write_bytes(path.read_bytes()[:-1000])
   else:
     (path if damage == "missing" else path.parent / "dataset_info.json").unlink()
-  with pytest.raises(records.DataError, match="cases: cannot be read.*'prepare'"):
+  with pytest.raises(errors.DataError, match="cases: cannot be read.*'prepare'"):
     loader.open_dataset(_config(root), tmp_path)

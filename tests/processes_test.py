@@ -5,7 +5,7 @@ import threading
 import jax
 import pytest
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import processes
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.planning import chips, programs, roofline
 from rndpo_jax.runtime import sharding
 

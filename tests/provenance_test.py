@@ -5,10 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from rndpo_jax import pipeline
-from rndpo_jax.config import ConfigError
+from rndpo_jax import errors, pipeline
 from rndpo_jax.data import loader as data_pipeline
-from rndpo_jax.pairs import shards
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint, metric_writer
@@ -42,13 +41,13 @@ def test_pairs_of_another_base_are_refused_and_the_remedy_works(copied):
   given, workdir = copied
   replace_base(workdir)
   (workdir / "results.json").unlink()
-  with pytest.raises(checkpoint.CheckpointError, match="finetune was trained from .* delete"):
+  with pytest.raises(errors.CheckpointError, match="finetune was trained from .* delete"):
     pipeline.run(given, workdir, ["evaluate"])
   forget(workdir, "finetune")
-  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+  with pytest.raises(errors.PairsError, match="pairs was mined with another base: .*delete"):
     pipeline.run(given, workdir, ["finetune"])
   (workdir / "pairs" / "manifest.json").unlink()  # mining was not at its end
-  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+  with pytest.raises(errors.PairsError, match="pairs was mined with another base: .*delete"):
     pipeline.run(given, workdir, ["mine"])
   before = files.read_json(workdir / "pairs" / "origin.json")
   shutil.rmtree(workdir / "pairs")
@@ -63,7 +62,7 @@ def test_pairs_that_do_not_say_of_what_they_are_do_not_count(copied):
   given, workdir = copied
   for name in ("origin.json", "manifest.json"):
     (workdir / "pairs" / name).unlink()
-  with pytest.raises(shards.PairsError, match="origin.json is missing.*delete that folder"):
+  with pytest.raises(errors.PairsError, match="origin.json is missing.*delete that folder"):
     pipeline.run(given, workdir, ["mine"])
 
 
@@ -84,7 +83,7 @@ def test_a_base_of_other_data_is_refused_here_and_where_it_was_copied(
   forget(workdir, "finetune")
   stages = ((given, workdir, "finetune"), (there, tmp_path / "other", "mine"))
   for settings, place, stage in stages:
-    with pytest.raises(checkpoint.CheckpointError, match="base was trained on other data"):
+    with pytest.raises(errors.CheckpointError, match="base was trained on other data"):
       pipeline.run(settings, place, [stage])
 
 
@@ -99,10 +98,10 @@ def test_where_a_stage_is_lost_those_after_it_look_again(copied, capsys):
   assert capsys.readouterr().out.count("done before") == 6
   shutil.rmtree(workdir / "data")
   replace_base(workdir)
-  with pytest.raises(shards.PairsError, match="pairs was mined with another base: .*delete"):
+  with pytest.raises(errors.PairsError, match="pairs was mined with another base: .*delete"):
     pipeline.run(given, workdir)
   shutil.rmtree(workdir / "pairs")
-  with pytest.raises(checkpoint.CheckpointError, match="finetune was trained from .* delete"):
+  with pytest.raises(errors.CheckpointError, match="finetune was trained from .* delete"):
     pipeline.run(given, workdir, ["mine", "finetune"])
 
 

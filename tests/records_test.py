@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from rndpo_jax import errors
 from rndpo_jax.data import records
 
 
@@ -94,7 +95,7 @@ def test_columns_that_do_not_fit_are_named(tmp_path, change):
   content["records"] |= change
   content["records"] = {k: v for k, v in content["records"].items() if v is not ...}
   (tmp_path / records.FILE).write_text(json.dumps(content))
-  with pytest.raises(records.DataError, match=r"records\.json: lacks records.*'prepare' again"):
+  with pytest.raises(errors.DataError, match=r"records\.json: lacks records.*'prepare' again"):
     records.read(tmp_path)
 
 
@@ -104,19 +105,19 @@ def test_columns_that_do_not_fit_are_named(tmp_path, change):
 )
 def test_damaged_records_are_named(tmp_path, text, message):
   (tmp_path / records.FILE).write_text(text)
-  with pytest.raises(records.DataError, match=rf"records\.json.*{message}.*prepare"):
+  with pytest.raises(errors.DataError, match=rf"records\.json.*{message}.*prepare"):
     records.read(tmp_path)
 
 
 def test_missing_records_are_named(tmp_path):
-  with pytest.raises(records.DataError, match="no such file; run the stage 'prepare'"):
+  with pytest.raises(errors.DataError, match="no such file; run the stage 'prepare'"):
     records.read(tmp_path)
 
 
 def test_extract():
   assert records.extract(r"(case\d+)_z\d+", "case12_z3", "case_pattern") == "case12"
   assert records.extract("", "case12_z3", "case_pattern") == "case12_z3"
-  with pytest.raises(records.DataError, match="config.data.case_pattern.*'scan1'"):
+  with pytest.raises(errors.DataError, match="config.data.case_pattern.*'scan1'"):
     records.extract(r"(case\d+)_z\d+", "scan1", "case_pattern")
 
 
@@ -130,20 +131,20 @@ def test_good_pixels_pass():
 def test_values_that_are_no_number_are_refused(value):
   image = np.zeros((4, 5, 1), np.float32)
   image[1, 2] = value
-  with pytest.raises(records.DataError, match=r"images/a\.tif: 1 NaN or infinite.*a#z003"):
+  with pytest.raises(errors.DataError, match=r"images/a\.tif: 1 NaN or infinite.*a#z003"):
     records.check_pixels(_pixels(image), _entry(), 2)
 
 
 def test_mask_of_another_size_is_refused():
-  with pytest.raises(records.DataError, match=r"masks/a\.png.*\(5, 4\).*\(4, 5\)"):
+  with pytest.raises(errors.DataError, match=r"masks/a\.png.*\(5, 4\).*\(4, 5\)"):
     records.check_pixels(_pixels(mask=np.zeros((5, 4), np.uint8)), _entry(), 2)
 
 
 def test_class_beyond_the_last_is_refused():
-  with pytest.raises(records.DataError, match=r"masks/a\.png.*class 2, expected 0\.\.1"):
+  with pytest.raises(errors.DataError, match=r"masks/a\.png.*class 2, expected 0\.\.1"):
     records.check_pixels(_pixels(mask=np.full((4, 5), 2, np.uint8)), _entry(), 2)
 
 
 def test_image_unlike_its_header_is_refused():
-  with pytest.raises(records.DataError, match="its header says"):
+  with pytest.raises(errors.DataError, match="its header says"):
     records.check_pixels(_pixels(np.zeros((4, 4, 1), np.uint8)), _entry(), 2)

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from fsspec.implementations import local
 
+from rndpo_jax import errors
 from rndpo_jax.data import loader
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files
@@ -121,5 +122,5 @@ def test_pairs_in_a_bucket_are_checked_and_read(bucket):
   table = shards.read(directory)
   assert [int(record["index"]) for record in table] == [0, 1, 2, 3]
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(shards.PairsError, match="gs://runs/pairs/pairs-00000.*is corrupt"):
+  with pytest.raises(errors.PairsError, match="gs://runs/pairs/pairs-00000.*is corrupt"):
     shards.read(directory)

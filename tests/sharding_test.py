@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import sharding
 
 

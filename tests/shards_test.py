@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from rndpo_jax import errors
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, preemption
 
@@ -42,7 +43,7 @@ def test_records_come_back_in_the_order_of_the_shards(tmp_path):
 
 
 def test_missing_manifest_names_the_stage(tmp_path):
-  with pytest.raises(shards.PairsError, match="manifest.json is missing; run the stage 'mine'"):
+  with pytest.raises(errors.PairsError, match="manifest.json is missing; run the stage 'mine'"):
     shards.read(tmp_path)
 
 
@@ -65,7 +66,7 @@ def test_every_shard_is_checked_once_by_all_processes_together(tmp_path, monkeyp
     monkeypatch.setattr(jax, "process_index", lambda index=index: index)
     try:
       shards.read(tmp_path)
-    except shards.PairsError as error:
+    except errors.PairsError as error:
       assert f"{paths[3]} is corrupt" in str(error) and f"delete {paths[3]}, " in str(error)
       found.append(index)
   assert found == [3 % count]
@@ -75,7 +76,7 @@ def test_a_missing_shard_is_named(tmp_path):
   write(tmp_path, [1, 1])
   path = shards.shard_path(tmp_path, 1, 2)
   path.unlink()
-  with pytest.raises(shards.PairsError, match=f"{path} is missing; delete {path}, .*rebuilds this"):
+  with pytest.raises(errors.PairsError, match=f"{path} is missing; delete {path}, .*rebuilds this"):
     shards.read(tmp_path)
 
 

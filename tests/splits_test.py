@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from rndpo_jax import errors
 from rndpo_jax.data import records, splits
 
 COUNTS = {"num_labelled": 2, "num_val": 1, "num_test": 2, "num_unlabelled": -1, "seed": 0}
@@ -66,16 +67,16 @@ def test_unlabelled_can_be_limited():
 
 
 def test_more_labels_asked_for_than_there_are():
-  with pytest.raises(records.DataError, match="num_labelled=6.*9 groups with masks, found 8 of 8"):
+  with pytest.raises(errors.DataError, match="num_labelled=6.*9 groups with masks, found 8 of 8"):
     _make(_entries(), num_labelled=6)
-  with pytest.raises(records.DataError, match="found 4 of 8"):
+  with pytest.raises(errors.DataError, match="found 4 of 8"):
     _make(_entries(bare=("g0c0", "g1c0", "g2c0", "g3c0")))
 
 
 def test_no_unlabelled_left_or_too_few():
-  with pytest.raises(records.DataError, match="num_unlabelled"):
+  with pytest.raises(errors.DataError, match="num_unlabelled"):
     _make(_entries(groups=5))
-  with pytest.raises(records.DataError, match="found 4, but 3 groups"):
+  with pytest.raises(errors.DataError, match="found 4, but 3 groups"):
     _make(_entries(), num_unlabelled=4)
 
 
@@ -107,14 +108,14 @@ def test_split_file_is_taken_as_it_is(tmp_path):
   ],
 )
 def test_split_files_that_cannot_be(tmp_path, changes, message):
-  with pytest.raises(records.DataError, match=f"mine.json.*{message}"):
+  with pytest.raises(errors.DataError, match=f"mine.json.*{message}"):
     splits.read_split_file(_file(tmp_path, **changes), _entries(bare=("g4c0",)))
 
 
 def test_split_file_that_is_missing_or_no_json(tmp_path):
-  with pytest.raises(records.DataError, match="nothing.json: no such file"):
+  with pytest.raises(errors.DataError, match="nothing.json: no such file"):
     splits.read_split_file(tmp_path / "nothing.json", _entries())
   path = tmp_path / "text.json"
   path.write_text("labelled: a")
-  with pytest.raises(records.DataError, match="text.json: cannot be read as JSON"):
+  with pytest.raises(errors.DataError, match="text.json: cannot be read as JSON"):
     splits.read_split_file(path, _entries())

@@ -10,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax import errors
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files, preemption
 from rndpo_jax.sweep import sweep, sweep_results
-from rndpo_jax.training import checkpoint, metric_writer
+from rndpo_jax.training import metric_writer
 
 ROOT = pathlib.Path(__file__).parent.parent
 GRID = {"betas": [10.0, 30.0], "learning_rates": [1e-3, 3e38], "seeds": [0, 1]}
@@ -78,7 +79,7 @@ def test_a_sweep_of_another_base_is_refused(swept, tmp_path):
   # That of the stage, which stands beside it.
   assert content["origin"] == files.read_json(workdir / "finetune" / "done.json")["origin"]
   files.write_json(path, {**content, "origin": "0123456789abcdef"})
-  with pytest.raises(checkpoint.CheckpointError, match=r"another base: SHA-256 0123456789ab, now"):
+  with pytest.raises(errors.CheckpointError, match=r"another base: SHA-256 0123456789ab, now"):
     sweep.run(config, workdir, **GRID)
 
 
@@ -101,7 +102,7 @@ def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):
   assert [row["last"] for row in content["settings"]] == [0.70, pytest.approx(0.71), None]
   assert content["best"]["beta"] == 2.0 and content["settings"][2]["num_diverged"] == 1
   assert content["members"][5]["diverged"] == 6 and content["members"][5]["curve"][0]["step"] == 4
-  with pytest.raises(files.FileError, match=r"beta-3_.* \[4\], expected \[4, 8\]; bring it back"):
+  with pytest.raises(errors.FileError, match=r"beta-3_.* \[4\], expected \[4, 8\]; bring it back"):
     sweep_results.results(grid, tmp_path, np.zeros((2, 3), int), [4, 8])
   every = sweep_results.results(grid, tmp_path, np.full((2, 3), 5), [4, 8])
   assert every["best"] is None and "<- best" not in sweep_results.summary({**every, "base": 0.5})

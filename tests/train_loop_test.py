@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import preemption, sharding
 from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop
 
@@ -159,7 +160,7 @@ def test_another_reference_is_refused(step, mesh, tmp_path):
   run(step, mesh, tmp_path, num_steps=6, origin=first)
   run(step, mesh, tmp_path, num_steps=6, origin=first)
   there, here = bytes(first).hex()[:12], bytes(second).hex()[:12]
-  with pytest.raises(checkpoint.CheckpointError, match=f"6 was trained .*{there}.*{here}.*delete"):
+  with pytest.raises(errors.CheckpointError, match=f"6 was trained .*{there}.*{here}.*delete"):
     run(step, mesh, tmp_path, num_steps=9, origin=second)
   assert checkpoint.steps(tmp_path / "state") == [3, 6]
 
@@ -257,7 +258,7 @@ def test_stops_at_the_first_loss_that_is_not_finite(step, mesh, tmp_path):
   def data(number):
     return batch_at(number) * (np.nan if number >= 4 else 1.0)
 
-  with pytest.raises(train_loop.TrainingError, match="loss nan.* at step 5.*step 3 in"):
+  with pytest.raises(errors.TrainingError, match="loss nan.* at step 5.*step 3 in"):
     run(step, mesh, tmp_path, num_steps=10, data=data)
   assert checkpoint.steps(tmp_path / "params") == [3]
   kept = checkpoint.restore_params(tmp_path / "params", 3, stage_directory=tmp_path)

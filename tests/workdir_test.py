@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from rndpo_jax import config as config_lib
-from rndpo_jax import pipeline, workdir
+from rndpo_jax import errors, pipeline, workdir
 from rndpo_jax.runtime import files
 
 
@@ -19,7 +18,7 @@ def claimed(tiny_config, tmp_path):
 
 def test_another_config_in_the_same_workdir_is_refused_by_key(claimed, tiny_config):
   changed = tiny_config(finetune__beta=3.0, data__size=(24, 24))
-  with pytest.raises(config_lib.ConfigError) as error:
+  with pytest.raises(errors.ConfigError) as error:
     workdir.claim(changed, claimed, started=True, prepared=True)
   assert "config.finetune.beta: was 10.0, is 3.0" in str(error.value)
   assert "config.data.size: was [16, 16], is [24, 24]" in str(error.value)
@@ -32,7 +31,7 @@ def test_a_lost_config_is_not_that_of_whoever_comes(claimed, tiny_config, conten
   if content:
     (claimed / "config.json").write_text(content)
   for changes in ({}, {"seed": 9}):
-    with pytest.raises(config_lib.ConfigError, match="config.json is missing or damaged.*bring it"):
+    with pytest.raises(errors.ConfigError, match="config.json is missing or damaged.*bring it"):
       workdir.claim(tiny_config(**changes), claimed, started=True, prepared=True)
   workdir.claim(tiny_config(), claimed, started=False, prepared=False)
   assert files.read_json(claimed / "config.json")["config"]["seed"] == 0
@@ -40,9 +39,9 @@ def test_a_lost_config_is_not_that_of_whoever_comes(claimed, tiny_config, conten
 
 def test_a_process_that_does_not_share_the_workdir_is_refused(claimed, tiny_config, tmp_path):
   workdir.check_shared(tiny_config(), claimed)
-  with pytest.raises(config_lib.ConfigError, match="process 0 does not see .*config.json"):
+  with pytest.raises(errors.ConfigError, match="process 0 does not see .*config.json"):
     workdir.check_shared(tiny_config(), tmp_path)
-  with pytest.raises(config_lib.ConfigError, match="config.seed: was 0, is 1"):
+  with pytest.raises(errors.ConfigError, match="config.seed: was 0, is 1"):
     workdir.check_shared(tiny_config(seed=1), claimed)
 
 
@@ -68,10 +67,10 @@ def test_what_cannot_change_results_may_differ_and_that_of_today_is_written(clai
 
 def test_another_root_is_refused_until_the_data_are_prepared(claimed, tiny_config):
   moved = tiny_config(data__root="/moved")
-  with pytest.raises(config_lib.ConfigError, match="config.data.root: was '', is '/moved'"):
+  with pytest.raises(errors.ConfigError, match="config.data.root: was '', is '/moved'"):
     workdir.claim(moved, claimed, started=True, prepared=False)
   workdir.claim(moved, claimed, started=True, prepared=True)
-  with pytest.raises(config_lib.ConfigError, match="config.finetune.log_every_steps: was 1, is 2"):
+  with pytest.raises(errors.ConfigError, match="config.finetune.log_every_steps: was 1, is 2"):
     workdir.claim(tiny_config(finetune__log_every_steps=2), claimed, started=True, prepared=True)
 
 
@@ -79,12 +78,12 @@ def test_a_moved_base_is_gone_on_with_and_another_config_of_it_not(claimed, tiny
   def claim(path):
     workdir.claim(tiny_config(base__workdir=path), claimed, started=True, prepared=True)
 
-  with pytest.raises(config_lib.ConfigError, match="config.base.workdir: was '', is '/there'"):
+  with pytest.raises(errors.ConfigError, match="config.base.workdir: was '', is '/there'"):
     claim("/there")
   workdir.claim(tiny_config(base__workdir="/there"), claimed, started=False, prepared=False)
   claim("/moved")
   assert files.read_json(claimed / "config.json")["config"]["base"]["workdir"] == "/moved"
-  with pytest.raises(config_lib.ConfigError, match="config.base.workdir: was '/moved', is ''"):
+  with pytest.raises(errors.ConfigError, match="config.base.workdir: was '/moved', is ''"):
     claim("")
 
 
@@ -95,7 +94,7 @@ def test_a_base_of_another_seed_or_augmentation_is_said(claimed, tiny_config, ca
 
   assert said(data__num_workers=2, base__num_members=2, augment__flip=0.0) == ""
   assert f"the base is that of {claimed}" in (out := said(seed=1)) and "seed: was 0, is 1" in out
-  with pytest.raises(config_lib.ConfigError, match="config.base.learning_rate: was 0.03, is 0.5"):
+  with pytest.raises(errors.ConfigError, match="config.base.learning_rate: was 0.03, is 0.5"):
     said(base__learning_rate=0.5)
   workdir.claim(tiny_config(base__augment=True), claimed, started=False, prepared=False)
   assert "config.augment.flip: was 0.5, is 0.0" in said(base__augment=True, augment__flip=0.0)
@@ -123,7 +122,7 @@ def test_the_command_is_that_of_the_program(monkeypatch, module, expected):
 
 def test_what_only_other_stages_need_is_not_asked_for(tiny_config):
   config = tiny_config(base__batch_size=12)
-  with pytest.raises(config_lib.ConfigError, match="config.base.batch_size: found 12"):
+  with pytest.raises(errors.ConfigError, match="config.base.batch_size: found 12"):
     pipeline.check_here(config)
   pipeline.check_here(config, ("mine", "finetune"))
   pipeline.check_here(tiny_config(base__batch_size=12, base__workdir="/other"))
@@ -133,5 +132,5 @@ def test_what_only_other_stages_need_is_not_asked_for(tiny_config):
     judge__learned__batch_size=12,
   )
   pipeline.check_here(config, ("base", "report"))
-  with pytest.raises(config_lib.ConfigError, match="config.judge: .*no_module"):
+  with pytest.raises(errors.ConfigError, match="config.judge: .*no_module"):
     pipeline.check_here(tiny_config(judge__compare=("no_module:judge",)), ("mine",))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import losses
+from rndpo_jax import errors, losses
 from rndpo_jax.benchmark import timing
 from rndpo_jax.benchmark.options import Options
 from rndpo_jax.runtime import progress, sharding
@@ -198,7 +198,7 @@ def check_agreement(variants, dtype: str, peers: Any | None) -> None:
     gap = jnp.max(jnp.abs(other_grad.astype(jnp.float32) - grad.astype(jnp.float32)))
     grad_apart = float(gap) / scale
     if not (apart <= TOLERANCE[dtype] and grad_apart <= TOLERANCE[dtype]):
-      raise timing.BenchmarkError(
+      raise errors.BenchmarkError(
         f"{variant.name}: value {float(other_value)}, {OURS} has {float(value)}; gradients differ "
         f"by {grad_apart:.2g} of the largest (expected at most {TOLERANCE[dtype]} for both); it "
         "computes something else, so nothing was timed"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rndpo_jax.benchmark.timing import BenchmarkError
 from rndpo_jax.data.sources import phantom
+from rndpo_jax.errors import BenchmarkError
 
 BENCHMARKS = ("loss", "step", "mine", "input", "population")
 MIN_REPEATS = 20  # fewer say little about the median

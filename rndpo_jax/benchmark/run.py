@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rndpo_jax.benchmark import timing
+from rndpo_jax import errors
 from rndpo_jax.benchmark.options import Options
 from rndpo_jax.runtime import progress
 
@@ -38,7 +38,7 @@ def load_peers() -> Any:
     BenchmarkError: without PyTorch, or with several devices, over which it does not spread work.
   """
   if jax.device_count() > 1:
-    raise timing.BenchmarkError(
+    raise errors.BenchmarkError(
       f"--peers: found {jax.device_count()} devices, and PyTorch is timed on one; set --devices=1"
     )
   try:
@@ -46,7 +46,7 @@ def load_peers() -> Any:
   except ModuleNotFoundError as error:
     if error.name != "torch":
       raise
-    raise timing.BenchmarkError(
+    raise errors.BenchmarkError(
       "--peers: PyTorch is not installed; install the extra, as in pip install -e '.[peers]', or "
       "leave --peers out"
     ) from error

@@ -27,10 +27,6 @@ PAUSE_SECONDS = 0.01
 COPY = "limit: copy, y = x + 1"
 
 
-class BenchmarkError(ValueError):
-  """A benchmark that cannot be run as asked; the message names the flag or the variant."""
-
-
 class Work(NamedTuple):
   """What one call does.
 

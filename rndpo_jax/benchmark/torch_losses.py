@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
 
+from rndpo_jax import errors
 from rndpo_jax.benchmark import timing
 
 
@@ -34,7 +35,7 @@ def device() -> torch.device:
     torch.backends.cudnn.allow_tf32 = True  # as JAX's default precision does
     torch.backends.cuda.matmul.allow_tf32 = True
     return torch.device("cuda:0")
-  raise timing.BenchmarkError(
+  raise errors.BenchmarkError(
     f"--peers: JAX computes on {platform!r}, which this PyTorch ({torch.__version__}) cannot use; "
     "leave --peers out, or install a PyTorch for it"
   )

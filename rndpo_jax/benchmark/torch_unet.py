@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rndpo_jax import losses, types
+from rndpo_jax import errors, losses, types
 from rndpo_jax.benchmark import network, timing, torch_losses
 from rndpo_jax.benchmark.options import Options
 
@@ -88,7 +88,7 @@ def make(options: Options, segmenter: types.Segmenter, params, images: jax.Array
   count = sum(p.numel() for p in net.parameters())
   expected = sum(leaf.size for leaf in jax.tree.leaves(params))
   if count != expected:
-    raise timing.BenchmarkError(f"PyTorch's U-Net has {count} parameters, ours {expected}")
+    raise errors.BenchmarkError(f"PyTorch's U-Net has {count} parameters, ours {expected}")
   net = net.to(torch_losses.device(), memory_format=CHANNELS_LAST[len(options.shape) - 1])
   ours = np.asarray(segmenter.apply(params, images))
   with torch.no_grad(), precision(options):
@@ -107,7 +107,7 @@ def load(net: UNet, params: dict[str, Any]) -> None:
   def put(target: torch.Tensor, values) -> None:
     values = torch.from_numpy(np.array(values))
     if target.shape != values.shape:
-      raise timing.BenchmarkError(
+      raise errors.BenchmarkError(
         f"PyTorch's U-Net takes {tuple(target.shape)}, ours has {tuple(values.shape)}"
       )
     with torch.no_grad():
@@ -152,7 +152,7 @@ def check(what: str, options: Options, difference: float) -> None:
   tf32 = options.dtype == "float32" and torch_losses.device().type == "cuda"
   tolerance = TOLERANCE["tf32" if tf32 else options.dtype]
   if not difference <= tolerance:
-    raise timing.BenchmarkError(
+    raise errors.BenchmarkError(
       f"PyTorch's U-Net: {what} differ from ours by {difference:.2g} (relative), expected at most "
       f"{tolerance}; it computes something else, so nothing was timed"
     )

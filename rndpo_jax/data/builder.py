@@ -13,6 +13,7 @@ import jax
 import tensorflow_datasets as tfds
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.data import reader, records, writer
 from rndpo_jax.runtime import files, preemption, processes, progress
 
@@ -119,13 +120,13 @@ def _finish(source, directory: epath.Path) -> list[str]:
   written = [files.read_json(s) if (s := _summary(path)).exists() else None for path in paths]
   for path, span, one in zip(paths, _spans(source), written, strict=True):
     if one is None or one["listing"] != _listing(source, span):
-      raise records.DataError(
+      raise errors.DataError(
         f"{path}: its process listed other records of {source.name} than process 0 has for this "
         "file; the source changed meanwhile, or the hosts see different ones; let it rest, and "
         "run the same command again"
       )
   if not any(one["has_foreground"] for one in written):
-    raise records.DataError(
+    raise errors.DataError(
       f"{source.name}: every mask is empty, there is nothing to learn; check the masks and "
       "config.data.num_classes"
     )
@@ -169,7 +170,7 @@ def _is_kept(source, path: epath.Path, span: tuple[int, int]) -> bool:
   """Whether the file is there, and is what would be written now."""
   try:
     summary = files.read_json(_summary(path))
-  except (FileNotFoundError, files.FileError):
+  except (FileNotFoundError, errors.FileError):
     return False
   whole = path.exists() and path.stat().length == summary["num_bytes_on_disk"]
   return whole and summary["stamp"] == _stamp(source, span)

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.data import geometry, reader, records, splits
 from rndpo_jax.data.geometry import to_native as to_native  # part of this module's interface
 
@@ -64,13 +64,13 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   content = records.read(directory)
   source = reader.open_source(directory, with_labels=True)
   if len(source) != len(content["records"]):
-    raise records.DataError(
+    raise errors.DataError(
       f"{directory}: {len(source)} records stored, {len(content['records'])} listed in "
       f"{records.FILE}; remove {directory} and run the stage 'prepare' again"
     )
   case_ids = splits.read(workdir)
   if splits.sha256(case_ids) != content.pop("splits_sha256"):
-    raise records.DataError(
+    raise errors.DataError(
       f"{workdir / splits.FILE} is not what the stage 'prepare' wrote: a case that was trained on "
       f"might be tested. Bring it back, or remove {directory / records.FILE} and run the stage "
       "'prepare' again (config.data.split_file takes splits of your own)"
@@ -110,7 +110,7 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
   """
   entry = dataset.records[index]
   if with_labels and not entry["has_mask"]:
-    raise records.DataError(
+    raise errors.DataError(
       f"{entry['record_id']}: it has no mask, but a label is asked for; only judges that need no "
       "truth can work on it"
     )

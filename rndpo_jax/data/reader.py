@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from etils import epath
 
-from rndpo_jax.data import records
+from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 NAME = SPLIT = "cases"  # TFDS reserves 'all' as a split
@@ -67,9 +67,9 @@ def _named(directory: epath.Path) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's own
-    if isinstance(error, (records.DataError, files.FileError)):
+    if isinstance(error, (errors.DataError, errors.FileError)):
       raise
-    raise records.DataError(
+    raise errors.DataError(
       f"{folder(directory)}: cannot be read ({error}); remove {directory} and run the stage "
       "'prepare' again"
     ) from error

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
@@ -24,10 +25,6 @@ _SOURCE_KEYS = (
   "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
 )  # fmt: skip
 _ID_KEYS = ("record_id", "case_id", "group_id")
-
-
-class DataError(ValueError):
-  """Data that cannot be used; the message names the file, what was found and the remedy."""
 
 
 class Pixels(NamedTuple):
@@ -120,7 +117,7 @@ def extract(pattern: str, text: str, key: str) -> str:
     return text
   match = re.search(pattern, text)
   if match is None or not match.group(1):
-    raise DataError(
+    raise errors.DataError(
       f"config.data.{key}: {pattern!r} finds nothing in {text!r}; mend the pattern, or remove "
       "the file"
     )
@@ -136,25 +133,25 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
   """
   shape = tuple(entry["shape"])
   if pixels.image.shape[:-1] != shape:
-    raise DataError(
+    raise errors.DataError(
       f"{pixels.image_path}: holds {pixels.image.shape[:-1]} pixels, its header says {shape}; "
       "replace or remove it"
     )
   if pixels.image.dtype != np.uint8 and not np.isfinite(pixels.image).all():
     count = int((~np.isfinite(pixels.image)).sum())
-    raise DataError(
+    raise errors.DataError(
       f"{pixels.image_path}: {count} NaN or infinite values ({entry['record_id']}); expected "
       "finite ones, replace them or remove the image"
     )
   if pixels.mask is None:
     return
   if pixels.mask.shape != shape:
-    raise DataError(
+    raise errors.DataError(
       f"{pixels.mask_path}: a mask of {pixels.mask.shape} pixels for an image of {shape}; expected "
       "the same size"
     )
   if pixels.mask.max() >= num_classes:
-    raise DataError(
+    raise errors.DataError(
       f"{pixels.mask_path}: the mask holds class {int(pixels.mask.max())}, expected "
       f"0..{num_classes - 1}; mend the mask or set config.data.num_classes"
     )
@@ -257,9 +254,11 @@ def read(directory: epath.Path) -> dict[str, Any]:
       content["records"] = Table(to_columns(found) if isinstance(found, list) else found)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     remedy = f"remove it and run the stage 'prepare' again ({error})"
-    raise DataError(f"{path}: lacks records that can be read; {remedy}") from error
+    raise errors.DataError(f"{path}: lacks records that can be read; {remedy}") from error
   if missing:
-    raise DataError(f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again")
+    raise errors.DataError(
+      f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again"
+    )
   return content
 
 
@@ -272,9 +271,11 @@ def read_json(path: epath.Path, remedy: str) -> Any:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise DataError(f"{path}: no such file; {remedy}") from None
+    raise errors.DataError(f"{path}: no such file; {remedy}") from None
   except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise DataError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+    raise errors.DataError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
   if not isinstance(content, dict):
-    raise DataError(f"{path}: holds a {type(content).__name__}, expected an object; {remedy}")
+    raise errors.DataError(
+      f"{path}: holds a {type(content).__name__}, expected an object; {remedy}"
+    )
   return content

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.data import records
 
 FILE = "splits.json"
@@ -43,7 +44,7 @@ def make_splits(
   full = [group for group in order if masked[group]]
   needed = num_test + num_val + num_labelled
   if needed > len(full):
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data: num_labelled={num_labelled}, num_val={num_val} and num_test={num_test} ask "
       f"for {needed} groups with masks, found {len(full)} of {len(groups)}; lower them or add "
       "masks"
@@ -53,7 +54,7 @@ def make_splits(
   taken = {*test, *val, *labelled}
   rest = [group for group in order if group not in taken]
   if num_unlabelled > len(rest) or (not rest and num_unlabelled != 0):
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.num_unlabelled: found {num_unlabelled}, but {len(rest)} groups are left "
       "after labelled, val and test; lower those counts or add images"
     )
@@ -88,7 +89,7 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
   """
   content = records.read_json(path, f"expected an object with {', '.join(NAMES)}")
   if sorted(content) != sorted(NAMES):
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: found the keys {sorted(content)}, expected {sorted(NAMES)}, each a list of case ids"
     )
   groups = {entry["case_id"]: entry["group_id"] for entry in entries}
@@ -97,25 +98,25 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
   owner: dict[str, tuple[str, str]] = {}
   for name in NAMES:
     if not isinstance(content[name], list) or not content[name]:
-      raise records.DataError(f"{path}: {name!r} is no list of case ids, or an empty one")
+      raise errors.DataError(f"{path}: {name!r} is no list of case ids, or an empty one")
     for case in content[name]:
       if case not in groups:
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: unknown case id {case!r} in {name!r}; ids here look like {min(groups)!r}"
         )
       if case in seen:
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: case {case!r} stands in {seen[case]!r} and in {name!r}; keep one"
         )
       seen[case] = name
       other, first = owner.setdefault(groups[case], (name, case))
       if other != name:
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: cases {first!r} ({other}) and {case!r} ({name}) are of one group, "
           f"{groups[case]!r}; keep them in one split, or change config.data.group_pattern"
         )
       if name != "unlabelled" and case in bare:
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: case {case!r} in {name!r} has a record without mask; move it to 'unlabelled'"
         )
   return {name: sorted(content[name]) for name in NAMES}
@@ -137,7 +138,7 @@ def read(workdir: epath.Path) -> dict[str, list[str]]:
   content = records.read_json(path, "run the stage 'prepare' again")
   missing = [name for name in NAMES if not isinstance(content.get(name), list)]
   if missing:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: lacks {missing[0]!r}; remove it and run the stage 'prepare' again"
     )
   return content

@@ -14,13 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.mining import overlap
-
-
-class JudgeError(ValueError):
-  """A judge that cannot work as it is set up."""
 
 
 class Context(NamedTuple):
@@ -80,7 +76,7 @@ def build(
   if ":" in name:
     return _user_judge(name)
   if name not in JUDGES:
-    raise JudgeError(
+    raise errors.JudgeError(
       f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
     )
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
@@ -198,7 +194,7 @@ JUDGES = {
 
 def _need(there: bool, judge: str, what: str) -> None:
   if not there:
-    raise JudgeError(f"judge {judge!r} needs {what}, found None")
+    raise errors.JudgeError(f"judge {judge!r} needs {what}, found None")
 
 
 def _user_judge(name):
@@ -206,7 +202,7 @@ def _user_judge(name):
   try:
     function = getattr(importlib.import_module(module_name), function_name)
   except (ImportError, AttributeError) as error:
-    raise JudgeError(
+    raise errors.JudgeError(
       f"judge {name!r}: {error}; expected package.module:function, importable from here"
     ) from error
 
@@ -214,7 +210,7 @@ def _user_judge(name):
     del context
     scores = jnp.asarray(function(images, masks, probs))
     if scores.shape != masks.shape[:2]:
-      raise JudgeError(
+      raise errors.JudgeError(
         f"judge {name!r} returned shape {scores.shape}, expected (images, proposals) = "
         f"{masks.shape[:2]}"
       )

@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.mining import pair_rules
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, progress
 
 _ROUNDED = "{:.3g}".format  # to three significant digits, a tie to the even one
-
-
-class MiningError(RuntimeError):
-  """Mining that cannot give pairs; the message says which filter took them."""
 
 
 def write(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
@@ -106,7 +102,7 @@ def write_manifest(config, directory: epath.Path) -> None:
       total.update(found if isinstance(found, dict) else map(_ROUNDED, found))
   if not sizes:
     taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
-    raise MiningError(
+    raise errors.MiningError(
       f"mining {num_images} images left no pair; candidate pairs taken by each filter: {taken}. "
       "'identical' asks for more diverse proposals (config.proposals.noise_scale, mix), 'tie' for "
       "another judge, 'score_gap' and 'region_size' for other limits in config.mine; start again "

@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import types
-from rndpo_jax.config import ConfigError
 from rndpo_jax.data import geometry, loader
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base

@@ -15,15 +15,12 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from flax import serialization
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import files, preemption, processes, threads
 from rndpo_jax.training import checkpoint
 
 # What fine-tuning takes from a record as it stands, P slots an image.
 TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
-
-
-class PairsError(RuntimeError):
-  """Pair files that cannot be used; the message names the file and how to rebuild it."""
 
 
 def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Path:
@@ -111,7 +108,7 @@ def claim(directory: os.PathLike, origin: dict[str, str]) -> None:
     _compare(directory, files.read_json(path), origin)
   elif processes.is_first():
     if (directory / "judges.json").exists():
-      raise PairsError(
+      raise errors.PairsError(
         f"{path} is missing: nothing says of which data and base {directory} is; delete that "
         "folder and run the same command again"
       )
@@ -134,15 +131,15 @@ def check_origin(directory: os.PathLike, dataset, params: Any) -> None:
 def _compare(directory: epath.Path, there: dict[str, str], here: dict[str, str]) -> None:
   for name, value in here.items():
     if there.get(name) != value:
-      raise PairsError(
+      raise errors.PairsError(
         f"{directory} was mined with another {name}: SHA-256 {str(there.get(name))[:12]}, now "
         f"{value[:12]}; delete the folders {directory} and {directory.parent / 'finetune'}, and "
         "run the same command again"
       )
 
 
-def _not_mined(path: epath.Path) -> PairsError:
-  return PairsError(f"{path} is missing; run the stage 'mine' first")
+def _not_mined(path: epath.Path) -> errors.PairsError:
+  return errors.PairsError(f"{path} is missing; run the stage 'mine' first")
 
 
 def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
@@ -166,7 +163,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   shards = [(directory / entry["file"], entry) for entry in manifest["shards"]]
   for path, _ in shards:
     if not path.exists():
-      raise PairsError(f"{path} is missing; {_rebuild(path)}")
+      raise errors.PairsError(f"{path} is missing; {_rebuild(path)}")
   with preemption.together("the shards of pairs are checked anew"):
     _check(shards[jax.process_index() :: jax.process_count()])
   files.allow_open(len(shards), directory)
@@ -179,7 +176,7 @@ def _check(shards: Sequence[tuple[epath.Path, dict[str, Any]]]) -> None:
   for (path, entry), checksum in zip(shards, checksums, strict=True):
     preemption.check("the shards of pairs are checked anew")
     if checksum != entry["sha256"]:
-      raise PairsError(
+      raise errors.PairsError(
         f"{path} is corrupt: its SHA-256 is not that of the manifest; {_rebuild(path)}"
       )
 

@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, models, pipeline, types
-from rndpo_jax.config import ConfigError
 from rndpo_jax.data import builder, reader, records, splits
 from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics, predict
 from rndpo_jax.pairs import manifest
 from rndpo_jax.planning import cost, programs, storage, timing

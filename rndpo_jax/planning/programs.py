@@ -19,7 +19,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from rndpo_jax import losses, models, types
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import chips

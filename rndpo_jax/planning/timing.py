@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax.config import ConfigError
 from rndpo_jax.data import loader, records, writer
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import shards
 from rndpo_jax.planning import programs, roofline
 from rndpo_jax.runtime import processes, sharding

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.evaluation import results
 from rndpo_jax.report import figures, tables
-from rndpo_jax.runtime import files
 
 MAX_IMAGES = 3  # whose proposals are all drawn; pairs are drawn of every example
 MAX_PROPOSALS = 8
@@ -153,6 +153,6 @@ def _load(path: epath.Path) -> dict[str, np.ndarray]:
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     if isinstance(error, FileNotFoundError):
       raise
-    raise files.FileError(
+    raise errors.FileError(
       f"{path}: cannot be read ({error}); delete it and run the same command again"
     ) from error

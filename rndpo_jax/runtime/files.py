@@ -16,12 +16,10 @@ from typing import Any
 
 from etils import epath
 
+from rndpo_jax import errors
+
 # What else a process may have open: libraries, checkpoints, connections.
 _OTHER_FILES = 512
-
-
-class FileError(ValueError):
-  """A file that does not hold what it should; the message names it and the remedy."""
 
 
 def write_bytes(path: os.PathLike, content: bytes) -> None:
@@ -61,7 +59,7 @@ def read_json(path: os.PathLike) -> Any:
   try:
     return json.loads(epath.Path(path).read_text())
   except json.JSONDecodeError as error:
-    raise FileError(
+    raise errors.FileError(
       f"{path}: no valid JSON ({error}); delete it and run the same command again"
     ) from error
 
@@ -85,7 +83,7 @@ def allow_open(count: int, what: os.PathLike) -> None:
   if soft == resource.RLIM_INFINITY or needed <= soft:
     return
   if hard != resource.RLIM_INFINITY and needed > hard:
-    raise FileError(
+    raise errors.FileError(
       f"{what}: {count} files are read at once, with which this process needs {needed}, and this "
       f"host allows it {hard} (ulimit -Hn); raise that limit"
     )

@@ -16,7 +16,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 
 # In the store of the distributed runtime: who has stopped; whether that is asked; who answered.
 _STOPPED, _ROLL_CALL, _HERE = "rndpo_jax/stopped", "rndpo_jax/roll_call", "rndpo_jax/here"

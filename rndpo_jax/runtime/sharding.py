@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rndpo_jax.config import ConfigError
+from rndpo_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "space")
 _BATCH = ("data", "fsdp")

@@ -11,9 +11,9 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import losses, models, types
-from rndpo_jax.config import ConfigError
+from rndpo_jax import errors, losses, models, types
 from rndpo_jax.data import augment, loader
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files, processes, sharding
 from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop, validation
 
@@ -77,7 +77,7 @@ def load(config, workdir: os.PathLike, dataset) -> list[types.Params]:
     directory = member_directory(workdir, member)
     selected = files.read_json(directory / "selected.json")
     if selected.get("data") != dataset.digest:
-      raise checkpoint.CheckpointError(
+      raise errors.CheckpointError(
         f"{directory} was trained on other data than {config.base.workdir or workdir} holds now "
         f"(in selected.json {str(selected.get('data'))[:12]}, in data/records.json "
         f"{dataset.digest[:12]}): another image or split would be taken for the one that was "

@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.data import records
+from rndpo_jax import errors
 from rndpo_jax.evaluation import gallery, metrics, predict, results
 from rndpo_jax.runtime import files, preemption, processes, progress
 from rndpo_jax.stages import finetune
@@ -36,11 +36,11 @@ def run(config, workdir: os.PathLike) -> None:
   tuned = checkpoint.steps(workdir / "finetune" / "params")
   expected = train_loop.kept_steps(config.finetune.num_steps, config.finetune.eval_every_steps)
   if not tuned:
-    raise records.DataError(
+    raise errors.DataError(
       f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"
     )
   if tuned != expected:
-    raise checkpoint.CheckpointError(
+    raise errors.CheckpointError(
       f"{workdir / 'finetune' / 'params'}: found checkpoints of steps {tuned}, expected "
       f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )

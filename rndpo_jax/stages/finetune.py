@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from rndpo_jax import losses, models, types
+from rndpo_jax import errors, losses, models, types
 from rndpo_jax.data import augment, loader
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.pairs import pair_batches, shards
@@ -187,7 +187,7 @@ def check_made_of(directory: epath.Path, name: str, dataset, params: types.Param
   here = bytes(origin(dataset, params)).hex()
   there = files.read_json(directory / name).get("origin")
   if there != here:
-    raise checkpoint.CheckpointError(
+    raise errors.CheckpointError(
       f"{directory} was trained from other data or another base: SHA-256 {str(there)[:12]}, now "
       f"{here[:12]}; delete that folder and run the same command again"
     )

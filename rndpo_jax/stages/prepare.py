@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import errors
 from rndpo_jax.data import builder, records, splits
 from rndpo_jax.data.sources import folder, nnunet, phantom
 from rndpo_jax.runtime import files, processes
@@ -65,7 +66,7 @@ def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> N
     return
   for index in unlabelled:
     if not entries[index]["has_mask"]:
-      raise records.DataError(
+      raise errors.DataError(
         f"config.judge.name: {config.judge.name!r} needs the truth of every unlabelled image, and "
         f"{entries[index]['record_id']!r} has no mask; take another judge, or add its mask"
       )
@@ -76,7 +77,7 @@ def is_done(workdir: epath.Path) -> bool:
   try:
     records.read(workdir / "data")
     splits.read(workdir)
-  except records.DataError:
+  except errors.DataError:
     return False
   return True
 

@@ -20,8 +20,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import models
-from rndpo_jax.config import ConfigError
 from rndpo_jax.data import loader
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, processes, progress, sharding
 from rndpo_jax.stages import base, finetune

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rndpo_jax.runtime import files
+from rndpo_jax import errors
 from rndpo_jax.training import metric_writer
 
 
@@ -50,7 +50,7 @@ def results(
     curve = [{"step": row["step"], "val_dice": row["val_dice"]} for row in rows]
     validated = [point["step"] for point in curve]
     if not at and validated != steps:
-      raise files.FileError(
+      raise errors.FileError(
         f"{member_directory(directory, seed, beta, rate) / 'metrics.jsonl'}: holds the validations "
         f"of steps {validated}, expected {steps}; bring it back, or delete the folder {directory} "
         "and run the same command again"

@@ -20,16 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import files, processes, progress
 
 _SUMS = "sha256.json"
 # Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
 _WHOLE, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError, AttributeError)
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be read; the message names it and how to rebuild it."""
 
 
 def steps(directory: epath.PathLike) -> list[int]:
@@ -227,7 +224,7 @@ def _failed_write_named(path: epath.Path):
   try:
     yield
   except TimeoutError as error:  # by the wall clock
-    raise CheckpointError(
+    raise errors.CheckpointError(
       f"checkpoint {path} was not whole in time ({str(error).splitlines()[0]}): the storage or "
       "another process is too slow, or the clock was set ahead. Run the same command again: it "
       "goes on from the checkpoint before"
@@ -236,7 +233,7 @@ def _failed_write_named(path: epath.Path):
     if not is_failed_write(error) or processes.is_loss_of_another(error):
       raise
     if not files.is_full_disk(error):
-      raise CheckpointError(
+      raise errors.CheckpointError(
         f"checkpoint {path} cannot be written ({str(error).splitlines()[0][:300]}). Mend that and "
         "run the same command again: it goes on from the checkpoint before"
       ) from error
@@ -279,8 +276,8 @@ def _by(unable: list[int]) -> str:
 
 def _unreadable(
   path: epath.Path, what: str, folder: epath.PathLike, again: str, by: str = ""
-) -> CheckpointError:
-  return CheckpointError(
+) -> errors.CheckpointError:
+  return errors.CheckpointError(
     f"checkpoint {path} cannot be read{by} ({what}). Delete the folder {folder} and run the same "
     f"command again: {again} anew"
   )

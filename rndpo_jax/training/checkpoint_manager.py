@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import preemption, processes, progress
 from rndpo_jax.training import checkpoint
 
@@ -38,7 +39,7 @@ class Saver:
     if self._origin is not None and (content["origin"] != self._origin).any():
       there, here = (bytes(x).hex()[:12] for x in (content["origin"], self._origin))
       folder = self.folders["state"]
-      raise checkpoint.CheckpointError(
+      raise errors.CheckpointError(
         f"{folder / str(step)} was trained from other data or another base: SHA-256 {there}..., "
         f"now {here}...; bring those back, or delete the folder {folder.parent} to train anew"
       )

@@ -14,6 +14,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from rndpo_jax import errors
 from rndpo_jax.runtime import files, processes
 
 
@@ -34,7 +35,7 @@ def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, Any]]:
       row = json.loads(line)
       rows.append({"step": int(row["step"]), "kind": str(row["kind"]), **row})
     except (ValueError, KeyError, TypeError) as error:
-      raise files.FileError(
+      raise errors.FileError(
         f"{path}: line {number} is no row of metrics ({error}); {_delete(path)}"
       ) from error
   return rows
@@ -94,7 +95,7 @@ class Rows:
       files.FileError: naming the file and what to delete.
     """
     if self._writes and (found := [row["step"] for row in self.of_kind("val")]) != steps:
-      raise files.FileError(
+      raise errors.FileError(
         f"{self._path}: holds the validations of steps {found}, expected {steps}; bring it back, "
         f"or {_delete(self._path)}"
       )

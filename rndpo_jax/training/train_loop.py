@@ -14,16 +14,12 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.runtime import preemption, processes, progress, sharding
 from rndpo_jax.training import accumulation, checkpoint_manager, metric_writer
 
 # (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
 LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-class TrainingError(RuntimeError):
-  """Training that cannot go on; the message names the step and the last good checkpoint."""
 
 
 class TrainState(NamedTuple):
@@ -246,7 +242,7 @@ def _add_steps(rows, pending, log_every_steps, description, saver) -> None:
   except metric_writer.NotFiniteError as error:
     saved = saver.saved()
     last = f"step {saved[-1]} in {saver.folders['params']}" if saved else "none yet"
-    raise TrainingError(
+    raise errors.TrainingError(
       f"{description}: {error}. The last good checkpoint is kept ({last}). Lower the learning rate "
       "or set a clip_norm, in a new --workdir (with --config.base.workdir where the base is done), "
       "or check the input for extreme values"

@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from rndpo_jax import errors
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import images
 from rndpo_jax.runtime import threads
@@ -30,12 +31,12 @@ def open_source(config) -> records.Source:
   """
   data = config.data
   if data.spatial_dims != 2:
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.spatial_dims: found {data.spatial_dims}, but a folder holds 2D images; set it "
       "to 2, or take volumes as NIfTI with config.data.source='nnunet'"
     )
   if data.num_classes < 2:
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.num_classes: found {data.num_classes}; a folder does not tell, set it"
     )
   root = check_root(data.root)
@@ -43,7 +44,7 @@ def open_source(config) -> records.Source:
   mask_files = _list(root / "masks", _LOSSLESS, "masks")
   orphans = sorted(set(mask_files) - set(image_files))
   if orphans:
-    raise records.DataError(
+    raise errors.DataError(
       f"{mask_files[orphans[0]]}: mask without image; expected {root / 'images' / orphans[0]}"
       ".png (or .jpg, .tif); add it or remove the mask"
     )
@@ -89,15 +90,15 @@ def check_root(root: str) -> pathlib.Path:
     records.DataError: where the key is not set, names a bucket, or there is no such folder.
   """
   if not root:
-    raise records.DataError("config.data.root: not set; give the folder, --config.data.root=DIR")
+    raise errors.DataError("config.data.root: not set; give the folder, --config.data.root=DIR")
   if "://" in root:  # a path of one slash would be looked for, and be missing for another reason
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.root: a bucket cannot be read as a source, found {root!r}; mount it, for "
       "example with gcsfuse, and give that folder"
     )
   path = pathlib.Path(root).expanduser()
   if not path.is_dir():
-    raise records.DataError(f"{path}: no such folder; set config.data.root to the data's folder")
+    raise errors.DataError(f"{path}: no such folder; set config.data.root to the data's folder")
   return path
 
 
@@ -110,7 +111,7 @@ def natural(text: str) -> list:
 def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[str, pathlib.Path]:
   """File of each id in the folder."""
   if not folder.is_dir():
-    raise records.DataError(
+    raise errors.DataError(
       f"{folder}: no such folder; expected images/ID.png and masks/ID.png under config.data.root"
     )
   files: dict[str, pathlib.Path] = {}
@@ -121,18 +122,18 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
     if suffix not in suffixes:
       if suffix in (*_LOSSY, *_UNREADABLE):
         why = "JPEG changes class ids" if suffix in _LOSSY else "it would be overlooked"
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: not a format taken in {what} ({why}); expected {', '.join(suffixes)}; "
           "convert or remove it"
         )
       continue
     if path.stem in files:
-      raise records.DataError(
+      raise errors.DataError(
         f"{path}: second file of the id {path.stem!r}, beside {files[path.stem].name}; keep one"
       )
     files[path.stem] = path
   if not files:
-    raise records.DataError(f"{folder}: no {what}; expected files ID{'|'.join(suffixes)}")
+    raise errors.DataError(f"{folder}: no {what}; expected files ID{'|'.join(suffixes)}")
   return files
 
 
@@ -141,7 +142,7 @@ def _check_channels(files, headers) -> None:
   for name, header in headers.items():
     first.setdefault(header.channels, name)
   if len(first) > 1:
-    raise records.DataError(
+    raise errors.DataError(
       f"{files[first[1]]} is grey and {files[first[3]]} is RGB; expected all alike, convert one "
       "kind"
     )
@@ -156,7 +157,7 @@ def _entries(data, ids, headers, image_files, mask_files) -> list[dict]:
     case = cases[name]
     other = first.setdefault(case, name)
     if headers[name].shape != headers[other].shape:
-      raise records.DataError(
+      raise errors.DataError(
         f"{image_files[name]}: {headers[name].shape} pixels, but {image_files[other].name} of the "
         f"same case {case!r} has {headers[other].shape}; slices of a case have one size; mend "
         "config.data.case_pattern (config.data.group_pattern keeps a patient's cases together)"

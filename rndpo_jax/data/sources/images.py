@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from rndpo_jax.data import records
+from rndpo_jax import errors
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "I": 1, "F": 1}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -39,12 +39,12 @@ def header(path: pathlib.Path) -> Header:
   with _open(path) as image:
     mode = "I" if image.mode.startswith("I;16") else image.mode
     if mode not in _CHANNELS:
-      raise records.DataError(
+      raise errors.DataError(
         f"{path}: colour mode {image.mode!r}; expected grey or RGB, convert it (for example to RGB)"
       )
     deep = "16" in str([tile[-1] for tile in image.tile])
     if deep and _CHANNELS[mode] == 3:
-      raise records.DataError(
+      raise errors.DataError(
         f"{path}: colour of 16 bits a channel is not supported; convert it to 8 bits"
       )
     dtype = "float32" if mode in ("I", "F") else "uint8"
@@ -64,7 +64,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     elif mode in ("P", "PA", "LA", "RGBA"):
       array = _decode(path, image.convert, "LA" if mode == "LA" else "RGBA")
       if array[..., -1].min() < 255:
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: transparent pixels have no defined value; save it without an alpha channel"
         )
       array = array[..., :-1]
@@ -87,7 +87,7 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
   if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
     array = array[..., 0]
   if array.ndim != 2:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: a mask of {array.shape[-1]} channels; expected one channel of class ids, convert it"
     )
   if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
@@ -106,7 +106,7 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
   if wrong.size:
     found = ", ".join(f"{float(value):g}" for value in wrong[:3])
     both = " (or 0 and 255 alone)" if num_classes == 2 else ""
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: the mask holds the value {found}; expected class ids 0..{num_classes - 1}{both}; "
       "mend the mask or set config.data.num_classes"
     )
@@ -118,12 +118,12 @@ def _open(path: pathlib.Path) -> Image.Image:
     image = Image.open(path)
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
   except _BROKEN as error:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: no readable header of a PNG, JPEG or TIFF ({error}); replace or remove the file"
     ) from error
   if frames > 1:
     image.close()
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: a stack of {frames} images; expected one 2D image a file, split it (or take "
       "volumes as NIfTI with config.data.source='nnunet')"
     )
@@ -134,6 +134,6 @@ def _decode(path: pathlib.Path, step, *args) -> np.ndarray:
   try:
     return np.asarray(step(*args))
   except _BROKEN as error:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: truncated or damaged, its pixels cannot be read ({error}); replace or remove it"
     ) from error

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import nibabel
 import numpy as np
 
+from rndpo_jax import errors
 from rndpo_jax.data import geometry, records
 from rndpo_jax.data.sources import folder, images
 
@@ -54,7 +55,7 @@ def open_source(config) -> records.Source:
   """
   data = config.data
   if data.case_pattern:
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.case_pattern: found {data.case_pattern!r}, but an nnU-Net folder names its "
       "cases; leave it empty (group_pattern groups the cases of a patient)"
     )
@@ -62,7 +63,7 @@ def open_source(config) -> records.Source:
   info = records.read_json(root / "dataset.json", "expected nnU-Net's description of the data set")
   names = _class_names(root, info)
   if data.num_classes not in (0, len(names)):
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.num_classes: found {data.num_classes}, but {root / 'dataset.json'} lists "
       f"{len(names)} labels; set it to {len(names)}, or to 0 to take theirs"
     )
@@ -100,11 +101,11 @@ def _class_names(root: pathlib.Path, info: dict[str, Any]) -> list[str]:
   """Names of the classes 0..C-1, from version 2's {name: id} or version 1's {id: name}."""
   path, labels = root / "dataset.json", info.get("labels")
   if not isinstance(labels, dict) or len(labels) < 2:
-    raise records.DataError(f"{path}: 'labels' is {labels!r}, expected two names and ids or more")
+    raise errors.DataError(f"{path}: 'labels' is {labels!r}, expected two names and ids or more")
   if all(str(key).isdigit() for key in labels):
     labels = {str(name): int(key) for key, name in labels.items()}
   if sorted(map(str, labels.values())) != sorted(str(i) for i in range(len(labels))):
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: 'labels' has the ids {list(labels.values())}, expected 0..{len(labels) - 1}, each "
       "once; regions (lists of ids) and an ignored label are not supported, relabel the masks"
     )
@@ -114,7 +115,7 @@ def _class_names(root: pathlib.Path, info: dict[str, Any]) -> list[str]:
 def _case_files(root, ending: str, num_channels: int) -> dict[str, tuple[list, Any]]:
   """(channel files, label file or None) of each case, in natural order of the case ids."""
   if ending not in _ENDINGS:
-    raise records.DataError(
+    raise errors.DataError(
       f"{root / 'dataset.json'}: file_ending {ending!r}; expected one of {', '.join(_ENDINGS)}, "
       "convert the files to NIfTI"
     )
@@ -124,27 +125,27 @@ def _case_files(root, ending: str, num_channels: int) -> dict[str, tuple[list, A
     for path in _files(root / part, ending):
       match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending))
       if match is None:
-        raise records.DataError(f"{path}: expected CASE_0000{ending}, with a channel; rename it")
+        raise errors.DataError(f"{path}: expected CASE_0000{ending}, with a channel; rename it")
       channels = cases.setdefault(match[1], {})
       if int(match[2]) in channels or any(
         other.parent != path.parent for other in channels.values()
       ):
-        raise records.DataError(
+        raise errors.DataError(
           f"{path}: second image of the case {match[1]!r}, beside "
           f"{next(iter(channels.values()))}; keep one"
         )
       channels[int(match[2])] = path
   if not cases:
-    raise records.DataError(f"{root / 'imagesTr'}: no images; expected files CASE_0000{ending}")
+    raise errors.DataError(f"{root / 'imagesTr'}: no images; expected files CASE_0000{ending}")
   for name, channels in cases.items():
     if sorted(channels) != list(range(num_channels)):
-      raise records.DataError(
+      raise errors.DataError(
         f"{next(iter(channels.values()))}: case {name!r} has the channels {sorted(channels)}, "
         f"dataset.json lists {num_channels}; expected each of 0..{num_channels - 1}"
       )
   orphans = sorted(set(labels) - set(cases))
   if orphans:
-    raise records.DataError(
+    raise errors.DataError(
       f"{labels[orphans[0]]}: mask without image; expected "
       f"{root / 'imagesTr' / orphans[0]}_0000{ending}; add it or remove the mask"
     )
@@ -156,7 +157,7 @@ def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
   if not directory.is_dir():
     if directory.name == "imagesTs":
       return []
-    raise records.DataError(
+    raise errors.DataError(
       f"{directory}: no such folder; an nnU-Net raw folder holds dataset.json, imagesTr, labelsTr"
     )
   names = sorted(directory.iterdir())
@@ -170,15 +171,15 @@ def _open(path: pathlib.Path):
     shape = tuple(int(n) for n in image.shape)
     kind = image.get_data_dtype()
   except _BROKEN as error:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: no readable NIfTI header ({error}); replace or remove the file"
     ) from error
   while len(shape) > 3 and shape[-1] == 1:
     shape = shape[:-1]
   if kind.fields is not None or kind.kind not in "iuf":
-    raise records.DataError(f"{path}: voxels of type {kind}; expected one real number a voxel")
+    raise errors.DataError(f"{path}: voxels of type {kind}; expected one real number a voxel")
   if 0 in shape:
-    raise records.DataError(f"{path}: shape {shape} holds no voxel; replace or remove the file")
+    raise errors.DataError(f"{path}: shape {shape} holds no voxel; replace or remove the file")
   return image, shape
 
 
@@ -186,7 +187,7 @@ def _open_case(channels, label, spatial_dims: int) -> _Case:
   opened = [_open(path) for path in channels]
   image, shape = opened[0]
   if len(shape) not in (2, 3) or len(shape) < spatial_dims:
-    raise records.DataError(
+    raise errors.DataError(
       f"{channels[0]}: {len(shape)} dimensions, {shape}; config.data.spatial_dims={spatial_dims} "
       f"takes {'images or volumes, slice by slice' if spatial_dims == 2 else 'volumes'}; split "
       "time points or channels into files of their own, or change spatial_dims"
@@ -209,7 +210,7 @@ def _check_grid(path, image, shape, first, affine, expected) -> None:
   """Refuses a file that is not on the grid of its case's first channel."""
   remedy = f"resample one of the two to the other's grid, or take {path.name} away"
   if shape != expected:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: {shape} voxels, but {first} has {expected}; expected the same, {remedy}"
     )
   shift = geometry.grid_shift(affine, image.affine, shape)
@@ -217,7 +218,7 @@ def _check_grid(path, image, shape, first, affine, expected) -> None:
     return
   pairs = zip(_describe(image.affine), _describe(affine), strict=True)
   words = [f"{here} against {there}" for here, there in pairs if here != there]
-  raise records.DataError(
+  raise errors.DataError(
     f"{path}: its header places voxels up to {shift:.3g} voxels away from where {first} places "
     f"them ({', '.join(words)}), expected the same; {remedy}, or, where the voxels do match and "
     "one header is wrong, copy the affine of the right one"
@@ -284,7 +285,7 @@ def _voxels(path: pathlib.Path, case: _Case) -> np.ndarray:
     else:
       array = image.get_fdata(dtype=np.float32, caching="unchanged")
   except _BROKEN as error:
-    raise records.DataError(
+    raise errors.DataError(
       f"{path}: truncated or damaged, its voxels cannot be read ({error}); replace or remove it"
     ) from error
   return array.reshape(case.shape)

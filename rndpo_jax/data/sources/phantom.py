@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
+from rndpo_jax import errors
 from rndpo_jax.data import records
 
 CLASS_NAMES = {
@@ -34,11 +35,11 @@ def open_source(config) -> records.Source:
   data, phantom = config.data, config.data.phantom
   size = tuple(phantom.size)
   if data.num_classes not in CLASS_NAMES:
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.num_classes: found {data.num_classes}; the phantom draws 2 or 4 classes"
     )
   if len(size) != data.spatial_dims or min(size) < 8:
-    raise records.DataError(
+    raise errors.DataError(
       f"config.data.phantom.size: found {size}, expected {data.spatial_dims} entries of at "
       "least 8, as config.data.spatial_dims says"
     )
