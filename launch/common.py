@@ -103,11 +103,7 @@ def one_line(error):
   from rndpo_jax import errors
   from rndpo_jax.runtime import files, processes
 
-  refusals = (
-    errors.ConfigError, errors.DataError, errors.TrainingError, errors.CheckpointError,
-    errors.PairsError, errors.MiningError, errors.FileError, errors.JudgeError,
-  )  # fmt: skip
-  if isinstance(error, refusals):
+  if isinstance(error, errors.RndpoError):
     return f"error: {error}"
   if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
     return (

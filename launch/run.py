@@ -29,7 +29,7 @@ def main(argv):
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import config, errors, pipeline
   from rndpo_jax.planning import dry_run
-  from rndpo_jax.runtime import processes, progress
+  from rndpo_jax.runtime import multihost, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
   with common.one_line_errors():
@@ -42,7 +42,7 @@ def main(argv):
       raise errors.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     common.take_signals()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
-  if "report" in stages and processes.is_first():
+  if "report" in stages and multihost.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 

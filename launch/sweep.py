@@ -33,7 +33,7 @@ def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import pipeline
-  from rndpo_jax.runtime import processes, progress
+  from rndpo_jax.runtime import multihost, progress
   from rndpo_jax.sweep import sweep, sweep_results
 
   with common.one_line_errors():
@@ -49,7 +49,7 @@ def main(argv):
     common.take_signals()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
-  if not processes.is_first():
+  if not multihost.is_first():
     return
   progress.say(f"\n{sweep_results.summary(content)}")
   if content["best"] is not None:

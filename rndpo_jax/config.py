@@ -208,3 +208,8 @@ def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
   if total < 2:
     raise errors.ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
   return tuple(entries)
+
+
+def region_classes(config) -> tuple[int, ...] | None:
+  """The class ids whose pixels count in D; None for all."""
+  return tuple(config.finetune.region_classes) or None

@@ -10,37 +10,37 @@ class RndpoError(Exception):
   """What all of them are."""
 
 
-class ConfigError(ValueError):
+class ConfigError(RndpoError, ValueError):
   """A config that cannot work; the message names the key, what was found and the remedy."""
 
 
-class FileError(ValueError):
+class FileError(RndpoError, ValueError):
   """A file that does not hold what it should; the message names it and the remedy."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RndpoError, RuntimeError):
   """Training that cannot go on; the message names the step and the last good checkpoint."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RndpoError, RuntimeError):
   """A checkpoint that cannot be read; the message names it and how to rebuild it."""
 
 
-class PairsError(RuntimeError):
+class PairsError(RndpoError, RuntimeError):
   """Pair files that cannot be used; the message names the file and how to rebuild it."""
 
 
-class MiningError(RuntimeError):
+class MiningError(RndpoError, RuntimeError):
   """Mining that cannot give pairs; the message says which filter took them."""
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(RndpoError, ValueError):
   """A benchmark that cannot be run as asked; the message names the flag or the variant."""
 
 
-class JudgeError(ValueError):
+class JudgeError(RndpoError, ValueError):
   """A judge that cannot work as it is set up."""
 
 
-class DataError(ValueError):
+class DataError(RndpoError, ValueError):
   """Data that cannot be used; the message names the file, what was found and the remedy."""

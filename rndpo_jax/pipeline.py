@@ -14,7 +14,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
-from rndpo_jax.runtime import files, preemption, processes, progress, sharding
+from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
 RUNNERS = {
@@ -75,23 +75,23 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   # is the same.
   done = list(itertools.takewhile(there.__contains__, config_lib.STAGES))
   check_here(config, [name for name in wanted if name not in done])
-  if processes.is_first():
+  if multihost.is_first():
     prepared = "prepare" in there
     started = bool(left) or (workdir / "base").exists()
     workdir_lib.claim(config, workdir, started=started, prepared=prepared)
-  processes.barrier("claim")
-  if not processes.is_first():
+  multihost.barrier("claim")
+  if not multihost.is_first():
     workdir_lib.check_shared(config, workdir)
   for name in wanted:
     if name in done:
       progress.say(f"[{name}] done before")
       continue
-    if processes.is_first():
+    if multihost.is_first():
       check_before(config, name, workdir)
     start = time.monotonic()
     progress.say(f"[{name}]")
     with preemption.together(f"stage {name!r} is done"):
-      if name not in ALONE or processes.is_first():
+      if name not in ALONE or multihost.is_first():
         RUNNERS[name](config, workdir)
     for folder in (workdir, (workdir / DONE[name]).parent):
       list(folder.glob("*"))  # a network file system looks again for what was missing
@@ -102,7 +102,7 @@ def _check_same_stages(wanted: list[str]) -> None:
   """Refuses processes that would wait for each other in different stages."""
   bits = [name in wanted for name in config_lib.STAGES]
   mask = sum(bit << i for i, bit in enumerate(bits))
-  others = processes.which(mask != processes.agree(lambda: mask))
+  others = multihost.which(mask != multihost.agree(lambda: mask))
   if others:
     raise errors.ConfigError(
       f"--stages: process {others[0]} was started with other stages than process 0; start all "
@@ -112,7 +112,7 @@ def _check_same_stages(wanted: list[str]) -> None:
 
 def find_done(workdir: epath.Path) -> list[str]:
   """The stages whose last file is there, as process 0 sees it."""
-  bits = processes.agree(lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE)))
+  bits = multihost.agree(lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE)))
   return [name for i, name in enumerate(DONE) if bits >> i & 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from rndpo_jax import errors
-from rndpo_jax.runtime import processes, sharding
+from rndpo_jax.runtime import multihost, sharding
 from rndpo_jax.training import checkpoint
 
 TREE = {"layer": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(7)}
@@ -163,8 +163,8 @@ def first_of_two(saved, monkeypatch):
   """Process 0 of two; what the other one says in each round is in the list."""
   other = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(processes, "agree_on_list", lambda ask: ask())
-  monkeypatch.setattr(processes, "which", lambda here: [0] * here + [1] * other.pop(0))
+  monkeypatch.setattr(multihost, "agree_on_list", lambda ask: ask())
+  monkeypatch.setattr(multihost, "which", lambda here: [0] * here + [1] * other.pop(0))
   monkeypatch.setattr(checkpoint, "_read", lambda path, like: path.name)
   return other
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_is_not_called_unreadable_when_another_process_is_gone(save
   def broken(_):
     raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
-  monkeypatch.setattr(processes, "which", broken)
+  monkeypatch.setattr(multihost, "which", broken)
   with pytest.raises(ValueError, match="Gloo"):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]

@@ -8,7 +8,7 @@ import pytest
 
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.planning import cost, dry_run, programs, storage, timing
-from rndpo_jax.runtime import files, processes, sharding
+from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import prepare
 from rndpo_jax.training import checkpoint
 
@@ -126,7 +126,7 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
     asked.append(ask())
     return next(answers)
 
-  monkeypatch.setattr(processes, "agree", agree)
+  monkeypatch.setattr(multihost, "agree", agree)
   monkeypatch.setattr(timing, "_ENOUGH_SECONDS", -1.0)  # this one has had enough after two
   compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
 

@@ -10,8 +10,9 @@ import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors, models, types
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.evaluation import gallery, metrics, predict, results
+from rndpo_jax.evaluation import cases, gallery, metrics, predict, results
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import evaluate, finetune, prepare
 from rndpo_jax.training import checkpoint
@@ -39,7 +40,7 @@ def _write_checkpoints(config, workdir):
   image = np.zeros((1, 16, 16, 1), np.float32)
   params = jax.jit(segmenter.init)(jax.random.key(0), image)
   checkpoint.save(workdir / "base" / "params", 5, params)
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   files.write_json(workdir / "base" / "selected.json", {"step": 5, "data": dataset.digest})
   made_of = bytes(finetune.origin(dataset, jax.device_get(params))).hex()
   files.write_json(workdir / "finetune" / "done.json", {"step": 4, "origin": made_of})
@@ -76,22 +77,22 @@ def test_what_was_measured_on_other_data_is_not_used(run):
   evaluation = predict.open_evaluation(config, workdir)
   params = evaluation.params(0)
   other = evaluation._replace(dataset=evaluation.dataset._replace(digest="of other pixels"))
-  stamps = [predict._fingerprint(one, params) for one in (evaluation, evaluation, other)]
+  stamps = [cases._fingerprint(one, params) for one in (evaluation, evaluation, other)]
   assert stamps[0] == stamps[1] != stamps[2]
 
 
 def _masks_by_definition(config, workdir, step):
   """Record index -> (mask, label), one image at a time, by np.argmax on the record's own grid."""
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
   folder = workdir / ("finetune" if step else "base") / "params"
   params = checkpoint.restore_params(folder, step or 5, stage_directory=folder)
   apply = jax.jit(segmenter.apply)
   found = {}
   for index in dataset.splits["test"]:
-    image = loader.load_example(dataset, index, with_labels=False)["image"]
+    image = dataset_lib.load_example(dataset, index, with_labels=False)["image"]
     logits = np.asarray(apply(params, image[None]))[0]
-    native = loader.load_native(dataset, index, with_labels=True)
+    native = dataset_lib.load_native(dataset, index, with_labels=True)
     mask = np.argmax(loader.to_native(logits, native["label"].shape, config.data.crop), axis=-1)
     found[index] = (mask.astype(np.uint8), native["label"])
   return found
@@ -155,7 +156,7 @@ def test_cases_csv_averages_to_the_results(run):
 
 def test_gallery_shows_the_masks_that_were_measured(run):
   config, workdir, _ = run
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   before = _masks_by_definition(config, workdir, 0)
   after = _masks_by_definition(config, workdir, 4)
   with np.load(workdir / "evaluate" / "gallery.npz") as gallery:
@@ -189,18 +190,18 @@ def test_rerun_after_any_loss_gives_equal_files(run):
 def test_what_is_known_is_not_measured_again(run, monkeypatch):
   config, workdir, _ = run
   evaluation = predict.open_evaluation(config, workdir)
-  want = predict.overlap_cases(evaluation, 2)
+  want = cases.overlap_cases(evaluation, 2)
   batch = next(iter(evaluation.batches((0,))))
   size = tuple(evaluation.dataset.size)
   resize = predict.resize_matrices([size] * len(batch.images), size, evaluation.dataset.crop)
   masks = evaluation.predict_batch(evaluation.params(2), batch.images, resize)
   assert len(masks.sharding.device_set) == jax.local_device_count() > 1
-  known = predict.surface_cases(evaluation, 0, predict.overlap_cases(evaluation, 0))
+  known = cases.surface_cases(evaluation, 0, cases.overlap_cases(evaluation, 0))
   monkeypatch.setattr(predict, "predict", None)
-  got = predict.overlap_cases(evaluation, 2)
+  got = cases.overlap_cases(evaluation, 2)
   for a, b in zip(got, want, strict=True):
     assert a.case_id == b.case_id and (a.counts == b.counts).all()
-  assert known[0].surface == predict.surface_cases(evaluation, 0, known)[0].surface
+  assert known[0].surface == cases.surface_cases(evaluation, 0, known)[0].surface
 
 
 def test_without_checkpoints_the_stage_to_run_is_named(run, tmp_path):
@@ -256,28 +257,28 @@ def test_slices_of_a_case_count_together(tmp_path):
   masks[0] = 0  # slice z = 2 of case a is missed: Dice 2 * 8 / (8 + 12), not the mean of 1, 1, 0
   evaluation = _stack_evaluation(tmp_path, masks)
   assert evaluation.groups == {("val", "b"): [3], ("test", "a"): [1, 2, 0]}
-  cases = predict.overlap_cases(evaluation, 0)
-  cases = {c.case_id: c for c in predict.surface_cases(evaluation, 0, cases)}
-  assert metrics.overlap(cases["a"].counts)["dice"] == [0.8]
-  assert metrics.overlap(cases["b"].counts)["dice"] == [1.0]
+  counted = cases.overlap_cases(evaluation, 0)
+  measured = {c.case_id: c for c in cases.surface_cases(evaluation, 0, counted)}
+  assert metrics.overlap(measured["a"].counts)["dice"] == [0.8]
+  assert metrics.overlap(measured["b"].counts)["dice"] == [1.0]
   # Of the truth, the 4 pixels of the missed slice are 5 mm from the mask; every pixel of so thin
   # a volume is on its boundary, and all others coincide.
-  assert cases["a"].surface == [{"hd95": 5.0, "assd": pytest.approx(20 / 20), "nsd": 16 / 20}]
-  assert cases["b"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
+  assert measured["a"].surface == [{"hd95": 5.0, "assd": pytest.approx(20 / 20), "nsd": 16 / 20}]
+  assert measured["b"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
 
 
 def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
   dataset = _stack_evaluation(tmp_path, _LABELS).dataset
-  assert predict.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
-  assert predict.case_spacing(dataset, [3]) == (1.0, 2.0)
+  assert cases.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
+  assert cases.case_spacing(dataset, [3]) == (1.0, 2.0)
   dataset.blind_source[:] = [{"image": None, "affine": 1000 * np.eye(4) * [1, 2, 5, 1]}] * 4
-  assert predict.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
+  assert cases.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
   dataset.spacing_unit = "voxel"
-  assert predict.case_spacing(dataset, [1, 2, 0]) is None
+  assert cases.case_spacing(dataset, [1, 2, 0]) is None
 
 
 def test_slices_of_different_sizes_are_filled_with_background():
-  volume = predict.stack_slices([np.ones((2, 3), np.uint8), np.ones((3, 2), np.uint8)])
+  volume = cases.stack_slices([np.ones((2, 3), np.uint8), np.ones((3, 2), np.uint8)])
   assert volume.shape == (3, 3, 2)
   assert volume[..., 0].sum() == 6 and volume[2, :, 0].sum() == 0
   assert volume[..., 1].sum() == 6 and volume[:, 2, 1].sum() == 0

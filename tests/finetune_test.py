@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config_checks, losses, models, types
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import accumulation, train_loop
+from rndpo_jax.training import accumulation, loss_fns, train_step
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -46,7 +46,7 @@ def draw():
 
 
 def loss_fn(objective="rn_dpo", beta=2.0, **options):
-  return finetune.make_loss_fn(
+  return loss_fns.make_loss_fn(
     segmenter(),
     num_classes=CLASSES,
     size=SIZE,
@@ -151,7 +151,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
       changes["finetune__label_smoothing"] = 0.1
     config = tiny_config(**changes)
     config_checks.validate(config)
-    function = finetune.make_loss_fn(
+    function = loss_fns.make_loss_fn(
       segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
     )
     assert jnp.isfinite(function(params, batch, jax.random.key(0))[0]), objective
@@ -181,15 +181,15 @@ def test_options_without_effect_are_refused(tiny_config, changes, message):
 
 def test_one_program_serves_every_step(tiny_run):
   config, workdir = tiny_run
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   mesh = sharding.make_mesh()
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
-  function = finetune.make_loss_fn(
+  function = loss_fns.make_loss_fn(
     segmenter, num_classes=2, size=dataset.size, **finetune.loss_options(config)
   )
   optimizer = finetune.optimizer(config.finetune)
-  step = train_loop.make_train_step(function, optimizer, mesh)
-  state = train_loop.make_state(base.load(config, workdir, dataset)[0], optimizer, mesh)
+  step = train_step.make_train_step(function, optimizer, mesh)
+  state = train_step.make_state(base.load(config, workdir, dataset)[0], optimizer, mesh)
   stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))

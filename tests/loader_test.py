@@ -11,6 +11,7 @@ import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, records, splits
 from rndpo_jax.stages import prepare
 
@@ -34,14 +35,14 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(workdir):
-  return loader.open_dataset(_config(), workdir)
+  return dataset_lib.open_dataset(_config(), workdir)
 
 
 # A reader with a worker, and a signal to them all, as a terminal, Slurm or Kubernetes may send it.
 GROUP = """
 import os, signal, sys, time
 from absl import app
-from rndpo_jax.data import pipeline
+from rndpo_jax.data import loader
 
 def load(item):
   time.sleep(0.02)
@@ -52,14 +53,14 @@ def main(_):
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: noted.append(number))
   options = {"batch_size": 2, "seed": 0, "start_step": 0}
-  batches = pipeline.stream(range(9), load, num_workers=1, **options)
+  batches = loader.stream(range(9), load, num_workers=1, **options)
   next(batches)
   for number in (signal.SIGTERM, signal.SIGINT):
     os.killpg(0, number)
   time.sleep(0.5)
   assert noted == [signal.SIGTERM, signal.SIGINT]
   rest = [next(batches)["item"].tolist() for _ in range(40)]  # more than were loaded ahead
-  alone = pipeline.stream(range(9), load, num_workers=0, **options)
+  alone = loader.stream(range(9), load, num_workers=0, **options)
   assert rest == [next(alone)["item"].tolist() for _ in range(41)][1:]
   sys.exit(75)
 
@@ -87,11 +88,11 @@ def test_open_dataset(dataset):
 
 
 def test_native_and_model_grid(dataset):
-  native = loader.load_native(dataset, 4, with_labels=True)
+  native = dataset_lib.load_native(dataset, 4, with_labels=True)
   assert native["image"].shape == (20, 24, 1) and native["image"].dtype == np.uint8
   assert native["label"].shape == (20, 24) and native["label"].max() == 1
   assert native["spacing"] is None and native["affine"].shape == (4, 4)
-  example = loader.load_example(dataset, 4, with_labels=True)
+  example = dataset_lib.load_example(dataset, 4, with_labels=True)
   assert example["image"].shape == (16, 16, 1) and example["image"].dtype == np.float32
   assert example["label"].shape == (16, 16) and example["label"].dtype == np.uint8
   assert example["index"] == 4 and example["index"].dtype == np.int32
@@ -103,9 +104,9 @@ def test_crop_is_read(workdir):
   config = _config()
   config.data.crop = (16, 16)
   config.data.normalization = "minmax"
-  dataset = loader.open_dataset(config, workdir)
-  native = loader.load_native(dataset, 1, with_labels=True)
-  example = loader.load_example(dataset, 1, with_labels=True)
+  dataset = dataset_lib.open_dataset(config, workdir)
+  native = dataset_lib.load_native(dataset, 1, with_labels=True)
+  example = dataset_lib.load_example(dataset, 1, with_labels=True)
   np.testing.assert_array_equal(example["label"], native["label"][2:18, 4:20])
   crop = native["image"][2:18, 4:20].astype(np.float32)
   np.testing.assert_allclose(
@@ -119,12 +120,12 @@ def test_volumes_with_four_classes(tmp_path):
   config.data.update({"size": (16, 16, 8), "crop": (20, 22, 12)})
   config.data.phantom.size = (24, 24, 12)
   prepare.run(config, tmp_path)
-  dataset = loader.open_dataset(config, tmp_path)
+  dataset = dataset_lib.open_dataset(config, tmp_path)
   (batch,) = loader.batches(dataset, dataset.splits["test"], batch_size=2, with_labels=True)
   assert batch.images.shape == (2, 16, 16, 8, 1) and batch.labels.shape == (2, 16, 16, 8)
   assert set(np.unique(batch.labels)) == {0, 1, 2, 3}
   logits = np.zeros((16, 16, 8, 4), np.float32)
-  shape = loader.load_native(dataset, 0, with_labels=True)["label"].shape
+  shape = dataset_lib.load_native(dataset, 0, with_labels=True)["label"].shape
   assert loader.to_native(logits, shape, dataset.crop).shape == (24, 24, 12, 4)
 
 
@@ -137,15 +138,15 @@ class _Poison:
 
 def test_without_labels_no_mask_is_read(dataset):
   poisoned = dataset._replace(source=_Poison())
-  blind = loader.load_example(poisoned, 4, with_labels=False)
-  seen = loader.load_example(dataset, 4, with_labels=True)
+  blind = dataset_lib.load_example(poisoned, 4, with_labels=False)
+  seen = dataset_lib.load_example(dataset, 4, with_labels=True)
   np.testing.assert_array_equal(blind["image"], seen["image"])
   assert blind["label"].shape == (16, 16) and not blind["label"].any() and seen["label"].any()
-  assert loader.load_native(poisoned, 4, with_labels=False)["label"] is None
+  assert dataset_lib.load_native(poisoned, 4, with_labels=False)["label"] is None
   list(loader.batches(poisoned, [1, 2], batch_size=2, with_labels=False))
   assert not isinstance(dataset.blind_source[4]["mask"], np.ndarray)  # bytes, still compressed
   with pytest.raises(AssertionError, match="were read"):
-    loader.load_example(poisoned, 4, with_labels=True)
+    dataset_lib.load_example(poisoned, 4, with_labels=True)
 
 
 def test_poisoned_masks_change_nothing_without_labels(dataset, tmp_path, monkeypatch):
@@ -157,24 +158,24 @@ def test_poisoned_masks_change_nothing_without_labels(dataset, tmp_path, monkeyp
 
   monkeypatch.setattr(prepare.phantom, "draw", poisoned)
   prepare.run(_config(), tmp_path)
-  other = loader.open_dataset(_config(), tmp_path)
+  other = dataset_lib.open_dataset(_config(), tmp_path)
   pairs = [loader.batches(d, range(12), batch_size=5, with_labels=False) for d in (dataset, other)]
   for one, two in zip(*pairs, strict=True):
     for a, b in zip(one, two, strict=True):
       np.testing.assert_array_equal(a, b)
-  labels = [loader.load_example(d, 0, with_labels=True)["label"] for d in (dataset, other)]
+  labels = [dataset_lib.load_example(d, 0, with_labels=True)["label"] for d in (dataset, other)]
   assert (labels[0] != labels[1]).any()
 
 
 def test_a_label_that_is_not_there_is_refused(dataset):
   entries = [{**entry, "has_mask": False} for entry in dataset.records]
   with pytest.raises(errors.DataError, match="phantom_0004: it has no mask"):
-    loader.load_example(dataset._replace(records=entries), 4, with_labels=True)
+    dataset_lib.load_example(dataset._replace(records=entries), 4, with_labels=True)
 
 
 def test_what_is_opened_opens_anew_in_a_worker_and_names_what_it_cannot_read(workdir, tmp_path):
   shutil.copytree(workdir, tmp_path / "run")
-  copied = loader.open_dataset(_config(), tmp_path / "run").blind_source
+  copied = dataset_lib.open_dataset(_config(), tmp_path / "run").blind_source
   again = cloudpickle.loads(packed := cloudpickle.dumps(copied))
   np.testing.assert_array_equal(again[3]["image"], copied[3]["image"])
   assert not isinstance(again[3]["mask"], np.ndarray) and len(again) == len(copied)
@@ -235,7 +236,7 @@ def test_stream_refuses_what_cannot_be():
 
 def test_worker_processes_change_nothing(dataset):
   """Also: the data set and a cached `load` travel to another process."""
-  load = loader.cached(functools.partial(loader.load_example, dataset, with_labels=True))
+  load = loader.cached(functools.partial(dataset_lib.load_example, dataset, with_labels=True))
   options = {"batch_size": 4, "seed": 3, "start_step": 2}
   here = loader.stream(dataset.splits["labelled"], load, num_workers=0, **options)
   there = loader.stream(dataset.splits["labelled"], load, num_workers=2, **options)
@@ -266,7 +267,7 @@ def test_batches_go_through_once_and_pad_the_last(dataset):
   assert [list(b.valid) for b in out] == [[True, True], [True, False]]
   assert out[1].images.shape == (2, 16, 16, 1) and out[1].labels.dtype == np.uint8
   np.testing.assert_array_equal(
-    out[0].labels[1], loader.load_example(dataset, 1, with_labels=True)["label"]
+    out[0].labels[1], dataset_lib.load_example(dataset, 1, with_labels=True)["label"]
   )
   assert list(loader.batches(dataset, [], batch_size=2, with_labels=True)) == []
 
@@ -287,7 +288,7 @@ def test_prefetch_runs_ahead_by_its_depth(depth):
 
 def test_what_does_not_fit_together_is_named(workdir, tmp_path):
   with pytest.raises(errors.DataError, match="records.json: no such file.*'prepare'"):
-    loader.open_dataset(_config(), tmp_path)
+    dataset_lib.open_dataset(_config(), tmp_path)
   for name in ("data", splits.FILE):
     (tmp_path / name).symlink_to(workdir / name)
   (tmp_path / splits.FILE).unlink()
@@ -295,7 +296,7 @@ def test_what_does_not_fit_together_is_named(workdir, tmp_path):
   parts["val"].append(parts["labelled"].pop())
   (tmp_path / splits.FILE).write_text(json.dumps(parts))
   with pytest.raises(errors.DataError, match="splits.json is not what .*'prepare' wrote"):
-    loader.open_dataset(_config(), tmp_path)
+    dataset_lib.open_dataset(_config(), tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 6, 7])
@@ -324,7 +325,7 @@ def test_a_split_holds_every_record_of_its_cases(workdir, tmp_path):
   parts = {"labelled": ["c3", "c0"], "unlabelled": ["c4"], "val": ["c1"], "test": ["c2"]}
   path.write_text(json.dumps({**content, "splits_sha256": splits.sha256(parts)}))
   (tmp_path / "run" / splits.FILE).write_text(json.dumps(parts))
-  found = loader.open_dataset(_config(), tmp_path / "run").splits
+  found = dataset_lib.open_dataset(_config(), tmp_path / "run").splits
   assert {name: part.tolist() for name, part in found.items()} == {
     "labelled": [0, 3, 5, 8, 10], "unlabelled": [4, 9], "val": [1, 6, 11], "test": [2, 7],
   }  # fmt: skip

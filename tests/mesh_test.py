@@ -16,8 +16,8 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import hlo
 from rndpo_jax.runtime import files, sharding
-from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import checkpoint, metric_writer, train_loop, validation
+from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint, loss_fns, metric_writer, train_step, validation
 
 BATCH, PAIRS, CLASSES = 4, 2, 3
 PLANE, VOLUME = (16, 16), (12, 44, 2)
@@ -68,7 +68,7 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
   segmenter = network(len(size))
   segmenter = segmenter._replace(apply=sharding.spread(segmenter.apply, mesh))
   if kind == "finetune":
-    loss_fn = finetune.make_loss_fn(
+    loss_fn = loss_fns.make_loss_fn(
       segmenter,
       num_classes=CLASSES,
       size=size,
@@ -79,8 +79,8 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
     options = base_config().augment.to_dict()
     options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
     loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
-  step = train_loop.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
-  state = train_loop.make_state(params, OPTIMIZER, mesh, True, LARGE)
+  step = train_step.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
+  state = train_step.make_state(params, OPTIMIZER, mesh, True, LARGE)
   batch = sharding.put_batch(batch, mesh)
   reference = jax.tree.map(lambda x: np.float32(0.9) * x, params)
   batch["reference_params"] = sharding.put_params(reference, mesh, LARGE)
@@ -105,7 +105,7 @@ def volume_step():
     compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
   first = jax.device_get(take(compiled, state, batch))
   # A program takes its arguments where it was compiled for them: the state stays where it was.
-  state = train_loop.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
+  state = train_step.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
   state, _ = take(compiled, state, batch)
   return compiled, first, take(compiled, state, batch)[0]
 
@@ -271,12 +271,12 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
   params, optimizer = problem(PLANE)[0], optax.adam(0.1)
 
   def start(mesh):
-    state = train_loop.make_state(params, optimizer, mesh, True, LARGE)
+    state = train_step.make_state(params, optimizer, mesh, True, LARGE)
     return state._replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
 
   there = start(mesh_of(2, 2, 2))
   checkpoint.save(tmp_path, 3, there)
-  like = train_loop.make_state(
+  like = train_step.make_state(
     jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, LARGE
   )
   here = checkpoint.restore(tmp_path, 3, like)

@@ -8,8 +8,10 @@ import pytest
 from flax import serialization
 
 from rndpo_jax import losses, models, pipeline
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader as data_pipeline
 from rndpo_jax.losses import bit_planes
+from rndpo_jax.mining.program import make_mine_batch
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, mine
@@ -42,9 +44,9 @@ def test_pairs_do_not_depend_on_devices_or_batch_size(
 
 def test_compiled_program_has_no_communication(tiny_run):
   config, workdir = tiny_run
-  dataset = data_pipeline.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   weights, score = mine.make_scorer(config, workdir, dataset)
-  program = mine.on_local_devices(mine.make_mine_batch(config, dataset, score), weights)
+  program = mine.on_local_devices(make_mine_batch(config, dataset, score), weights)
   batch = next(data_pipeline.batches(dataset, range(8), batch_size=8, with_labels=False))
   placed = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
   assert isinstance(program, functools.partial)
@@ -56,7 +58,7 @@ def test_compiled_program_has_no_communication(tiny_run):
 
 def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
   config, workdir = tiny_run
-  dataset = data_pipeline.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   segmenter_logits = _base_logits(config, workdir, dataset)
   manifest = files.read_json(workdir / "pairs/manifest.json")
   count = 0
@@ -90,11 +92,11 @@ def _base_logits(config, workdir, dataset):
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  params = base.load(config, workdir, data_pipeline.open_dataset(config, workdir))[0]
+  params = base.load(config, workdir, dataset_lib.open_dataset(config, workdir))[0]
   apply = jax.jit(segmenter.apply)
 
   def logits(index):
-    example = data_pipeline.load_example(dataset, index, with_labels=False)
+    example = dataset_lib.load_example(dataset, index, with_labels=False)
     return apply(params, example["image"][None])
 
   return logits
@@ -112,7 +114,7 @@ def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
   pipeline.run(config, tmp_path, ["prepare", "base", "mine"])
   judges = files.read_json(tmp_path / "pairs" / "judges.json")
   assert judges["learned"]["used"] and not judges["agreement"]["used"]
-  first, second = base.load(config, tmp_path, data_pipeline.open_dataset(config, tmp_path))
+  first, second = base.load(config, tmp_path, dataset_lib.open_dataset(config, tmp_path))
   assert any(
     (a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
   )
@@ -133,7 +135,7 @@ def test_oracle_has_every_pair_right(tiny_run, tiny_config, tmp_path):
 def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   """Also: the pair files and their closure travel to another process."""
   _, workdir = tiny_run
-  dataset = data_pipeline.open_dataset(tiny_config(), workdir)
+  dataset = dataset_lib.open_dataset(tiny_config(), workdir)
   mesh = sharding.make_mesh()
   here, there = (
     pair_batches.on_devices(tiny_config(data__num_workers=n), workdir, dataset, mesh, None)(5)

@@ -213,7 +213,9 @@ RESTORES = """
 import sys
 import jax, numpy as np, orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
-from rndpo_jax import checkpoint, processes
+from rndpo_jax import errors
+from rndpo_jax.runtime import multihost, processes
+from rndpo_jax.training import checkpoint
 address, index, unreadable, folder = sys.argv[1:]
 index = int(index)
 processes.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
@@ -233,9 +235,9 @@ try:
   for shard in read["x"].addressable_shards:
     np.testing.assert_array_equal(shard.data, values[shard.index])
   assert not read["x"].is_fully_addressable and (read["n"] == values).all()
-  processes.barrier("deleted")
+  multihost.barrier("deleted")
   print("step", step, checkpoint.steps(folder))
-except checkpoint.CheckpointError as error:
+except errors.CheckpointError as error:
   print(error, checkpoint.steps(folder))
 """
 

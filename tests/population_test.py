@@ -15,7 +15,7 @@ from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
 from rndpo_jax.sweep import population
-from rndpo_jax.training import train_loop, validation
+from rndpo_jax.training import loss_fns, train_step, validation
 
 SIZE, CLASSES, ROWS, STEPS = (6, 4), 3, 8, 4
 BETAS, RATES, SEEDS = (0.5, 20.0), (0.01, 0.1), (3, 4)
@@ -72,7 +72,7 @@ def options(**changes):
 
 
 def loss_fn(config):
-  return finetune.make_loss_fn(
+  return loss_fns.make_loss_fn(
     segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
   )
 
@@ -91,7 +91,7 @@ def ordinary_step(**changes):
   """(config, optimizer, step) of runs alone, on one device."""
   config = options(**changes)
   optimizer, tuned = finetune.optimizer(config.finetune), config.finetune
-  step = train_loop.make_train_step(
+  step = train_step.make_train_step(
     loss_fn(config), optimizer, sharding.make_mesh(ONE), tuned.accumulate_steps, tuned.ema_decay
   )
   return config, optimizer, step
@@ -101,7 +101,7 @@ def ordinary(seed, beta, rate, stop=STEPS, **changes):
   """(state, metrics of the last step) of one run alone, on one device."""
   config, optimizer, step = ordinary_step(beta=beta, learning_rate=rate, **changes)
   mesh, tuned = sharding.make_mesh(ONE), config.finetune
-  state = train_loop.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
+  state = train_step.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
   for number in range(stop):
     batch = with_reference(sharding.put_batch(batch_of(seed, number), mesh), config)
     state, aux = step(state, batch, key_of(seed))

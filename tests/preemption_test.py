@@ -18,7 +18,7 @@ from rndpo_jax.runtime import preemption
 # A training of 40 steps, then work that process 0 does alone; a signal comes to the one that waits.
 PROCESS = """
 import os, signal, sys, threading, time
-from rndpo_jax import preemption, processes
+from rndpo_jax.runtime import preemption, processes
 index, address, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 processes.initialize(address, 2, index, detect=False, connect_seconds=60, heartbeat_seconds=15)
 preemption.install()

@@ -10,7 +10,8 @@ from PIL import Image
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import builder, loader, reader, records, splits, writer
+from rndpo_jax.data import builder, reader, records, splits, writer
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data.sources import folder, images
 from rndpo_jax.runtime import threads
 from rndpo_jax.stages import prepare
@@ -47,17 +48,17 @@ def test_a_folder_becomes_records_and_splits(root, tmp_path, capsys):
   workdir = tmp_path / "work"
   prepare.run(_config(root), workdir)
   assert not any(".tmp" in name or "incomplete" in name for name in _files(workdir))
-  dataset = loader.open_dataset(_config(root), workdir)
+  dataset = dataset_lib.open_dataset(_config(root), workdir)
   assert [len(dataset.splits[name]) for name in splits.NAMES] == [1, 3, 1, 1]
   assert 5 in dataset.splits["unlabelled"]
   for n in range(6):
-    native = loader.load_native(dataset, n, with_labels=n < 5)
+    native = dataset_lib.load_native(dataset, n, with_labels=n < 5)
     stored = np.asarray(Image.open(root / "images" / f"{n}.png"))
     np.testing.assert_array_equal(native["image"][..., 0], stored)
     if n < 5:
       np.testing.assert_array_equal(native["label"], stored > 100)
   with pytest.raises(errors.DataError, match="5: it has no mask"):
-    loader.load_native(dataset, 5, with_labels=True)
+    dataset_lib.load_native(dataset, 5, with_labels=True)
   assert "Dataset cases" not in capsys.readouterr().out
 
 
@@ -86,7 +87,7 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
   for name, size in (("one", 1 << 32), ("many", 400)):
     monkeypatch.setattr(builder, "FILE_BYTES", size)
     prepare.run(_config(root), tmp_path / name)
-    datasets.append(loader.open_dataset(_config(root), tmp_path / name))
+    datasets.append(dataset_lib.open_dataset(_config(root), tmp_path / name))
   # 9 x 8, 9, ... 12 pixels with masks and 9 x 13 without: 144 + 162, 180 + 198, 216 + 117 bytes.
   found = [[p.name for p in (tmp_path / n).rglob("*array_record*")] for n in ("one", "many")]
   assert found[0] == ["cases-cases.array_record-00000-of-00001"]
@@ -275,7 +276,7 @@ def _fails_and_recovers(config, workdir, mend, error=errors.DataError, match="")
   assert not prepare.is_done(workdir) and not (workdir / "data" / records.FILE).exists()
   mend()
   prepare.run(config, workdir)
-  assert len(loader.open_dataset(config, workdir).records) == 6
+  assert len(dataset_lib.open_dataset(config, workdir).records) == 6
 
 
 def test_an_image_that_breaks_half_way(root, tmp_path):
@@ -357,4 +358,4 @@ def test_damaged_prepared_files_are_named(root, tmp_path, damage):
   else:
     (path if damage == "missing" else path.parent / "dataset_info.json").unlink()
   with pytest.raises(errors.DataError, match="cases: cannot be read.*'prepare'"):
-    loader.open_dataset(_config(root), tmp_path)
+    dataset_lib.open_dataset(_config(root), tmp_path)

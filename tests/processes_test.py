@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.runtime import processes
+from rndpo_jax.runtime import multihost, processes
 
 
 def initialize(address, count, index):
@@ -35,12 +35,12 @@ def test_flags_that_do_not_fit_are_named(arguments, message):
 
 def test_one_process_needs_nothing():
   assert initialize(None, None, None) is False
-  assert processes.is_first() and processes.agree(lambda: 7) == 7
-  assert processes.any_of(True) and not processes.any_of(False)
-  assert processes.which(True) == [0] and processes.which(False) == []
-  assert processes.agree_on_list(lambda: [20, 40]) == [20, 40]
-  assert processes.agree_on_list(lambda: []) == []
-  processes.barrier("alone")
+  assert multihost.is_first() and multihost.agree(lambda: 7) == 7
+  assert multihost.any_of(True) and not multihost.any_of(False)
+  assert multihost.which(True) == [0] and multihost.which(False) == []
+  assert multihost.agree_on_list(lambda: [20, 40]) == [20, 40]
+  assert multihost.agree_on_list(lambda: []) == []
+  multihost.barrier("alone")
 
 
 def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
@@ -52,8 +52,8 @@ def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
 
 
 def test_the_others_do_not_look(monkeypatch):
-  monkeypatch.setattr(processes, "is_first", lambda: False)
-  assert processes.agree(lambda: pytest.fail("it looked")) == 0
+  monkeypatch.setattr(multihost, "is_first", lambda: False)
+  assert multihost.agree(lambda: pytest.fail("it looked")) == 0
 
 
 class Store:

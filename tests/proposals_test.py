@@ -9,6 +9,7 @@ import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import types
+from rndpo_jax.data.noise import smooth_noise
 from rndpo_jax.mining import proposals
 
 OPTIONS = {
@@ -143,7 +144,7 @@ def test_an_image_does_not_depend_on_its_batch():
 )
 def test_noise_has_unit_variance_at_every_pixel(shape, smoothing):
   keys = jax.random.split(jax.random.key(0), 4000)
-  fields = np.asarray(jax.vmap(lambda key: proposals.smooth_noise(key, shape, smoothing))(keys))
+  fields = np.asarray(jax.vmap(lambda key: smooth_noise(key, shape, smoothing))(keys))
   assert fields.shape == (4000, *shape)
   # Standard errors: 1 / sqrt(4000) = 0.016 of the mean, sqrt(2 / 4000) = 0.022 of the variance.
   assert abs(fields.mean(0)).max() < 5 * 0.016
@@ -153,7 +154,7 @@ def test_noise_has_unit_variance_at_every_pixel(shape, smoothing):
 
 def test_noise_is_smooth_as_asked():
   keys = jax.random.split(jax.random.key(1), 4000)
-  field = np.asarray(jax.vmap(lambda key: proposals.smooth_noise(key, (17, 3, 1), 4.0))(keys))
+  field = np.asarray(jax.vmap(lambda key: smooth_noise(key, (17, 3, 1), 4.0))(keys))
   for distance in (1, 4, 8, 16):
     got = np.mean(field[:, 0, 1, 0] * field[:, distance, 1, 0])
     # White noise spread by a Gaussian of width s has correlation exp(-d^2 / (4 s^2)).

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import errors, pipeline
-from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
@@ -75,7 +75,7 @@ def test_a_base_of_other_data_is_refused_here_and_where_it_was_copied(
   shutil.rmtree(workdir / "data")
   pipeline.run(given, workdir, ["prepare"])
   for settings, place in ((given, workdir), (there, tmp_path / "other")):
-    assert len(base.load(settings, place, data_pipeline.open_dataset(settings, place))) == 1
+    assert len(base.load(settings, place, dataset_lib.open_dataset(settings, place))) == 1
   # The source has changed, as a folder of images does.
   pipeline.run(tiny_config(data__phantom__seed=5), tmp_path / "changed", ["prepare"])
   shutil.rmtree(workdir / "data")

@@ -11,7 +11,7 @@ from etils import epath
 from fsspec.implementations import local
 
 from rndpo_jax import errors
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import prepare
@@ -98,9 +98,9 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
   for workdir in (bucket / "job", tmp_path / "job"):
     prepare.run(config, workdir)
     assert prepare.is_done(epath.Path(workdir))
-    datasets.append(loader.open_dataset(config, workdir))
+    datasets.append(dataset_lib.open_dataset(config, workdir))
   assert list(datasets[0].records) == list(datasets[1].records)
-  examples = [loader.load_example(dataset, 3, with_labels=True) for dataset in datasets]
+  examples = [dataset_lib.load_example(dataset, 3, with_labels=True) for dataset in datasets]
   for name, value in examples[0].items():
     np.testing.assert_array_equal(value, examples[1][name], err_msg=name)
   (bucket / "job" / "data" / "records.json").unlink()  # it broke off

@@ -26,7 +26,7 @@ CONFIG = "tests/tiny_config.py"
 # and kill -9. Nothing here depends on how soon somebody looks.
 KILL_AT = """
 import fnmatch, os, pathlib, runpy, signal, sys
-from rndpo_jax import files
+from rndpo_jax.runtime import files
 pattern, write = sys.argv.pop(1), files.write_bytes
 def write_bytes(path, content):
   if not fnmatch.fnmatch(str(path), pattern):
@@ -111,13 +111,13 @@ def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expecte
 # Meets a signal before any work, as the program does while it imports or waits for the others.
 EARLY = """
 import os, signal, sys, time
-from launch import program
-program.end_at_sigterm()
+from launch import common
+common.end_at_sigterm()
 if sys.argv[1] == "taken":
-  program.take_signals()
+  common.take_signals()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(20)
-from rndpo_jax import preemption
+from rndpo_jax.runtime import preemption
 preemption.check("noted")
 """
 

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import errors
 from rndpo_jax.runtime import preemption, sharding
-from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop
+from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop, train_step
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -33,11 +33,11 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def step(mesh):
-  return train_loop.make_train_step(loss_fn, OPTIMIZER, mesh)
+  return train_step.make_train_step(loss_fn, OPTIMIZER, mesh)
 
 
 def start(mesh):
-  return train_loop.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh)
+  return train_step.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh)
 
 
 def batch_at(step):
@@ -173,7 +173,7 @@ def test_keys_differ_from_step_to_step(step, mesh, tmp_path):
 
 def test_one_device_equals_eight(step, mesh):
   single = sharding.make_mesh(jax.devices()[:1])
-  one_step = train_loop.make_train_step(loss_fn, OPTIMIZER, single)
+  one_step = train_step.make_train_step(loss_fn, OPTIMIZER, single)
   states = []
   for used_step, used_mesh in ((step, mesh), (one_step, single)):
     state = start(used_mesh)
@@ -186,10 +186,10 @@ def test_one_device_equals_eight(step, mesh):
 
 def test_average_of_parameters_is_what_is_kept_and_validated(step, mesh, tmp_path):
   plain = run(step, mesh, tmp_path / "plain", num_steps=4)
-  averaging = train_loop.make_train_step(loss_fn, OPTIMIZER, mesh, ema_decay=0.75)
+  averaging = train_step.make_train_step(loss_fn, OPTIMIZER, mesh, ema_decay=0.75)
 
   def begin():
-    return train_loop.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh, with_ema=True)
+    return train_step.make_state({"w": jnp.ones(3)}, OPTIMIZER, mesh, with_ema=True)
 
   state = begin()
   expected = np.ones(3)
@@ -224,8 +224,8 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
   batch["reference_params"] = {"w": jnp.full(3, 2.0)}
   results = []
   for count in (1, parts):
-    made = train_loop.make_train_step(weighted_loss, optax.sgd(0.1), mesh, count)
-    state = train_loop.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
+    made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, count)
+    state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
     results.append(made(state, batch, jax.random.key(0)))
   (whole, whole_aux), (state, aux) = results
   assert (np.asarray(whole.params["w"]) != 1).all()
@@ -239,8 +239,8 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
 def test_a_batch_without_any_weight_moves_nothing(mesh):
   batch = sharding.put_batch({"x": np.ones((16, 3)), "weight": np.zeros(16)}, mesh)
   batch["reference_params"] = {"w": jnp.zeros(3)}
-  made = train_loop.make_train_step(weighted_loss, optax.sgd(0.1), mesh, 2)
-  state = train_loop.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
+  made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, 2)
+  state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
   state, aux = made(state, batch, jax.random.key(0))
   np.testing.assert_array_equal(state.params["w"], np.ones(3))
   assert float(aux["loss"]) == 0
@@ -248,7 +248,7 @@ def test_a_batch_without_any_weight_moves_nothing(mesh):
 
 def test_state_is_donated_and_the_parameters_it_was_made_from_are_not(step, mesh):
   params = {"w": jnp.ones(3)}
-  state = train_loop.make_state(params, OPTIMIZER, mesh)
+  state = train_step.make_state(params, OPTIMIZER, mesh)
   step(state, sharding.put_batch(batch_at(0), mesh), jax.random.key(5))
   assert state.params["w"].is_deleted()
   np.testing.assert_array_equal(params["w"], np.ones(3))

@@ -13,7 +13,7 @@ from typing import Any
 
 from rndpo_jax.benchmark import network, step, timing
 from rndpo_jax.benchmark.options import Options
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune, mine, prepare
@@ -31,7 +31,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
   sharding.check_batch_size("--shape", options.shape[0], mesh.size)
   with tempfile.TemporaryDirectory() as workdir:
     config = make_workdir(options, workdir)
-    dataset = loader.open_dataset(config, workdir)
+    dataset = dataset_lib.open_dataset(config, workdir)
     stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
     segmenter, params = network.make(options)
     batch = next(stream)

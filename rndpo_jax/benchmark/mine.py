@@ -18,8 +18,9 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import types
 from rndpo_jax.benchmark import network, step, timing
 from rndpo_jax.benchmark.options import Options
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import proposals
+from rndpo_jax.mining.program import make_mine_batch
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import mine
 
@@ -138,7 +139,7 @@ def make_program(config, params, images, mix: str) -> tuple[Callable, tuple]:
   config = config.copy_and_resolve_references()
   config.proposals.mix = mix
   config.judge.compare = (config.judge.name,)
-  dataset = loader.Dataset(
+  dataset = dataset_lib.Dataset(
     digest="",
     source=None, blind_source=None, name="random", class_names=[], num_channels=network.CHANNELS,
     spacing_unit="voxel", records=[], splits={}, crop=(), normalization="zscore",
@@ -148,7 +149,7 @@ def make_program(config, params, images, mix: str) -> tuple[Callable, tuple]:
   with tempfile.TemporaryDirectory() as workdir:
     network.save_as_base(params, workdir)
     weights, score = mine.make_scorer(config, workdir, dataset)
-  program = mine.on_local_devices(mine.make_mine_batch(config, dataset, score), weights)
+  program = mine.on_local_devices(make_mine_batch(config, dataset, score), weights)
   to_devices = jax.pmap(lambda batch: batch)
   count = images[0].shape[0]
 

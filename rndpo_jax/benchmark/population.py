@@ -18,7 +18,7 @@ from rndpo_jax.benchmark.options import Options
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
 from rndpo_jax.sweep import population
-from rndpo_jax.training import train_loop
+from rndpo_jax.training.train_step import make_state, make_train_step
 
 APART = "one run after another"
 TOGETHER = {form: f"one program, {form}" for form in population.FORMS}
@@ -51,11 +51,11 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
 
 
 def apart(options: Options, batches: list[dict], mesh: jax.sharding.Mesh) -> timing.Variant:
-  """A step of each run in turn, as `train_loop.make_train_step` compiles it."""
+  """A step of each run in turn, as `train_step.make_train_step` compiles it."""
   segmenter, params = network.make(options)
   optimizer = finetune.optimizer(network.make_config(options).finetune)
-  states = [train_loop.make_state(params, optimizer, mesh) for _ in range(options.members)]
-  train_step = train_loop.make_train_step(
+  states = [make_state(params, optimizer, mesh) for _ in range(options.members)]
+  train_step = make_train_step(
     step.preference_loss_fn(segmenter, options, "cached"), optimizer, mesh
   )
   key, share = jax.random.key(2), options.members // options.seeds

@@ -20,7 +20,7 @@ from rndpo_jax.benchmark.options import Options
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
-from rndpo_jax.training import train_loop
+from rndpo_jax.training import loss_fns, train_step
 
 NUM_BATCHES = 8
 SUPERVISED = "supervised, cross-entropy"
@@ -117,7 +117,7 @@ def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dic
   return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
 
 
-def supervised_loss_fn(segmenter: types.Segmenter) -> train_loop.LossFn:
+def supervised_loss_fn(segmenter: types.Segmenter) -> train_step.LossFn:
   """(params, batch, key) -> (mean cross-entropy, no metrics): as little as such a step can do."""
 
   def loss_fn(params, batch, key):
@@ -130,11 +130,11 @@ def supervised_loss_fn(segmenter: types.Segmenter) -> train_loop.LossFn:
 
 def preference_loss_fn(
   segmenter: types.Segmenter, options: Options, reference: str
-) -> train_loop.LossFn:
+) -> train_step.LossFn:
   """The loss of the stage `finetune`, its metrics among it, with the default objective."""
   config = network.make_config(options)
   config.finetune.reference = reference
-  return finetune.make_loss_fn(
+  return loss_fns.make_loss_fn(
     segmenter,
     num_classes=options.classes,
     size=tuple(options.shape[1:]),
@@ -145,7 +145,7 @@ def preference_loss_fn(
 def step_variant(
   name: str,
   *,
-  loss_fn: train_loop.LossFn,
+  loss_fn: train_step.LossFn,
   batch_of: Callable[[int], dict[str, Any]],
   options: Options,
   pairs: int,
@@ -157,7 +157,7 @@ def step_variant(
 
   Args:
     name: in tables.
-    loss_fn: as `train_loop.make_train_step` takes it.
+    loss_fn: as `train_step.make_train_step` takes it.
     batch_of: (turn) -> the batch of that step, on the devices.
     options: for the work of a step.
     pairs: of each image, 0 where there are none.
@@ -165,9 +165,9 @@ def step_variant(
     mesh: from `sharding.make_mesh`.
     params: to start from.
   """
-  state = train_loop.make_state(params, optimizer, mesh)
+  state = train_step.make_state(params, optimizer, mesh)
   key, batch = jax.random.key(2), batch_of(0)
-  step = train_loop.make_train_step(loss_fn, optimizer, mesh)
+  step = train_step.make_train_step(loss_fn, optimizer, mesh)
   compiled, seconds, peak = timing.compile_ahead(step, state, batch, key)
   moved = 2 * network.num_bytes(state) + network.num_bytes(batch)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import ndimage
 
-from rndpo_jax.mining import proposals
+from rndpo_jax.data.noise import smooth_noise
 
 
 def augment(
@@ -91,7 +91,7 @@ def _flip(key, image, mask, probability):
 def _elastic(key, image, mask, probability, scale, smoothing):
   happens, field = jax.random.split(key)
   size = image.shape[:-1]
-  shift = scale * proposals.smooth_noise(field, (*size, len(size)), smoothing)
+  shift = scale * smooth_noise(field, (*size, len(size)), smoothing)
   shift = jnp.where(jax.random.bernoulli(happens, probability), shift, 0.0)
   grid = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in size), indexing="ij")
   places = [axis + shift[..., d] for d, axis in enumerate(grid)]

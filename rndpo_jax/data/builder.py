@@ -15,7 +15,7 @@ from etils import epath
 
 from rndpo_jax import errors
 from rndpo_jax.data import reader, records, writer
-from rndpo_jax.runtime import files, preemption, processes, progress
+from rndpo_jax.runtime import files, multihost, preemption, progress
 
 # Of a file's images and masks, before ArrayRecord compresses them.
 FILE_BYTES = 4 << 30
@@ -43,7 +43,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
   """
   remote, digests = files.is_remote(directory), []
   with contextlib.ExitStack() as stack, preemption.together(writer.KEPT):
-    if remote and processes.is_first():  # ArrayRecord writes local files alone
+    if remote and multihost.is_first():  # ArrayRecord writes local files alone
       here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       _start(source, here)
       _write_files(source, here, 0, 1)
@@ -53,12 +53,12 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
       files.copy(reader.folder(here), reader.folder(directory))
   if remote:
     return digests
-  if processes.is_first():
+  if multihost.is_first():
     _start(source, directory)
-  processes.barrier("prepare")
+  multihost.barrier("prepare")
   with preemption.together(writer.KEPT):
     _write_files(source, directory, jax.process_index(), jax.process_count())
-  if processes.is_first():
+  if multihost.is_first():
     digests = _finish(source, directory)
   return digests
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import predict, results
 from rndpo_jax.runtime import files
 
@@ -50,7 +50,7 @@ def write(
   for n, index in enumerate(indices):
     label = evaluation.label(index)
     z = None if label.ndim == 2 else results.fullest_slice(label)
-    image = loader.load_native(evaluation.dataset, index, with_labels=False)["image"]
+    image = dataset_lib.load_native(evaluation.dataset, index, with_labels=False)["image"]
     arrays[f"image_{n}"] = image if z is None else image[:, :, z]
     arrays[f"label_{n}"] = label if z is None else label[..., z]
     for name, found in masks.items():

@@ -1,13 +1,11 @@
-"""What one checkpoint does on every case of validation and test, kept in files between runs."""
+"""Masks that a checkpoint predicts for the cases of validation and test, on their own grids."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,9 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import models
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.evaluation import metrics, results
-from rndpo_jax.runtime import files, preemption, sharding
+from rndpo_jax.runtime import preemption, sharding
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint
 from rndpo_jax.types import Params
@@ -42,7 +40,7 @@ class Evaluation(NamedTuple):
   """
 
   folder: epath.Path
-  dataset: loader.Dataset
+  dataset: dataset_lib.Dataset
   tolerance: float
   groups: dict[tuple[str, str], list[int]]
   predict_batch: Callable[..., jax.Array]
@@ -53,7 +51,7 @@ class Evaluation(NamedTuple):
 
 def open_evaluation(config, workdir: epath.Path) -> Evaluation:
   """Opens the prepared data and compiles nothing yet."""
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
@@ -80,7 +78,7 @@ def open_evaluation(config, workdir: epath.Path) -> Evaluation:
     return loader.batches(dataset, indices, batch_size=size, with_labels=False)
 
   def label(index: int) -> np.ndarray:
-    return loader.load_native(dataset, index, with_labels=True)["label"]
+    return dataset_lib.load_native(dataset, index, with_labels=True)["label"]
 
   groups = group_cases(dataset)
   if _bytes_to_keep(dataset, groups) <= _KEEP_BYTES:
@@ -184,116 +182,3 @@ def _resize_matrix(size: int, native: int, crop: tuple[int, ...]) -> np.ndarray:
   # The class in front of them takes what `to_native` writes outside the crop.
   units = np.eye(size, size + 1, k=1, dtype=np.float32)
   return loader.to_native(units, (native,), crop)[:, 1:]
-
-
-def overlap_cases(evaluation: Evaluation, step: int) -> list[results.Case]:
-  """Pixel counts of every case after `step` steps, from `evaluate/curve-STEP.json` if known."""
-  params = evaluation.params(step)
-  path = evaluation.folder / f"curve-{step}.json"
-  stamp = _fingerprint(evaluation, params)
-  known = _read_partial(path, stamp)
-  if known is None:
-    case_of = {index: key for key, group in evaluation.groups.items() for index in group}
-    size = evaluation.dataset.num_classes
-    counts = {key: np.zeros((3, size), np.int64) for key in evaluation.groups}
-    for index, mask in predict(evaluation, params, sorted(case_of)):
-      counts[case_of[index]] += metrics.pixel_counts(mask, evaluation.label(index), size)
-    known = [
-      {"split": split, "case_id": case_id, "counts": value.tolist()}
-      for (split, case_id), value in counts.items()
-    ]
-    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
-  return [
-    results.Case(entry["split"], entry["case_id"], np.array(entry["counts"], np.int64))
-    for entry in known
-  ]
-
-
-def surface_cases(
-  evaluation: Evaluation, step: int, cases: Sequence[results.Case]
-) -> list[results.Case]:
-  """`cases` with surface metrics, from `evaluate/surface-STEP.json` if known."""
-  params = evaluation.params(step)
-  path = evaluation.folder / f"surface-{step}.json"
-  stamp = _fingerprint(evaluation, params, evaluation.tolerance)
-  known = _read_partial(path, stamp)
-  if known is None:
-    found = dict(_surfaces(evaluation, params))
-    known = [
-      {"split": case.split, "case_id": case.case_id, "surface": found[case.split, case.case_id]}
-      for case in cases
-    ]
-    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
-  surface = {(entry["split"], entry["case_id"]): entry["surface"] for entry in known}
-  return [case._replace(surface=surface[case.split, case.case_id]) for case in cases]
-
-
-def _surfaces(evaluation: Evaluation, params) -> Iterator[tuple[tuple[str, str], list]]:
-  """Yields ((split, case id), surface metrics of each foreground class), case by case."""
-  order = [(key, index) for key, group in evaluation.groups.items() for index in group]
-  masks: dict[int, np.ndarray] = {}
-  for (key, _), (index, mask) in zip(
-    order, predict(evaluation, params, [index for _, index in order]), strict=True
-  ):
-    masks[index] = mask
-    group = evaluation.groups[key]
-    if index != group[-1]:
-      continue
-    mask = stack_slices([masks.pop(i) for i in group])
-    label = stack_slices([evaluation.label(i) for i in group])
-    spacing = case_spacing(evaluation.dataset, group)
-    yield (
-      key,
-      [
-        metrics.surface_metrics(mask == c, label == c, spacing, evaluation.tolerance)
-        for c in range(1, evaluation.dataset.num_classes)
-      ],
-    )
-
-
-def stack_slices(slices: Sequence[np.ndarray]) -> np.ndarray:
-  """The volume of a case's slices, along a new last axis; a single array stays as it is.
-
-  Slices of different sizes are filled up with background at the far end of each axis.
-  """
-  if len(slices) == 1:
-    return slices[0]
-  shape = np.max([part.shape for part in slices], axis=0)
-  fill = [[(0, n - m) for n, m in zip(shape, part.shape, strict=True)] for part in slices]
-  return np.stack([np.pad(p, f) for p, f in zip(slices, fill, strict=True)], axis=-1)
-
-
-def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
-  """Size of a voxel of the stacked case in mm; None, that is voxels, where any is unknown."""
-  spacing = dataset.records[group[0]]["spacing"]
-  if dataset.spacing_unit != "mm" or spacing is None:
-    return None
-  if len(group) == 1:
-    return tuple(spacing)
-  affine = loader.load_native(dataset, group[0], with_labels=False)["affine"]
-  edges = np.linalg.norm(affine[:3, :3], axis=0)
-  # The affine may be in another unit, such as microns: what scaled one axis scales the others.
-  return (*spacing, float(edges[2] * spacing[0] / edges[0]))
-
-
-def _fingerprint(evaluation: Evaluation, params, *more) -> str:
-  """Of everything that the numbers hang on, so that no stale partial result is ever used."""
-  dataset = evaluation.dataset
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  cases = [[*key, indices] for key, indices in evaluation.groups.items()]
-  grid = [list(dataset.size), list(dataset.crop), dataset.normalization]
-  setting = [dataset.digest, cases, dataset.num_classes, grid, more]
-  digest.update(json.dumps(setting).encode())
-  return digest.hexdigest()
-
-
-def _read_partial(path: epath.Path, stamp: str) -> list[dict[str, Any]] | None:
-  if not path.exists():
-    return None
-  try:
-    content = files.read_json(path)
-  except ValueError:
-    return None  # it is only a cache: measure again
-  return content["cases"] if content.get("fingerprint") == stamp else None

@@ -11,7 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax.mining import overlap, proposals
+from rndpo_jax.data.noise import smooth_noise
+from rndpo_jax.mining import overlap
 
 _FLOOR = 1e-4  # of a blurred one-hot value; bounds the logits
 
@@ -68,8 +69,8 @@ def _soft_errors(key, mask, num_classes):
   # One strength for all errors of a draw makes slight and gross draws, not always a middling sum.
   strength = _log_scale(draw[1], 0.1, 6.0)
   bias = _along(jax.random.normal(bias_key, (num_classes,)), mask.ndim, mask.ndim + 1)
-  coarse = proposals.smooth_noise(coarse_key, logits.shape, extent / 8)
-  fine = proposals.smooth_noise(fine_key, logits.shape, extent / 20)
+  coarse = smooth_noise(coarse_key, logits.shape, extent / 8)
+  fine = smooth_noise(fine_key, logits.shape, extent / 20)
   noise = draw[2] * coarse + (1 - draw[2]) * fine
   return logits + strength * (0.6 * bias + noise) + _bump(bump_key, logits.shape)
 

@@ -9,17 +9,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import types
-from rndpo_jax.data import geometry, loader
+from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import geometry, loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
-from rndpo_jax.stages import base
 
 
 def on_devices(
   config, workdir, dataset, mesh: Mesh, reference: types.Params | None
 ) -> Callable[[int], Iterator[dict]]:
-  """Start step -> endless batches of images with their pairs for `finetune.make_loss_fn`."""
+  """Start step -> endless batches of images with their pairs for `loss_fns.make_loss_fn`."""
   stream = stream_of(config, workdir, dataset)
 
   def put(batch):
@@ -36,21 +36,21 @@ def stream_of(
 ) -> Callable[[int, int], Iterator[dict]]:
   """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
 
-  What they hold: `finetune.make_loss_fn`.
+  What they hold: `loss_fns.make_loss_fn`.
   """
-  part = base.part_of_batches(whole)
+  part = split_batches.part_of_batches(whole)
   directory = epath.Path(workdir) / "pairs"
   table = shards.read(directory)
   weigh = weights_by_gap(config, directory)
   volume = voxel_volumes(config, dataset)
-  labelled = base.labelled_stream(config, dataset, config.finetune.batch_size, whole)
+  labelled = split_batches.labelled_stream(config, dataset, config.finetune.batch_size, whole)
 
   @loader.cached
   def load(row: int) -> dict:
     record = table[row]
     index = int(record["index"])
     return {
-      "image": loader.load_example(dataset, index, with_labels=False)["image"],
+      "image": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
       **{name: record[name] for name in shards.TRAINING_FIELDS},
       "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
       "voxel_volume": volume(index),

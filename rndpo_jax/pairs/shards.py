@@ -16,7 +16,7 @@ from etils import epath
 from flax import serialization
 
 from rndpo_jax import errors
-from rndpo_jax.runtime import files, preemption, processes, threads
+from rndpo_jax.runtime import files, multihost, preemption, threads
 from rndpo_jax.training import checkpoint
 
 # What fine-tuning takes from a record as it stands, P slots an image.
@@ -106,7 +106,7 @@ def claim(directory: os.PathLike, origin: dict[str, str]) -> None:
   path = directory / "origin.json"
   if path.exists():
     _compare(directory, files.read_json(path), origin)
-  elif processes.is_first():
+  elif multihost.is_first():
     if (directory / "judges.json").exists():
       raise errors.PairsError(
         f"{path} is missing: nothing says of which data and base {directory} is; delete that "

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, models, pipeline, types
 from rndpo_jax.data import builder, reader, records, splits
-from rndpo_jax.data import loader as data_pipeline
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics, predict
 from rndpo_jax.pairs import manifest
@@ -39,7 +39,7 @@ class Data(NamedTuple):
   num_images: dict[str, int]
   num_stored: int
   num_bytes: int
-  dataset: data_pipeline.Dataset | None
+  dataset: dataset_lib.Dataset | None
   source: records.Source | None
 
 
@@ -97,7 +97,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
   """The prepared data set where there is one, else what the source's file headers tell."""
   home = epath.Path(config.base.workdir or workdir)
   if prepare.is_done(home):
-    dataset, source = data_pipeline.open_dataset(config, workdir), None
+    dataset, source = dataset_lib.open_dataset(config, workdir), None
     facts, entries = dataset._asdict(), dataset.records
     counts = {name: len(indices) for name, indices in dataset.splits.items()}
     shown = [entries[i]["shape"] for name in predict.SPLITS for i in dataset.splits[name]]

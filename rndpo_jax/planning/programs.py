@@ -22,10 +22,11 @@ from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
+from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
 from rndpo_jax.planning import chips
 from rndpo_jax.runtime import sharding
-from rndpo_jax.stages import base, finetune, measure_judges, mine, train_judge
-from rndpo_jax.training import train_loop, validation
+from rndpo_jax.stages import base, finetune, measure_judges, train_judge
+from rndpo_jax.training import loss_fns, train_step, validation
 
 # Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
 _ENVIRONMENT = {
@@ -149,7 +150,7 @@ def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
 
 
 def _mine(config, problem, score):
-  return mine.make_mine_batch(config, problem, score)
+  return make_mine_batch(config, problem, score)
 
 
 def _measure(config, problem, score):
@@ -165,10 +166,10 @@ def _on_own_images(config, problem, mesh, params, batch, make):
   if config.judge.name == "learned" or "learned" in config.judge.compare:
     init, learned_apply = train_judge.build(config, problem)
     weights["learned"] = jax.eval_shape(init, _key(), batch.images)
-  score = mine.make_score(config, problem, learned_apply)
+  score = make_score(config, problem, learned_apply)
   whole, split = sharding.replicated(mesh), sharding.over_all(mesh)
   program = jax.shard_map(
-    mine.with_keys(make(config, problem, score)),
+    with_keys(make(config, problem, score)),
     mesh=mesh,
     in_specs=(whole.spec, whole.spec, split.spec),
     out_specs=split.spec,
@@ -205,7 +206,7 @@ def _judge_step(config, problem, mesh, params, batch):
 
 def _finetune_step(config, problem, mesh, segmenter, params, batch):
   options = finetune.loss_options(config)
-  loss_fn = finetune.make_loss_fn(
+  loss_fn = loss_fns.make_loss_fn(
     segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
     num_classes=problem.num_classes,
     size=problem.size,
@@ -273,9 +274,9 @@ def _apart(function, mesh, whole, rows):
 def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
   large = config.mesh.large_parameter
   state = jax.eval_shape(
-    lambda p: train_loop.make_state(p, optimizer, mesh, ema_decay > 0, large), params
+    lambda p: train_step.make_state(p, optimizer, mesh, ema_decay > 0, large), params
   )
-  step = train_loop.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
+  step = train_step.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
   key = _placed(_key(), sharding.replicated(mesh))
   return step.lower(_placed_params(config, state, mesh), arrays, key)
 

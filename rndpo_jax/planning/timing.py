@@ -16,11 +16,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax.data import loader, records, writer
+from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import records, writer
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import shards
 from rndpo_jax.planning import programs, roofline
-from rndpo_jax.runtime import processes, sharding
+from rndpo_jax.runtime import multihost, sharding
 
 # Images read, and records written, to see how long one takes.
 _NUM_TRIALS = 32
@@ -55,7 +56,7 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
       memory = roofline.memory(compiled)
       # What is too large for a device is refused by its figure; running it would end the program.
       # Of several processes all run it, or none does.
-      seconds = math.nan if processes.any_of(memory > memory_limit()) else _seconds(compiled)
+      seconds = math.nan if multihost.any_of(memory > memory_limit()) else _seconds(compiled)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -88,7 +89,7 @@ def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]
     indices = np.resize(dataset.splits["unlabelled"], _NUM_TRIALS)
     start = time.perf_counter()
     for index in indices:
-      loader.load_example(dataset, int(index), with_labels=False)
+      dataset_lib.load_example(dataset, int(index), with_labels=False)
     read = (time.perf_counter() - start) / _NUM_TRIALS * batch_size
   with tempfile.TemporaryDirectory() as folder:
     start = time.perf_counter()
@@ -188,7 +189,7 @@ def _seconds(compiled) -> float:
   def goes_on() -> bool:
     return len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS)
 
-  while processes.agree(goes_on):
+  while multihost.agree(goes_on):
     arguments = jax.block_until_ready(make())
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))

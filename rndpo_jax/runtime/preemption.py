@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from rndpo_jax.runtime import processes
+from rndpo_jax.runtime import multihost
 
 # EX_TEMPFAIL of sysexits.h: what launchers read as 'start it again'.
 EXIT_CODE = 75
@@ -77,7 +77,7 @@ def reached(step: int) -> bool:
 
 def _any_noted() -> bool:
   """Whether a signal has come to any process; then it counts as having come to this one, too."""
-  first = processes.most(_noted[0] if _noted else 0)
+  first = multihost.most(_noted[0] if _noted else 0)
   if first and not _noted:
     _noted.append(signal.Signals(first))
   return bool(first)

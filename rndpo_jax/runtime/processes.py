@@ -1,4 +1,4 @@
-"""Processes: how several of them meet, agree and end."""
+"""How the processes of a run meet, and how all of them end when one is lost."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax._src import distributed
-from jax.experimental import multihost_utils
 
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.runtime import multihost
 
 # In the store of the distributed runtime: who has stopped; whether that is asked; who answered.
 _STOPPED, _ROLL_CALL, _HERE = "rndpo_jax/stopped", "rndpo_jax/roll_call", "rndpo_jax/here"
@@ -98,7 +96,7 @@ def initialize(
   answered = [0]
   watched = (distributed.global_state.client, over, answered)
   threading.Thread(target=_watch, args=watched, daemon=True).start()
-  if not is_first():
+  if not multihost.is_first():
     silence = (over, answered, heartbeat_seconds * _SILENCE)
     threading.Thread(target=_look_out, args=silence, daemon=True).start()
   return True
@@ -156,7 +154,7 @@ def _tell_stopped(client: Any, who: str) -> None:
 
 def _let_others_look() -> None:
   """Keeps the coordinator, which is in process 0, until the others have read why it ends."""
-  if is_first():
+  if multihost.is_first():
     time.sleep(2 * _LOOK_EVERY_SECONDS)
 
 
@@ -260,47 +258,3 @@ def loss_of_another(what: str) -> str:
 def is_loss_of_another(error: Exception) -> bool:
   """Whether a failed collective says that a process at its other end is gone."""
   return jax.process_count() > 1 and any(name in str(error) for name in ("Gloo", "NCCL"))
-
-
-def is_first() -> bool:
-  """Whether this is process 0, the one that writes the files which the processes share."""
-  return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-  """Waits until every process is here, so that what process 0 wrote can be read."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
-def agree(ask: Callable[[], int]) -> int:
-  """What `ask` says on process 0, the only one to call it; all of them take the same branch.
-
-  A file that one process looks for in vain may stay missing for it, although another has written
-  it since: network file systems remember that.
-  """
-  return int(multihost_utils.broadcast_one_to_all(np.int32(ask() if is_first() else 0)))
-
-
-def agree_on_list(ask: Callable[[], list[int]]) -> list[int]:
-  """As `agree`, for several numbers; how many there are is agreed on first."""
-  found = ask() if is_first() else []
-  count = agree(lambda: len(found))
-  padded = np.array(found or [0] * count, np.int32)
-  return multihost_utils.broadcast_one_to_all(padded).tolist() if count else []
-
-
-def which(value: bool) -> list[int]:
-  """On which processes `value` is true; waits until every process has come with its own."""
-  everywhere = multihost_utils.process_allgather(np.array(value))
-  return np.flatnonzero(everywhere).tolist()
-
-
-def most(value: int) -> int:
-  """The largest value of any process; waits as `which` does."""
-  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
-
-
-def any_of(value: bool) -> bool:
-  """Whether `value` is true on any process; waits as `which` does."""
-  return bool(which(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import errors, losses, models, types
-from rndpo_jax.data import augment, loader
+from rndpo_jax.data import augment, split_batches
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.runtime import files, processes, sharding
-from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop, validation
+from rndpo_jax.runtime import files, multihost, sharding
+from rndpo_jax.training import (
+  checkpoint,
+  checkpoint_manager,
+  metric_writer,
+  train_loop,
+  train_step,
+  validation,
+)
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -97,10 +104,10 @@ def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
 
 def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
-  if processes.agree((directory / "selected.json").exists):
+  if multihost.agree((directory / "selected.json").exists):
     return
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
@@ -116,11 +123,11 @@ def _train_member(config, workdir, member: int) -> None:
   )
   transformation, large = optimizer(config.base), config.mesh.large_parameter
   train_loop.fit(
-    train_loop.make_train_step(
+    train_step.make_train_step(
       loss_fn, transformation, mesh, config.base.accumulate_steps, large=large
     ),
-    train_loop.make_state(params, transformation, mesh, large=large),
-    labelled_batches(
+    train_step.make_state(params, transformation, mesh, large=large),
+    split_batches.labelled_batches(
       config,
       dataset,
       mesh,
@@ -139,49 +146,8 @@ def _train_member(config, workdir, member: int) -> None:
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
-  if processes.is_first():
+  if multihost.is_first():
     _select(config, directory, dataset.digest)
-
-
-def labelled_batches(
-  config, dataset, mesh: Mesh, *, batch_size: int, seed: int
-) -> Callable[[int], Iterator[dict]]:
-  """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
-  stream = labelled_stream(config, dataset, batch_size)
-  return lambda start_step: loader.prefetch(
-    stream(seed, start_step), lambda batch: sharding.put_batch(batch, mesh), config.data.prefetch
-  )
-
-
-def labelled_stream(
-  config, dataset, batch_size: int, whole: bool = False
-) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> the same on the host: this process's rows, or the `whole` batches."""
-  part = part_of_batches(whole)
-
-  @loader.cached
-  def load(index):
-    return loader.load_example(dataset, index, with_labels=True)
-
-  def stream(seed: int, start_step: int):
-    return loader.stream(
-      dataset.splits["labelled"],
-      load,
-      batch_size=batch_size,
-      seed=seed,
-      start_step=start_step,
-      num_workers=config.data.num_workers,
-      **part,
-    )
-
-  return stream
-
-
-def part_of_batches(whole: bool) -> dict[str, int]:
-  """Which part of each batch this process takes, as `data.loader` wants to be told."""
-  if whole:
-    return {"process_index": 0, "process_count": 1}
-  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def make_validate(
@@ -192,24 +158,9 @@ def make_validate(
   reference: types.Params | None = None,
 ):
   """`validation.make_validate` on the validation split."""
-  batches = validation_batches(config, dataset)
+  batches = split_batches.validation_batches(config, dataset)
   return validation.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
-  )
-
-
-def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Iterator[types.Batch]]:
-  """() -> labelled batches of the validation split on the host: this process's rows, or `whole`."""
-  part = part_of_batches(whole)
-  # Rounded up to what the devices can share: the last batch is padded in any case.
-  parts = jax.device_count() // config.mesh.space
-  batch_size = -(-config.evaluate.batch_size // parts) * parts
-  return lambda: loader.batches(
-    dataset,
-    dataset.splits["val"],
-    batch_size=batch_size,
-    with_labels=True,
-    **part,
   )
 
 
@@ -235,7 +186,7 @@ def _copy_members(config, workdir) -> None:
   for member in reversed(range(config.base.num_members)):
     source = member_directory(config.base.workdir, member)
     target = member_directory(workdir, member)
-    if processes.agree((target / "selected.json").exists):
+    if multihost.agree((target / "selected.json").exists):
       continue
     if not (source / "selected.json").exists():
       raise ConfigError(
@@ -245,7 +196,7 @@ def _copy_members(config, workdir) -> None:
     selected = files.read_json(source / "selected.json")
     params = checkpoint.restore_params(source / "params", selected["step"], stage_directory=source)
     checkpoint.save(target / "params", selected["step"], params)
-    if not processes.is_first():
+    if not multihost.is_first():
       continue
     files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
     files.write_json(target / "selected.json", selected)

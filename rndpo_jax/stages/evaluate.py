@@ -20,7 +20,8 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.evaluation import gallery, metrics, predict, results
-from rndpo_jax.runtime import files, preemption, processes, progress
+from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
+from rndpo_jax.runtime import files, multihost, preemption, progress
 from rndpo_jax.stages import finetune
 from rndpo_jax.training import checkpoint, train_loop
 
@@ -52,18 +53,18 @@ def run(config, workdir: os.PathLike) -> None:
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
   with preemption.together("evaluate: measured checkpoints are kept"):
-    cases = {step: predict.overlap_cases(evaluation, step) for step in shown}
-  if not processes.is_first():
+    cases = {step: overlap_cases(evaluation, step) for step in shown}
+  if not multihost.is_first():
     return
   # What the other processes measured is read from their files.
-  cases |= {step: predict.overlap_cases(evaluation, step) for step in steps if step not in cases}
+  cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
     shown = progress.track(wanted, total=len(wanted), description="surfaces", unit="checkpoints")
-    cases |= {step: predict.surface_cases(evaluation, step, cases[step]) for step in shown}
+    cases |= {step: surface_cases(evaluation, step, cases[step]) for step in shown}
   models = {model: cases[step] for model, step in reported.items()}
   table = csv_text(reported, models, names, evaluation.dataset.class_names)
   files.write_text(evaluation.folder / "cases.csv", table)

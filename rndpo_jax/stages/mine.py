@@ -12,20 +12,18 @@ import os
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from rndpo_jax import (
   config as config_lib,
 )
-from rndpo_jax import losses, models, types
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.runtime import preemption, processes, sharding
-from rndpo_jax.stages import base, finetune, measure_judges, prepare, train_judge
+from rndpo_jax.runtime import multihost, preemption, sharding
+from rndpo_jax.stages import base, measure_judges, prepare, train_judge
 from rndpo_jax.training import checkpoint
 
 _KEPT = "mine: finished shards are kept"
@@ -45,13 +43,13 @@ def run(config, workdir: os.PathLike) -> None:
   """
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   shards.claim(directory, _origin(dataset, weights))
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   measured = (directory / "judges.json", directory / "proposals.json")
-  if processes.is_first() and not all(path.exists() for path in measured):
+  if multihost.is_first() and not all(path.exists() for path in measured):
     measure = on_local_devices(
       measure_judges.make_measure(score, names, dataset.num_classes), weights
     )
@@ -63,7 +61,7 @@ def run(config, workdir: os.PathLike) -> None:
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
   with_labels = config.judge.name in config_lib.TRUTH_JUDGES
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
-  if processes.is_first() and not (directory / "examples.npz").exists():
+  if multihost.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(measure_judges.example_indices(dataset))
     measure_judges.write_examples(directory / "examples.npz", dataset, outputs)
   indices = dataset.splits["unlabelled"]
@@ -73,7 +71,7 @@ def run(config, workdir: os.PathLike) -> None:
       if shard % jax.process_count() == jax.process_index() and not manifest.is_finished(path):
         outputs = mined(part, stays=("masks",))
         manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
-  if processes.is_first():
+  if multihost.is_first():
     manifest.write_manifest(config, directory)
 
 
@@ -98,98 +96,6 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   return weights, make_score(config, dataset, learned_apply)
 
 
-def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
-  """The pure function that samples proposals and scores them.
-
-  Args:
-    dataset: num_classes and spatial_dims are read.
-    learned_apply: of `mining.quality`, where the judge `learned` is used.
-
-  Returns:
-    score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
-  """
-  segmenter = models.build(
-    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
-  )
-  table = {
-    name: judges.build(
-      name,
-      num_classes=dataset.num_classes,
-      border=config.judge.border,
-      flip_rate=config.judge.flip_rate,
-      noise_level=config.judge.noise_level,
-      learned_apply=learned_apply,
-    )
-    for name in {config.judge.name, *config.judge.compare}
-  }
-  options = {
-    "mix": config_lib.parse_mix(config.proposals.mix),
-    **{name: value for name, value in config.proposals.items() if name != "mix"},
-  }
-
-  def score(weights, keys, batch: types.Batch, chosen_names):
-    sampled = proposals.sample(segmenter, weights["policy"], batch.images, keys[:, 0], **options)
-    ensemble = [
-      jnp.argmax(segmenter.apply(params, batch.images), axis=-1).astype(jnp.uint8)
-      for params in weights["ensemble"]
-    ]
-    context = judges.Context(
-      keys=keys[:, 1],
-      ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
-      labels=batch.labels,
-      learned_params=weights["learned"],
-    )
-    probs = jax.nn.softmax(sampled.logits, axis=-1)
-    scores = {
-      name: table[name](batch.images, sampled.masks, probs, context) for name in chosen_names
-    }
-    return sampled, scores
-
-  return score
-
-
-def make_mine_batch(config, dataset, score) -> Callable:
-  """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins.
-
-  Packed are the chosen and rejected masks, u8[b, P, bits, bytes], and with
-  `config.mine.keep_proposals` all `proposals`, u8[b, K, bits, bytes].
-  """
-  name = config.judge.name
-  options = {
-    "num_classes": dataset.num_classes,
-    "rule": config.mine.rule,
-    "pairs_per_image": config.mine.pairs_per_image,
-    "min_score_gap": config.mine.min_score_gap,
-    "min_region_size": config.mine.min_region_size,
-    "max_region_size": config.mine.max_region_size,
-  }
-
-  which = {"classes": finetune.region_classes(config)}
-
-  def mine_batch(weights, keys, batch: types.Batch):
-    sampled, scores = score(weights, keys, batch, (name,))
-    mined = pair_rules.mine(scores[name], sampled.masks, keys[:, 2], **options)
-    take = jax.vmap(lambda masks, which: masks[which])
-    chosen, rejected = take(sampled.masks, mined.chosen), take(sampled.masks, mined.rejected)
-
-    def pack(masks):
-      return bit_planes.pack(masks, dataset.num_classes, dataset.spatial_dims)
-
-    kept = {"proposals": pack(sampled.masks)} if config.mine.keep_proposals else {}
-    return {
-      **kept,
-      "masks": sampled.masks,
-      "scores": scores[name],
-      "pairs": mined,
-      "chosen": pack(chosen),
-      "rejected": pack(rejected),
-      "reference_margin": losses.pair_margin(sampled.base_logits, chosen, rejected, **which),
-      "reference_log_prob": losses.pair_log_prob(sampled.base_logits, chosen, rejected, **which),
-    }
-
-  return mine_batch
-
-
 def on_local_devices(function: Callable, weights) -> Callable:
   """Runs (weights, keys [b, 3], batch [b, ...]) on each device's own images.
 
@@ -202,19 +108,6 @@ def on_local_devices(function: Callable, weights) -> Callable:
   program = jax.pmap(with_keys(function), in_axes=(None, None, 0), devices=jax.local_devices())
   # Else every batch would send them to every device again.
   return functools.partial(program, sharding.put_on_local_devices(weights))
-
-
-def with_keys(function: Callable) -> Callable:
-  """(weights, key, batch): `function` with each image's keys for sampling, judging and mining.
-
-  They come from the image's place in the data set alone.
-  """
-
-  def keyed(weights, key, batch: types.Batch):
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(batch.index)
-    return function(weights, keys, batch)
-
-  return keyed
 
 
 def run_batches(

@@ -12,7 +12,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.data import builder, records, splits
 from rndpo_jax.data.sources import folder, nnunet, phantom
-from rndpo_jax.runtime import files, processes
+from rndpo_jax.runtime import files, multihost
 
 SOURCES = {
   "phantom": phantom.open_source,
@@ -35,9 +35,9 @@ def run(config, workdir: epath.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   directory = workdir / "data"
-  if processes.agree(lambda: is_done(workdir)):
+  if multihost.agree(lambda: is_done(workdir)):
     return
-  if processes.is_first():
+  if multihost.is_first():
     for path in (directory / records.FILE, workdir / splits.FILE):
       path.unlink(missing_ok=True)  # of a run that broke off
   source = SOURCES[config.data.source](config)
@@ -49,7 +49,7 @@ def run(config, workdir: epath.PathLike) -> None:
     [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
   )
   pixels = builder.build(source, directory)
-  if processes.is_first():
+  if multihost.is_first():
     files.write_json(workdir / splits.FILE, parts)
     facts = [pixels, source.num_classes, splits.sha256(parts)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -11,11 +11,10 @@ import optax
 from etils import epath
 
 from rndpo_jax import models, types
-from rndpo_jax.data import augment
+from rndpo_jax.data import augment, split_batches
 from rndpo_jax.mining import corruptions, quality
 from rndpo_jax.runtime import sharding
-from rndpo_jax.stages import base
-from rndpo_jax.training import checkpoint, train_loop
+from rndpo_jax.training import checkpoint, train_loop, train_step
 
 
 def build(config, dataset) -> tuple[Callable, Callable]:
@@ -68,7 +67,7 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   Args:
     config: the whole config; `config.judge.learned` holds the options.
     workdir: writes `pairs/judge/`.
-    dataset: from `loader.open_dataset`.
+    dataset: from `dataset.open_dataset`.
 
   Returns:
     (apply, params) of `mining.quality`.
@@ -83,9 +82,9 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   loss_fn = make_loss_fn(config, sharding.spread(apply, mesh), dataset.num_classes)
   transformation = optimizer(options)
   state = train_loop.fit(
-    train_loop.make_train_step(loss_fn, transformation, mesh, large=large),
-    train_loop.make_state(params, transformation, mesh, large=large),
-    base.labelled_batches(
+    train_step.make_train_step(loss_fn, transformation, mesh, large=large),
+    train_step.make_state(params, transformation, mesh, large=large),
+    split_batches.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=config.seed + 1
     ),
     num_steps=options.num_steps,

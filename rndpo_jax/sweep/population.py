@@ -2,7 +2,7 @@
 
 Members of a population start from the same parameters and differ in their seed (the order of the
 batches, the key), in beta and in the learning rate. Those of a seed share its batch, so that it is
-loaded, moved and augmented once. Each member is `train_loop.make_update`, nothing of its own:
+loaded, moved and augmented once. Each member is `train_step.make_update`, nothing of its own:
 AdamW's update is linear in the learning rate, so an optimiser of peak rate 1 is followed by a
 factor.
 
@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rndpo_jax import types
 from rndpo_jax.runtime import sharding
-from rndpo_jax.training import train_loop, validation
+from rndpo_jax.training import train_step, validation
 
 # (params, batch, key, beta) -> (loss, metrics)
 LossFn = Callable[[types.Params, Any, jax.Array, jax.Array], tuple[jax.Array, dict]]
@@ -56,15 +56,15 @@ class State(NamedTuple):
       none. From it on the member stays as it was before that step.
   """
 
-  train: train_loop.TrainState
+  train: train_step.TrainState
   diverged: jax.Array
 
   def evaluated(self) -> types.Params:
-    """As `train_loop.TrainState.evaluated`, with leading axes [N, R]."""
+    """As `train_step.TrainState.evaluated`, with leading axes [N, R]."""
     return self.train.evaluated()
 
 
-_STATE = State(train_loop.TrainState(_WHOLE, _MEMBERS, _MEMBERS, _MEMBERS), _MEMBERS)
+_STATE = State(train_step.TrainState(_WHOLE, _MEMBERS, _MEMBERS, _MEMBERS), _MEMBERS)
 
 
 def grid(betas: Sequence[float], learning_rates: Sequence[float]) -> Settings:
@@ -94,7 +94,7 @@ def make_state(
 
   def init(params):
     opt_state = _at_rate(optimizer, 1.0).init(params)
-    train = train_loop.TrainState(None, params, opt_state, params if with_ema else None)
+    train = train_step.TrainState(None, params, opt_state, params if with_ema else None)
     train = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_seeds, num_settings, *x.shape)), train)
     diverged = jnp.zeros((num_seeds, num_settings), jnp.int32)
     return State(train._replace(step=jnp.zeros((), jnp.int32)), diverged)
@@ -120,7 +120,7 @@ def make_step(
     form: one of FORMS. "vmap" takes all members of a device at once, which keeps an accelerator
       busy that a small network leaves idle. "map" takes one after another, in the memory of one
       member's activations; on CPU that is faster.
-    accumulate_steps: as in `train_loop.make_update`.
+    accumulate_steps: as in `train_step.make_update`.
     ema_decay: likewise.
 
   Returns:
@@ -132,7 +132,7 @@ def make_step(
 
   def member(carry, step, batch, shared, key, setting):
     train, diverged = carry
-    update = train_loop.make_update(
+    update = train_step.make_update(
       lambda params, batch, key: loss_fn(params, batch, key, setting.beta),
       _at_rate(optimizer, setting.learning_rate),
       accumulate_steps,

@@ -20,13 +20,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import models
-from rndpo_jax.data import loader
+from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
-from rndpo_jax.runtime import files, processes, progress, sharding
+from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import base, finetune
 from rndpo_jax.sweep import population, sweep_results
-from rndpo_jax.training import checkpoint, metric_writer, train_loop
+from rndpo_jax.training import checkpoint, loss_fns, metric_writer, train_loop
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -67,15 +68,15 @@ def run(
   grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
   check(config, grid)
   directory = epath.Path(workdir) / "sweep"
-  if processes.is_first():
+  if multihost.is_first():
     _claim(directory, grid)
-  processes.barrier("claim of a sweep")
-  if not processes.is_first():
+  multihost.barrier("claim of a sweep")
+  if not multihost.is_first():
     list(directory.glob("*"))  # a network file system looks again for what was missing
     _claim(directory, grid)
-  dataset = loader.open_dataset(config, workdir)
+  dataset = dataset_lib.open_dataset(config, workdir)
   params = base.load(config, workdir, dataset)[0]
-  if processes.agree((directory / DONE).exists):
+  if multihost.agree((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
     progress.say("[sweep] done before")
     return files.read_json(directory / DONE)
@@ -88,7 +89,7 @@ def run(
   if config.mesh.fsdp * config.mesh.space > 1:
     progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
   diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
-  if processes.is_first():
+  if multihost.is_first():
     content = {
       **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
       "origin": bytes(finetune.origin(dataset, params)).hex(),
@@ -98,7 +99,7 @@ def run(
     }
     files.write_json(directory / DONE, content)
     checkpoint.keep_only(directory / "state", ())
-  processes.barrier("sweep")
+  multihost.barrier("sweep")
   list(directory.glob("*"))  # a network file system looks again for what was missing
   return files.read_json(directory / DONE)
 
@@ -145,7 +146,7 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
       f"{directory} holds another sweep: {there}, now asked for: {grid}. Delete that folder, or "
       "use a new --workdir with --config.base.workdir"
     )
-  if processes.is_first():
+  if multihost.is_first():
     files.write_json(path, grid)
 
 
@@ -181,7 +182,7 @@ def _make(config, dataset, params, grid, mesh, form):
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  loss_fn = finetune.make_loss_fn(
+  loss_fn = loss_fns.make_loss_fn(
     segmenter,
     num_classes=dataset.num_classes,
     size=dataset.size,
@@ -202,7 +203,7 @@ def _make(config, dataset, params, grid, mesh, form):
     accumulate_steps=options.accumulate_steps,
     ema_decay=options.ema_decay,
   )
-  batches = base.validation_batches(config, dataset, whole=True)
+  batches = split_batches.validation_batches(config, dataset, whole=True)
   validate = population.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, form=form
   )

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rndpo_jax import errors
-from rndpo_jax.runtime import files, processes, progress
+from rndpo_jax.runtime import files, multihost, processes, progress
 
 _SUMS = "sha256.json"
 # Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
@@ -51,7 +51,7 @@ class Writer:
   def __init__(self, directory: epath.PathLike):
     self._directory = epath.Path(directory).resolve()
     self._path = self._directory
-    if self._directory.exists() and processes.is_first():
+    if self._directory.exists() and multihost.is_first():
       for left in self._directory.glob("*.orbax-checkpoint-tmp*"):  # by a run that was killed
         left.rmtree()
     # Several writers of a process must not meet at each other's barriers.
@@ -128,7 +128,7 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
     CheckpointError: on every process where there are checkpoints and none can be read by all;
       nothing is deleted then.
   """
-  there = processes.agree_on_list(lambda: steps(directory))
+  there = multihost.agree_on_list(lambda: steps(directory))
   refused = None  # the latest: its path, why, and by which processes
   for step in reversed(there):
     path, tree, failed = _path(directory, step), None, None
@@ -137,7 +137,7 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
     except _UNREADABLE as error:
       failed = error
       progress.say(f"checkpoint {path}: {_first_line(error)}")
-    unable = processes.which(failed is not None)
+    unable = multihost.which(failed is not None)
     if unable:
       why = "see its output" if failed is None else _first_line(failed)
       refused = refused or (path, why, _by(unable))
@@ -180,7 +180,7 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
 
 def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
   """Deletes the whole checkpoints of other steps; process 0 does so for all."""
-  if processes.is_first():
+  if multihost.is_first():
     for step in set(steps(directory)) - set(kept):
       path = epath.Path(directory) / str(step)
       (path / _WHOLE).unlink()  # first: half of a checkpoint must not count as one

@@ -15,7 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rndpo_jax import errors
-from rndpo_jax.runtime import files, processes
+from rndpo_jax.runtime import files, multihost
 
 
 def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ class Rows:
 
   def __init__(self, directory: epath.Path, start: int):
     self._lines: list[str] = []
-    self._writes = processes.is_first()
+    self._writes = multihost.is_first()
     if not self._writes:
       return
     self._path = directory / "metrics.jsonl"

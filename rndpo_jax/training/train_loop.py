@@ -1,135 +1,20 @@
-"""The one training loop: a jitted step over a mesh, checkpoints, metrics, resume."""
+"""The one training loop: steps, checkpoints, metrics, resume."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
-from jax.sharding import Mesh
 
 from rndpo_jax import errors, types
-from rndpo_jax.runtime import preemption, processes, progress, sharding
-from rndpo_jax.training import accumulation, checkpoint_manager, metric_writer
-
-# (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
-LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-class TrainState(NamedTuple):
-  """What a step reads and replaces: step i32[], params, opt_state. No reference network.
-
-  `ema`, None where it is off, is the exponential moving average of the parameters.
-  """
-
-  step: jax.Array
-  params: types.Params
-  opt_state: optax.OptState
-  ema: types.Params | None = None
-
-  def evaluated(self) -> types.Params:
-    """The parameters that are validated and kept: the average where there is one."""
-    return self.params if self.ema is None else self.ema
-
-
-def make_state(
-  params: types.Params,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
-  with_ema: bool = False,
-  large: int = 0,
-):
-  """A TrainState at step 0; it owns copies, since the step donates its buffers.
-
-  Arrays of `large` elements or more are split over the mesh's `fsdp` axis: `sharding.of_params`.
-  """
-
-  def init(params):
-    ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
-
-  shardings = sharding.of_params(jax.eval_shape(init, params), mesh, large)
-  return jax.jit(init, out_shardings=shardings)(params)
-
-
-def make_train_step(
-  loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
-  accumulate_steps: int = 1,
-  ema_decay: float = 0.0,
-  large: int = 0,
-):
-  """Compiles `make_update` over a mesh.
-
-  Args:
-    loss_fn: a mean over the global batch, so its gradient is that of one device holding all of it.
-    optimizer: as in `make_update`, and so the next two.
-    mesh: from `sharding.make_mesh`; the batch comes from `sharding.put_batch`.
-    large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
-      add up.
-
-  Returns:
-    step(state, batch, key) -> (state, metrics); `state` is donated.
-  """
-
-  def place(tree):
-    return jax.lax.with_sharding_constraint(tree, sharding.of_params(tree, mesh, large))
-
-  update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place)
-  return jax.jit(update, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh)))
-
-
-def make_update(
-  loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
-  accumulate_steps: int = 1,
-  ema_decay: float = 0.0,
-  place: Callable = lambda tree: tree,
-):
-  """One update, pure.
-
-  Args:
-    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]).
-    optimizer: an Optax transformation.
-    accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
-      `accumulation.in_micro_batches`.
-    ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
-      the first parameters.
-    place: says where gradients and states are on a mesh.
-
-  Returns:
-    update(state, batch, key) -> (state, metrics, loss and grad_norm among them). `key` is the same
-    at every step and folded with the step's number.
-  """
-
-  def gradient(params, batch, key):
-    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-    return value, place(grads)
-
-  if accumulate_steps > 1:
-    gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
-
-  def update(state: TrainState, batch, key):
-    step_key = jax.random.fold_in(key, state.step)
-    (loss, aux), grads = gradient(state.params, batch, step_key)
-    aux.pop("weight", None)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    aux = {**aux, "loss": loss, "grad_norm": optax.tree.norm(grads)}
-    ema = state.ema
-    if ema is not None:
-      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    return place(TrainState(state.step + 1, params, opt_state, ema)), aux
-
-  return update
+from rndpo_jax.runtime import multihost, preemption, progress
+from rndpo_jax.training import checkpoint_manager, metric_writer
+from rndpo_jax.training.train_step import TrainState
 
 
 def fit(
@@ -223,7 +108,7 @@ def fit(
       if keep or stop or (logged and saver.is_due()):
         rows.write()
         saver.save(step, state, with_params=keep and keep_params)
-      if keep and keep_best and processes.is_first():
+      if keep and keep_best and multihost.is_first():
         saver.keep_best(step, rows.of_kind("val"))
       if stop:
         raise preemption.Preempted(f"{description}: saved at step {step}")

@@ -1,0 +1,139 @@
+"""A prepared data set, opened; one record of it on its own grid or the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from rndpo_jax import errors
+from rndpo_jax.data import geometry, reader, records, splits
+from rndpo_jax.data.geometry import to_native as to_native
+
+
+class Dataset(NamedTuple):
+  """A prepared data set, open for random access.
+
+  Attributes:
+    source: records with their masks; `blind_source` the same, masks never decoded.
+    num_classes: C, background among them.
+    class_names: one a class, background first.
+    num_channels: I.
+    spatial_dims: 2 or 3.
+    spacing_unit: 'mm', or 'voxel' where the spacing is unknown.
+    records: entries of `records.json`; their positions are the record indices used everywhere.
+    digest: SHA-256 of the records, their pixels and the splits.
+    splits: name -> sorted i64 record indices.
+    size: the model's grid.
+    crop: centre crop in source pixels, () for none.
+    normalization: 'zscore' or 'minmax'.
+  """
+
+  source: Any
+  blind_source: Any
+  name: str
+  num_classes: int
+  class_names: list[str]
+  num_channels: int
+  spatial_dims: int
+  spacing_unit: str
+  records: Sequence[dict[str, Any]]
+  digest: str
+  splits: dict[str, np.ndarray]
+  size: tuple[int, ...]
+  crop: tuple[int, ...]
+  normalization: str
+
+
+def open_dataset(config, workdir: epath.PathLike) -> Dataset:
+  """Opens what the stage 'prepare' wrote, here or in `config.base.workdir`.
+
+  Raises:
+    records.DataError: where a file is missing or damaged; names it and the remedy.
+  """
+  workdir = epath.Path(config.base.workdir or workdir)
+  directory = workdir / "data"
+  content = records.read(directory)
+  source = reader.open_source(directory, with_labels=True)
+  if len(source) != len(content["records"]):
+    raise errors.DataError(
+      f"{directory}: {len(source)} records stored, {len(content['records'])} listed in "
+      f"{records.FILE}; remove {directory} and run the stage 'prepare' again"
+    )
+  case_ids = splits.read(workdir)
+  if splits.sha256(case_ids) != content.pop("splits_sha256"):
+    raise errors.DataError(
+      f"{workdir / splits.FILE} is not what the stage 'prepare' wrote: a case that was trained on "
+      f"might be tested. Bring it back, or remove {directory / records.FILE} and run the stage "
+      "'prepare' again (config.data.split_file takes splits of your own)"
+    )
+  cases, case_of = np.unique(content["records"].ids("case_id"), return_inverse=True)
+  parts = {}
+  for name, ids in case_ids.items():
+    wanted = np.array([case.encode() for case in ids], np.bytes_)
+    chosen = np.zeros(len(cases), bool)
+    chosen[np.searchsorted(cases, wanted)] = True
+    parts[name] = np.flatnonzero(chosen[case_of])
+  return Dataset(
+    source=source,
+    blind_source=reader.open_source(directory, with_labels=False),
+    splits=parts,
+    size=tuple(config.data.size),
+    crop=tuple(config.data.crop),
+    normalization=config.data.normalization,
+    **content,
+  )
+
+
+def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, Any]:
+  """One record on its own grid.
+
+  Args:
+    dataset: from `open_dataset`.
+    index: of the record.
+    with_labels: False leaves the mask's bytes undecoded.
+
+  Returns:
+    image uint8 or float32 [*S, I]; label u8[*S] or None; spacing, one mm an axis, or None;
+    affine f32[4, 4], voxel indices to world, the identity where unknown.
+
+  Raises:
+    records.DataError: where labels are asked of a record without mask.
+  """
+  entry = dataset.records[index]
+  if with_labels and not entry["has_mask"]:
+    raise errors.DataError(
+      f"{entry['record_id']}: it has no mask, but a label is asked for; only judges that need no "
+      "truth can work on it"
+    )
+  example = (dataset.source if with_labels else dataset.blind_source)[int(index)]
+  return {
+    "image": example["image"],
+    "label": example["mask"] if with_labels else None,
+    "spacing": None if entry["spacing"] is None else tuple(entry["spacing"]),
+    "affine": example["affine"],
+  }
+
+
+def load_example(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, np.ndarray]:
+  """One record on the model's grid.
+
+  Returns:
+    image f32[*size, I] normalised; label u8[*size], zeros without labels; index i32[].
+
+  Raises:
+    records.DataError: as `load_native`.
+  """
+  native = load_native(dataset, index, with_labels=with_labels)
+  image = geometry.image_to_model(native["image"], dataset.size, dataset.crop)
+  if with_labels:
+    label = geometry.mask_to_model(native["label"], dataset.size, dataset.crop)
+  else:
+    label = np.zeros(dataset.size, np.uint8)
+  return {
+    "image": geometry.normalize(image, dataset.normalization),
+    "label": label,
+    "index": np.int32(index),
+  }

@@ -1,0 +1,69 @@
+"""Batches of the labelled and the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from rndpo_jax import types
+from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import loader
+from rndpo_jax.runtime import sharding
+
+
+def labelled_batches(
+  config, dataset, mesh: Mesh, *, batch_size: int, seed: int
+) -> Callable[[int], Iterator[dict]]:
+  """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
+  stream = labelled_stream(config, dataset, batch_size)
+  return lambda start_step: loader.prefetch(
+    stream(seed, start_step), lambda batch: sharding.put_batch(batch, mesh), config.data.prefetch
+  )
+
+
+def labelled_stream(
+  config, dataset, batch_size: int, whole: bool = False
+) -> Callable[[int, int], Iterator[dict]]:
+  """(seed, start step) -> the same on the host: this process's rows, or the `whole` batches."""
+  part = part_of_batches(whole)
+
+  @loader.cached
+  def load(index):
+    return dataset_lib.load_example(dataset, index, with_labels=True)
+
+  def stream(seed: int, start_step: int):
+    return loader.stream(
+      dataset.splits["labelled"],
+      load,
+      batch_size=batch_size,
+      seed=seed,
+      start_step=start_step,
+      num_workers=config.data.num_workers,
+      **part,
+    )
+
+  return stream
+
+
+def part_of_batches(whole: bool) -> dict[str, int]:
+  """Which part of each batch this process takes, as `data.loader` wants to be told."""
+  if whole:
+    return {"process_index": 0, "process_count": 1}
+  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Iterator[types.Batch]]:
+  """() -> labelled batches of the validation split on the host: this process's rows, or `whole`."""
+  part = part_of_batches(whole)
+  # Rounded up to what the devices can share: the last batch is padded in any case.
+  parts = jax.device_count() // config.mesh.space
+  batch_size = -(-config.evaluate.batch_size // parts) * parts
+  return lambda: loader.batches(
+    dataset,
+    dataset.splits["val"],
+    batch_size=batch_size,
+    with_labels=True,
+    **part,
+  )
