@@ -166,7 +166,7 @@ def test_micro_batches_that_do_not_divide_are_refused(tiny_config):
 
 def test_processes_with_other_grids_are_refused(tmp_path, monkeypatch):
   sweep._claim(tmp_path, GRID)
-  monkeypatch.setattr(sweep.processes, "is_first", lambda: False)
+  monkeypatch.setattr(sweep.multihost, "is_first", lambda: False)
   sweep._claim(tmp_path, GRID)
   with pytest.raises(ConfigError, match="holds another sweep"):
     sweep._claim(tmp_path, {**GRID, "seeds": [5]})
