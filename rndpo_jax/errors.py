@@ -44,3 +44,7 @@ class JudgeError(RndpoError, ValueError):
 
 class DataError(RndpoError, ValueError):
   """Data that cannot be used; the message names the file, what was found and the remedy."""
+
+
+class ProvenanceError(RndpoError, RuntimeError):
+  """A file that was made of other data or parameters than are here; the message names both."""

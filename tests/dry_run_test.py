@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.planning import cost, dry_run, programs, storage, timing
+from rndpo_jax.planning import cost, dry_run, programs, roofline, storage, timing
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import prepare
 from rndpo_jax.training import checkpoint
@@ -111,7 +111,7 @@ def test_memory_of_what_mining_begins_with(tiny_config):
       config, programs.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8}
     )
     compiled = {program: lower().compile() for program, lower in lowers.items()}
-    memory.append({program: timing.roofline.memory(x) for program, x in compiled.items()})
+    memory.append({program: roofline.memory(x) for program, x in compiled.items()})
     assert lowers["measure"]().out_info["truth"].shape == (16, 4)
   few, many = memory
   assert many["measure"] > few["measure"] and many["judge"] > 2 * few["judge"]

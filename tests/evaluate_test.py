@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, models, types
+from rndpo_jax import config_checks, errors, models, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.evaluation import cases, gallery, metrics, predict, results
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import evaluate, finetune, prepare
+from rndpo_jax.stages import evaluate, prepare
 from rndpo_jax.training import checkpoint
 
 NAMES = ("dice", "iou", "hd95", "assd", "nsd")
@@ -41,13 +41,21 @@ def _write_checkpoints(config, workdir):
   params = jax.jit(segmenter.init)(jax.random.key(0), image)
   checkpoint.save(workdir / "base" / "params", 5, params)
   dataset = dataset_lib.open_dataset(config, workdir)
-  files.write_json(workdir / "base" / "selected.json", {"step": 5, "data": dataset.digest})
-  made_of = bytes(finetune.origin(dataset, jax.device_get(params))).hex()
-  files.write_json(workdir / "finetune" / "done.json", {"step": 4, "origin": made_of})
+  files.write_json(
+    workdir / "base" / "selected.json", {"step": 5, "fingerprints": {"data": dataset.fingerprint}}
+  )
+  made_of = provenance.of_finetuning(dataset, jax.device_get(params))
+  files.write_json(workdir / "finetune" / "done.json", {"step": 4, "fingerprints": made_of})
   for step, seed in ((2, 1), (4, 2)):
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
     moved = jax.tree.map(lambda x, k=keys: x + 0.3 * jax.random.normal(next(k), x.shape), params)
     checkpoint.save(workdir / "finetune" / "params", step, moved)
+
+
+def open_evaluation(config, workdir):
+  dataset = dataset_lib.open_dataset(config, workdir)
+  params = evaluate.params_of_step(workdir, dataset)
+  return predict.open_evaluation(config, dataset, workdir / "evaluate", params)
 
 
 def _write_pairs(workdir):
@@ -74,11 +82,11 @@ def run(tmp_path_factory):
 
 def test_what_was_measured_on_other_data_is_not_used(run):
   config, workdir, _ = run
-  evaluation = predict.open_evaluation(config, workdir)
+  evaluation = open_evaluation(config, workdir)
   params = evaluation.params(0)
-  other = evaluation._replace(dataset=evaluation.dataset._replace(digest="of other pixels"))
-  stamps = [cases._fingerprint(one, params) for one in (evaluation, evaluation, other)]
-  assert stamps[0] == stamps[1] != stamps[2]
+  other = evaluation._replace(dataset=evaluation.dataset._replace(fingerprint="of other pixels"))
+  found = [cases._fingerprint(one, params) for one in (evaluation, evaluation, other)]
+  assert found[0] == found[1] != found[2]
 
 
 def _masks_by_definition(config, workdir, step):
@@ -189,7 +197,7 @@ def test_rerun_after_any_loss_gives_equal_files(run):
 
 def test_what_is_known_is_not_measured_again(run, monkeypatch):
   config, workdir, _ = run
-  evaluation = predict.open_evaluation(config, workdir)
+  evaluation = open_evaluation(config, workdir)
   want = cases.overlap_cases(evaluation, 2)
   batch = next(iter(evaluation.batches((0,))))
   size = tuple(evaluation.dataset.size)
@@ -230,7 +238,7 @@ def _stack_evaluation(folder, masks):
     size=(2, 4),
     crop=(),
     normalization="zscore",
-    digest="",
+    fingerprint="",
     blind_source=[{"image": None, "affine": affine}] * 4,
   )
 

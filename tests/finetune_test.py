@@ -189,7 +189,7 @@ def test_one_program_serves_every_step(tiny_run):
   )
   optimizer = finetune.optimizer(config.finetune)
   step = train_step.make_train_step(function, optimizer, mesh)
-  state = train_step.make_state(base.load(config, workdir, dataset)[0], optimizer, mesh)
+  state = train_step.make_state(base.load(workdir, dataset), optimizer, mesh)
   stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))

@@ -35,7 +35,7 @@ def write(directory, *batches):
   config = config_lib.base_config()
   config.mine.num_shards = len(batches)
   files.write_json(directory / "proposals.json", {})
-  files.write_json(directory / "origin.json", {"base": "b"})
+  files.write_json(directory / "fingerprints.json", {"base": "b"})
   for shard, batch in enumerate(batches):
     path = shards.shard_path(directory, shard, len(batches))
     manifest.write(path, len(batch[0][0].valid) - 1, 1, batch)

@@ -92,7 +92,7 @@ def _base_logits(config, workdir, dataset):
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  params = base.load(config, workdir, dataset_lib.open_dataset(config, workdir))[0]
+  params = base.load(workdir, dataset_lib.open_dataset(config, workdir))
   apply = jax.jit(segmenter.apply)
 
   def logits(index):
@@ -114,7 +114,8 @@ def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
   pipeline.run(config, tmp_path, ["prepare", "base", "mine"])
   judges = files.read_json(tmp_path / "pairs" / "judges.json")
   assert judges["learned"]["used"] and not judges["agreement"]["used"]
-  first, second = base.load(config, tmp_path, dataset_lib.open_dataset(config, tmp_path))
+  dataset = dataset_lib.open_dataset(config, tmp_path)
+  first, second = (base.load(tmp_path, dataset, member) for member in range(2))
   assert any(
     (a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
   )

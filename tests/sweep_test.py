@@ -77,9 +77,11 @@ def test_a_sweep_of_another_base_is_refused(swept, tmp_path):
   path = workdir / "sweep" / "sweep.json"
   content = files.read_json(path)
   # That of the stage, which stands beside it.
-  assert content["origin"] == files.read_json(workdir / "finetune" / "done.json")["origin"]
-  files.write_json(path, {**content, "origin": "0123456789abcdef"})
-  with pytest.raises(errors.CheckpointError, match=r"another base: SHA-256 0123456789ab, now"):
+  assert (
+    content["fingerprints"] == files.read_json(workdir / "finetune" / "done.json")["fingerprints"]
+  )
+  files.write_json(path, {**content, "fingerprints": {"base": "0123456789abcdef"}})
+  with pytest.raises(errors.ProvenanceError, match="not made from this data: SHA-256 None"):
     sweep.run(config, workdir, **GRID)
 
 

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
-from rndpo_jax import errors
+from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import preemption, sharding
 from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, train_loop, train_step
 
@@ -156,12 +156,12 @@ def test_the_first_of_equals_is_best():
 
 
 def test_another_reference_is_refused(step, mesh, tmp_path):
-  first, second = (checkpoint.digest({"w": np.full(3, x)}) for x in (1.0, 2.0))
-  run(step, mesh, tmp_path, num_steps=6, origin=first)
-  run(step, mesh, tmp_path, num_steps=6, origin=first)
-  there, here = bytes(first).hex()[:12], bytes(second).hex()[:12]
-  with pytest.raises(errors.CheckpointError, match=f"6 was trained .*{there}.*{here}.*delete"):
-    run(step, mesh, tmp_path, num_steps=9, origin=second)
+  first, second = ({"data": provenance.fingerprint({"w": np.full(3, x)})} for x in (1.0, 2.0))
+  run(step, mesh, tmp_path, num_steps=6, fingerprints=first)
+  run(step, mesh, tmp_path, num_steps=6, fingerprints=first)
+  there, here = first["data"][:12], second["data"][:12]
+  with pytest.raises(errors.ProvenanceError, match=f"6 was not made .*{there}.*{here}.*delete"):
+    run(step, mesh, tmp_path, num_steps=9, fingerprints=second)
   assert checkpoint.steps(tmp_path / "state") == [3, 6]
 
 

@@ -229,7 +229,7 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
     directory = base.member_directory(workdir, member)
     assert files.read_json(directory / "selected.json")["step"] == 12
     assert checkpoint.steps(directory / "params") == [12]
-  params = base.load(config, workdir, dataset_lib.open_dataset(config, workdir))[0]
+  params = base.load(workdir, dataset_lib.open_dataset(config, workdir))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
   images = np.zeros((1, 16, 16, 1), np.float32)

@@ -44,7 +44,7 @@ def save_as_base(params: types.Params, workdir: os.PathLike) -> None:
   """Lays the parameters down where the stage `base` would."""
   directory = base.member_directory(workdir, 0)
   checkpoint.save(directory / "params", 0, params)
-  files.write_json(directory / "selected.json", {"step": 0, "data": ""})
+  files.write_json(directory / "selected.json", {"step": 0, "fingerprints": {"data": ""}})
 
 
 def num_bytes(tree: Any) -> int:

@@ -24,7 +24,7 @@ class Dataset(NamedTuple):
     spatial_dims: 2 or 3.
     spacing_unit: 'mm', or 'voxel' where the spacing is unknown.
     records: entries of `records.json`; their positions are the record indices used everywhere.
-    digest: SHA-256 of the records, their pixels and the splits.
+    fingerprint: SHA-256 of the records, their pixels and the splits.
     splits: name -> sorted i64 record indices.
     size: the model's grid.
     crop: centre crop in source pixels, () for none.
@@ -40,7 +40,7 @@ class Dataset(NamedTuple):
   spatial_dims: int
   spacing_unit: str
   records: Sequence[dict[str, Any]]
-  digest: str
+  fingerprint: str
   splits: dict[str, np.ndarray]
   size: tuple[int, ...]
   crop: tuple[int, ...]

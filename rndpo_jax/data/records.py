@@ -222,17 +222,17 @@ def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
   }
 
 
-def write(directory: epath.Path, source: Source, digest: str, splits_sha256: str) -> None:
+def write(directory: epath.Path, source: Source, fingerprint: str, splits_sha256: str) -> None:
   """Writes `records.json` into the directory, whole or not at all.
 
   Args:
     directory: of the prepared data.
     source: whose records were prepared.
-    digest: SHA-256 of all that training reads; what is made of the data keeps it.
+    fingerprint: SHA-256 of all that training reads; what is made of the data keeps it.
     splits_sha256: of the splits that belong to it.
   """
   content = {key: getattr(source, key) for key in _SOURCE_KEYS}
-  content |= {"digest": digest, "splits_sha256": splits_sha256}
+  content |= {"fingerprint": fingerprint, "splits_sha256": splits_sha256}
   content["records"] = to_columns(source.records)
   files.write_text(directory / FILE, json.dumps(content, allow_nan=False))
 
@@ -246,7 +246,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
   path = directory / FILE
   content = read_json(path, "run the stage 'prepare' again")
   missing = [
-    key for key in (*_SOURCE_KEYS, "digest", "splits_sha256", "records") if key not in content
+    key for key in (*_SOURCE_KEYS, "fingerprint", "splits_sha256", "records") if key not in content
   ]
   try:
     if not missing:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
+from rndpo_jax import provenance
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import metrics, predict, results
 from rndpo_jax.runtime import files
@@ -20,8 +19,8 @@ def overlap_cases(evaluation: predict.Evaluation, step: int) -> list[results.Cas
   """Pixel counts of every case after `step` steps, from `evaluate/curve-STEP.json` if known."""
   params = evaluation.params(step)
   path = evaluation.folder / f"curve-{step}.json"
-  stamp = _fingerprint(evaluation, params)
-  known = _read_partial(path, stamp)
+  fingerprint = _fingerprint(evaluation, params)
+  known = _read_partial(path, fingerprint)
   if known is None:
     case_of = {index: key for key, group in evaluation.groups.items() for index in group}
     size = evaluation.dataset.num_classes
@@ -32,7 +31,7 @@ def overlap_cases(evaluation: predict.Evaluation, step: int) -> list[results.Cas
       {"split": split, "case_id": case_id, "counts": value.tolist()}
       for (split, case_id), value in counts.items()
     ]
-    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
+    files.write_json(path, {"step": step, "fingerprint": fingerprint, "cases": known})
   return [
     results.Case(entry["split"], entry["case_id"], np.array(entry["counts"], np.int64))
     for entry in known
@@ -45,15 +44,15 @@ def surface_cases(
   """`cases` with surface metrics, from `evaluate/surface-STEP.json` if known."""
   params = evaluation.params(step)
   path = evaluation.folder / f"surface-{step}.json"
-  stamp = _fingerprint(evaluation, params, evaluation.tolerance)
-  known = _read_partial(path, stamp)
+  fingerprint = _fingerprint(evaluation, params, evaluation.tolerance)
+  known = _read_partial(path, fingerprint)
   if known is None:
     found = dict(_surfaces(evaluation, params))
     known = [
       {"split": case.split, "case_id": case.case_id, "surface": found[case.split, case.case_id]}
       for case in cases
     ]
-    files.write_json(path, {"step": step, "fingerprint": stamp, "cases": known})
+    files.write_json(path, {"step": step, "fingerprint": fingerprint, "cases": known})
   surface = {(entry["split"], entry["case_id"]): entry["surface"] for entry in known}
   return [case._replace(surface=surface[case.split, case.case_id]) for case in cases]
 
@@ -109,21 +108,19 @@ def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
 def _fingerprint(evaluation: predict.Evaluation, params, *more) -> str:
   """Of everything that the numbers hang on, so that no stale partial result is ever used."""
   dataset = evaluation.dataset
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
   cases = [[*key, indices] for key, indices in evaluation.groups.items()]
   grid = [list(dataset.size), list(dataset.crop), dataset.normalization]
-  setting = [dataset.digest, cases, dataset.num_classes, grid, more]
-  digest.update(json.dumps(setting).encode())
-  return digest.hexdigest()
+  setting = json.dumps([dataset.fingerprint, cases, dataset.num_classes, grid, more])
+  return provenance.fingerprint(
+    {"params": params, "setting": np.frombuffer(setting.encode(), np.uint8)}
+  )
 
 
-def _read_partial(path: epath.Path, stamp: str) -> list[dict[str, Any]] | None:
+def _read_partial(path: epath.Path, fingerprint: str) -> list[dict[str, Any]] | None:
   if not path.exists():
     return None
   try:
     content = files.read_json(path)
   except ValueError:
     return None  # it is only a cache: measure again
-  return content["cases"] if content.get("fingerprint") == stamp else None
+  return content["cases"] if content.get("fingerprint") == fingerprint else None

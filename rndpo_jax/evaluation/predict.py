@@ -16,8 +16,6 @@ from rndpo_jax import models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.runtime import preemption, sharding
-from rndpo_jax.stages import base
-from rndpo_jax.training import checkpoint
 from rndpo_jax.types import Params
 
 SPLITS = ("val", "test")
@@ -49,23 +47,22 @@ class Evaluation(NamedTuple):
   label: Callable[[int], np.ndarray]
 
 
-def open_evaluation(config, workdir: epath.Path) -> Evaluation:
-  """Opens the prepared data and compiles nothing yet."""
-  dataset = dataset_lib.open_dataset(config, workdir)
+def open_evaluation(
+  config, dataset: dataset_lib.Dataset, folder: epath.Path, params: Callable[[int], Params]
+) -> Evaluation:
+  """What evaluating needs; compiles nothing yet.
+
+  Args:
+    config: the whole config.
+    dataset: the prepared data.
+    folder: for partial results; made if it is missing.
+    params: step -> parameters; step 0 is the base.
+  """
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   parts = jax.local_device_count()
-  folder = workdir / "evaluate"
   folder.mkdir(parents=True, exist_ok=True)
-
-  def params(step: int) -> Params:
-    if step == 0:
-      return base.load(config, workdir, dataset)[0]
-    return checkpoint.restore_params(
-      workdir / "finetune" / "params", step, stage_directory=workdir / "finetune"
-    )
-
   apply = sharding.over_local_devices(segmenter.apply)
   to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
 

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 
 from rndpo_jax import types
 from rndpo_jax.models import unet
-from rndpo_jax.planning import chips
+
+# Channels in a tile of a TPU's memory, and multipliers along a side of v5e's matrix units.
+# Source: the page "System architecture" (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+TPU_LANES = 128
 
 
 def build(
@@ -43,4 +46,4 @@ def build(
 def lanes(model_config, platform: str | None = None) -> int:
   """`config.model.lanes`, where 0 is what a platform has; by default that of this process."""
   platform = platform or jax.default_backend()
-  return model_config.lanes or (chips.TPU_LANES if platform == "tpu" else 1)
+  return model_config.lanes or (TPU_LANES if platform == "tpu" else 1)

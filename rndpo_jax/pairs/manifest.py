@@ -132,7 +132,7 @@ def write_manifest(config, directory: epath.Path) -> None:
       "mix": config.proposals.mix,
       "seed": config.seed,
       "proposals": files.read_json(directory / "proposals.json"),
-      "origin": files.read_json(directory / "origin.json"),
+      "fingerprints": files.read_json(directory / "fingerprints.json"),
     },
   )
 

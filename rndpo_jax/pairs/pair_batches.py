@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import types
+from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches
 from rndpo_jax.errors import ConfigError
@@ -68,7 +68,7 @@ def stream_of(
     )
     if config.finetune.anchor != "labelled":
       return shown
-    both = zip(shown, labelled(seed + 2, start_step), strict=False)
+    both = zip(shown, labelled(seeds.anchor_order(seed), start_step), strict=False)
     return ({**batch, "labelled": extra} for batch, extra in both)
 
   return stream

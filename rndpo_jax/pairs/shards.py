@@ -15,9 +15,8 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from flax import serialization
 
-from rndpo_jax import errors
+from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import files, multihost, preemption, threads
-from rndpo_jax.training import checkpoint
 
 # What fine-tuning takes from a record as it stands, P slots an image.
 TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
@@ -89,53 +88,53 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
   return count, num_bytes
 
 
-def claim(directory: os.PathLike, origin: dict[str, str]) -> None:
-  """Writes `origin.json`, or checks that what is there already was mined from the same.
+def claim(directory: os.PathLike, fingerprints: dict[str, str]) -> None:
+  """Writes `fingerprints.json`, or checks that what is there already was mined from the same.
 
   Margins in the pairs are those of one base on images of one data set: pairs of another would be
   wrong and look right.
 
   Args:
     directory: of the pairs.
-    origin: SHA-256 of the `data` and of every weight that mining reads, by name.
+    fingerprints: of the `data` and of every weight that mining reads, by name.
 
   Raises:
-    PairsError: naming what differs.
+    errors.ProvenanceError: naming what differs.
+    errors.PairsError: if there are pairs of which nothing says what they were mined from.
   """
   directory = epath.Path(directory)
-  path = directory / "origin.json"
+  path = directory / "fingerprints.json"
   if path.exists():
-    _compare(directory, files.read_json(path), origin)
+    provenance.check(directory, files.read_json(path), fingerprints, _mine_again(directory))
   elif multihost.is_first():
     if (directory / "judges.json").exists():
       raise errors.PairsError(
         f"{path} is missing: nothing says of which data and base {directory} is; delete that "
         "folder and run the same command again"
       )
-    files.write_json(path, origin)
+    files.write_json(path, fingerprints)
 
 
-def check_origin(directory: os.PathLike, dataset, params: Any) -> None:
-  """Refuses pairs of other data, or of another base: their margins are the reference.
+def check_made_of(directory: os.PathLike, dataset, params: Any) -> None:
+  """Checks that pairs are of these data and this base: their margins are the reference.
 
   Raises:
-    PairsError: naming what differs.
+    errors.PairsError: if nothing is mined there.
+    errors.ProvenanceError: naming what differs.
   """
-  path = epath.Path(directory) / "manifest.json"
+  directory = epath.Path(directory)
+  path = directory / "manifest.json"
   if not path.exists():
     raise _not_mined(path)
-  here = {"data": dataset.digest, "base": bytes(checkpoint.digest(params)).hex()}
-  _compare(path.parent, files.read_json(path).get("origin", {}), here)
+  there, here = files.read_json(path).get("fingerprints"), provenance.of_finetuning(dataset, params)
+  provenance.check(directory, there, here, _mine_again(directory))
 
 
-def _compare(directory: epath.Path, there: dict[str, str], here: dict[str, str]) -> None:
-  for name, value in here.items():
-    if there.get(name) != value:
-      raise errors.PairsError(
-        f"{directory} was mined with another {name}: SHA-256 {str(there.get(name))[:12]}, now "
-        f"{value[:12]}; delete the folders {directory} and {directory.parent / 'finetune'}, and "
-        "run the same command again"
-      )
+def _mine_again(directory: epath.Path) -> str:
+  return (
+    f"delete the folders {directory} and {directory.parent / 'finetune'}, and run the same command "
+    "again"
+  )
 
 
 def _not_mined(path: epath.Path) -> errors.PairsError:

@@ -39,10 +39,6 @@ CHIPS = {
   "v5p": Chip(95.74 * 2**30, 2765e9, 459e12, 1200e9 / 6 / 2, 4, _CUBE),
 }
 
-# Channels in a tile of memory, and multipliers along a side of v5e's and v5p's matrix units.
-# Source: the page "System architecture" (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
-TPU_LANES = 128
-
 # Assumed time for a message to the next chip, a round figure for a torus of direct links.
 SECONDS_PER_HOP = 1e-6
 

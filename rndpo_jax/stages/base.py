@@ -10,7 +10,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import errors, losses, models, types
+from rndpo_jax import losses, models, provenance, seeds, types
 from rndpo_jax.data import augment, split_batches
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
@@ -72,28 +72,25 @@ def run(config, workdir: os.PathLike) -> None:
     _train_member(config, workdir, member)
 
 
-def load(config, workdir: os.PathLike, dataset) -> list[types.Params]:
-  """Parameters of every member, as numpy trees; the first is the base segmenter.
+def load(workdir: os.PathLike, dataset, member: int = 0) -> types.Params:
+  """The selected parameters of a member, a numpy tree; the first is the base segmenter.
 
   Raises:
-    checkpoint.CheckpointError: where one cannot be read, or was trained on other data than
-      `dataset`.
+    errors.CheckpointError: if they cannot be read.
+    errors.ProvenanceError: if they were trained on other data than `dataset`.
   """
-  members = []
-  for member in range(config.base.num_members):
-    directory = member_directory(workdir, member)
-    selected = files.read_json(directory / "selected.json")
-    if selected.get("data") != dataset.digest:
-      raise errors.CheckpointError(
-        f"{directory} was trained on other data than {config.base.workdir or workdir} holds now "
-        f"(in selected.json {str(selected.get('data'))[:12]}, in data/records.json "
-        f"{dataset.digest[:12]}): another image or split would be taken for the one that was "
-        "seen; bring those data back, or start in a new --workdir"
-      )
-    members.append(
-      checkpoint.restore_params(directory / "params", selected["step"], stage_directory=directory)
-    )
-  return members
+  directory = member_directory(workdir, member)
+  selected = files.read_json(directory / "selected.json")
+  provenance.check(
+    directory,
+    selected.get("fingerprints"),
+    {"data": dataset.fingerprint},
+    "an image or split that it has not seen could be taken for one that it has: bring those data "
+    "back, or start in a new --workdir",
+  )
+  return checkpoint.restore_params(
+    directory / "params", selected["step"], stage_directory=directory
+  )
 
 
 def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
@@ -111,9 +108,7 @@ def _train_member(config, workdir, member: int) -> None:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  # 1, 2 and 3 are folded in for mining, fine-tuning and the learned judge.
-  own = jax.random.fold_in(jax.random.key(config.seed), 1000 * member)
-  init_key, fit_key = jax.random.split(own)
+  init_key, fit_key = jax.random.split(seeds.base_key(config.seed, member))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(
@@ -132,7 +127,7 @@ def _train_member(config, workdir, member: int) -> None:
       dataset,
       mesh,
       batch_size=config.base.batch_size,
-      seed=config.seed + 1000 * member,
+      seed=seeds.base_order(config.seed, member),
     ),
     num_steps=config.base.num_steps,
     key=fit_key,
@@ -141,13 +136,13 @@ def _train_member(config, workdir, member: int) -> None:
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=config.base.eval_every_steps,
     validate=make_validate(config, dataset, segmenter, mesh),
-    origin=checkpoint.digest({"data": dataset.digest}),
+    fingerprints={"data": dataset.fingerprint},
     keep_checkpoints=config.base.keep_checkpoints,
     keep_best=True,
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
   if multihost.is_first():
-    _select(config, directory, dataset.digest)
+    _select(config, directory, dataset.fingerprint)
 
 
 def make_validate(
@@ -175,7 +170,7 @@ def _select(config, directory: epath.Path, data: str) -> None:
       "rule": config.base.select,
       "val_dice": chosen["val_dice"],
       "seed": config.seed,
-      "data": data,
+      "fingerprints": {"data": data},
     },
   )
   checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))

@@ -12,17 +12,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import errors
+from rndpo_jax import errors, types
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import gallery, metrics, predict, results
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
 from rndpo_jax.runtime import files, multihost, preemption, progress
-from rndpo_jax.stages import finetune
+from rndpo_jax.stages import base, finetune
 from rndpo_jax.training import checkpoint, train_loop
 
 
@@ -45,10 +46,10 @@ def run(config, workdir: os.PathLike) -> None:
       f"{workdir / 'finetune' / 'params'}: found checkpoints of steps {tuned}, expected "
       f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
     )
-  evaluation = predict.open_evaluation(config, workdir)
-  finetune.check_made_of(
-    workdir / "finetune", "done.json", evaluation.dataset, evaluation.params(0)
-  )
+  dataset = dataset_lib.open_dataset(config, workdir)
+  params = params_of_step(workdir, dataset)
+  finetune.check_made_of(workdir / "finetune", "done.json", dataset, params(0))
+  evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params)
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
@@ -72,6 +73,19 @@ def run(config, workdir: os.PathLike) -> None:
   content = _context(config, workdir, evaluation.dataset)
   content |= _measured(models, reported, curve, names)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def params_of_step(workdir: epath.Path, dataset) -> Callable[[int], types.Params]:
+  """Step of fine-tuning -> its parameters; step 0 is the base, which is read once."""
+  base_params = base.load(workdir, dataset)
+  directory = workdir / "finetune"
+
+  def params(step: int) -> types.Params:
+    if step == 0:
+      return base_params
+    return checkpoint.restore_params(directory / "params", step, stage_directory=directory)
+
+  return params
 
 
 def csv_text(

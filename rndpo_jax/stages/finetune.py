@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import os
 
-import jax
-import numpy as np
 import optax
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import errors, models, types
+from rndpo_jax import models, provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import base
-from rndpo_jax.training import checkpoint, loss_fns, train_loop, train_step
+from rndpo_jax.training import loss_fns, train_loop, train_step
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -34,11 +32,12 @@ def run(config, workdir: os.PathLike) -> None:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  params = base.load(config, workdir, dataset)[0]
-  shards.check_origin(epath.Path(workdir) / "pairs", dataset, params)
+  params = base.load(workdir, dataset)
+  shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
   if multihost.agree((directory / "done.json").exists):
     check_made_of(directory, "done.json", dataset, params)
     return
+  fingerprints = provenance.of_finetuning(dataset, params)
   loss_fn = loss_fns.make_loss_fn(
     segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
@@ -61,52 +60,37 @@ def run(config, workdir: os.PathLike) -> None:
     train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
     pair_batches.on_devices(config, workdir, dataset, mesh, reference),
     num_steps=config.finetune.num_steps,
-    key=run_key(config.seed),
+    key=seeds.finetuning_key(config.seed),
     directory=directory,
     description="finetune",
     log_every_steps=config.finetune.log_every_steps,
     eval_every_steps=config.finetune.eval_every_steps,
     validate=base.make_validate(config, dataset, segmenter, mesh, reference=params),
-    origin=origin(dataset, params),
+    fingerprints=fingerprints,
     keep_checkpoints=config.finetune.keep_checkpoints,
     checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
   if multihost.is_first():
-    made_of = bytes(origin(dataset, params)).hex()
     files.write_json(
-      directory / "done.json", {"step": config.finetune.num_steps, "origin": made_of}
+      directory / "done.json", {"step": config.finetune.num_steps, "fingerprints": fingerprints}
     )
 
 
-def origin(dataset, params: types.Params) -> np.ndarray:
-  """What a fine-tuning is of: data, and the base that it starts from and is relative to."""
-  return checkpoint.digest({"base": params, "data": dataset.digest})
-
-
 def check_made_of(directory: epath.Path, name: str, dataset, params: types.Params) -> None:
-  """Refuses a fine-tuning or a sweep of another base or other data, which would stand beside these.
+  """Checks that a fine-tuning or a sweep is of these data and this base.
 
   Args:
     directory: `finetune/` or `sweep/`.
-    name: of the file in it whose `origin` is what it was made of.
+    name: of the file in it that keeps the fingerprints of what it was made of.
     dataset: that is here.
     params: of the base that is here.
 
   Raises:
-    checkpoint.CheckpointError: naming the folder to delete.
+    errors.ProvenanceError: naming the folder to delete.
   """
-  here = bytes(origin(dataset, params)).hex()
-  there = files.read_json(directory / name).get("origin")
-  if there != here:
-    raise errors.CheckpointError(
-      f"{directory} was trained from other data or another base: SHA-256 {str(there)[:12]}, now "
-      f"{here[:12]}; delete that folder and run the same command again"
-    )
-
-
-def run_key(seed: int) -> jax.Array:
-  """The key of a fine-tuning with this seed."""
-  return jax.random.fold_in(jax.random.key(seed), 2)
+  there, here = files.read_json(directory / name), provenance.of_finetuning(dataset, params)
+  remedy = "delete that folder and run the same command again"
+  provenance.check(directory, there.get("fingerprints"), here, remedy)
 
 
 def loss_options(config) -> dict:

@@ -18,13 +18,13 @@ from etils import epath
 from rndpo_jax import (
   config as config_lib,
 )
+from rndpo_jax import provenance, seeds
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import multihost, preemption, sharding
 from rndpo_jax.stages import base, measure_judges, prepare, train_judge
-from rndpo_jax.training import checkpoint
 
 _KEPT = "mine: finished shards are kept"
 
@@ -46,7 +46,7 @@ def run(config, workdir: os.PathLike) -> None:
   dataset = dataset_lib.open_dataset(config, workdir)
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
-  shards.claim(directory, _origin(dataset, weights))
+  shards.claim(directory, _fingerprints(dataset, weights))
   names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
   measured = (directory / "judges.json", directory / "proposals.json")
   if multihost.is_first() and not all(path.exists() for path in measured):
@@ -75,11 +75,13 @@ def run(config, workdir: os.PathLike) -> None:
     manifest.write_manifest(config, directory)
 
 
-def _origin(dataset, weights) -> dict[str, str]:
-  """SHA-256 of the data, and of what `make_scorer` loads."""
+def _fingerprints(dataset, weights) -> dict[str, str]:
+  """Of the data, and of what `make_scorer` loads."""
   of = {"base": weights["policy"], "ensemble": weights["ensemble"], "judge": weights["learned"]}
-  digests = {name: bytes(checkpoint.digest(tree)).hex() for name, tree in of.items()}
-  return {"data": dataset.digest, **digests}
+  return {
+    "data": dataset.fingerprint,
+    **{name: provenance.fingerprint(tree) for name, tree in of.items()},
+  }
 
 
 def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
@@ -88,7 +90,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   Returns:
     (weights, score): `score` from `make_score`.
   """
-  members = base.load(config, workdir, dataset)
+  members = [base.load(workdir, dataset, n) for n in range(config.base.num_members)]
   weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):
@@ -122,7 +124,7 @@ def run_batches(
     with_labels: whether the masks of the records are read.
     stays: entries of the output that never leave the devices.
   """
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  key = seeds.mining_key(config.seed)
 
   def start(batch):
     preemption.check(_KEPT)

@@ -52,8 +52,8 @@ def run(config, workdir: epath.PathLike) -> None:
   if multihost.is_first():
     files.write_json(workdir / splits.FILE, parts)
     facts = [pixels, source.num_classes, splits.sha256(parts)]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    records.write(directory, source, digest, splits.sha256(parts))
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    records.write(directory, source, fingerprint, splits.sha256(parts))
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:

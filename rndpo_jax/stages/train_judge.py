@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from rndpo_jax import models, types
+from rndpo_jax import models, seeds, types
 from rndpo_jax.data import augment, split_batches
 from rndpo_jax.mining import corruptions, quality
 from rndpo_jax.runtime import sharding
-from rndpo_jax.training import checkpoint, train_loop, train_step
+from rndpo_jax.training import train_loop, train_step
 
 
 def build(config, dataset) -> tuple[Callable, Callable]:
@@ -76,7 +76,7 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   large = config.mesh.large_parameter
   init, apply = build(config, dataset)
-  init_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3))
+  init_key, fit_key = jax.random.split(seeds.judge_key(config.seed))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
   loss_fn = make_loss_fn(config, sharding.spread(apply, mesh), dataset.num_classes)
@@ -85,7 +85,7 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     train_step.make_train_step(loss_fn, transformation, mesh, large=large),
     train_step.make_state(params, transformation, mesh, large=large),
     split_batches.labelled_batches(
-      config, dataset, mesh, batch_size=options.batch_size, seed=config.seed + 1
+      config, dataset, mesh, batch_size=options.batch_size, seed=seeds.judge_order(config.seed)
     ),
     num_steps=options.num_steps,
     key=fit_key,
@@ -93,7 +93,7 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
     description="learned judge",
     log_every_steps=config.base.log_every_steps,
     eval_every_steps=options.num_steps,
-    origin=checkpoint.digest({"data": dataset.digest}),
+    fingerprints={"data": dataset.fingerprint},
     checkpoint_minutes=config.base.checkpoint_minutes,
   )
   return apply, sharding.fetch(state.params)

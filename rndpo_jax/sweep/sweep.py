@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import models
+from rndpo_jax import models, provenance
+from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, split_batches
 from rndpo_jax.errors import ConfigError
@@ -75,7 +76,7 @@ def run(
     list(directory.glob("*"))  # a network file system looks again for what was missing
     _claim(directory, grid)
   dataset = dataset_lib.open_dataset(config, workdir)
-  params = base.load(config, workdir, dataset)[0]
+  params = base.load(workdir, dataset)
   if multihost.agree((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
     progress.say("[sweep] done before")
@@ -92,7 +93,7 @@ def run(
   if multihost.is_first():
     content = {
       **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
-      "origin": bytes(finetune.origin(dataset, params)).hex(),
+      "fingerprints": provenance.of_finetuning(dataset, params),
       "form": form,
       "num_devices": mesh.size,
       "base": _base_dice(workdir),
@@ -153,7 +154,7 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
 def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
   options = config.finetune
-  shards.check_origin(epath.Path(workdir) / "pairs", dataset, params)
+  shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
   state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
   state = train_loop.fit(
@@ -161,13 +162,13 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
     state,
     _batches(config, workdir, dataset, grid["seeds"], mesh, params),
     num_steps=options.num_steps,
-    key=jnp.stack([finetune.run_key(seed) for seed in grid["seeds"]]),
+    key=jnp.stack([seeds_lib.finetuning_key(seed) for seed in grid["seeds"]]),
     directory=directory,
     description="sweep",
     log_every_steps=options.log_every_steps,
     eval_every_steps=options.eval_every_steps,
     validate=lambda params: {"val_dice": validate(params)},
-    origin=finetune.origin(dataset, params),
+    fingerprints=provenance.of_finetuning(dataset, params),
     keep_checkpoints=options.keep_checkpoints,
     keep_params=False,
     checkpoint_minutes=options.checkpoint_minutes,

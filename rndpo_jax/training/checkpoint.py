@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Collection
@@ -185,16 +184,6 @@ def keep_only(directory: epath.PathLike, kept: Collection[int]) -> None:
       path = epath.Path(directory) / str(step)
       (path / _WHOLE).unlink()  # first: half of a checkpoint must not count as one
       path.rmtree()
-
-
-def digest(tree: Any) -> np.ndarray:
-  """SHA-256 as u8[32] of a pytree of arrays on the host: names, dtypes, shapes and values."""
-  sha = hashlib.sha256()
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    leaf = np.asarray(leaf)
-    sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-    sha.update(leaf.tobytes())
-  return np.frombuffer(sha.digest(), np.uint8)
 
 
 def _sums(path: epath.Path) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from rndpo_jax import errors
+from rndpo_jax import provenance
 from rndpo_jax.runtime import multihost, preemption, progress
 from rndpo_jax.training import checkpoint
 
@@ -22,10 +24,17 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class Saver:
   """Writes `params/STEP` and `state/STEP` of one training, each in the background."""
 
-  def __init__(self, directory: epath.Path, origin, keep_checkpoints: int, minutes: float):
+  def __init__(
+    self,
+    directory: epath.Path,
+    fingerprints: Mapping[str, str],
+    keep_checkpoints: int,
+    minutes: float,
+  ):
+    """Opens `directory`; `fingerprints` are of what the training is made of, kept in its states."""
     self.folders = {name: directory / name for name in ("params", "state")}
     self._writers = {name: checkpoint.Writer(folder) for name, folder in self.folders.items()}
-    self._origin = origin
+    self._fingerprints = dict(fingerprints)
     self._keep_checkpoints = keep_checkpoints
     self._seconds = 60 * minutes
     self._last = time.monotonic()
@@ -36,13 +45,13 @@ class Saver:
     if found is None:
       return 0, state
     step, content = found
-    if self._origin is not None and (content["origin"] != self._origin).any():
-      there, here = (bytes(x).hex()[:12] for x in (content["origin"], self._origin))
-      folder = self.folders["state"]
-      raise errors.CheckpointError(
-        f"{folder / str(step)} was trained from other data or another base: SHA-256 {there}..., "
-        f"now {here}...; bring those back, or delete the folder {folder.parent} to train anew"
-      )
+    folder = self.folders["state"]
+    provenance.check(
+      folder / str(step),
+      {name: bytes(array).hex() for name, array in content.get("fingerprints", {}).items()},
+      self._fingerprints,
+      f"bring that back, or delete the folder {folder.parent} and run the same command again",
+    )
     progress.say(f"{description}: going on from step {step}")
     return step, content["state"]
 
@@ -109,8 +118,11 @@ class Saver:
     self._drop_old()
 
   def _content(self, state: Any) -> dict[str, Any]:
-    origin = {} if self._origin is None else {"origin": self._origin}
-    return {"state": state, **origin}
+    arrays = {
+      name: np.frombuffer(bytes.fromhex(value), np.uint8)
+      for name, value in self._fingerprints.items()
+    }
+    return {"state": state, **({"fingerprints": arrays} if arrays else {})}
 
   def _drop_old(self) -> None:
     folder = self.folders["state"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from rndpo_jax import errors, types
@@ -29,7 +28,7 @@ def fit(
   log_every_steps: int,
   eval_every_steps: int,
   validate: Callable[[types.Params], dict[str, float]] | None = None,
-  origin: np.ndarray | None = None,
+  fingerprints: Mapping[str, str] | None = None,
   keep_checkpoints: int = 2,
   keep_params: bool = True,
   keep_best: bool = False,
@@ -53,8 +52,8 @@ def fit(
     log_every_steps: steps between rows of training metrics.
     eval_every_steps: steps between validations and checkpoints.
     validate: params -> figures of the validation split, or None.
-    origin: `checkpoint.digest` of what the training is of, the data and the reference, kept in
-      the state: going on with others is refused.
+    fingerprints: of what the training is made of, by name, see `provenance`; kept in the state,
+      which goes on with the same alone.
     keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
     keep_params: whether there is a `params/STEP` at all.
     keep_best: keeps the parameters of the best validation Dice and the latest alone.
@@ -69,15 +68,15 @@ def fit(
   Raises:
     TrainingError: at the first loss that is not finite.
     preemption.Preempted: after a signal, the state being saved.
-    checkpoint.CheckpointError: where no checkpoint to go on from can be read, or it was made with
-      another origin.
+    errors.CheckpointError: if no checkpoint to go on from can be read.
+    errors.ProvenanceError: if the checkpoint to go on from has other fingerprints.
     files.FileError: where `metrics.jsonl` does not hold what was validated before.
   """
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(
-      checkpoint_manager.Saver(directory, origin, keep_checkpoints, checkpoint_minutes)
+      checkpoint_manager.Saver(directory, fingerprints or {}, keep_checkpoints, checkpoint_minutes)
     )
     start, state = saver.resume(state, description)
     if keep_params and (start % eval_every_steps == 0 or start == num_steps):
