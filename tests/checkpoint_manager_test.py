@@ -34,7 +34,7 @@ def make(tmp_path, monkeypatch):
 
   def make(processes):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    saver = checkpoint_manager.Saver(tmp_path, None, keep_checkpoints=2, minutes=0)
+    saver = checkpoint_manager.Saver(tmp_path, {}, keep_checkpoints=2, minutes=0)
     NOTED.clear()
     return saver
 

@@ -146,10 +146,10 @@ def test_a_write_that_takes_too_long_is_one_line_that_names_the_checkpoint(tmp_p
 
 
 def test_a_folder_that_is_gone_is_one_line_and_a_programming_error_is_none(tmp_path, monkeypatch):
-  errors = [ValueError("NOT_FOUND: Error reading local file x"), ValueError("bad shape")]
+  raised = [ValueError("NOT_FOUND: Error reading local file x"), ValueError("bad shape")]
 
   def fails(*_):
-    raise errors.pop(0)
+    raise raised.pop(0)
 
   monkeypatch.setattr(checkpoint.Writer, "_write_sums", fails)
   with pytest.raises(errors.CheckpointError, match="7 cannot be written .NOT_FOUND.*again"):
