@@ -12,7 +12,7 @@ if [ ! -e "$_stamp" ] || [ setup.cfg -nt "$_stamp" ]; then
   }
   [ -x .venv/bin/python ] || "$_python" -m venv .venv || return
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --editable ".${_extra:+[$_extra]}" || return
+    --editable ".[run${_extra:+,$_extra}]" || return
   touch "$_stamp"
 fi
 # shellcheck source=/dev/null
