@@ -2,21 +2,23 @@
 # Sourced from the project's root: activates .venv, installing the project where that is needed.
 #   source launch/setup.sh [EXTRA]      cuda12, cuda13, tpu, gcs, several as in tpu,gcs; none: CPU
 # In a script always with an argument, be it "": without one `source` hands on the script's own.
+# PYTHON names the Python to use (default python3), VENV the environment's folder (default .venv).
 _extra=${1:-}
-_stamp=.venv/.installed${_extra:+-$_extra}
+_venv=${VENV:-.venv}
+_stamp=$_venv/.installed${_extra:+-$_extra}
 if [ ! -e "$_stamp" ] || [ setup.cfg -nt "$_stamp" ]; then
   _python=${PYTHON:-python3}
   "$_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $_python is $("$_python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON=..." >&2
     return 1
   }
-  [ -x .venv/bin/python ] || "$_python" -m venv .venv || return
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  [ -x "$_venv/bin/python" ] || "$_python" -m venv "$_venv" || return
+  "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --editable ".[run${_extra:+,$_extra}]" || return
   touch "$_stamp"
 fi
 # shellcheck source=/dev/null
-source .venv/bin/activate
+source "$_venv/bin/activate"
 
 # Huge pages for large arrays, and freed memory kept: XLA allocates anew at every step, and page
 # faults are a tenth of a training step on the CPU. The C library reads this at its start.
