@@ -212,6 +212,13 @@ def test_what_is_known_is_not_measured_again(run, monkeypatch):
   assert known[0].surface == cases.surface_cases(evaluation, 0, known)[0].surface
 
 
+def test_cells_of_the_table_are_no_formulas():
+  case = results.Case("test", "=HYPERLINK(1)", np.array([[4, 4], [4, 4], [4, 4]]))
+  text = evaluate.csv_text({"base": 0}, {"base": [case]}, ["dice"], ["background", "-1+2"])
+  assert "base,0,test,'=HYPERLINK(1),1,'-1+2,1.0,0,0" in text
+  assert [evaluate.quoted(name) for name in ("+a", "@a", "a=b", "")] == ["'+a", "'@a", "a=b", ""]
+
+
 def test_without_checkpoints_the_stage_to_run_is_named(run, tmp_path):
   with pytest.raises(errors.DataError, match="run the stage 'finetune' first"):
     evaluate.run(run[0], tmp_path)
@@ -226,10 +233,9 @@ _LABELS[3, 0, 0] = 1
 def _stack_evaluation(folder, masks):
   """An Evaluation whose network gives `masks`, records listed out of slice order."""
   entries = [
-    {"case_id": case, "slice": z, "shape": [2, 4], "spacing": [1.0, 2.0]}
+    {"case_id": case, "slice": z, "shape": [2, 4], "spacing": [1.0, 2.0], "slice_spacing": 5.0}
     for case, z in (("a", 2), ("a", 0), ("a", 1), ("b", 0))
   ]
-  affine = np.diag([1.0, 2.0, 5.0, 1.0])
   dataset = python_types.SimpleNamespace(
     records=entries,
     splits={"val": np.array([3]), "test": np.array([0, 1, 2])},
@@ -239,7 +245,6 @@ def _stack_evaluation(folder, masks):
     crop=(),
     normalization="zscore",
     fingerprint="",
-    blind_source=[{"image": None, "affine": affine}] * 4,
   )
 
   def batches(indices):
@@ -279,8 +284,6 @@ def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
   dataset = _stack_evaluation(tmp_path, _LABELS).dataset
   assert cases.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)
   assert cases.case_spacing(dataset, [3]) == (1.0, 2.0)
-  dataset.blind_source[:] = [{"image": None, "affine": 1000 * np.eye(4) * [1, 2, 5, 1]}] * 4
-  assert cases.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)  # an affine in microns
   dataset.spacing_unit = "voxel"
   assert cases.case_spacing(dataset, [1, 2, 0]) is None
 
@@ -299,7 +302,7 @@ def test_gallery_shows_the_fullest_slice(tmp_path, monkeypatch):
   volume[0, 0, 4] = 1
   image = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None], (4, 5, 6, 1))
   evaluation.dataset.records[:] = [{"case_id": "v", "has_mask": True, "spacing": None}]
-  evaluation.dataset.blind_source[:] = [{"image": image, "affine": np.eye(4)}]
+  evaluation.dataset.blind_source = [{"image": image, "affine": np.eye(4)}]
   evaluation = evaluation._replace(groups={("test", "v"): [0]}, label=lambda index: volume)
   monkeypatch.setattr(predict, "predict", lambda *_: iter([(0, 1 - volume)]))
   case = results.Case("test", "v", metrics.pixel_counts(1 - volume, volume, 2))

@@ -122,6 +122,19 @@ def test_surface_metrics_of_a_shifted_line_by_hand():
   assert metrics.surface_metrics(mask, label, None, 2.0) == {"hd95": 2.0, "assd": 2.0, "nsd": 1.0}
 
 
+@pytest.mark.parametrize(
+  "spacing,voxels,tolerance", [(0.4, 5, 2.0), (0.2, 10, 2.0), (2 / 3, 3, 2.0)]
+)
+def test_a_distance_of_the_tolerance_is_within_it(spacing, voxels, tolerance):
+  """Spacings as files hold them, in float32: 5 of 0.4 mm are 2.0000000298 mm."""
+  mask, label = np.zeros((2, 3, 16), bool)
+  mask[1, 1], label[1, 1 + voxels] = True, True
+  spacing = float(np.float32(spacing))
+  got = metrics.surface_metrics(mask, label, (spacing, spacing), tolerance)
+  assert got["nsd"] == 1.0
+  assert metrics.surface_metrics(mask, label, (spacing, spacing), 0.999 * tolerance)["nsd"] == 0.0
+
+
 def test_hd95_is_the_larger_direction():
   # The label has a far spot that the mask misses: only the direction label -> mask sees it.
   mask, label = np.zeros((2, 5, 30), bool)

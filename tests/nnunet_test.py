@@ -147,11 +147,101 @@ def test_scaled_bytes_are_no_bytes(root):
   np.testing.assert_allclose(pixels[4].image[..., 0], 0.5 * _image(2)[:, :, 1] - 3)
 
 
-def test_one_unknown_unit_makes_all_spacing_unknown(root):
+def test_a_header_without_a_unit_is_in_mm_and_it_is_said_once(root):
   _save(root / "imagesTr" / "p3_0000.nii.gz", _image(3), unit=None)
   source = _open(root)
-  assert source.spacing_unit == "voxel"
-  assert all(entry["spacing"] is None for entry in source.records)
+  assert source.spacing_unit == "mm" and source.records[6]["spacing"] == [2.0, 1.5]
+  (note,) = source.notes
+  assert "p3_0000.nii.gz: the header names no unit (1 of 4 cases); taken as mm" in note
+
+
+def _with_pixdim(path, spacing):
+  """The file with another pixdim beside its affine, as some converters leave it."""
+  image = nibabel.load(path)
+  data, header = np.asarray(image.dataobj), image.header.copy()
+  image = nibabel.Nifti1Image(data, image.affine, header)
+  image.header["pixdim"][1:4] = spacing
+  nibabel.save(image, path)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_pixdim_is_the_spacing_of_volumes_and_of_stacked_slices(root, dims):
+  for part in ("imagesTr/p1_0000", "labelsTr/p1"):
+    _with_pixdim(root / f"{part}.nii.gz", (3, 1.5, 4))
+  source = _open(root, spatial_dims=dims)
+  entry = source.records[0]
+  got = [*entry["spacing"], *([entry["slice_spacing"]] if dims == 2 else [])]
+  assert got == [3.0, 1.5, 4.0]
+  (note,) = source.notes
+  assert (
+    "p1_0000.nii.gz: pixdim gives the spacing [3.0, 1.5, 4.0] mm, the affine [2.0, 1.5, " in note
+  )
+
+
+def test_without_a_positive_pixdim_all_distances_are_in_voxels_and_it_is_said(root):
+  _with_pixdim(root / "imagesTr" / "p1_0000.nii.gz", (np.nan, 1.5, 4))
+  source = _open(root)
+  assert source.spacing_unit == "voxel" and source.records[3]["spacing"] is None
+  assert any("p1_0000.nii.gz: the header gives no spacing" in note for note in source.notes)
+
+
+def test_the_files_that_dataset_json_lists_are_the_cases(root, tmp_path):
+  elsewhere = tmp_path / "elsewhere"
+  _save(elsewhere / "scan.nii.gz", _image(7))
+  _save(elsewhere / "truth.nii.gz", _label(7))
+  listed = {
+    "p2": {"images": ["imagesTr/p2_0000.nii.gz"], "label": "labelsTr/p2.nii.gz"},
+    "far": {"images": [str(elsewhere / "scan.nii.gz")], "label": "./elsewhere/truth.nii.gz"},
+    "bare": {"images": ["imagesTr/p3_0000.nii.gz"]},
+  }
+  _describe(root, dataset=listed)
+  source, pixels = _read(root, spatial_dims=3)
+  assert [(e["case_id"], e["has_mask"]) for e in source.records] == [
+    ("bare", False), ("far", True), ("p2", True), ("p4", False),  # imagesTs is unlabelled as ever
+  ]  # fmt: skip
+  np.testing.assert_array_equal(pixels[1].mask, _label(7))
+  for folder in ("labelsTr", "imagesTs"):  # neither is needed
+    for path in (root / folder).iterdir():
+      path.rename(elsewhere / path.name)
+    (root / folder).rmdir()
+  listed["p2"]["label"] = str(elsewhere / "p2.nii.gz")
+  _describe(root, dataset=listed)
+  assert len(_open(root, spatial_dims=3).records) == 3
+
+
+@pytest.mark.parametrize(
+  "listed,message",
+  [
+    ([], "'dataset' is list, expected an object"),
+    ({"a": {"images": "x.nii.gz"}}, "case 'a' of 'dataset' has the images 'x.nii.gz'"),
+    ({"a": {"images": ["x.nii.gz"], "label": 3}}, "case 'a' of 'dataset' has the label 3"),
+    ({"a": {"images": ["gone.nii.gz"]}}, "gone.nii.gz: no such file, but 'dataset' in"),
+    ({"a": {"images": []}}, "case 'a' has no images"),
+  ],
+)
+def test_a_list_of_files_that_cannot_be_used(root, listed, message):
+  _describe(root, dataset=listed)
+  _refused(root, message)
+
+
+def test_what_nnunet_would_read_and_this_does_not_is_said(root):
+  _describe(root, channel_names={"0": "CT"})
+  (root / "splits_final.json").write_text("[]")
+  normalisation, splits = _open(root).notes
+  assert "normalises the channel 'CT' in its own way; here every channel" in normalisation
+  assert "splits_final.json: not read" in splits
+
+
+def test_the_ignore_label_is_no_class(root):
+  _describe(root, labels={**LABELS, "ignore": 3})
+  _refused(root, r"dataset\.json: 'labels' has the ignore label, which is not supported.*take")
+
+
+def test_more_classes_than_a_byte_holds(root):
+  _describe(root, labels={"background": 0, **{f"c{n}": n for n in range(1, 257)}})
+  _refused(root, "'labels' lists 257 classes, expected at most 256")
+  _describe(root, labels={"background": 0, **{f"c{n}": n for n in range(1, 256)}})
+  assert _open(root).num_classes == 256
 
 
 def test_microns_become_mm(root):

@@ -33,13 +33,13 @@ def _pixels(image=None, mask=None):
 
 
 def test_round_trip(tmp_path):
-  entries = [_entry(spacing=(1.5, 2)), _entry(record_id="b", has_mask=False)]
+  entries = [_entry(spacing=(1.5, 2), slice_spacing=5), _entry(record_id="b", has_mask=False)]
   records.write(tmp_path, _source(entries), "d", "s")
   content = records.read(tmp_path)
   assert list(content["records"]) == entries
   assert entries[0] == {
     "record_id": "a#z003", "case_id": "a", "group_id": "p", "slice": 3, "shape": [4, 5],
-    "spacing": [1.5, 2.0], "has_mask": True,
+    "spacing": [1.5, 2.0], "slice_spacing": 5.0, "has_mask": True,
   }  # fmt: skip
   assert content["class_names"] == ["background", "organ"] and content["spacing_unit"] == "mm"
   assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
@@ -75,14 +75,6 @@ def test_what_a_caller_does_to_an_entry_stays_his(tmp_path):
   table[0]["shape"].append(3)
   table[0]["spacing"].append(3)
   assert table[1]["shape"] == [4, 5] and table[1]["spacing"] == [1.0, 2.0]
-
-
-def test_a_list_of_an_older_version_is_read(tmp_path):
-  entries = [_entry(), _entry(record_id="b", has_mask=False)]
-  records.write(tmp_path, _source(entries), "d", "s")
-  content = json.loads((tmp_path / records.FILE).read_text())
-  (tmp_path / records.FILE).write_text(json.dumps({**content, "records": entries}))
-  assert list(records.read(tmp_path)["records"]) == entries
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ class Source(NamedTuple):
     records: one `record(...)` each, in the order of `read`.
     read: start -> iterator of Pixels, one a record from that place on.
     stamp: place -> what changes when the pixels of that record do, without reading them.
+    notes: what a user should know of how the source was understood; said once when it is prepared.
   """
 
   name: str
@@ -71,6 +72,7 @@ class Source(NamedTuple):
   records: list[dict[str, Any]]
   read: Callable[[int], Iterator[Pixels]]
   stamp: Callable[[int], str]
+  notes: tuple[str, ...] = ()
 
 
 def record(
@@ -82,8 +84,13 @@ def record(
   has_mask: bool,
   slice_index=-1,
   spacing=None,
+  slice_spacing=None,
 ) -> dict[str, Any]:
-  """One entry of `records.json`; `spacing` in mm along each axis of `shape`, None if unknown."""
+  """One entry of `records.json`.
+
+  `spacing` is in mm along each axis of `shape`, `slice_spacing` between the slices of the case;
+  None if unknown, or if there are no slices.
+  """
   return {
     "record_id": record_id,
     "case_id": case_id,
@@ -91,6 +98,7 @@ def record(
     "slice": int(slice_index),
     "shape": [int(n) for n in shape],
     "spacing": None if spacing is None else [float(s) for s in spacing],
+    "slice_spacing": None if slice_spacing is None else float(slice_spacing),
     "has_mask": bool(has_mask),
   }
 
@@ -183,6 +191,7 @@ class Table(Sequence):
       "slice": int(self._numbers["slice"][index]),
       "shape": list(grid["shape"]),
       "spacing": grid["spacing"] and list(grid["spacing"]),
+      "slice_spacing": grid["slice_spacing"],
       "has_mask": bool(self._numbers["has_mask"][index]),
     }
 
@@ -201,14 +210,16 @@ def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
 
   Returns:
     `record_id`; `case_id` and `group_id`, None where all are those of the column before; `slice`;
-    `has_mask`, 0 or 1; `grid`, each a place in `grids`, the different {shape, spacing}.
+    `has_mask`, 0 or 1; `grid`, each a place in `grids`, the different {shape, spacing,
+    slice_spacing}.
   """
   ids = [[entry[name] for entry in entries] for name in _ID_KEYS]
   before = [None, *ids]
   grids: dict[tuple, int] = {}
   grid = []
   for entry in entries:
-    key = tuple(entry["shape"]), entry["spacing"] and tuple(entry["spacing"])
+    spacing = entry["spacing"] and tuple(entry["spacing"])
+    key = tuple(entry["shape"]), spacing, entry["slice_spacing"]
     grid.append(grids.setdefault(key, len(grids)))
   return {
     **{
@@ -218,7 +229,9 @@ def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
     "slice": [entry["slice"] for entry in entries],
     "has_mask": [int(entry["has_mask"]) for entry in entries],
     "grid": grid,
-    "grids": [{"shape": shape, "spacing": spacing} for shape, spacing in grids],
+    "grids": [
+      dict(zip(("shape", "spacing", "slice_spacing"), values, strict=True)) for values in grids
+    ],
   }
 
 
@@ -250,8 +263,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
   ]
   try:
     if not missing:
-      found = content["records"]  # an older version listed the entries
-      content["records"] = Table(to_columns(found) if isinstance(found, list) else found)
+      content["records"] = Table(content["records"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     remedy = f"remove it and run the stage 'prepare' again ({error})"
     raise errors.DataError(f"{path}: lacks records that can be read; {remedy}") from error

@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import provenance
-from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import metrics, predict, results
 from rndpo_jax.runtime import files
 
@@ -99,10 +98,7 @@ def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
     return None
   if len(group) == 1:
     return tuple(spacing)
-  affine = dataset_lib.load_native(dataset, group[0], with_labels=False)["affine"]
-  edges = np.linalg.norm(affine[:3, :3], axis=0)
-  # The affine may be in another unit, such as microns: what scaled one axis scales the others.
-  return (*spacing, float(edges[2] * spacing[0] / edges[0]))
+  return (*spacing, dataset.records[group[0]]["slice_spacing"])
 
 
 def _fingerprint(evaluation: predict.Evaluation, params, *more) -> str:

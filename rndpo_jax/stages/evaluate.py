@@ -104,10 +104,16 @@ def csv_text(
       values = results.case_values(case, names)
       empty = metrics.overlap(case.counts)
       for i, class_name in enumerate(class_names[1:]):
-        row = [model, steps[model], case.split, case.case_id, i + 1, class_name]
+        names_of_files = (quoted(case.case_id), i + 1, quoted(class_name))
+        row = [model, steps[model], case.split, *names_of_files]
         row += [values[name][i] for name in names]
         writer.writerow([*row, int(empty["mask_empty"][i]), int(empty["label_empty"][i])])
   return text.getvalue()
+
+
+def quoted(text: str) -> str:
+  """A cell that a spreadsheet shows as it is: one that begins like a formula gets an apostrophe."""
+  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _measured(models, steps, curve, names) -> dict:

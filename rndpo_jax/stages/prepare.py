@@ -12,7 +12,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.data import builder, records, splits
 from rndpo_jax.data.sources import folder, nnunet, phantom
-from rndpo_jax.runtime import files, multihost
+from rndpo_jax.runtime import files, multihost, progress
 
 SOURCES = {
   "phantom": phantom.open_source,
@@ -41,6 +41,9 @@ def run(config, workdir: epath.PathLike) -> None:
     for path in (directory / records.FILE, workdir / splits.FILE):
       path.unlink(missing_ok=True)  # of a run that broke off
   source = SOURCES[config.data.source](config)
+  if multihost.is_first():
+    for note in source.notes:
+      progress.say(f"[prepare] {note}")
   parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
   check_truth(

@@ -2,8 +2,10 @@
 
 The layout is that of nnU-Net (Isensee et al., Nature Methods 2021), version 2 and 1. Channels
 CASE_0000, CASE_0001 ... are stacked. Cases without a label file, and those in `imagesTs`, are
-unlabelled. With two spatial dimensions each slice along a volume's last axis is a record. Read
-with nibabel, the field's standard reader: it knows the header's scaling, units and axes.
+unlabelled. If `dataset.json` lists the training cases' files under `dataset`, those are taken and
+`imagesTr` and `labelsTr` are not looked at. Spacing is the header's pixdim, in mm if the header
+names no unit, as in nnU-Net and ITK. With two spatial dimensions each slice along a volume's last
+axis is a record.
 """
 
 from __future__ import annotations
@@ -11,38 +13,17 @@ from __future__ import annotations
 import itertools
 import pathlib
 import re
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import nibabel
-import numpy as np
+from typing import Any
 
 from rndpo_jax import errors
-from rndpo_jax.data import geometry, records
-from rndpo_jax.data.sources import folder, images
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import folder, nifti
 
 _ENDINGS = (".nii.gz", ".nii")
-# Voxels that two files of a case may lie apart: more than the rounding of a header's float32
-# numbers makes of a large image, and less than training would notice.
-_MAX_SHIFT = 0.25
-_MM = {"mm": 1.0, "meter": 1e3, "micron": 1e-3}
-_BROKEN = (
-  OSError,  # gzip's BadGzipFile among them
-  EOFError,
-  ValueError,
-  zlib.error,
-  nibabel.filebasedimages.ImageFileError,
-  nibabel.spatialimages.HeaderDataError,
-)
-
-
-class _Case(NamedTuple):
-  channels: list[pathlib.Path]
-  label: pathlib.Path | None
-  shape: tuple[int, ...]  # of 2 or 3 axes
-  spacing: tuple[float, ...] | None  # mm an axis
-  eight_bit: bool
+_MAX_CLASSES = 256  # masks are kept as u8
+# Names of channels for which nnU-Net does not take the z-score.
+_OWN_NORMALIZATION = ("ct", "nonorm", "rescale_to_0_1", "rgb_to_0_1")
 
 
 def open_source(config) -> records.Source:
@@ -67,16 +48,17 @@ def open_source(config) -> records.Source:
       f"config.data.num_classes: found {data.num_classes}, but {root / 'dataset.json'} lists "
       f"{len(names)} labels; set it to {len(names)}, or to 0 to take theirs"
     )
-  num_channels = len(info.get("channel_names") or info.get("modality") or {"0": ""})
-  files = _case_files(root, info.get("file_ending", ".nii.gz"), num_channels)
-  cases = {name: _open_case(*files[name], data.spatial_dims) for name in files}
+  channel_names = info.get("channel_names") or info.get("modality") or {"0": ""}
+  num_channels = len(channel_names)
+  files = _case_files(root, info, num_channels)
+  cases = {name: nifti.open_case(*files[name], data.spatial_dims) for name in files}
   known = all(case.spacing is not None for case in cases.values())
   entries = [entry for name, case in cases.items() for entry in _entries(data, name, case, known)]
 
   def read(start: int) -> Iterator[records.Pixels]:
     for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
       sliced = next(group)["slice"]
-      pixels = _read_case(cases[name], data.spatial_dims, len(names))
+      pixels = nifti.read_case(cases[name], data.spatial_dims, len(names))
       yield from itertools.islice(pixels, max(sliced, 0), None)
 
   def stamp(place: int) -> str:
@@ -94,7 +76,27 @@ def open_source(config) -> records.Source:
     records=entries,
     read=read,
     stamp=stamp,
+    notes=(
+      *_notes_of_folder(root, channel_names, data.normalization),
+      *nifti.notes_of_headers(list(cases.values())),
+    ),
   )
+
+
+def _notes_of_folder(root: pathlib.Path, channel_names, normalization: str) -> Iterator[str]:
+  """What of the folder's own description has no effect here."""
+  names = channel_names.values() if isinstance(channel_names, dict) else channel_names
+  own = [str(name) for name in names if str(name).lower() in _OWN_NORMALIZATION]
+  if own:
+    yield (
+      f"{root / 'dataset.json'}: nnU-Net normalises the channel {own[0]!r} in its own way; here "
+      f"every channel is normalised by config.data.normalization={normalization!r}"
+    )
+  if (root / "splits_final.json").exists():
+    yield (
+      f"{root / 'splits_final.json'}: not read; the splits are drawn from config.data.split_seed, "
+      "or read from config.data.split_file"
+    )
 
 
 def _class_names(root: pathlib.Path, info: dict[str, Any]) -> list[str]:
@@ -102,26 +104,42 @@ def _class_names(root: pathlib.Path, info: dict[str, Any]) -> list[str]:
   path, labels = root / "dataset.json", info.get("labels")
   if not isinstance(labels, dict) or len(labels) < 2:
     raise errors.DataError(f"{path}: 'labels' is {labels!r}, expected two names and ids or more")
+  if len(labels) > _MAX_CLASSES:
+    raise errors.DataError(
+      f"{path}: 'labels' lists {len(labels)} classes, expected at most {_MAX_CLASSES}, which a "
+      "mask of 8 bits can hold; join classes"
+    )
   if all(str(key).isdigit() for key in labels):
     labels = {str(name): int(key) for key, name in labels.items()}
+  if any(str(name).lower() == "ignore" for name in labels):
+    raise errors.DataError(
+      f"{path}: 'labels' has the ignore label, which is not supported: its pixels would be trained "
+      "and measured as a class; take 'ignore' out of 'labels' and set its pixels in the masks to "
+      "the class that they most likely are, or leave those cases unlabelled"
+    )
   if sorted(map(str, labels.values())) != sorted(str(i) for i in range(len(labels))):
     raise errors.DataError(
       f"{path}: 'labels' has the ids {list(labels.values())}, expected 0..{len(labels) - 1}, each "
-      "once; regions (lists of ids) and an ignored label are not supported, relabel the masks"
+      "once; regions (lists of ids) are not supported, relabel the masks"
     )
   return [str(name) for name, _ in sorted(labels.items(), key=lambda item: int(item[1]))]
 
 
-def _case_files(root, ending: str, num_channels: int) -> dict[str, tuple[list, Any]]:
+def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tuple[list, Any]]:
   """(channel files, label file or None) of each case, in natural order of the case ids."""
+  ending = info.get("file_ending", ".nii.gz")
   if ending not in _ENDINGS:
+    images_only = "a folder of 2D images is config.data.source='folder', else "
     raise errors.DataError(
-      f"{root / 'dataset.json'}: file_ending {ending!r}; expected one of {', '.join(_ENDINGS)}, "
-      "convert the files to NIfTI"
+      f"{root / 'dataset.json'}: file_ending {ending!r}; expected one of {', '.join(_ENDINGS)}: "
+      f"{images_only if ending in ('.png', '.tif', '.tiff', '.jpg') else ''}convert the files to "
+      "NIfTI"
     )
-  labels = {path.name.removesuffix(ending): path for path in _files(root / "labelsTr", ending)}
-  cases: dict[str, dict[int, pathlib.Path]] = {}
-  for part in ("imagesTr", "imagesTs"):
+  listed = "dataset" in info
+  cases, labels = _listed_files(root, info["dataset"]) if listed else ({}, {})
+  if not listed:
+    labels = {path.name.removesuffix(ending): path for path in _files(root / "labelsTr", ending)}
+  for part in ("imagesTs",) if listed else ("imagesTr", "imagesTs"):
     for path in _files(root / part, ending):
       match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending))
       if match is None:
@@ -153,6 +171,50 @@ def _case_files(root, ending: str, num_channels: int) -> dict[str, tuple[list, A
   return {n: ([cases[n][c] for c in range(num_channels)], labels.get(n)) for n in order}
 
 
+def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
+  """Channel files and label files by case id, from `dataset` in `dataset.json`.
+
+  Paths are relative to the folder unless they are absolute, as nnU-Net reads them.
+  """
+  path = root / "dataset.json"
+  if not isinstance(listed, dict) or not listed:
+    raise errors.DataError(
+      f"{path}: 'dataset' is {type(listed).__name__}, expected an object of case ids, each with "
+      "'images' (a list of paths) and 'label' (a path)"
+    )
+  cases, labels = {}, {}
+  for name, entry in listed.items():
+    files = entry.get("images") if isinstance(entry, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+      raise errors.DataError(
+        f"{path}: the case {name!r} of 'dataset' has the images {files!r}, expected a list of paths"
+      )
+    if not files:
+      raise errors.DataError(
+        f"{path}: the case {name!r} has no images in 'dataset'; list them, or take it out"
+      )
+    label = entry.get("label")
+    if label is not None and not isinstance(label, str):
+      raise errors.DataError(
+        f"{path}: the case {name!r} of 'dataset' has the label {label!r}, expected a path"
+      )
+    cases[name] = dict(enumerate(root / file for file in files))
+    if label is not None:
+      labels[name] = root / label
+  missing = [
+    file
+    for files in (*(case.values() for case in cases.values()), labels.values())
+    for file in files
+    if not file.is_file()
+  ]
+  if missing:
+    raise errors.DataError(
+      f"{missing[0]}: no such file, but 'dataset' in {path} lists it ({len(missing)} such files); "
+      "bring it back, or take its case out"
+    )
+  return cases, labels
+
+
 def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
   if not directory.is_dir():
     if directory.name == "imagesTs":
@@ -164,85 +226,7 @@ def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
   return [p for p in names if p.name.endswith(ending) and not p.name.startswith(".")]
 
 
-def _open(path: pathlib.Path):
-  """The image of a file, header read and checked; its shape without trailing ones."""
-  try:
-    image = nibabel.load(path)
-    shape = tuple(int(n) for n in image.shape)
-    kind = image.get_data_dtype()
-  except _BROKEN as error:
-    raise errors.DataError(
-      f"{path}: no readable NIfTI header ({error}); replace or remove the file"
-    ) from error
-  while len(shape) > 3 and shape[-1] == 1:
-    shape = shape[:-1]
-  if kind.fields is not None or kind.kind not in "iuf":
-    raise errors.DataError(f"{path}: voxels of type {kind}; expected one real number a voxel")
-  if 0 in shape:
-    raise errors.DataError(f"{path}: shape {shape} holds no voxel; replace or remove the file")
-  return image, shape
-
-
-def _open_case(channels, label, spatial_dims: int) -> _Case:
-  opened = [_open(path) for path in channels]
-  image, shape = opened[0]
-  if len(shape) not in (2, 3) or len(shape) < spatial_dims:
-    raise errors.DataError(
-      f"{channels[0]}: {len(shape)} dimensions, {shape}; config.data.spatial_dims={spatial_dims} "
-      f"takes {'images or volumes, slice by slice' if spatial_dims == 2 else 'volumes'}; split "
-      "time points or channels into files of their own, or change spatial_dims"
-    )
-  others = list(zip(channels[1:], opened[1:], strict=True))
-  for path, other in [*others, *([(label, _open(label))] if label else [])]:
-    _check_grid(path, *other, channels[0], image.affine, shape)
-  scales = [(one.dataobj.slope, one.dataobj.inter) for one, _ in opened]
-  kinds = [one.get_data_dtype() for one, _ in opened]
-  return _Case(
-    channels=channels,
-    label=label,
-    shape=shape,
-    spacing=_spacing(image, len(shape)),
-    eight_bit=all(k == np.uint8 for k in kinds) and all(s == (1, 0) for s in scales),
-  )
-
-
-def _check_grid(path, image, shape, first, affine, expected) -> None:
-  """Refuses a file that is not on the grid of its case's first channel."""
-  remedy = f"resample one of the two to the other's grid, or take {path.name} away"
-  if shape != expected:
-    raise errors.DataError(
-      f"{path}: {shape} voxels, but {first} has {expected}; expected the same, {remedy}"
-    )
-  shift = geometry.grid_shift(affine, image.affine, shape)
-  if shift <= _MAX_SHIFT:
-    return
-  pairs = zip(_describe(image.affine), _describe(affine), strict=True)
-  words = [f"{here} against {there}" for here, there in pairs if here != there]
-  raise errors.DataError(
-    f"{path}: its header places voxels up to {shift:.3g} voxels away from where {first} places "
-    f"them ({', '.join(words)}), expected the same; {remedy}, or, where the voxels do match and "
-    "one header is wrong, copy the affine of the right one"
-  )
-
-
-def _describe(affine) -> list[str]:
-  """Origin, spacing and direction cosines of an affine, as text."""
-  edges = np.linalg.norm(affine[:3, :3], axis=0)
-  cosines = affine[:3, :3] / np.where(edges > 0, edges, 1)
-  parts = {"origin": affine[:3, 3], "spacing": edges, "directions": cosines.T}
-  return [f"{name} {(np.round(value, 4) + 0.0).tolist()}" for name, value in parts.items()]
-
-
-def _spacing(image, dims: int) -> tuple[float, ...] | None:
-  """mm an axis, None where the header does not tell the unit."""
-  unit = image.header.get_xyzt_units()[0]
-  zooms = [float(zoom) for zoom in image.header.get_zooms()[:dims]]
-  if unit not in _MM or not all(np.isfinite(z) and z > 0 for z in zooms):
-    return None
-  return tuple(zoom * _MM[unit] for zoom in zooms)
-
-
-def _entries(data, name: str, case: _Case, known: bool) -> Iterator[dict[str, Any]]:
+def _entries(data, name: str, case: nifti.Case, known: bool) -> Iterator[dict[str, Any]]:
   group = records.extract(data.group_pattern, name, "group_pattern")
   dims = data.spatial_dims
   sliced = len(case.shape) > dims
@@ -254,38 +238,6 @@ def _entries(data, name: str, case: _Case, known: bool) -> Iterator[dict[str, An
       slice_index=index,
       shape=case.shape[:dims],
       spacing=case.spacing[:dims] if known else None,
+      slice_spacing=case.spacing[2] if known and sliced else None,
       has_mask=case.label is not None,
     )
-
-
-def _read_case(case: _Case, spatial_dims: int, num_classes: int) -> Iterator[records.Pixels]:
-  """Reads every file of a case once, and yields its records."""
-  image = np.stack([_voxels(path, case) for path in case.channels], axis=-1)
-  mask = None
-  if case.label is not None:
-    mask = images.class_ids(_voxels(case.label, case), num_classes, str(case.label))
-  affine = np.asarray(_open(case.channels[0])[0].affine, np.float64)
-  paths = (str(case.channels[0]), str(case.label))
-  if len(case.shape) == spatial_dims:
-    yield records.Pixels(image, mask, affine, *paths)
-    return
-  for z in range(case.shape[2]):
-    origin = affine.copy()
-    origin[:, 3] += z * affine[:, 2]  # voxel (i, j) of this slice
-    part = None if mask is None else np.ascontiguousarray(mask[:, :, z])
-    yield records.Pixels(np.ascontiguousarray(image[:, :, z]), part, origin, *paths)
-
-
-def _voxels(path: pathlib.Path, case: _Case) -> np.ndarray:
-  """Scaled voxels: uint8 where the whole case is, float32 otherwise."""
-  image, _ = _open(path)
-  try:
-    if case.eight_bit and image.get_data_dtype() == np.uint8:
-      array = np.asarray(image.dataobj)
-    else:
-      array = image.get_fdata(dtype=np.float32, caching="unchanged")
-  except _BROKEN as error:
-    raise errors.DataError(
-      f"{path}: truncated or damaged, its voxels cannot be read ({error}); replace or remove it"
-    ) from error
-  return array.reshape(case.shape)
