@@ -189,7 +189,7 @@ def check_before(config, name: str, workdir: epath.Path) -> None:
 
 def summary(workdir: os.PathLike) -> str:
   """The result table that a run ends with, from `results.json` and the mining manifest."""
-  results = files.read_json(epath.Path(workdir) / "results.json")
+  results = files.read_json(epath.Path(workdir) / "results.json", base=dict, finetuned=dict)
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
   rows = (("base", "base"), ("fine-tuned (last)", "finetuned"), ("selected on val", "selected"))
   for label, key in rows:

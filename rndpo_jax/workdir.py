@@ -93,7 +93,7 @@ def check_shared(config: ml_collections.ConfigDict, workdir: epath.Path) -> None
       "several processes need one folder that all of them see"
     )
   here = json.loads(config.to_json_best_effort())
-  changes = _differences(files.read_json(path)["config"], here)
+  changes = _differences(files.read_json(path, config=dict)["config"], here)
   if changes:
     raise errors.ConfigError(
       f"--config: process {jax.process_index()} differs from process 0: {'; '.join(changes)}. "
@@ -152,7 +152,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
 def _read(path: epath.Path) -> dict[str, Any]:
   """`config.json` of a work directory where a stage is done."""
   try:
-    return files.read_json(path)
+    return files.read_json(path, config=dict)
   except (FileNotFoundError, errors.FileError) as error:
     raise errors.ConfigError(
       f"{path} is missing or damaged ({error}), and nothing else says with which config the stages "

@@ -31,6 +31,27 @@ def test_round_trip_leaves_one_file(tmp_path):
   assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
+@pytest.mark.parametrize(
+  "text,found",
+  [
+    ("null", "found null, expected an object"),
+    ("[1]", "found a list, expected an object"),
+    ('{"a": Infinity}', "found Infinity, expected finite"),
+    ("{}", "'a' is missing"),
+    ('{"a": "x"}', "'a' is \"x\""),
+    ('{"a": true}', "'a' is true"),
+    ('{"a": {}}', "'a' is an object"),
+    ("[" * 100_000, "no valid JSON"),
+  ],
+)
+def test_what_the_program_did_not_write_is_named(tmp_path, text, found):
+  (tmp_path / "a.json").write_text(text)
+  with pytest.raises(errors.FileError, match=f"a.json: .*{found}.*delete it"):
+    files.read_json(tmp_path / "a.json", a=int)
+  (tmp_path / "a.json").write_text('{"a": 3, "b": null}')
+  assert files.read_json(tmp_path / "a.json", a=int) == {"a": 3, "b": None}
+
+
 def test_nan_is_refused_and_the_old_file_stays(tmp_path):
   files.write_json(tmp_path / "a.json", {"b": 1})
   with pytest.raises(ValueError, match="not JSON compliant"):

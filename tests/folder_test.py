@@ -1,4 +1,5 @@
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -126,6 +127,22 @@ def test_case_pattern_groups_slices_in_natural_order(tmp_path):
   _save(tmp_path / "images" / "s2_z2.png", _grey(size=(7, 7)))
   with pytest.raises(errors.DataError, match=r"s2_z2\.png: \(7, 7\).*s2_z1\.png.*'s2'"):
     _open(tmp_path, case_pattern=r"(s\d)_z")
+
+
+def test_a_pattern_that_takes_for_ever_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "_MATCH_SECONDS", 0.1)
+  with pytest.raises(errors.DataError, match=r"config.data.case_pattern: '\(a\+\)\+\$' takes more"):
+    records.extract("(a+)+$", "a" * 60 + "b", "case_pattern")
+  assert records.extract("(a+)+$", "aaa", "case_pattern") == "aaa"
+  assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_an_image_of_one_pixel_is_named(tmp_path):
+  for part, value in (("images", 7), ("masks", 1)):
+    (tmp_path / part).mkdir()
+    Image.fromarray(np.full((1, 1), value, np.uint8)).save(tmp_path / part / "a.png")
+  with pytest.raises(errors.DataError, match="a.png: an image of one pixel"):
+    _open(tmp_path)
 
 
 def test_other_files_are_left_alone(root):

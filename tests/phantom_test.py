@@ -92,3 +92,11 @@ def test_what_it_cannot_draw_is_refused():
     phantom.open_source(_config(num_classes=3))
   with pytest.raises(errors.DataError, match=r"phantom\.size: found \(72, 80\), expected 3"):
     phantom.open_source(_config(spatial_dims=3))
+
+
+@pytest.mark.parametrize("options", [{"num_cases": 10**12}, {"size": (10**5, 10**5)}])
+def test_what_nobody_could_draw_is_refused_before_memory_is_taken(options):
+  config = _config(num_classes=2)
+  config.data.phantom.update(options)
+  with pytest.raises(errors.DataError, match="config.data.phantom: .*GiB of masks alone"):
+    phantom.open_source(config)

@@ -296,6 +296,14 @@ def test_tile_draws_outline_and_region_where_they_are():
   assert 80 < tinted[110, 110, 1] < 150 and tinted[20, 20].max() < 30
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
+def test_tile_draws_outlines_on_an_image_of_one_pixels_width(shape):
+  mask = np.zeros(shape, bool)
+  mask.flat[3:6] = True
+  image = np.zeros((*shape, 1), np.uint8)
+  assert figures.tile(image, [(mask, "red", "solid")]) != figures.tile(image)
+
+
 def test_display_keeps_uint8_and_stretches_the_rest():
   image = np.full((4, 5, 1), 51, np.uint8)
   np.testing.assert_allclose(figures.display(image), np.full((4, 5), 0.2))

@@ -7,10 +7,13 @@ cases of one group (a patient) never stand in two splits.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +27,7 @@ FILE = "records.json"
 _SOURCE_KEYS = (
   "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
 )  # fmt: skip
+_MATCH_SECONDS = 2.0  # for one name
 _ID_KEYS = ("record_id", "case_id", "group_id")
 
 
@@ -123,13 +127,39 @@ def extract(pattern: str, text: str, key: str) -> str:
   """
   if not pattern:
     return text
-  match = re.search(pattern, text)
+  try:
+    with _time_limit():
+      match = re.search(pattern, text)
+  except TimeoutError as error:
+    raise errors.DataError(
+      f"config.data.{key}: {pattern!r} takes more than {_MATCH_SECONDS} s on {text!r}; write it "
+      "without a repetition inside a repetition, as in (a+)+"
+    ) from error
   if match is None or not match.group(1):
     raise errors.DataError(
-      f"config.data.{key}: {pattern!r} finds nothing in {text!r}; mend the pattern, or remove "
+      f"config.data.{key}: {pattern!r} finds nothing in {text!r}; fix the pattern, or remove "
       "the file"
     )
   return match.group(1)
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+  """Raises TimeoutError in the main thread after `_MATCH_SECONDS`; `re` looks at signals itself."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(*_):
+    raise TimeoutError
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, _MATCH_SECONDS)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> None:

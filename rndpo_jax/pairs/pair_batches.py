@@ -86,7 +86,8 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
   how = config.finetune.pair_weight
   if how != "reliability":
     return np.ones_like if how == "none" else np.asarray
-  calibration = files.read_json(directory / "judges.json")[config.judge.name]["calibration"]
+  judges = files.read_json(directory / "judges.json", **{config.judge.name: dict})
+  calibration = judges[config.judge.name]["calibration"]
   worth = np.maximum(2.0 * np.array(calibration["accuracy"]) - 1.0, 0.0)
   if not worth.any():
     raise ConfigError(

@@ -158,7 +158,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   directory = epath.Path(directory)
   if not (directory / "manifest.json").exists():
     raise _not_mined(directory / "manifest.json")
-  manifest = files.read_json(directory / "manifest.json")
+  manifest = files.read_json(directory / "manifest.json", shards=list)
   shards = [(directory / entry["file"], entry) for entry in manifest["shards"]]
   for path, _ in shards:
     if not path.exists():

@@ -140,13 +140,20 @@ def tile(
     outlines = [(fill[0], fill[1], "solid"), *outlines]
   for mask, color, style in outlines:
     if mask.any() and not mask.all():
-      axes.contour(mask.astype(float), [0.5], colors=[color], linestyles=[style], linewidths=1.3)
+      _outline(axes, mask, color, style)
   axes.set_xlim(-0.5, width - 0.5)
   axes.set_ylim(height - 0.5, -0.5)
   content = io.BytesIO()
   # Full colour resolution: thin coloured outlines blur without it.
   figure.savefig(content, format="jpg", pil_kwargs={"quality": 78, "subsampling": 0})
   return _address("image/jpeg", content.getvalue())
+
+
+def _outline(axes, mask: np.ndarray, color: str, style: str) -> None:
+  """Draws the border of a mask; its pixels are repeated outward, for a contour takes 2 at least."""
+  padded = np.pad(mask.astype(float), 1, mode="edge")
+  rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
+  axes.contour(columns, rows, padded, [0.5], colors=[color], linestyles=[style], linewidths=1.3)
 
 
 def display(image: np.ndarray) -> np.ndarray:

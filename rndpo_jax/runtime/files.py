@@ -50,18 +50,42 @@ def write_json(path: os.PathLike, content: Any) -> None:
   write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: os.PathLike) -> Any:
-  """Reads a JSON file.
+def read_json(path: os.PathLike, **expected: type | tuple[type, ...]) -> dict[str, Any]:
+  """Reads a JSON object that the program wrote.
+
+  Args:
+    path: of the file.
+    **expected: keys that it must have, and the type of each one's value.
 
   Raises:
-    FileError: where it is no JSON.
+    FileError: if it is no JSON, no object, holds NaN or an infinity, or lacks a key.
   """
+  remedy = "it is not what the program wrote; delete it and run the same command again"
   try:
-    return json.loads(epath.Path(path).read_text())
-  except json.JSONDecodeError as error:
-    raise errors.FileError(
-      f"{path}: no valid JSON ({error}); delete it and run the same command again"
-    ) from error
+    content = json.loads(epath.Path(path).read_text(), parse_constant=_refuse_constant)
+  except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError among them
+    raise errors.FileError(f"{path}: no valid JSON ({error}); {remedy}") from error
+  if not isinstance(content, dict):
+    raise errors.FileError(f"{path}: found {_kind(content)}, expected an object; {remedy}")
+  for key, kind in expected.items():
+    found = content.get(key)
+    # True is an int to Python, and no number here.
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+      raise errors.FileError(
+        f"{path}: {key!r} is {_kind(found) if key in content else 'missing'}; {remedy}"
+      )
+  return content
+
+
+def _refuse_constant(name: str) -> None:
+  raise ValueError(f"found {name}, expected finite numbers")
+
+
+def _kind(value: Any) -> str:
+  """A value as a message shows it."""
+  if isinstance(value, (dict, list)):
+    return "an object" if isinstance(value, dict) else "a list"
+  return json.dumps(value)[:40]
 
 
 def sha256(path: os.PathLike) -> str:

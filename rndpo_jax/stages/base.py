@@ -80,7 +80,7 @@ def load(workdir: os.PathLike, dataset, member: int = 0) -> types.Params:
     errors.ProvenanceError: if they were trained on other data than `dataset`.
   """
   directory = member_directory(workdir, member)
-  selected = files.read_json(directory / "selected.json")
+  selected = files.read_json(directory / "selected.json", step=int)
   provenance.check(
     directory,
     selected.get("fingerprints"),
@@ -188,7 +188,7 @@ def _copy_members(config, workdir) -> None:
         f"config.base.workdir: {source / 'selected.json'} is missing; run the stages prepare and "
         f"base there first, with config.base.num_members at least {member + 1}"
       )
-    selected = files.read_json(source / "selected.json")
+    selected = files.read_json(source / "selected.json", step=int)
     params = checkpoint.restore_params(source / "params", selected["step"], stage_directory=source)
     checkpoint.save(target / "params", selected["step"], params)
     if not multihost.is_first():

@@ -137,8 +137,10 @@ def _measured(models, steps, curve, names) -> dict:
 
 def _context(config, workdir, dataset) -> dict:
   """The part of `results.json` that says what was measured, and what earlier stages found."""
-  judges = files.read_json(workdir / "pairs" / "judges.json")
-  pairs = files.read_json(workdir / "pairs" / "manifest.json")
+  judges = files.read_json(workdir / "pairs" / "judges.json", **{config.judge.name: dict})
+  pairs = files.read_json(
+    workdir / "pairs" / "manifest.json", num_pairs=int, dropped=dict, region_size=dict
+  )
   cases = {
     split: len({dataset.records[int(i)]["case_id"] for i in indices})
     for split, indices in dataset.splits.items()

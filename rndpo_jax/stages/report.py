@@ -25,8 +25,13 @@ def run(config, workdir: os.PathLike) -> None:
   """
   del config  # the resolved one stands in `config.json`
   workdir = epath.Path(workdir)
-  results = files.read_json(workdir / "results.json")
-  manifest = files.read_json(workdir / "pairs" / "manifest.json")
+  kinds = dict.fromkeys(("base", "finetuned", "selected", "sustained", "judges", "pairs"), dict)
+  results = files.read_json(
+    workdir / "results.json", study=bool, curve=list, class_names=list, **kinds
+  )
+  manifest = files.read_json(
+    workdir / "pairs" / "manifest.json", region_size=dict, score_gap=dict, proposals=dict, mix=str
+  )
   made = _read_made(workdir)
   context = {
     "results": results,

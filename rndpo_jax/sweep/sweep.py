@@ -276,4 +276,6 @@ class _Rows:
 
 
 def _base_dice(workdir) -> float:
-  return files.read_json(base.member_directory(workdir, 0) / "selected.json")["val_dice"]
+  return files.read_json(base.member_directory(workdir, 0) / "selected.json", val_dice=float)[
+    "val_dice"
+  ]

@@ -42,6 +42,8 @@ def header(path: pathlib.Path) -> Header:
       raise errors.DataError(
         f"{path}: colour mode {image.mode!r}; expected grey or RGB, convert it (for example to RGB)"
       )
+    if image.height * image.width < 2:
+      raise errors.DataError(f"{path}: an image of one pixel; expected more, remove it")
     deep = "16" in str([tile[-1] for tile in image.tile])
     if deep and _CHANNELS[mode] == 3:
       raise errors.DataError(

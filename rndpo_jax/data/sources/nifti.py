@@ -5,6 +5,7 @@ Read with nibabel, the field's standard reader: it knows the header's scaling, u
 
 from __future__ import annotations
 
+import math
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -90,6 +91,8 @@ def _open(path: pathlib.Path):
     shape = shape[:-1]
   if kind.fields is not None or kind.kind not in "iuf":
     raise errors.DataError(f"{path}: voxels of type {kind}; expected one real number a voxel")
+  if math.prod(shape) == 1:
+    raise errors.DataError(f"{path}: one voxel; expected more, replace or remove the file")
   if 0 in shape:
     raise errors.DataError(f"{path}: shape {shape} holds no voxel; replace or remove the file")
   return image, shape

@@ -10,6 +10,7 @@ the organ from its look-alikes is its grain and its dark capsule, hardly its bri
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ CLASS_NAMES = {
   4: ["background", "right ventricle", "myocardium", "left ventricle"],
 }
 
+_MAX_BYTES = 64 * 2**30  # more would be drawn for days
 _WIDER = {2: 1.0, 3: 1.25}  # structures fill less of a volume than of an image
 
 
@@ -42,6 +44,13 @@ def open_source(config) -> records.Source:
     raise errors.DataError(
       f"config.data.phantom.size: found {size}, expected {data.spatial_dims} entries of at "
       "least 8, as config.data.spatial_dims says"
+    )
+  num_bytes = phantom.num_cases * math.prod(size)
+  if num_bytes > _MAX_BYTES or 8 * math.prod(size) > _MAX_BYTES:
+    raise errors.DataError(
+      f"config.data.phantom: {phantom.num_cases} images of {size} are {num_bytes / 2**30:,.0f} GiB "
+      f"of masks alone, expected at most {_MAX_BYTES >> 30} GiB; take fewer (num_cases) or smaller "
+      "ones (size)"
     )
   ids = [f"phantom_{case:04d}" for case in range(phantom.num_cases)]
   entries = [
