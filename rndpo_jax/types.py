@@ -73,6 +73,48 @@ class Pairs(NamedTuple):
   dropped: Array
 
 
+class StepInputs(NamedTuple):
+  """What a training loss is handed beside parameters and batch.
+
+  Attributes:
+    key: of this step.
+    reference: parameters of the frozen reference network, or None.
+    beta: f32[] in place of the config's, or None.
+    is_logged: whether this step's metrics are looked at; what only they need is left out where
+      this is False, a bool or bool[].
+  """
+
+  key: jax.Array
+  reference: Params | None = None
+  beta: Array | None = None
+  is_logged: Array | bool = True
+
+
+class PairBatch(NamedTuple):
+  """A batch of fine-tuning: images with their mined pairs.
+
+  Attributes:
+    images: f32[B, *S, I], normalised.
+    chosen: u8[B, P, bits, bytes], masks packed by `bit_planes.pack`.
+    rejected: likewise.
+    reference_margin: f32[B, P], the base segmenter's on the image as it was mined.
+    reference_log_prob: f32[B, P], likewise, of the chosen mask on D.
+    weight: f32[B, P], 0 where a slot has no pair.
+    voxel_volume: f32[B], what a pixel of the model's grid stands for.
+    labelled: a batch of labelled images, {"image", "label", "index"}, for the anchor on them; None
+      without it.
+  """
+
+  images: Array
+  chosen: Array
+  rejected: Array
+  reference_margin: Array
+  reference_log_prob: Array
+  weight: Array
+  voxel_volume: Array
+  labelled: dict[str, Array] | None = None
+
+
 class Segmenter(NamedTuple):
   """A segmenter as pure functions of its parameters.
 

@@ -39,22 +39,23 @@ def network(dims, lanes=1):
 
 @functools.cache
 def problem(size):
-  """(params, batch of both trainings): four images, two pairs each, one slot without a pair."""
+  """(params, batch): four images, two pairs each, one slot without a pair; the same labelled."""
   rng = np.random.default_rng(0)
   masks = rng.integers(0, CLASSES, (2, BATCH, PAIRS, *size)).astype(np.uint8)
   weight = np.ones((BATCH, PAIRS), np.float32)
   weight[1, 1] = 0
-  batch = {
-    "image": rng.normal(size=(BATCH, *size, 1)).astype(np.float32),
-    "chosen": np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
-    "rejected": np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
-    "reference_margin": rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
-    "reference_log_prob": np.full((BATCH, PAIRS), -9.0, np.float32),
-    "weight": weight,
-    "voxel_volume": np.ones(BATCH, np.float32),
-    "label": masks[0][:, 0],
-  }
-  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), batch["image"])
+  images = rng.normal(size=(BATCH, *size, 1)).astype(np.float32)
+  batch = types.PairBatch(
+    images=images,
+    chosen=np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
+    rejected=np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
+    reference_margin=rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
+    reference_log_prob=np.full((BATCH, PAIRS), -9.0, np.float32),
+    weight=weight,
+    voxel_volume=np.ones(BATCH, np.float32),
+    labelled={"image": images, "label": masks[0][:, 0]},
+  )
+  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), images)
 
   def draw(x):
     return rng.normal(float(x.ndim == 1), 0.2, x.shape).astype(np.float32)
@@ -63,7 +64,7 @@ def problem(size):
 
 
 def compile_step(kind, size, mesh, accumulate_steps=1):
-  """(compiled step, state, batch) of the base's or the fine-tuning's training."""
+  """(compiled step, state, (batch, key, reference)) of the base's or fine-tuning's training."""
   params, batch = problem(size)
   segmenter = network(len(size))
   segmenter = segmenter._replace(apply=sharding.spread(segmenter.apply, mesh))
@@ -76,6 +77,7 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
       reference="online" if size == PLANE else "cached",
     )
   else:
+    batch = batch.labelled
     options = base_config().augment.to_dict()
     options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
     loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
@@ -83,15 +85,15 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
   state = train_step.make_state(params, OPTIMIZER, mesh, True, LARGE)
   batch = sharding.put_batch(batch, mesh)
   reference = jax.tree.map(lambda x: np.float32(0.9) * x, params)
-  batch["reference_params"] = sharding.put_params(reference, mesh, LARGE)
+  arguments = (batch, jax.random.key(1), sharding.put_params(reference, mesh, LARGE))
   # The partitioner and the passes on arrays run all the same; machine code is made sooner.
   fast = {"xla_backend_optimization_level": 0}
-  lowered = step.lower(state, batch, jax.random.key(1))
-  return lowered.compile(compiler_options=fast), state, batch
+  lowered = step.lower(state, *arguments)
+  return lowered.compile(compiler_options=fast), state, arguments
 
 
-def take(compiled, state, batch):
-  return compiled(state, batch, jax.random.key(1))
+def take(compiled, state, arguments):
+  return compiled(state, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,12 @@ def volume_step():
   """
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
-  first = jax.device_get(take(compiled, state, batch))
+    compiled, state, arguments = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
+  first = jax.device_get(take(compiled, state, arguments))
   # A program takes its arguments where it was compiled for them: the state stays where it was.
   state = train_step.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
-  state, _ = take(compiled, state, batch)
-  return compiled, first, take(compiled, state, batch)[0]
+  state, _ = take(compiled, state, arguments)
+  return compiled, first, take(compiled, state, arguments)[0]
 
 
 def assert_same(alone, shared, size):
@@ -231,28 +233,26 @@ def test_the_default_network_stays_whole_in_two_and_three_dimensions():
 
 def test_no_device_gets_more_of_a_batch_than_its_part():
   _, batch = problem(VOLUME)
-  batch = {
-    "labelled": batch,
-    "batch": types.Batch(batch["image"], batch["label"], *[np.ones(4)] * 2),
-  }
-  placed = sharding.put_batch(batch, mesh_of(2, 1, 2))
+  labelled = types.Batch(*batch.labelled.values(), *[np.ones(4)] * 2)
+  placed, validated = sharding.put_batch((batch, labelled), mesh_of(2, 1, 2))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
-  for name, shape in {
-    "image": (2, 6, 44, 2, 1),
-    "label": (2, 6, 44, 2),
-    "chosen": (2, PAIRS, 2, 132),
-    "weight": (2, PAIRS),
-  }.items():
-    assert {s.data.shape for s in placed["labelled"][name].addressable_shards} == {shape}, name
-  assert placed["batch"].images.addressable_shards[0].data.shape == (2, 6, 44, 2, 1)
-  assert placed["batch"].labels.addressable_shards[0].data.shape == (2, 6, 44, 2)
+  for array, shape in (
+    (placed.images, (2, 6, 44, 2, 1)),
+    (placed.chosen, (2, PAIRS, 2, 132)),
+    (placed.weight, (2, PAIRS)),
+    (placed.labelled["image"], (2, 6, 44, 2, 1)),
+    (placed.labelled["label"], (2, 6, 44, 2)),
+    (validated.images, (2, 6, 44, 2, 1)),
+    (validated.labels, (2, 6, 44, 2)),
+  ):
+    assert {s.data.shape for s in array.addressable_shards} == {shape}
 
 
 def test_validation_on_eight_devices_is_that_of_one():
   params, batch = problem(PLANE)
   other = jax.tree.map(lambda x: 0.9 * x, params)
   batch = types.Batch(
-    batch["image"], batch["label"], np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
+    *batch.labelled.values(), np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
   )
   results = []
   for axes in ((1, 1, 1), (2, 2, 2)):

@@ -20,8 +20,8 @@ from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, tr
 OPTIMIZER = optax.adam(0.1)
 
 
-def loss_fn(params, batch, key):
-  noise = jax.random.normal(key, ())
+def loss_fn(params, batch, inputs):
+  noise = jax.random.normal(inputs.key, ())
   error = batch @ params["w"] - 1.0 + 0.01 * noise
   return jnp.mean(error**2), {"noise": noise}
 
@@ -205,8 +205,8 @@ def test_average_of_parameters_is_what_is_kept_and_validated(step, mesh, tmp_pat
   assert last["val_dice"] == float(state.ema["w"][0]) != float(state.params["w"][0])
 
 
-def weighted_loss(params, batch, key):
-  error = (batch["x"] @ params["w"] - batch["reference_params"]["w"][0]) ** 2
+def weighted_loss(params, batch, inputs):
+  error = (batch["x"] @ params["w"] - inputs.reference["w"][0]) ** 2
   total = jnp.sum(batch["weight"])
   loss = jnp.sum(error * batch["weight"]) / jnp.maximum(total, 1e-12)
   known = jnp.where(total > 0, 3.0, jnp.nan)  # as the quantiles of no pair are
@@ -221,12 +221,12 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
     "weight": (np.arange(32) % 4 == 0).astype(np.float32) + (np.arange(32) == 7),
   }
   batch = sharding.put_batch(batch, mesh)
-  batch["reference_params"] = {"w": jnp.full(3, 2.0)}
+  reference = {"w": jnp.full(3, 2.0)}
   results = []
   for count in (1, parts):
     made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, count)
     state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
-    results.append(made(state, batch, jax.random.key(0)))
+    results.append(made(state, batch, jax.random.key(0), reference))
   (whole, whole_aux), (state, aux) = results
   assert (np.asarray(whole.params["w"]) != 1).all()
   np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-6)
@@ -238,10 +238,9 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
 
 def test_a_batch_without_any_weight_moves_nothing(mesh):
   batch = sharding.put_batch({"x": np.ones((16, 3)), "weight": np.zeros(16)}, mesh)
-  batch["reference_params"] = {"w": jnp.zeros(3)}
   made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, 2)
   state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
-  state, aux = made(state, batch, jax.random.key(0))
+  state, aux = made(state, batch, jax.random.key(0), {"w": jnp.zeros(3)})
   np.testing.assert_array_equal(state.params["w"], np.ones(3))
   assert float(aux["loss"]) == 0
 

@@ -218,23 +218,23 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     lambda x: bit_planes.pack(x, problem.num_classes, problem.spatial_dims), masks
   )
   number = jax.ShapeDtypeStruct(pairs, jnp.float32)
-  arrays = {
-    "image": batch.images,
-    "chosen": packed,
-    "rejected": packed,
-    "reference_margin": number,
-    "reference_log_prob": number,
-    "weight": number,
-    "voxel_volume": jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
-  }
+  arrays = types.PairBatch(
+    images=batch.images,
+    chosen=packed,
+    rejected=packed,
+    reference_margin=number,
+    reference_log_prob=number,
+    weight=number,
+    voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+  )
   if options["anchor"] == "labelled":
-    arrays["labelled"] = {"image": batch.images, "label": batch.labels, "index": batch.index}
+    labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+    arrays = arrays._replace(labelled=labelled)
   arrays = _placed(arrays, sharding.of_batch(arrays, mesh))
-  if options["reference"] == "online":
-    arrays["reference_params"] = _placed_params(config, params, mesh)
+  reference = _placed_params(config, params, mesh) if options["reference"] == "online" else None
   optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
-  ema_decay = config.finetune.ema_decay
-  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay)
+  ema_decay, every = config.finetune.ema_decay, config.finetune.log_every_steps
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay, every, reference)
 
 
 def _validate(config, problem, mesh, segmenter, params, batch):
@@ -271,14 +271,19 @@ def _apart(function, mesh, whole, rows):
   return jax.jit(program).lower(whole, _placed(rows, sharding.over_all(mesh)))
 
 
-def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
+def _step(
+  config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0,
+  log_every_steps=1, reference=None,
+):  # fmt: skip
   large = config.mesh.large_parameter
   state = jax.eval_shape(
     lambda p: train_step.make_state(p, optimizer, mesh, ema_decay > 0, large), params
   )
-  step = train_step.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
+  step = train_step.make_train_step(
+    loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large, log_every_steps
+  )
   key = _placed(_key(), sharding.replicated(mesh))
-  return step.lower(_placed_params(config, state, mesh), arrays, key)
+  return step.lower(_placed_params(config, state, mesh), arrays, key, reference)
 
 
 def _batch(problem: Problem, size: int) -> types.Batch:

@@ -40,10 +40,10 @@ def optimizer(config) -> optax.GradientTransformation:
 
 
 def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_options: dict | None):
-  """(params, batch {"image", "label"}, key) -> (loss, metrics), with dropout on."""
+  """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), with dropout on."""
 
-  def loss_fn(params, batch, key):
-    augment_key, dropout_key = jax.random.split(key)
+  def loss_fn(params, batch, inputs):
+    augment_key, dropout_key = jax.random.split(inputs.key)
     images, labels = batch["image"], batch["label"]
     if augment_options is not None:
       images, labels = augment.augment(augment_key, images, labels[:, None], **augment_options)

@@ -48,17 +48,19 @@ def run(config, workdir: os.PathLike) -> None:
   reference = None
   if config.finetune.reference == "online":
     reference = sharding.put_params(params, mesh, large)
+  step = train_step.make_train_step(
+    loss_fn,
+    transformation,
+    mesh,
+    config.finetune.accumulate_steps,
+    config.finetune.ema_decay,
+    large,
+    config.finetune.log_every_steps,
+  )
   train_loop.fit(
-    train_step.make_train_step(
-      loss_fn,
-      transformation,
-      mesh,
-      config.finetune.accumulate_steps,
-      config.finetune.ema_decay,
-      large,
-    ),
+    lambda state, batch, key: step(state, batch, key, reference),
     train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
-    pair_batches.on_devices(config, workdir, dataset, mesh, reference),
+    pair_batches.on_devices(config, workdir, dataset, mesh),
     num_steps=config.finetune.num_steps,
     key=seeds.finetuning_key(config.seed),
     directory=directory,

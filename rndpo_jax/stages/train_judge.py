@@ -30,7 +30,7 @@ def build(config, dataset) -> tuple[Callable, Callable]:
 
 
 def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
-  """(params, batch {"image", "label"}, key) -> (loss, metrics), on masks drawn from the labels.
+  """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), on masks from the labels.
 
   Args:
     config: the whole config.
@@ -40,8 +40,8 @@ def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
   augment_options = config.augment.to_dict()
   masks_per_image = config.judge.learned.masks_per_image
 
-  def loss_fn(params, batch, key):
-    augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
+  def loss_fn(params, batch, inputs):
+    augment_key, corrupt_key, dropout_key = jax.random.split(inputs.key, 3)
     images, labels = augment.augment(
       augment_key, batch["image"], batch["label"][:, None], **augment_options
     )

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import models, provenance
+from rndpo_jax import models, provenance, types
 from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, split_batches
@@ -157,10 +157,13 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
   shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
   state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
+  reference = None
+  if options.reference == "online":
+    reference = jax.device_put(params, sharding.replicated(mesh))
   state = train_loop.fit(
-    lambda state, batch, keys: step(state, batch, keys, settings),
+    lambda state, batch, keys: step(state, batch, keys, settings, reference),
     state,
-    _batches(config, workdir, dataset, grid["seeds"], mesh, params),
+    _batches(config, workdir, dataset, grid["seeds"], mesh),
     num_steps=options.num_steps,
     key=jnp.stack([seeds_lib.finetuning_key(seed) for seed in grid["seeds"]]),
     directory=directory,
@@ -203,6 +206,7 @@ def _make(config, dataset, params, grid, mesh, form):
     form=form,
     accumulate_steps=options.accumulate_steps,
     ema_decay=options.ema_decay,
+    log_every_steps=options.log_every_steps,
   )
   batches = split_batches.validation_batches(config, dataset, whole=True)
   validate = population.make_validate(
@@ -211,17 +215,13 @@ def _make(config, dataset, params, grid, mesh, form):
   return state, train_step, validate
 
 
-def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], Iterator[dict]]:
+def _batches(config, workdir, dataset, seeds, mesh) -> Callable[[int], Iterator[types.PairBatch]]:
   """Start step -> every seed's batches, on the devices."""
   stream = pair_batches.stream_of(config, workdir, dataset, whole=True)
   own = population.local_seeds(len(seeds), mesh)
-  shared = {}
-  if config.finetune.reference == "online":
-    shared["reference_params"] = jax.device_put(params, sharding.replicated(mesh))
 
   def put(batches):
-    rows = dict(zip(own, batches, strict=True))
-    return {**population.put_batches(rows, len(seeds), mesh), **shared}
+    return population.put_batches(dict(zip(own, batches, strict=True)), len(seeds), mesh)
 
   def start_at(start: int):
     each = zip(*(stream(seeds[place], start) for place in own), strict=True)
