@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import errors, provenance
@@ -44,7 +43,10 @@ def batch_at(step):
   return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
 
 
-def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=None, **options):
+def run(
+  step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=None, fingerprints=(),
+  **options,
+):  # fmt: skip
   def batches(start_step):
     for number in itertools.count(start_step):
       if number == stop:
@@ -55,14 +57,13 @@ def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=Non
     step,
     start(mesh) if state is None else state,
     batches,
-    num_steps=num_steps,
+    train_loop.Schedule(num_steps, log_every_steps=2, eval_every_steps=3),
     key=jax.random.key(5),
-    directory=directory,
-    description="test",
-    log_every_steps=2,
-    eval_every_steps=3,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory, description="test", fingerprints=dict(fingerprints), **options
+    ),
+    metrics=metric_writer.MetricWriter(directory),
     validate=lambda params: {"val_dice": float(params["w"][0])},
-    **options,
   )
 
 
@@ -97,7 +98,7 @@ def test_params_lost_by_a_kill_are_written_again_from_their_state(step, mesh, tm
 
 def test_states_by_the_clock_serve_to_go_on_and_change_nothing(step, mesh, tmp_path):
   whole = run(step, mesh, tmp_path / "whole", num_steps=10)
-  often = dict(num_steps=10, checkpoint_minutes=1e-9, keep_checkpoints=3)
+  often = dict(num_steps=10, minutes=1e-9, keep_checkpoints=3)
   with pytest.raises(KeyboardInterrupt):
     run(step, mesh, tmp_path / "cut", stop=8, **often)
   assert checkpoint.steps(tmp_path / "cut" / "state") == [4, 6, 8]
@@ -143,7 +144,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(step, mesh, tmp_
 
 def test_best_and_latest_parameters_are_kept(step, mesh, tmp_path):
   # By the clock there is a state before the first validation, too.
-  run(step, mesh, tmp_path, num_steps=12, keep_best=True, checkpoint_minutes=1e-9)
+  run(step, mesh, tmp_path, num_steps=12, keep_params="best", minutes=1e-9)
   rows = metric_writer.read_rows(tmp_path, "val")
   best = max(rows, key=lambda row: row["val_dice"])["step"]
   assert checkpoint.steps(tmp_path / "params") == sorted({best, 12}) != [12]
@@ -282,7 +283,8 @@ def events(directory):
 
 
 def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
-  rows = metric_writer.Rows(epath.Path(tmp_path), start=4)
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(4)
   rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
   rows.write()
   (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
@@ -298,7 +300,8 @@ def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
   def full(_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  rows = metric_writer.Rows(epath.Path(tmp_path), start=0)
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(0)
   with monkeypatch.context() as patch:
     patch.setattr(metric_writer.EventsWriter, "flush", full)
     with pytest.raises(OSError, match="No space left"):

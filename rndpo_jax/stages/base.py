@@ -129,17 +129,20 @@ def _train_member(config, workdir, member: int) -> None:
       batch_size=config.base.batch_size,
       seed=seeds.base_order(config.seed, member),
     ),
-    num_steps=config.base.num_steps,
+    train_loop.Schedule(
+      config.base.num_steps, config.base.log_every_steps, config.base.eval_every_steps
+    ),
     key=fit_key,
-    directory=directory,
-    description="base" if member == 0 else f"base, member {member}",
-    log_every_steps=config.base.log_every_steps,
-    eval_every_steps=config.base.eval_every_steps,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="base" if member == 0 else f"base, member {member}",
+      fingerprints={"data": dataset.fingerprint},
+      keep_checkpoints=config.base.keep_checkpoints,
+      keep_params="best",
+      minutes=config.base.checkpoint_minutes,
+    ),
+    metrics=metric_writer.MetricWriter(directory),
     validate=make_validate(config, dataset, segmenter, mesh),
-    fingerprints={"data": dataset.fingerprint},
-    keep_checkpoints=config.base.keep_checkpoints,
-    keep_best=True,
-    checkpoint_minutes=config.base.checkpoint_minutes,
   )
   if multihost.is_first():
     _select(config, directory, dataset.fingerprint)

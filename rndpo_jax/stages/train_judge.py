@@ -14,7 +14,7 @@ from rndpo_jax import models, seeds, types
 from rndpo_jax.data import augment, split_batches
 from rndpo_jax.mining import corruptions, quality
 from rndpo_jax.runtime import sharding
-from rndpo_jax.training import train_loop, train_step
+from rndpo_jax.training import checkpoint_manager, metric_writer, train_loop, train_step
 
 
 def build(config, dataset) -> tuple[Callable, Callable]:
@@ -81,19 +81,21 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   params = jax.jit(init)(init_key, images)
   loss_fn = make_loss_fn(config, sharding.spread(apply, mesh), dataset.num_classes)
   transformation = optimizer(options)
+  directory = epath.Path(workdir) / "pairs" / "judge"
   state = train_loop.fit(
     train_step.make_train_step(loss_fn, transformation, mesh, large=large),
     train_step.make_state(params, transformation, mesh, large=large),
     split_batches.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=seeds.judge_order(config.seed)
     ),
-    num_steps=options.num_steps,
+    train_loop.Schedule(options.num_steps, config.base.log_every_steps, options.num_steps),
     key=fit_key,
-    directory=epath.Path(workdir) / "pairs" / "judge",
-    description="learned judge",
-    log_every_steps=config.base.log_every_steps,
-    eval_every_steps=options.num_steps,
-    fingerprints={"data": dataset.fingerprint},
-    checkpoint_minutes=config.base.checkpoint_minutes,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="learned judge",
+      fingerprints={"data": dataset.fingerprint},
+      minutes=config.base.checkpoint_minutes,
+    ),
+    metrics=metric_writer.MetricWriter(directory),
   )
   return apply, sharding.fetch(state.params)
