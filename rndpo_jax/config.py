@@ -85,7 +85,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.fsdp = 1  # devices that share large parameters and their optimiser state
   mesh.space = 1  # devices that share each image, along H; the rest of the devices is `data`
-  mesh.large_parameter = 2**17  # elements from which on an array of parameters is shared
+  mesh.fsdp_min_size = 2**17  # elements from which on an array of parameters is shared
 
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here

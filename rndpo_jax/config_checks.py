@@ -145,7 +145,7 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
-  "mesh.fsdp", "mesh.space", "mesh.large_parameter",
+  "mesh.fsdp", "mesh.space", "mesh.fsdp_min_size",
   "base.keep_checkpoints", "finetune.keep_checkpoints", "base.accumulate_steps",
   "finetune.accumulate_steps",
   "model.width", "model.depth", "model.max_width", "proposals.temperature_low",

@@ -42,10 +42,10 @@ def gradient64(logits, chosen, rejected, factor, counted=None):
   return gradient
 
 
-def gradient(logits, chosen, rejected, factor, **which):
-  return jax.grad(lambda z: jnp.sum(margins.pair_margin(z, chosen, rejected, **which) * factor))(
-    logits
-  )
+def gradient(logits, chosen, rejected, factor, **region_options):
+  return jax.grad(
+    lambda z: jnp.sum(margins.pair_margin(z, chosen, rejected, **region_options) * factor)
+  )(logits)
 
 
 @pytest.mark.parametrize("space,classes", SPACES)
@@ -84,21 +84,21 @@ def test_ignored_pixels_and_other_classes_leave_margin_size_log_prob_and_gradien
   logits, chosen, rejected, factor = draw(space, classes)
   ignore = np.random.default_rng(3).random(space) < 0.4
   subset = (1,) if classes < 4 else (1, 3)
-  which = {"ignore": ignore, "classes": subset}
+  region_options = {"ignore": ignore, "classes": subset}
   counted = (np.isin(chosen, subset) | np.isin(rejected, subset)) & ~ignore[:, None]
   # A pixel that does not count is one where the masks agree.
   agreed = np.where(counted, rejected, chosen)
   for function in (margins.pair_margin, margins.pair_log_prob):
     np.testing.assert_array_equal(
-      function(logits, chosen, rejected, **which), function(logits, chosen, agreed)
+      function(logits, chosen, rejected, **region_options), function(logits, chosen, agreed)
     )
   dims = len(space) - 1
-  sizes = losses.region_size(chosen, rejected, spatial_dims=dims, **which)
+  sizes = losses.region_size(chosen, rejected, spatial_dims=dims, **region_options)
   np.testing.assert_array_equal(sizes, losses.region_size(chosen, agreed, spatial_dims=dims))
   assert 0 < sizes.sum() < losses.region_size(chosen, rejected, spatial_dims=dims).sum()
   expected = gradient64(logits, chosen, rejected, factor, counted)
   np.testing.assert_allclose(
-    gradient(logits, chosen, rejected, factor, **which), expected, atol=1e-6
+    gradient(logits, chosen, rejected, factor, **region_options), expected, atol=1e-6
   )
 
 

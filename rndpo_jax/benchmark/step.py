@@ -115,7 +115,7 @@ def make_batches(
       voxel_volume=jnp.ones(batch),
     )
 
-  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
 
 

@@ -178,11 +178,13 @@ def _distribution(pair_losses, h, chosen, size, informative) -> Metrics:
   return metrics
 
 
-def _logits_loss(policy_logits, reference_logits, chosen, rejected, objective, beta, **which):
-  margin, size = margin_and_size(policy_logits, chosen, rejected, **which)
+def _logits_loss(
+  policy_logits, reference_logits, chosen, rejected, objective, beta, **region_options
+):
+  margin, size = margin_and_size(policy_logits, chosen, rejected, **region_options)
   return preference_loss(
     margin,
-    pair_margin(reference_logits, chosen, rejected, **which),
+    pair_margin(reference_logits, chosen, rejected, **region_options),
     size,
     objective=objective,
     beta=beta,

@@ -112,16 +112,16 @@ def _train_member(config, workdir, member: int) -> None:
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=config.augment.to_dict() if config.base.augment else None,
   )
-  transformation, large = optimizer(config.base), config.mesh.large_parameter
+  transformation, min_size = optimizer(config.base), config.mesh.fsdp_min_size
   train_loop.fit(
     train_step.make_train_step(
-      loss_fn, transformation, mesh, config.base.accumulate_steps, large=large
+      loss_fn, transformation, mesh, config.base.accumulate_steps, fsdp_min_size=min_size
     ),
-    train_step.make_state(params, transformation, mesh, large=large),
+    train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config,
       dataset,
@@ -158,7 +158,7 @@ def make_validate(
   """`validation.make_validate` on the validation split."""
   batches = split_batches.validation_batches(config, dataset)
   return validation.make_validate(
-    segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
+    segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.fsdp_min_size
   )
 
 

@@ -45,27 +45,27 @@ def run(config, workdir: os.PathLike) -> None:
     return
   fingerprints = provenance.of_finetuning(dataset, params)
   loss_fn = loss_fns.make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
     size=dataset.size,
     **loss_options(config),
   )
-  transformation, large = optimizer(config.finetune), config.mesh.large_parameter
+  transformation, min_size = optimizer(config.finetune), config.mesh.fsdp_min_size
   reference = None
   if config.finetune.reference == "online":
-    reference = sharding.put_params(params, mesh, large)
+    reference = sharding.put_params(params, mesh, min_size)
   step = train_step.make_train_step(
     loss_fn,
     transformation,
     mesh,
     config.finetune.accumulate_steps,
     config.finetune.ema_decay,
-    large,
+    min_size,
     config.finetune.log_every_steps,
   )
   train_loop.fit(
     lambda state, batch, key: step(state, batch, key, reference),
-    train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
+    train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, min_size),
     pair_batches.on_devices(config, workdir, dataset, mesh),
     schedule(config.finetune),
     key=seeds.finetuning_key(config.seed),

@@ -74,17 +74,17 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   """
   options = config.judge.learned
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  large = config.mesh.large_parameter
+  min_size = config.mesh.fsdp_min_size
   init, apply = build(config, dataset)
   init_key, fit_key = jax.random.split(seeds.judge_key(config.seed))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
-  loss_fn = make_loss_fn(config, sharding.spread(apply, mesh), dataset.num_classes)
+  loss_fn = make_loss_fn(config, sharding.data_parallel(apply, mesh), dataset.num_classes)
   transformation = optimizer(options)
   directory = epath.Path(workdir) / "pairs" / "judge"
   state = train_loop.fit(
-    train_step.make_train_step(loss_fn, transformation, mesh, large=large),
-    train_step.make_state(params, transformation, mesh, large=large),
+    train_step.make_train_step(loss_fn, transformation, mesh, fsdp_min_size=min_size),
+    train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=seeds.judge_order(config.seed)
     ),

@@ -39,11 +39,12 @@ def make_state(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   with_ema: bool = False,
-  large: int = 0,
+  fsdp_min_size: int = 0,
 ):
   """A TrainState at step 0; it owns copies, since the step donates its buffers.
 
-  Arrays of `large` elements or more are split over the mesh's `fsdp` axis: `sharding.of_params`.
+  Arrays of `fsdp_min_size` elements or more are split over the mesh's `fsdp` axis, by
+  `sharding.param_shardings`.
   """
 
   def init(params):
@@ -51,7 +52,7 @@ def make_state(
     params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-  shardings = sharding.of_params(jax.eval_shape(init, params), mesh, large)
+  shardings = sharding.param_shardings(jax.eval_shape(init, params), mesh, fsdp_min_size)
   return jax.jit(init, out_shardings=shardings)(params)
 
 
@@ -61,7 +62,7 @@ def make_train_step(
   mesh: Mesh,
   accumulate_steps: int = 1,
   ema_decay: float = 0.0,
-  large: int = 0,
+  fsdp_min_size: int = 0,
   log_every_steps: int = 1,
 ):
   """Compiles `make_update` over a mesh.
@@ -70,8 +71,8 @@ def make_train_step(
     loss_fn: a mean over the global batch, so its gradient is that of one device holding all of it.
     optimizer: as in `make_update`, and so the next two.
     mesh: from `sharding.make_mesh`; the batch comes from `sharding.put_batch`.
-    large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
-      add up.
+    fsdp_min_size: as in `make_state`; gradients are placed as the parameters are, before
+      micro-batches add up.
     log_every_steps: as in `make_update`.
 
   Returns:
@@ -79,7 +80,9 @@ def make_train_step(
   """
 
   def place(tree):
-    return jax.lax.with_sharding_constraint(tree, sharding.of_params(tree, mesh, large))
+    return jax.lax.with_sharding_constraint(
+      tree, sharding.param_shardings(tree, mesh, fsdp_min_size)
+    )
 
   update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place, log_every_steps)
   return jax.jit(update, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh)))
