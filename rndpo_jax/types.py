@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
     chosen: i32[B, P], index of the chosen proposal among the K.
     rejected: i32[B, P], likewise.
     score_gap: f32[B, P], score of chosen minus score of rejected, > 0 where valid.
-    region_size: i32[B, P], number of pixels where the two masks differ, > 0 where valid.
+    region_size: i32[B, P], |D|, > 0 where valid; see `margins.region`.
     valid: bool[B, P].
     dropped: i32[B, filters], candidate pairs of the rule that a filter took, in the order of
       `pair_rules.FILTERS`.

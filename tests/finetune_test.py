@@ -180,9 +180,11 @@ def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, t
 
 def test_loss_options_of_every_objective_can_be_called(tiny_config):
   params, _, batch, _ = draw()
-  for objective in objectives.OBJECTIVES:
+  for objective in (*objectives.OBJECTIVES, "rn_dpo,ipo"):
     changes = {"finetune__objective": objective}
-    if objective in objectives.SMOOTHED:
+    if "," in objective:
+      changes["finetune__objective_weights"] = (1.0, 0.2)
+    if objectives.readers(objective, "label_smoothing"):
       changes["finetune__label_smoothing"] = 0.1
     config = tiny_config(**changes)
     config_checks.validate(config)
@@ -205,7 +207,13 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"anchor_weight": 1.0}, "anchor_weight: found 1.0, which nothing reads"),
     ({"region_classes": (5,)}, "region_classes: found class id 5"),
     ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
-    ({"objective": "bco_pair", "accumulate_steps": 2}, "accumulate_steps: found 2.*a mean over"),
+    ({"objective": "bco_pair", "accumulate_steps": 2}, "found 2, but objective bco_pair reads"),
+    ({"objective": "dpo,aot", "accumulate_steps": 2}, "found 2, but objective aot reads"),
+    ({"objective": "dpo2"}, "finetune.objective: found 'dpo2', expected one of dpo, rn_dpo"),
+    ({"objective": "dpo,ipo", "normalization": "region"}, "normalization: found 'region'"),
+    ({"objective": "dpo,ipo", "objective_weights": (1.0,)}, r"found \(1.0,\), expected 2"),
+    ({"objective": "dpo,ipo", "objective_weights": (1.0, 0.0)}, "objective_weights: found 0.0"),
+    ({"objective_weights": (2.0,)}, "objective_weights: found .*which nothing reads"),
   ],
 )
 def test_options_without_effect_are_refused(tiny_config, changes, message):

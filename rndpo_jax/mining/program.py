@@ -77,9 +77,9 @@ def make_mine_batch(config, dataset, score) -> Callable:
     "min_score_gap": config.mine.min_score_gap,
     "min_region_size": config.mine.min_region_size,
     "max_region_size": config.mine.max_region_size,
+    "region_classes": config_lib.region_classes(config),
   }
-
-  region_options = {"classes": config_lib.region_classes(config)}
+  region_options = {"classes": options["region_classes"]}
 
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))

@@ -108,6 +108,7 @@ def loss_options(config) -> dict:
   return {
     "objective_options": {
       "objective": options.objective,
+      "objective_weights": tuple(options.objective_weights),
       "beta": options.beta,
       "normalization": options.normalization or None,
       "exponent": options.power_exponent,

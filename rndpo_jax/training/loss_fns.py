@@ -48,7 +48,7 @@ def make_loss_fn(
   region_options = {"classes": region_classes}
   read_reference = _make_reference(reference, segmenter.apply, region_options)
   add_anchor = _make_anchor(anchor, segmenter.apply, dice_weight)
-  reads_log_ratios = objectives.OBJECTIVES[objective_options["objective"]].reads_log_ratios
+  reads_log_ratios = bool(objectives.readers(objective_options["objective"], "log_ratios"))
 
   def loss_fn(params, batch: types.PairBatch, inputs: types.StepInputs):
     images, masks = _images_and_masks(batch, inputs.key, size, num_classes, augment_options)
