@@ -1,6 +1,7 @@
 """losses: exact values by hand, float64 forms from the definition, algebraic properties."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +244,10 @@ def test_supervised_losses_want_two_classes_and_labels_below_them(loss):
     loss(jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2), jnp.uint8))
   with pytest.raises(ValueError, match="labels: found class id 255, expected ids from 0 to 2"):
     loss(jnp.zeros((1, 2, 2, 3)), jnp.full((1, 2, 2), 255, jnp.uint8))
+
+
+def test_the_example_of_the_readme_runs():
+  page = (pathlib.Path(losses.__file__).parent / "README.md").read_text()
+  names = {}
+  exec(page.split("```python\n")[1].split("```")[0], names)
+  assert jnp.isfinite(names["loss"]) and names["gradient"].shape == (8, 64, 64, 3)

@@ -14,10 +14,9 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rndpo_jax import types
-from rndpo_jax.losses import bit_planes
+from rndpo_jax.losses import bit_planes, class_ids
 
 
 def region(
@@ -122,7 +121,7 @@ def margin_and_size(
     chex.assert_axis_dimension(chosen, 0, logits.shape[0])
   else:
     chex.assert_shape(chosen, (logits.shape[0], None, *logits.shape[1:-1]))
-    check_class_ids(logits, ignore, chosen=chosen, rejected=rejected)
+    class_ids.check(logits, ignore, chosen=chosen, rejected=rejected)
   codes = _codes(chosen, rejected, ignore, logits.shape[1:], packed, classes)
   margin, size = _coded(logits, codes, logits.shape[-1], jnp.dtype(logits.dtype).name)
   return (margin[:, 0], size[:, 0]) if single else (margin, size)
@@ -173,7 +172,7 @@ def pair_log_prob(
     return pair_log_prob(
       logits, chosen[:, None], rejected[:, None], ignore=ignore, classes=classes
     )[:, 0]
-  check_class_ids(logits, ignore, chosen=chosen, rejected=rejected)
+  class_ids.check(logits, ignore, chosen=chosen, rejected=rejected)
   pairs = list(_slots(chosen, rejected, ignore, None, False, classes))
   # Selected before the logsumexp: a zero gradient times one that is infinite would be NaN.
   inside = functools.reduce(jnp.logical_or, [plus != minus for plus, minus in pairs])
@@ -187,39 +186,6 @@ def pair_log_prob(
     terms = jnp.where(plus != minus, _pick(logits, plus) - log_partition, 0.0)
     columns.append(jnp.sum(terms, axis=tuple(range(1, terms.ndim))))
   return jnp.stack(columns, axis=1)
-
-
-def check_class_ids(
-  logits: types.Array, ignore: types.Array | None = None, **masks: types.Array
-) -> None:
-  """Checks that masks hold class ids below C where they count, if they can be looked at.
-
-  Args:
-    logits: f[B, *S, C].
-    ignore: bool[B, *S] or None.
-    masks: by name, integers [B, *S] or [B, P, *S].
-
-  Raises:
-    ValueError: naming the mask and the id. Nothing is seen inside `jit`, or of arrays that other
-      processes hold.
-  """
-  num_classes = max(logits.shape[-1], 2)
-  for name, mask in masks.items():
-    seen = [x for x in (mask, ignore) if x is not None]
-    if any(isinstance(x, jax.core.Tracer) for x in seen):
-      continue
-    if not all(getattr(x, "is_fully_addressable", True) for x in seen):
-      continue
-    counted = np.ones((), bool) if ignore is None else ~np.asarray(ignore)
-    if mask.ndim == logits.ndim and ignore is not None:
-      counted = counted[:, None]
-    ids = np.where(counted, np.asarray(mask), 0)
-    if ids.size and not 0 <= ids.min() <= ids.max() < num_classes:
-      wrong = ids.max() if ids.max() >= num_classes else ids.min()
-      raise ValueError(
-        f"{name}: found class id {wrong}, expected ids from 0 to {num_classes - 1} for logits of "
-        f"{logits.shape[-1]} classes; name pixels that do not count by `ignore`"
-      )
 
 
 # Both masks of a pair in one number a pixel, chosen * 2**shift + rejected: the forward pass makes

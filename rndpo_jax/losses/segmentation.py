@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import types
-from rndpo_jax.losses import margins
+from rndpo_jax.losses import class_ids
 
 
 def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _check_classes(logits, labels) -> None:
       f"logits: found {logits.shape[-1]} class, expected C >= 2, for a softmax over one class is "
       "always 1; give background and foreground a logit each: concatenate([-z / 2, z / 2], -1)"
     )
-  margins.check_class_ids(logits, labels=labels)
+  class_ids.check(logits, labels=labels)
 
 
 def _class_ids(logits: jax.Array) -> jax.Array:
