@@ -14,10 +14,6 @@ from rndpo_jax import errors
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 SOURCES = ("phantom", "folder", "nnunet")
 RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
-OBJECTIVES = (
-  "dpo", "rn_dpo", "cdpo", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair",
-  "sppo_hard", "apo_zero", "apo_down", "discopop",
-)  # fmt: skip
 SAMPLERS = ("base", "mc_dropout", "tta", "logit_noise", "temperature", "threshold")
 JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_oracle")
 # Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
@@ -85,7 +81,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.fsdp = 1  # devices that share large parameters and their optimiser state
   mesh.space = 1  # devices that share each image, along H; the rest of the devices is `data`
-  mesh.large_parameter = 2**17  # elements from which on an array of parameters is shared
+  mesh.fsdp_min_size = 2**17  # elements from which on an array of parameters is shared
 
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
@@ -139,7 +135,8 @@ def base_config() -> ml_collections.ConfigDict:
   mine.keep_proposals = False  # all K masks stay in an image's record, bit-packed, for other judges
 
   config.finetune = finetune = ml_collections.ConfigDict()
-  finetune.objective = "rn_dpo"  # a name of objectives.OBJECTIVES
+  finetune.objective = "rn_dpo"  # a name of losses.objectives.OBJECTIVES, or several: "rn_dpo,ipo"
+  finetune.objective_weights = ()  # of several objectives, as in (1.0, 0.2); () ones
   finetune.beta = 10.0  # see losses.preference_loss for its conversion between objectives
   finetune.normalization = ""  # none | region | power; "" is the objective's own
   finetune.power_exponent = 0.5  # power divides sums over D by max(|D|, floor)**exponent

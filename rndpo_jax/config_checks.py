@@ -60,13 +60,18 @@ def validate(config) -> None:
 def _check_objective(config) -> None:
   """Refuses options that the objective does not read, and those it misses."""
   options, defaults = config.finetune, config_lib.base_config().finetune
-  power, smoothed = options.normalization == "power", options.objective in objectives.SMOOTHED
+  names = _objective_names(options)
+  power, smoothed = (
+    options.normalization == "power",
+    objectives.readers(options.objective, "label_smoothing"),
+  )
   unread = {
-    "normalization": options.objective == "rn_dpo",
+    "normalization": options.objective == "rn_dpo" or len(names) > 1,
+    "objective_weights": len(names) == 1,
     "power_exponent": not power,
     "power_floor": not power,
     "label_smoothing": not smoothed,
-    "discopop_temperature": options.objective != "discopop",
+    "discopop_temperature": not objectives.readers(options.objective, "temperature"),
     "anchor_weight": options.anchor == "none",
   }
   for key, is_unread in unread.items():
@@ -79,7 +84,7 @@ def _check_objective(config) -> None:
   if smoothed and not 0 < options.label_smoothing < 0.5:
     raise ConfigError(
       f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
-      f"{options.objective!r} needs it above 0 and below 0.5"
+      f"{smoothed[0]!r} needs it above 0 and below 0.5"
     )
   if options.anchor != "none" and not options.anchor_weight > 0:
     raise ConfigError(
@@ -87,11 +92,11 @@ def _check_objective(config) -> None:
       f"{options.anchor!r} needs it above 0"
     )
   if options.accumulate_steps > 1:
-    whole = [options.objective == "bco_pair", options.anchor == "labelled"]
-    if any(whole):
+    whole = [f"objective {name}" for name in objectives.readers(options.objective, "batch")]
+    whole += ["anchor labelled"] if options.anchor == "labelled" else []
+    if whole:
       raise ConfigError(
-        f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but "
-        f"{'objective bco_pair takes a mean over' if whole[0] else 'anchor labelled belongs to'} "
+        f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but {whole[0]} reads "
         "the whole batch; set it to 1"
       )
   wrong = [k for k in options.region_classes if not 0 <= k < (config.data.num_classes or 256)]
@@ -100,6 +105,26 @@ def _check_objective(config) -> None:
       f"config.finetune.region_classes: found class id {wrong[0]}, expected ids from 0 to "
       f"data.num_classes - 1"
     )
+
+
+def _objective_names(options) -> tuple[str, ...]:
+  """The objectives of `config.finetune`, with as many weights or none."""
+  try:
+    names = objectives.parse(options.objective)
+  except ValueError as error:
+    raise ConfigError(f"config.finetune.objective: {error}") from None
+  weights = options.objective_weights
+  if len(names) > 1 and weights and len(weights) != len(names):
+    raise ConfigError(
+      f"config.finetune.objective_weights: found {tuple(weights)}, expected {len(names)} for "
+      f"objective {options.objective!r}, or () for ones"
+    )
+  wrong = [w for w in weights if not isinstance(w, (int, float)) or not 0 < w < math.inf]
+  if wrong:
+    raise ConfigError(
+      f"config.finetune.objective_weights: found {wrong[0]!r}, expected finite values above 0"
+    )
+  return names
 
 
 def _check_choices(config) -> None:
@@ -112,7 +137,6 @@ def _check_choices(config) -> None:
     "model.dtype": ("float32", "bfloat16"),
     "base.select": ("best", "last"),
     "mine.rule": config_lib.RULES,
-    "finetune.objective": config_lib.OBJECTIVES,
     "finetune.schedule": ("cosine", "constant"),
     "finetune.reference": ("cached", "online", "none"),
     "finetune.normalization": ("", "none", "region", "power"),
@@ -145,7 +169,7 @@ def _check_choices(config) -> None:
 
 
 _POSITIVE = (
-  "mesh.fsdp", "mesh.space", "mesh.large_parameter",
+  "mesh.fsdp", "mesh.space", "mesh.fsdp_min_size",
   "base.keep_checkpoints", "finetune.keep_checkpoints", "base.accumulate_steps",
   "finetune.accumulate_steps",
   "model.width", "model.depth", "model.max_width", "proposals.temperature_low",

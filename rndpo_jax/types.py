@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
     chosen: i32[B, P], index of the chosen proposal among the K.
     rejected: i32[B, P], likewise.
     score_gap: f32[B, P], score of chosen minus score of rejected, > 0 where valid.
-    region_size: i32[B, P], number of pixels where the two masks differ, > 0 where valid.
+    region_size: i32[B, P], |D|, > 0 where valid; see `margins.region`.
     valid: bool[B, P].
     dropped: i32[B, filters], candidate pairs of the rule that a filter took, in the order of
       `pair_rules.FILTERS`.
@@ -71,6 +71,48 @@ class Pairs(NamedTuple):
   region_size: Array
   valid: Array
   dropped: Array
+
+
+class StepInputs(NamedTuple):
+  """What a training loss is handed beside parameters and batch.
+
+  Attributes:
+    key: of this step.
+    reference: parameters of the frozen reference network, or None.
+    beta: f32[] in place of the config's, or None.
+    is_logged: whether this step's metrics are looked at; what only they need is left out where
+      this is False, a bool or bool[].
+  """
+
+  key: jax.Array
+  reference: Params | None = None
+  beta: Array | None = None
+  is_logged: Array | bool = True
+
+
+class PairBatch(NamedTuple):
+  """A batch of fine-tuning: images with their mined pairs.
+
+  Attributes:
+    images: f32[B, *S, I], normalised.
+    chosen: u8[B, P, bits, bytes], masks packed by `bit_planes.pack`.
+    rejected: likewise.
+    reference_margin: f32[B, P], the base segmenter's on the image as it was mined.
+    reference_log_prob: f32[B, P], likewise, of the chosen mask on D.
+    weight: f32[B, P], 0 where a slot has no pair.
+    voxel_volume: f32[B], what a pixel of the model's grid stands for.
+    labelled: a batch of labelled images, {"image", "label", "index"}, for the anchor on them; None
+      without it.
+  """
+
+  images: Array
+  chosen: Array
+  rejected: Array
+  reference_margin: Array
+  reference_log_prob: Array
+  weight: Array
+  voxel_volume: Array
+  labelled: dict[str, Array] | None = None
 
 
 class Segmenter(NamedTuple):

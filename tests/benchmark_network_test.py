@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rndpo_jax import errors
+from rndpo_jax import errors, types
 from rndpo_jax.benchmark import input, mine, network, options, population, step, timing
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
@@ -24,11 +24,11 @@ class TestStep:
   def test_batches_are_as_the_stage_takes_them(self, small_unet):
     given = small_unet[0]
     first, second, *_ = step.make_batches(jax.random.key(0), given, 3, sharding.make_mesh())
-    masks = [bit_planes.unpack(first[name], (4, 6), 2) for name in ("chosen", "rejected")]
+    masks = [bit_planes.unpack(mask, (4, 6), 2) for mask in (first.chosen, first.rejected)]
     assert masks[0].shape == (8, 3, 4, 6)
     assert 0.1 < float(jnp.mean(masks[0] != masks[1])) < 0.45
-    assert first["image"].shape == (8, 4, 6, 1) and first["reference_margin"].shape == (8, 3)
-    assert not np.array_equal(first["image"], second["image"])
+    assert first.images.shape == (8, 4, 6, 1) and first.reference_margin.shape == (8, 3)
+    assert not np.array_equal(first.images, second.images)
     labelled = step.make_batches(jax.random.key(0), given, 0, sharding.make_mesh())[0]
     assert set(labelled) == {"image", "label"} and labelled["label"].shape == (8, 4, 6)
     with pytest.raises(errors.ConfigError, match="--shape"):
@@ -62,7 +62,8 @@ class TestStep:
   def test_supervised_loss_is_cross_entropy(self, small_unet):
     given, segmenter, params = small_unet
     batch = step.make_batches(jax.random.key(0), given, 0, sharding.make_mesh())[0]
-    value, metrics = step.supervised_loss_fn(segmenter)(params, batch, jax.random.key(0))
+    inputs = types.StepInputs(jax.random.key(0))
+    value, metrics = step.supervised_loss_fn(segmenter)(params, batch, inputs)
     logits = np.asarray(segmenter.apply(params, batch["image"]), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     labels = np.asarray(batch["label"], np.int64)

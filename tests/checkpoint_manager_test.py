@@ -29,12 +29,12 @@ WAITS, CLOSES = ["wait params", "wait state"], {"close params", "close state"}
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-  """(number of processes) -> a Saver of noting writers."""
+  """(number of processes) -> a CheckpointManager of noting writers."""
   monkeypatch.setattr(checkpoint_manager.checkpoint, "Writer", Writer)
 
   def make(processes):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    saver = checkpoint_manager.Saver(tmp_path, {}, keep_checkpoints=2, minutes=0)
+    saver = checkpoint_manager.CheckpointManager(tmp_path, description="test", fingerprints={})
     NOTED.clear()
     return saver
 

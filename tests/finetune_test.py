@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 
 from rndpo_jax import config_checks, losses, models, types
 from rndpo_jax.data import dataset as dataset_lib
@@ -33,15 +34,15 @@ def draw():
   params, reference = rng.normal(size=(2, 2, CLASSES)).astype(np.float32)
   image = rng.normal(size=(2, *SIZE, 2)).astype(np.float32)
   frozen = image @ reference
-  batch = {
-    "image": image,
-    "chosen": bit_planes.pack(masks[0], CLASSES, 2),
-    "rejected": bit_planes.pack(masks[1], CLASSES, 2),
-    "reference_margin": losses.pair_margin(frozen, *masks),
-    "reference_log_prob": losses.pair_log_prob(frozen, *masks),
-    "weight": np.array([[1, 1, 0], [1, 0, 0]], np.float32),
-    "voxel_volume": np.ones(2, np.float32),
-  }
+  batch = types.PairBatch(
+    images=image,
+    chosen=bit_planes.pack(masks[0], CLASSES, 2),
+    rejected=bit_planes.pack(masks[1], CLASSES, 2),
+    reference_margin=losses.pair_margin(frozen, *masks),
+    reference_log_prob=losses.pair_log_prob(frozen, *masks),
+    weight=np.array([[1, 1, 0], [1, 0, 0]], np.float32),
+    voxel_volume=np.ones(2, np.float32),
+  )
   return params, reference, batch, masks
 
 
@@ -55,9 +56,10 @@ def loss_fn(objective="rn_dpo", beta=2.0, **options):
   )
 
 
-def value_and_grad(function, params, batch):
+def value_and_grad(function, params, batch, **inputs):
+  inputs = types.StepInputs(jax.random.key(0), **inputs)
   (value, metrics), gradient = jax.value_and_grad(
-    lambda p: function(p, batch, jax.random.key(0)), has_aux=True
+    lambda p: function(p, batch, inputs), has_aux=True
   )(params)
   return value, gradient, metrics
 
@@ -65,51 +67,84 @@ def value_and_grad(function, params, batch):
 def test_cached_margins_and_online_reference_are_the_same_and_give_log_two_at_the_start():
   params, reference, batch, _ = draw()
   cached = value_and_grad(loss_fn(), params, batch)
-  online = value_and_grad(
-    loss_fn(reference="online"), params, {**batch, "reference_params": reference}
-  )
+  online = value_and_grad(loss_fn(reference="online"), params, batch, reference=reference)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cached, online)
   start, _, metrics = value_and_grad(loss_fn(), reference, batch)
   np.testing.assert_allclose(start, np.log(2), rtol=1e-6)
   assert abs(metrics["chosen_log_ratio"]) < 1e-5 and metrics["num_pairs"] == 3
 
 
+@pytest.mark.parametrize("objective", ["rn_dpo", "apo_zero"])
+def test_log_ratios_at_other_than_logged_steps_cost_nothing_where_nothing_reads_them(objective):
+  params, reference, batch, _ = draw()
+  function = loss_fn(objective, beta=0.3, reference="online")
+
+  def run(params, is_logged):
+    return value_and_grad(function, params, batch, reference=reference, is_logged=is_logged)
+
+  logged, silent = (jax.jit(run)(params, jnp.bool_(on)) for on in (True, False))
+  always = jax.jit(lambda p: run(p, True))(params)
+  for (value, gradient, _), (other, other_gradient, _) in ((logged, silent), (logged, always)):
+    np.testing.assert_array_equal(value, other)
+    np.testing.assert_array_equal(gradient, other_gradient)
+  np.testing.assert_allclose(
+    logged[2]["chosen_log_ratio"], always[2]["chosen_log_ratio"], rtol=1e-5
+  )
+  assert jnp.isnan(silent[2]["chosen_log_ratio"]) == (objective == "rn_dpo")
+  # The logsumexp, and so its maximum, is in a branch, or in every step.
+  always_run = primitives(jax.make_jaxpr(run)(params, jnp.bool_(True)).jaxpr)
+  assert ("reduce_max" in always_run) == (objective == "apo_zero")
+
+
+def primitives(jaxpr):
+  """Names of what is run in any case, that is, outside the branches of conditions."""
+  names = {equation.primitive.name for equation in jaxpr.eqns}
+  inner = (
+    jaxpr
+    for equation in jaxpr.eqns
+    if equation.primitive.name != "cond"
+    for jaxpr in jax_core.jaxprs_in_params(equation.params)
+  )
+  return names.union(*map(primitives, inner))
+
+
 def test_without_reference_the_margins_stand_alone():
   params, _, batch, masks = draw()
   value, _, _ = value_and_grad(loss_fn(reference="none"), params, batch)
-  margin = losses.pair_margin(batch["image"] @ params, *masks)
+  margin = losses.pair_margin(batch.images @ params, *masks)
   size = losses.region_size(*masks)
   terms = np.logaddexp(0, -2.0 * np.asarray(margin) / np.asarray(size))
-  expected = np.sum(terms * batch["weight"]) / np.sum(batch["weight"])
+  expected = np.sum(terms * batch.weight) / np.sum(batch.weight)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_anchors_add_their_cross_entropy():
   params, _, batch, masks = draw()
   plain, _, _ = value_and_grad(loss_fn(), params, batch)
-  logits = batch["image"] @ params
+  logits = batch.images @ params
   entropies = [losses.cross_entropy(logits, masks[0][:, pair]) for pair in range(3)]
-  expected = np.sum(np.stack(entropies, 1) * batch["weight"]) / np.sum(batch["weight"])
+  expected = np.sum(np.stack(entropies, 1) * batch.weight) / np.sum(batch.weight)
   value, _, metrics = value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), params, batch)
   np.testing.assert_allclose(value, plain + 0.5 * expected, rtol=1e-5)
   np.testing.assert_allclose(metrics["anchor"], expected, rtol=1e-5)
-  labelled = {"image": batch["image"][::-1], "label": masks[1][:, 0]}
+  labelled = {"image": batch.images[::-1], "label": masks[1][:, 0]}
   supervised, _ = losses.supervised_loss(logits[::-1], labelled["label"], dice_weight=0.7)
   value, _, _ = value_and_grad(
     loss_fn(anchor="labelled", anchor_weight=2.0, dice_weight=0.7),
     params,
-    {**batch, "labelled": labelled},
+    batch._replace(labelled=labelled),
   )
   np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
 
 
 def test_parts_of_a_batch_add_up_where_a_pair_of_an_anchor_is_empty():
   params, _, batch, _ = draw()
-  batch["rejected"] = batch["rejected"].at[0, 0].set(batch["chosen"][0, 0])
+  batch = batch._replace(rejected=batch.rejected.at[0, 0].set(batch.chosen[0, 0]))
   gradient = jax.value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), has_aux=True)
-  (value, _), whole = gradient(params, batch, jax.random.key(0))
+  inputs = types.StepInputs(jax.random.key(0))
+  (value, _), whole = gradient(params, batch, inputs)
   in_parts = accumulation.in_micro_batches(gradient, 2)
-  (total, _), summed = in_parts(params, batch, jax.random.key(0))
+  (total, _), summed = in_parts(params, batch, inputs)
   np.testing.assert_allclose(total, value, rtol=1e-6)
   np.testing.assert_allclose(summed, whole, rtol=1e-5, atol=1e-7)
 
@@ -121,7 +156,7 @@ def test_region_classes_leave_other_pixels_out(objective):
   value, _, metrics = value_and_grad(loss_fn(**options, region_classes=(2,)), params, batch)
   counted = (masks[0] == 2) | (masks[1] == 2)
   agreed = bit_planes.pack(np.where(counted, masks[1], masks[0]), CLASSES, 2)
-  expected, _, plain = value_and_grad(loss_fn(**options), params, {**batch, "rejected": agreed})
+  expected, _, plain = value_and_grad(loss_fn(**options), params, batch._replace(rejected=agreed))
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert metrics["region_size_p95"] == plain["region_size_p95"]
 
@@ -145,16 +180,19 @@ def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, t
 
 def test_loss_options_of_every_objective_can_be_called(tiny_config):
   params, _, batch, _ = draw()
-  for objective in objectives.OBJECTIVES:
+  for objective in (*objectives.OBJECTIVES, "rn_dpo,ipo"):
     changes = {"finetune__objective": objective}
-    if objective in objectives.SMOOTHED:
+    if "," in objective:
+      changes["finetune__objective_weights"] = (1.0, 0.2)
+    if objectives.readers(objective, "label_smoothing"):
       changes["finetune__label_smoothing"] = 0.1
     config = tiny_config(**changes)
     config_checks.validate(config)
     function = loss_fns.make_loss_fn(
       segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
     )
-    assert jnp.isfinite(function(params, batch, jax.random.key(0))[0]), objective
+    inputs = types.StepInputs(jax.random.key(0))
+    assert jnp.isfinite(function(params, batch, inputs)[0]), objective
 
 
 @pytest.mark.parametrize(
@@ -169,7 +207,13 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"anchor_weight": 1.0}, "anchor_weight: found 1.0, which nothing reads"),
     ({"region_classes": (5,)}, "region_classes: found class id 5"),
     ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
-    ({"objective": "bco_pair", "accumulate_steps": 2}, "accumulate_steps: found 2.*a mean over"),
+    ({"objective": "bco_pair", "accumulate_steps": 2}, "found 2, but objective bco_pair reads"),
+    ({"objective": "dpo,aot", "accumulate_steps": 2}, "found 2, but objective aot reads"),
+    ({"objective": "dpo2"}, "finetune.objective: found 'dpo2', expected one of dpo, rn_dpo"),
+    ({"objective": "dpo,ipo", "normalization": "region"}, "normalization: found 'region'"),
+    ({"objective": "dpo,ipo", "objective_weights": (1.0,)}, r"found \(1.0,\), expected 2"),
+    ({"objective": "dpo,ipo", "objective_weights": (1.0, 0.0)}, "objective_weights: found 0.0"),
+    ({"objective_weights": (2.0,)}, "objective_weights: found .*which nothing reads"),
   ],
 )
 def test_options_without_effect_are_refused(tiny_config, changes, message):
@@ -190,7 +234,7 @@ def test_one_program_serves_every_step(tiny_run):
   optimizer = finetune.optimizer(config.finetune)
   step = train_step.make_train_step(function, optimizer, mesh)
   state = train_step.make_state(base.load(workdir, dataset), optimizer, mesh)
-  stream = pair_batches.on_devices(config, workdir, dataset, mesh, None)(0)
+  stream = pair_batches.on_devices(config, workdir, dataset, mesh)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))
   assert step._cache_size() == 1 and int(state.step) == 3

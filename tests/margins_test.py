@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core as jax_core
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rndpo_jax import losses
 from rndpo_jax.losses import bit_planes, margins
@@ -42,10 +42,10 @@ def gradient64(logits, chosen, rejected, factor, counted=None):
   return gradient
 
 
-def gradient(logits, chosen, rejected, factor, **which):
-  return jax.grad(lambda z: jnp.sum(margins.pair_margin(z, chosen, rejected, **which) * factor))(
-    logits
-  )
+def gradient(logits, chosen, rejected, factor, **region_options):
+  return jax.grad(
+    lambda z: jnp.sum(margins.pair_margin(z, chosen, rejected, **region_options) * factor)
+  )(logits)
 
 
 @pytest.mark.parametrize("space,classes", SPACES)
@@ -84,22 +84,87 @@ def test_ignored_pixels_and_other_classes_leave_margin_size_log_prob_and_gradien
   logits, chosen, rejected, factor = draw(space, classes)
   ignore = np.random.default_rng(3).random(space) < 0.4
   subset = (1,) if classes < 4 else (1, 3)
-  which = {"ignore": ignore, "classes": subset}
+  region_options = {"ignore": ignore, "classes": subset}
   counted = (np.isin(chosen, subset) | np.isin(rejected, subset)) & ~ignore[:, None]
   # A pixel that does not count is one where the masks agree.
   agreed = np.where(counted, rejected, chosen)
   for function in (margins.pair_margin, margins.pair_log_prob):
     np.testing.assert_array_equal(
-      function(logits, chosen, rejected, **which), function(logits, chosen, agreed)
+      function(logits, chosen, rejected, **region_options), function(logits, chosen, agreed)
     )
   dims = len(space) - 1
-  sizes = losses.region_size(chosen, rejected, spatial_dims=dims, **which)
+  sizes = losses.region_size(chosen, rejected, spatial_dims=dims, **region_options)
   np.testing.assert_array_equal(sizes, losses.region_size(chosen, agreed, spatial_dims=dims))
   assert 0 < sizes.sum() < losses.region_size(chosen, rejected, spatial_dims=dims).sum()
   expected = gradient64(logits, chosen, rejected, factor, counted)
   np.testing.assert_allclose(
-    gradient(logits, chosen, rejected, factor, **which), expected, atol=1e-6
+    gradient(logits, chosen, rejected, factor, **region_options), expected, atol=1e-6
   )
+
+
+@pytest.mark.parametrize("space,classes", SPACES[:3])
+def test_pixels_that_do_not_count_may_hold_nan_or_infinity(space, classes):
+  """Neither value nor gradient of any function sees them."""
+  logits, chosen, rejected, _ = draw(space, classes)
+  ignore = np.random.default_rng(3).random(space) < 0.4
+  spoilt = logits.copy()
+  spoilt[ignore | (chosen == rejected).all(1)] = np.inf
+  spoilt[ignore, 0] = np.nan
+  assert not np.isfinite(spoilt).all()
+  for function in (margins.pair_margin, margins.pair_log_prob):
+
+    def both(z, function=function):
+      return jax.value_and_grad(lambda z: jnp.sum(function(z, chosen, rejected, ignore=ignore)))(z)
+
+    for found, expected in zip(both(spoilt), both(logits), strict=True):
+      np.testing.assert_array_equal(found, expected)
+
+
+def test_class_ids_that_the_logits_lack_are_refused_where_they_count():
+  logits, chosen, rejected, _ = draw((2, 5, 6), 4)
+  marked = chosen.astype(np.int32)
+  for mark in (255, -1):
+    marked[0, 1, 2, 3] = mark
+    ignore = np.zeros((2, 5, 6), bool)
+    for function in (margins.margin_and_size, margins.pair_log_prob):
+      with pytest.raises(ValueError, match=f"rejected: found class id {mark}, expected .* 0 to 3"):
+        function(logits, chosen.astype(np.int32), marked, ignore=ignore)
+    ignore[0, 2, 3] = True
+    for function in (margins.margin_and_size, margins.pair_log_prob):
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        function(logits, marked, rejected.astype(np.int32), ignore=ignore),
+        function(logits, chosen, rejected, ignore=ignore),
+      )
+  with pytest.raises(ValueError, match="chosen: found class id 2, expected ids from 0 to 1"):
+    margins.pair_margin(logits[..., :1], chosen * 0 + 2, chosen * 0)
+
+
+@pytest.mark.parametrize("axes", [(8,), (4, 2)], ids=["images", "rows too"])
+@pytest.mark.parametrize("objective", ["rn_dpo", "apo_zero", "aot"])
+def test_on_a_mesh_with_explicit_axes_value_and_gradient_are_those_of_one_device(axes, objective):
+  """As `jax.make_mesh` makes it by default."""
+  logits, chosen, rejected, _ = draw((8, 8, 6), 3)
+  reference = draw((8, 8, 6), 3, seed=1)[0]
+
+  def loss(z, r, plus, minus):
+    margin, size = margins.margin_and_size(z, plus, minus)
+    options = {"beta": 0.3, "objective": objective}
+    if objective == "apo_zero":
+      options["policy_log_prob"] = margins.pair_log_prob(z, plus, minus)
+      options["reference_log_prob"] = margins.pair_log_prob(r, plus, minus)
+    return losses.preference_loss(margin, margins.pair_margin(r, plus, minus), size, **options)
+
+  arrays = (logits, reference, chosen, rejected)
+  expected = jax.value_and_grad(loss, has_aux=True)(*arrays)
+  mesh = jax.make_mesh(axes, ("data", "rows")[: len(axes)])
+  rows = mesh.axis_names[1] if len(axes) > 1 else None
+  specs = [PartitionSpec("data", rows)] * 2 + [PartitionSpec("data", None, rows)] * 2
+  with jax.set_mesh(mesh):
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(*placed)
+    assert found[1].sharding.spec[:2] == ("data", rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), found, expected)
 
 
 def test_log_prob_on_the_region_by_hand_and_for_one_sigmoid_logit():

@@ -21,7 +21,7 @@ from rndpo_jax.training import checkpoint, loss_fns, metric_writer, train_step, 
 
 BATCH, PAIRS, CLASSES = 4, 2, 3
 PLANE, VOLUME = (16, 16), (12, 44, 2)
-LARGE = 500  # elements
+MIN_SIZE = 500  # elements
 # The gradient stands in the state after a step.
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -39,22 +39,23 @@ def network(dims, lanes=1):
 
 @functools.cache
 def problem(size):
-  """(params, batch of both trainings): four images, two pairs each, one slot without a pair."""
+  """(params, batch): four images, two pairs each, one slot without a pair; the same labelled."""
   rng = np.random.default_rng(0)
   masks = rng.integers(0, CLASSES, (2, BATCH, PAIRS, *size)).astype(np.uint8)
   weight = np.ones((BATCH, PAIRS), np.float32)
   weight[1, 1] = 0
-  batch = {
-    "image": rng.normal(size=(BATCH, *size, 1)).astype(np.float32),
-    "chosen": np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
-    "rejected": np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
-    "reference_margin": rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
-    "reference_log_prob": np.full((BATCH, PAIRS), -9.0, np.float32),
-    "weight": weight,
-    "voxel_volume": np.ones(BATCH, np.float32),
-    "label": masks[0][:, 0],
-  }
-  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), batch["image"])
+  images = rng.normal(size=(BATCH, *size, 1)).astype(np.float32)
+  batch = types.PairBatch(
+    images=images,
+    chosen=np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
+    rejected=np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
+    reference_margin=rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
+    reference_log_prob=np.full((BATCH, PAIRS), -9.0, np.float32),
+    weight=weight,
+    voxel_volume=np.ones(BATCH, np.float32),
+    labelled={"image": images, "label": masks[0][:, 0]},
+  )
+  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), images)
 
   def draw(x):
     return rng.normal(float(x.ndim == 1), 0.2, x.shape).astype(np.float32)
@@ -63,10 +64,10 @@ def problem(size):
 
 
 def compile_step(kind, size, mesh, accumulate_steps=1):
-  """(compiled step, state, batch) of the base's or the fine-tuning's training."""
+  """(compiled step, state, (batch, key, reference)) of the base's or fine-tuning's training."""
   params, batch = problem(size)
   segmenter = network(len(size))
-  segmenter = segmenter._replace(apply=sharding.spread(segmenter.apply, mesh))
+  segmenter = segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh))
   if kind == "finetune":
     loss_fn = loss_fns.make_loss_fn(
       segmenter,
@@ -76,22 +77,23 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
       reference="online" if size == PLANE else "cached",
     )
   else:
+    batch = batch.labelled
     options = base_config().augment.to_dict()
     options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
     loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
-  step = train_step.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, LARGE)
-  state = train_step.make_state(params, OPTIMIZER, mesh, True, LARGE)
+  step = train_step.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, MIN_SIZE)
+  state = train_step.make_state(params, OPTIMIZER, mesh, True, MIN_SIZE)
   batch = sharding.put_batch(batch, mesh)
   reference = jax.tree.map(lambda x: np.float32(0.9) * x, params)
-  batch["reference_params"] = sharding.put_params(reference, mesh, LARGE)
+  arguments = (batch, jax.random.key(1), sharding.put_params(reference, mesh, MIN_SIZE))
   # The partitioner and the passes on arrays run all the same; machine code is made sooner.
   fast = {"xla_backend_optimization_level": 0}
-  lowered = step.lower(state, batch, jax.random.key(1))
-  return lowered.compile(compiler_options=fast), state, batch
+  lowered = step.lower(state, *arguments)
+  return lowered.compile(compiler_options=fast), state, arguments
 
 
-def take(compiled, state, batch):
-  return compiled(state, batch, jax.random.key(1))
+def take(compiled, state, arguments):
+  return compiled(state, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,12 @@ def volume_step():
   """
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    compiled, state, batch = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
-  first = jax.device_get(take(compiled, state, batch))
+    compiled, state, arguments = compile_step("finetune", VOLUME, mesh_of(2, 2, 2))
+  first = jax.device_get(take(compiled, state, arguments))
   # A program takes its arguments where it was compiled for them: the state stays where it was.
-  state = train_step.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, LARGE)
-  state, _ = take(compiled, state, batch)
-  return compiled, first, take(compiled, state, batch)[0]
+  state = train_step.make_state(problem(VOLUME)[0], OPTIMIZER, mesh_of(2, 2, 2), True, MIN_SIZE)
+  state, _ = take(compiled, state, arguments)
+  return compiled, first, take(compiled, state, arguments)[0]
 
 
 def assert_same(alone, shared, size):
@@ -160,7 +162,7 @@ def test_volumes_are_shared_by_borders_and_never_gathered(volume_step):
   params, _ = problem(VOLUME)
   found = hlo.collectives(volume_step[0].as_text())
   gathered = Counter(size for kind, size in found if kind == "all-gather")
-  large = Counter(4 * x.size for x in jax.tree.leaves(params) if x.size >= LARGE)
+  large = Counter(4 * x.size for x in jax.tree.leaves(params) if x.size >= MIN_SIZE)
   rest = gathered - large
   assert gathered - rest == large and len(large) == 3
   # The quantiles sort the pairs; a mask of an image takes a byte a voxel, activations far more.
@@ -193,14 +195,14 @@ def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
   for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
     first = leaves[0]
     part = first.addressable_shards[0].data.size
-    assert part == (first.size // 2 if first.size >= LARGE else first.size)
+    assert part == (first.size // 2 if first.size >= MIN_SIZE else first.size)
     shared += part < first.size
     assert all(leaf.sharding == first.sharding for leaf in leaves)
   assert shared == 3 and state.step.is_fully_replicated
 
 
 @pytest.mark.parametrize(
-  "shape,fsdp,large,spec",
+  "shape,fsdp,min_size,spec",
   [
     ((3, 3, 8, 16), 2, 1000, (None, None, None, "fsdp")),
     ((3, 3, 16, 8), 2, 1000, (None, None, "fsdp")),
@@ -213,10 +215,10 @@ def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
     ((), 2, 0, ()),
   ],
 )
-def test_the_largest_axis_that_divides_is_split(shape, fsdp, large, spec):
+def test_the_largest_axis_that_divides_is_split(shape, fsdp, min_size, spec):
   array = jax.ShapeDtypeStruct(shape, np.float32)
   mesh = sharding.make_mesh(fsdp=fsdp)
-  assert sharding.of_params({"a": array}, mesh, large)["a"].spec == PartitionSpec(*spec)
+  assert sharding.param_shardings({"a": array}, mesh, min_size)["a"].spec == PartitionSpec(*spec)
 
 
 def test_the_default_network_stays_whole_in_two_and_three_dimensions():
@@ -225,42 +227,40 @@ def test_the_default_network_stays_whole_in_two_and_three_dimensions():
     net = models.build(config.model, num_classes=2, spatial_dims=dims)
     images = np.zeros((1, *(8,) * dims, 1), np.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), images)
-    placed = sharding.of_params(shapes, mesh_of(1, 8, 1), config.mesh.large_parameter)
+    placed = sharding.param_shardings(shapes, mesh_of(1, 8, 1), config.mesh.fsdp_min_size)
     assert all(s.is_fully_replicated for s in jax.tree.leaves(placed))
 
 
 def test_no_device_gets_more_of_a_batch_than_its_part():
   _, batch = problem(VOLUME)
-  batch = {
-    "labelled": batch,
-    "batch": types.Batch(batch["image"], batch["label"], *[np.ones(4)] * 2),
-  }
-  placed = sharding.put_batch(batch, mesh_of(2, 1, 2))
+  labelled = types.Batch(*batch.labelled.values(), *[np.ones(4)] * 2)
+  placed, validated = sharding.put_batch((batch, labelled), mesh_of(2, 1, 2))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
-  for name, shape in {
-    "image": (2, 6, 44, 2, 1),
-    "label": (2, 6, 44, 2),
-    "chosen": (2, PAIRS, 2, 132),
-    "weight": (2, PAIRS),
-  }.items():
-    assert {s.data.shape for s in placed["labelled"][name].addressable_shards} == {shape}, name
-  assert placed["batch"].images.addressable_shards[0].data.shape == (2, 6, 44, 2, 1)
-  assert placed["batch"].labels.addressable_shards[0].data.shape == (2, 6, 44, 2)
+  for array, shape in (
+    (placed.images, (2, 6, 44, 2, 1)),
+    (placed.chosen, (2, PAIRS, 2, 132)),
+    (placed.weight, (2, PAIRS)),
+    (placed.labelled["image"], (2, 6, 44, 2, 1)),
+    (placed.labelled["label"], (2, 6, 44, 2)),
+    (validated.images, (2, 6, 44, 2, 1)),
+    (validated.labels, (2, 6, 44, 2)),
+  ):
+    assert {s.data.shape for s in array.addressable_shards} == {shape}
 
 
 def test_validation_on_eight_devices_is_that_of_one():
   params, batch = problem(PLANE)
   other = jax.tree.map(lambda x: 0.9 * x, params)
   batch = types.Batch(
-    batch["image"], batch["label"], np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
+    *batch.labelled.values(), np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
   )
   results = []
   for axes in ((1, 1, 1), (2, 2, 2)):
     mesh = mesh_of(*axes)
     validate = validation.make_validate(
-      network(2).apply, CLASSES, lambda: [batch], mesh, other, LARGE
+      network(2).apply, CLASSES, lambda: [batch], mesh, other, MIN_SIZE
     )
-    results.append(validate(sharding.put_params(params, mesh, LARGE)))
+    results.append(validate(sharding.put_params(params, mesh, MIN_SIZE)))
   assert results[0].keys() == {"val_dice", "val_kl", "val_entropy"} and results[0]["val_kl"] > 1e-3
   for name, value in results[0].items():
     np.testing.assert_allclose(results[1][name], value, rtol=1e-5, err_msg=name)
@@ -271,13 +271,13 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
   params, optimizer = problem(PLANE)[0], optax.adam(0.1)
 
   def start(mesh):
-    state = train_step.make_state(params, optimizer, mesh, True, LARGE)
+    state = train_step.make_state(params, optimizer, mesh, True, MIN_SIZE)
     return state._replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
 
   there = start(mesh_of(2, 2, 2))
   checkpoint.save(tmp_path, 3, there)
   like = train_step.make_state(
-    jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, LARGE
+    jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, MIN_SIZE
   )
   here = checkpoint.restore(tmp_path, 3, like)
   for x, y, z in zip(*map(jax.tree.leaves, (there, here, like)), strict=True):
@@ -315,7 +315,7 @@ def test_a_mesh_that_the_devices_cannot_make_is_refused(tiny_config, changes, me
     ({"mesh__space": 16}, "mesh.space: found 16, but the deepest .* has 8 rows; use 1, 2, 4, 8"),
     ({"mesh__space": 0}, "mesh.space: found 0"),
     ({"mesh__fsdp": -1}, "mesh.fsdp: found -1"),
-    ({"mesh__large_parameter": 0}, "mesh.large_parameter: found 0"),
+    ({"mesh__fsdp_min_size": 0}, "mesh.fsdp_min_size: found 0"),
   ],
 )
 def test_values_of_the_mesh_that_cannot_work_are_refused(tiny_config, changes, message):
@@ -341,7 +341,7 @@ def test_a_job_goes_on_with_another_mesh(tiny_run, tmp_path, capsys):
   (workdir / "finetune" / "done.json").unlink()
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(
-    {"mesh.fsdp": 2, "mesh.space": 2, "mesh.large_parameter": LARGE}
+    {"mesh.fsdp": 2, "mesh.space": 2, "mesh.fsdp_min_size": MIN_SIZE}
   )
   pipeline.run(config, workdir, ("finetune",))
   assert "finetune: going on from step 4" in capsys.readouterr().out

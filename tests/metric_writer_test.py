@@ -1,6 +1,5 @@
 """Rows of metrics: what is not finite, and what was lost of them."""
 
-import contextlib
 import json
 import math
 
@@ -10,8 +9,14 @@ from rndpo_jax import errors
 from rndpo_jax.training import metric_writer
 
 
+def open_writer(directory):
+  writer = metric_writer.MetricWriter(directory)
+  writer.resume(0)
+  return writer
+
+
 def test_metrics_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path):
-  rows = metric_writer.Rows(tmp_path, 0)
+  rows = open_writer(tmp_path)
   rows.add({"step": 1, "kind": "train", "h_p5": math.nan, "loss": 0.5, "h_p95": math.inf})
   rows.add({"step": 2, "kind": "val", "val_dice": 0.25})
   rows.close()
@@ -28,14 +33,15 @@ def test_metrics_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_
 
 
 def test_rows_that_lack_a_validation_are_refused(tmp_path):
-  rows = metric_writer.Rows(tmp_path, 0)
+  rows = open_writer(tmp_path)
   for step in (20, 40):
     rows.add_validation(step, {"val_dice": 0.5})
   rows.close()
 
   def check(start, steps):
-    with contextlib.closing(metric_writer.Rows(tmp_path, start)) as rows:
-      rows.check_validated(steps)
+    rows = metric_writer.MetricWriter(tmp_path)
+    rows.resume(start, steps)
+    rows.close()
 
   check(40, [20, 40])
   with pytest.raises(
@@ -55,7 +61,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
   (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n")
   for read in (
     lambda: metric_writer.read_rows(tmp_path, "val"),
-    lambda: metric_writer.Rows(tmp_path, 9),
+    lambda: metric_writer.MetricWriter(tmp_path).resume(9),
   ):
     with pytest.raises(errors.FileError, match=f"line 2 is no row .*delete the folder {tmp_path}"):
       read()

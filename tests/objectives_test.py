@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config, losses
+from rndpo_jax import losses
 from rndpo_jax.losses import objectives
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -47,6 +47,16 @@ def form64(name, up, down, weight):
   }[name]
 
 
+def aot64(margin, informative):
+  """Policy's and reference's margins matched by rank, by sorting both."""
+  values = np.zeros(len(margin))
+  places = np.flatnonzero(informative)
+  by_policy = places[np.argsort(margin[places, 0])]
+  matched = np.sort(margin[places, 1])
+  values[by_policy] = -np.log(sigmoid(BETA * (margin[by_policy, 0] - matched)))
+  return values
+
+
 def loss64(name, normalization, margin, chosen, weight):
   informative = np.where(SIZES > 0, weight, 0.0)
   size = np.maximum(SIZES, 1)
@@ -55,7 +65,10 @@ def loss64(name, normalization, margin, chosen, weight):
   }[normalization]  # fmt: skip
   up = (chosen[:, 0] - chosen[:, 1]) / divisor
   h = (margin[:, 0] - margin[:, 1]) / divisor
-  values = form64(name, up, up - h, informative)
+  if name == "aot":
+    values = aot64(margin / np.reshape(divisor, (-1, 1)), informative > 0)
+  else:
+    values = form64(name, up, up - h, informative)
   return np.sum(values * informative) / np.sum(informative)
 
 
@@ -70,7 +83,7 @@ def call(name, normalization, margin, chosen, weight):
     normalization=normalization,
     exponent=EXPONENT,
     floor=FLOOR,
-    label_smoothing=SMOOTHING if name in objectives.SMOOTHED else 0.0,
+    label_smoothing=SMOOTHING if objectives.readers(name, "label_smoothing") else 0.0,
     temperature=TEMPERATURE,
     policy_log_prob=chosen[:, 0],
     reference_log_prob=CHOSEN[:, 1].astype(np.float32),
@@ -145,7 +158,7 @@ def test_beta_converts_between_normalizations_by_the_region_size():
   one = [np.array([value], np.float32) for value in (6.0, 2.0)]
   options = {"policy_log_prob": np.float32([-3.0]), "reference_log_prob": np.float32([-4.0])}
   for name in ("cdpo", "hinge", "nca_pair", "apo_zero", "discopop"):
-    smoothing = 0.1 if name in objectives.SMOOTHED else 0.0
+    smoothing = 0.1 if objectives.readers(name, "label_smoothing") else 0.0
     results = [
       losses.preference_loss(
         *one, np.array([8]), objective=name, beta=beta, normalization=normalization,
@@ -206,10 +219,43 @@ def test_options_that_an_objective_does_not_read_are_refused():
     ({"objective": "dpo", "label_smoothing": 0.1}, "label_smoothing: found 0.1"),
     ({"objective": "exo_pair"}, "label_smoothing: found 0.0"),
     ({"objective": "apo_zero"}, "policy_log_prob: objective 'apo_zero' needs it"),
+    ({"objective": "ipo,apo_zero"}, "policy_log_prob: objective 'apo_zero' needs it"),
+    ({"objective": "ipo,ipo"}, "objective: found 'ipo' twice"),
+    ({"objective": "ipo,dpo", "normalization": "region"}, "each of 'ipo,dpo' has its own"),
+    ({"objective": "ipo,dpo", "objective_weights": (1.0,)}, r"found \(1.0,\) for 'ipo,dpo'"),
+    ({"objective_weights": (1.0,)}, "objective_weights"),
   ):
     with pytest.raises(ValueError, match=message):
       loss(**options)
 
 
-def test_config_knows_every_objective():
-  assert set(config.OBJECTIVES) == set(objectives.OBJECTIVES)
+def test_ranks_of_aot_by_hand():
+  # Informative are rows 0, 1, 3; their policy margins have the ranks 2, 0, 1.
+  policy, reference = np.float32([5, -1, 9, 2]), np.float32([1, 0, 7, 3])
+  size, weight = np.array([2, 3, 4, 1]), np.float32([1, 1, 0, 1])
+  loss, metrics = losses.preference_loss(
+    policy, reference, size, objective="aot", beta=1.0, weight=weight
+  )
+  differences = np.array([5 - 3, -1 - 0, 2 - 1])
+  np.testing.assert_allclose(loss, np.mean(np.logaddexp(0, -differences)), rtol=1e-6)
+  dpo, _ = losses.preference_loss(policy, reference, size, objective="dpo", beta=1.0, weight=weight)
+  assert abs(loss - dpo) > 0.01 and np.isfinite(metrics["gradient_weight_p95"])
+
+
+def test_several_objectives_add_up_each_under_its_own_normalization():
+  margin, reference, size = np.float32([3, -1, 0.5]), np.float32([1, 0.5, 0]), np.array([4, 2, 9])
+
+  def loss(policy, objective, **options):
+    return losses.preference_loss(policy, reference, size, objective=objective, beta=0.4, **options)
+
+  def value_and_grad(objective, **options):
+    return jax.value_and_grad(lambda m: loss(m, objective, **options)[0])(margin)
+
+  both = value_and_grad("rn_dpo, ipo", objective_weights=(1.0, 0.2))
+  apart = value_and_grad("rn_dpo"), value_and_grad("ipo")
+  for found, one, other in zip(both, *apart, strict=True):
+    np.testing.assert_allclose(found, one + np.float32(0.2) * other, rtol=1e-6)
+  plain = value_and_grad("rn_dpo,ipo")[0]
+  np.testing.assert_allclose(plain, apart[0][0] + apart[1][0], rtol=1e-6)
+  _, metrics = loss(margin, "rn_dpo,ipo", objective_weights=(1.0, 0.2))
+  assert metrics["loss"] == both[0]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rndpo_jax import losses
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.mining import overlap
 
@@ -36,6 +37,15 @@ def test_equals_elementwise_counts(num_classes, shape):
         np.testing.assert_allclose(dice[i, k, m], expected, rtol=1e-5)
       differ = [(first[i, k] != first[i, m]).sum() for m in range(3)]
       np.testing.assert_array_equal(size[i, k], differ)
+
+
+@pytest.mark.parametrize("classes", [(1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)])
+def test_region_size_of_some_classes_is_that_of_the_margins(classes):
+  masks = np.random.default_rng(0).integers(0, 4, (2, 3, 6, 5)).astype(np.uint8)
+  size = overlap.pairwise_region_size(masks, 4, classes)
+  for k, m in np.ndindex(3, 3):
+    expected = losses.region_size(masks[:, k], masks[:, m], classes=classes)
+    np.testing.assert_array_equal(size[:, k, m], expected)
 
 
 def test_counts_stay_exact_where_lower_precision_would_round():

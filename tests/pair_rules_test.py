@@ -245,3 +245,24 @@ def test_sample_judge_and_mine_do_not_depend_on_devices_or_batch_size():
   once = jax.jit(program)
   parts = [once(params, images[a : a + 1], index[a : a + 1]) for a in range(16)]
   check(jax.tree.map(lambda *xs: np.concatenate(xs), *parts))
+
+
+def test_region_classes_decide_the_size_that_filters_and_records_read():
+  # Against the first mask: 2 pixels of class 1, 3 of class 2, and both.
+  masks = np.zeros((1, 4, 3, 3), np.uint8)
+  masks[0, 1, 0, :2] = 1
+  masks[0, 2, 1] = 2
+  masks[0, 3] = masks[0, 1] + masks[0, 2]
+  scores = jnp.float32([[0.9, 0.1, 0.2, 0.3]])
+
+  def sizes(region_classes, **limits):
+    mined = pair_rules.mine(
+      scores, masks, jax.random.split(jax.random.key(0), 1), num_classes=3, rule="top_vs_rest",
+      pairs_per_image=3, region_classes=region_classes,
+      **{"min_score_gap": 0.0, "min_region_size": 1, "max_region_size": 0, **limits},
+    )  # fmt: skip
+    return mined.region_size[0].tolist(), mined.rejected[0].tolist(), mined.dropped[0].tolist()
+
+  assert sizes(None) == ([2, 3, 5], [1, 2, 3], [0, 0, 0, 0, 0])
+  assert sizes((2,)) == ([3, 3, 0], [2, 3, 0], [0, 1, 0, 0, 0])
+  assert sizes((1,), min_region_size=3) == ([0, 0, 0], [0, 0, 0], [0, 1, 0, 0, 2])

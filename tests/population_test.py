@@ -52,16 +52,16 @@ def batch_of(seed, step):
   masks = rng.integers(0, CLASSES, (2, ROWS, 2, *SIZE)).astype(np.uint8)
   image = rng.normal(size=(ROWS, *SIZE, 1)).astype(np.float32)
   frozen = segmenter().apply(params(), image)
-  return {
-    "image": image,
-    "chosen": np.asarray(bit_planes.pack(masks[0], CLASSES, 2)),
-    "rejected": np.asarray(bit_planes.pack(masks[1], CLASSES, 2)),
-    "reference_margin": np.asarray(losses.pair_margin(frozen, *masks)),
-    "reference_log_prob": np.asarray(losses.pair_log_prob(frozen, *masks)),
-    "weight": rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
-    "voxel_volume": np.ones(ROWS, np.float32),
-    "labelled": {"image": image[::-1], "label": masks[0, :, 0]},
-  }
+  return types.PairBatch(
+    images=image,
+    chosen=np.asarray(bit_planes.pack(masks[0], CLASSES, 2)),
+    rejected=np.asarray(bit_planes.pack(masks[1], CLASSES, 2)),
+    reference_margin=np.asarray(losses.pair_margin(frozen, *masks)),
+    reference_log_prob=np.asarray(losses.pair_log_prob(frozen, *masks)),
+    weight=rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
+    voxel_volume=np.ones(ROWS, np.float32),
+    labelled={"image": image[::-1], "label": masks[0, :, 0]},
+  )
 
 
 def options(**changes):
@@ -81,9 +81,8 @@ def key_of(seed):
   return jax.random.fold_in(jax.random.key(seed), 2)
 
 
-def with_reference(batch, config):
-  online = config.finetune.reference == "online"
-  return {**batch, "reference_params": params()} if online else batch
+def reference_of(config):
+  return params() if config.finetune.reference == "online" else None
 
 
 @functools.cache
@@ -103,8 +102,8 @@ def ordinary(seed, beta, rate, stop=STEPS, **changes):
   mesh, tuned = sharding.make_mesh(ONE), config.finetune
   state = train_step.make_state(params(), optimizer, mesh, with_ema=tuned.ema_decay > 0)
   for number in range(stop):
-    batch = with_reference(sharding.put_batch(batch_of(seed, number), mesh), config)
-    state, aux = step(state, batch, key_of(seed))
+    batch = sharding.put_batch(batch_of(seed, number), mesh)
+    state, aux = step(state, batch, key_of(seed), reference_of(config))
   return jax.device_get((state, aux))
 
 
@@ -126,12 +125,12 @@ def trained(form, devices, settings=None, spoilt=None, **changes):
   for number in range(STEPS):
     rows = [batch_of(seed, number) for seed in SEEDS]
     if spoilt is not None and spoilt[1] == number:
-      image = rows[spoilt[0]]["image"].copy()
+      image = rows[spoilt[0]].images.copy()
       image[0, 0, 0] = np.nan
-      rows[spoilt[0]] = {**rows[spoilt[0]], "image": image}
+      rows[spoilt[0]] = rows[spoilt[0]]._replace(images=image)
     batches = population.put_batches(dict(enumerate(rows)), len(rows), mesh)
     before = state
-    state, aux = step(state, with_reference(batches, config), keys, settings)
+    state, aux = step(state, batches, keys, settings, reference_of(config))
   assert before.train.params["in"].is_deleted()
   assert step._cache_size() == 1
   return jax.device_get((state, aux))

@@ -1,6 +1,7 @@
 """losses: exact values by hand, float64 forms from the definition, algebraic properties."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -235,3 +236,18 @@ def test_dice_loss_of_a_class_absent_from_both_costs_nothing():
   logits = jnp.full((1, 4, 4, 3), -50.0).at[..., 0].set(50.0)
   labels = jnp.zeros((1, 4, 4), jnp.uint8)
   np.testing.assert_allclose(losses.soft_dice_loss(logits, labels), [0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.soft_dice_loss])
+def test_supervised_losses_want_two_classes_and_labels_below_them(loss):
+  with pytest.raises(ValueError, match="logits: found 1 class, expected C >= 2"):
+    loss(jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2), jnp.uint8))
+  with pytest.raises(ValueError, match="labels: found class id 255, expected ids from 0 to 2"):
+    loss(jnp.zeros((1, 2, 2, 3)), jnp.full((1, 2, 2), 255, jnp.uint8))
+
+
+def test_the_example_of_the_readme_runs():
+  page = (pathlib.Path(losses.__file__).parent / "README.md").read_text()
+  names = {}
+  exec(page.split("```python\n")[1].split("```")[0], names)
+  assert jnp.isfinite(names["loss"]) and names["gradient"].shape == (8, 64, 64, 3)

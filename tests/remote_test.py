@@ -78,14 +78,16 @@ def test_rows_in_a_bucket_are_there_at_every_write_and_after_a_run_that_went_on(
   with (bucket / "half").open("w") as file:
     file.write("text")
     assert not (bucket / "half").exists()  # as it is in a bucket
-  rows = metric_writer.Rows(bucket, start=0)
+  rows = metric_writer.MetricWriter(bucket)
+  rows.resume(0)
   for step, kind in ((10, "train"), (10, "val"), (20, "train")):
     rows.add({"step": step, "kind": kind, "val_dice": step / 100})
   rows.write()
   assert [row["step"] for row in metric_writer.read_rows(bucket, "train")] == [10, 20]
   rows.add({"step": 30, "kind": "val", "val_dice": 0.3})
   rows.close()  # killed after step 20's state: step 30 comes again
-  rows = metric_writer.Rows(bucket, start=20)
+  rows = metric_writer.MetricWriter(bucket)
+  rows.resume(20)
   assert rows.of_kind("val") == metric_writer.read_rows(bucket, "val")[:1]
   rows.add({"step": 30, "kind": "val", "val_dice": 0.4})
   rows.close()

@@ -94,7 +94,8 @@ def test_the_best_is_that_of_the_mean_over_seeds_at_the_last_step(tmp_path):
   }
   for beta, seeds in curves.items():
     for seed, dice in enumerate(seeds):
-      rows = metric_writer.Rows(folder := sweep_folder(tmp_path, seed, beta), 0)
+      rows = metric_writer.MetricWriter(folder := sweep_folder(tmp_path, seed, beta))
+      rows.resume(0)
       for step, value in zip((4, 8), dice, strict=True):
         if value is not None:
           rows.add({"step": step, "kind": "val", "val_dice": value})

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import errors, provenance
@@ -20,8 +19,8 @@ from rndpo_jax.training import checkpoint, checkpoint_manager, metric_writer, tr
 OPTIMIZER = optax.adam(0.1)
 
 
-def loss_fn(params, batch, key):
-  noise = jax.random.normal(key, ())
+def loss_fn(params, batch, inputs):
+  noise = jax.random.normal(inputs.key, ())
   error = batch @ params["w"] - 1.0 + 0.01 * noise
   return jnp.mean(error**2), {"noise": noise}
 
@@ -44,7 +43,10 @@ def batch_at(step):
   return np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
 
 
-def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=None, **options):
+def run(
+  step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=None, fingerprints=(),
+  **options,
+):  # fmt: skip
   def batches(start_step):
     for number in itertools.count(start_step):
       if number == stop:
@@ -55,14 +57,13 @@ def run(step, mesh, directory, *, num_steps, stop=None, data=batch_at, state=Non
     step,
     start(mesh) if state is None else state,
     batches,
-    num_steps=num_steps,
+    train_loop.Schedule(num_steps, log_every_steps=2, eval_every_steps=3),
     key=jax.random.key(5),
-    directory=directory,
-    description="test",
-    log_every_steps=2,
-    eval_every_steps=3,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory, description="test", fingerprints=dict(fingerprints), **options
+    ),
+    metrics=metric_writer.MetricWriter(directory),
     validate=lambda params: {"val_dice": float(params["w"][0])},
-    **options,
   )
 
 
@@ -97,7 +98,7 @@ def test_params_lost_by_a_kill_are_written_again_from_their_state(step, mesh, tm
 
 def test_states_by_the_clock_serve_to_go_on_and_change_nothing(step, mesh, tmp_path):
   whole = run(step, mesh, tmp_path / "whole", num_steps=10)
-  often = dict(num_steps=10, checkpoint_minutes=1e-9, keep_checkpoints=3)
+  often = dict(num_steps=10, minutes=1e-9, keep_checkpoints=3)
   with pytest.raises(KeyboardInterrupt):
     run(step, mesh, tmp_path / "cut", stop=8, **often)
   assert checkpoint.steps(tmp_path / "cut" / "state") == [4, 6, 8]
@@ -143,7 +144,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(step, mesh, tmp_
 
 def test_best_and_latest_parameters_are_kept(step, mesh, tmp_path):
   # By the clock there is a state before the first validation, too.
-  run(step, mesh, tmp_path, num_steps=12, keep_best=True, checkpoint_minutes=1e-9)
+  run(step, mesh, tmp_path, num_steps=12, keep_params="best", minutes=1e-9)
   rows = metric_writer.read_rows(tmp_path, "val")
   best = max(rows, key=lambda row: row["val_dice"])["step"]
   assert checkpoint.steps(tmp_path / "params") == sorted({best, 12}) != [12]
@@ -205,8 +206,8 @@ def test_average_of_parameters_is_what_is_kept_and_validated(step, mesh, tmp_pat
   assert last["val_dice"] == float(state.ema["w"][0]) != float(state.params["w"][0])
 
 
-def weighted_loss(params, batch, key):
-  error = (batch["x"] @ params["w"] - batch["reference_params"]["w"][0]) ** 2
+def weighted_loss(params, batch, inputs):
+  error = (batch["x"] @ params["w"] - inputs.reference["w"][0]) ** 2
   total = jnp.sum(batch["weight"])
   loss = jnp.sum(error * batch["weight"]) / jnp.maximum(total, 1e-12)
   known = jnp.where(total > 0, 3.0, jnp.nan)  # as the quantiles of no pair are
@@ -221,12 +222,12 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
     "weight": (np.arange(32) % 4 == 0).astype(np.float32) + (np.arange(32) == 7),
   }
   batch = sharding.put_batch(batch, mesh)
-  batch["reference_params"] = {"w": jnp.full(3, 2.0)}
+  reference = {"w": jnp.full(3, 2.0)}
   results = []
   for count in (1, parts):
     made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, count)
     state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
-    results.append(made(state, batch, jax.random.key(0)))
+    results.append(made(state, batch, jax.random.key(0), reference))
   (whole, whole_aux), (state, aux) = results
   assert (np.asarray(whole.params["w"]) != 1).all()
   np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-6)
@@ -238,10 +239,9 @@ def test_micro_batches_give_the_step_of_the_whole_batch(mesh, parts):
 
 def test_a_batch_without_any_weight_moves_nothing(mesh):
   batch = sharding.put_batch({"x": np.ones((16, 3)), "weight": np.zeros(16)}, mesh)
-  batch["reference_params"] = {"w": jnp.zeros(3)}
   made = train_step.make_train_step(weighted_loss, optax.sgd(0.1), mesh, 2)
   state = train_step.make_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh)
-  state, aux = made(state, batch, jax.random.key(0))
+  state, aux = made(state, batch, jax.random.key(0), {"w": jnp.zeros(3)})
   np.testing.assert_array_equal(state.params["w"], np.ones(3))
   assert float(aux["loss"]) == 0
 
@@ -283,7 +283,8 @@ def events(directory):
 
 
 def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
-  rows = metric_writer.Rows(epath.Path(tmp_path), start=4)
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(4)
   rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
   rows.write()
   (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
@@ -299,7 +300,8 @@ def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
   def full(_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  rows = metric_writer.Rows(epath.Path(tmp_path), start=0)
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(0)
   with monkeypatch.context() as patch:
     patch.setattr(metric_writer.EventsWriter, "flush", full)
     with pytest.raises(OSError, match="No space left"):

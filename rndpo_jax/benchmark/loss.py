@@ -106,7 +106,7 @@ def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]
     return logits, chosen, rejected, jax.random.normal(margin_key, lead)
 
   count = timing.num_inputs(math.prod(options.shape) * _input_bytes(options))
-  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(count)]
 
 

@@ -80,7 +80,7 @@ def make_images(options: Options, mesh) -> list[jax.Array]:
   def draw(key):
     return jax.random.normal(key, (*options.shape, network.CHANNELS))
 
-  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
   return [draw(key) for key in jax.random.split(jax.random.key(1), NUM_INPUTS)]
 
 

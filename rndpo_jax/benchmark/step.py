@@ -42,7 +42,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
   supervised = make_batches(jax.random.key(1), options, 0, mesh)
   optimizer = finetune.optimizer(network.make_config(options).finetune)
 
-  def make(name, loss_fn, batches, pairs):
+  def make(name, loss_fn, batches, pairs, reference=None):
     return step_variant(
       name,
       loss_fn=loss_fn,
@@ -52,6 +52,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
       optimizer=optimizer,
       mesh=mesh,
       params=params,
+      reference=reference,
     )
 
   variants.append(make(SUPERVISED, supervised_loss_fn(segmenter), supervised, 0))
@@ -62,9 +63,8 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     variants.append(make(f"RN-DPO, {noun}, cached", cached, batches, pairs))
     if pairs == 1:
       frozen = jax.device_put(params, sharding.replicated(mesh))
-      online = [{**batch, "reference_params": frozen} for batch in batches]
       loss_fn = preference_loss_fn(segmenter, options, "online")
-      variants.append(make(f"RN-DPO, {noun}, online", loss_fn, online, pairs))
+      variants.append(make(f"RN-DPO, {noun}, online", loss_fn, batches, pairs, frozen))
   if peers is not None:
     from rndpo_jax.benchmark import torch_unet
 
@@ -87,7 +87,9 @@ def copy_of_64_mib() -> timing.Variant:
   return timing.copy_variant(arrays)
 
 
-def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dict[str, jax.Array]]:
+def make_batches(
+  key: jax.Array, options: Options, pairs: int, mesh
+) -> list[dict[str, jax.Array]] | list[types.PairBatch]:
   """Random batches on the devices: of labels without `pairs`, else as `stages.finetune` takes them.
 
   Masks are bit-packed, as they travel.
@@ -103,25 +105,25 @@ def make_batches(key: jax.Array, options: Options, pairs: int, mesh) -> list[dic
       return {"image": image, "label": labels}
     masks = loss.draw_pair(pair_key, (batch, pairs), space, options.classes, options.disagreement)
     chosen, rejected = (bit_planes.pack(mask, options.classes, len(space)) for mask in masks)
-    return {
-      "image": image,
-      "chosen": chosen,
-      "rejected": rejected,
-      "reference_margin": jax.random.normal(margin_key, (batch, pairs)),
-      "reference_log_prob": jnp.zeros((batch, pairs)),
-      "weight": jnp.ones((batch, pairs)),
-      "voxel_volume": jnp.ones(batch),
-    }
+    return types.PairBatch(
+      images=image,
+      chosen=chosen,
+      rejected=rejected,
+      reference_margin=jax.random.normal(margin_key, (batch, pairs)),
+      reference_log_prob=jnp.zeros((batch, pairs)),
+      weight=jnp.ones((batch, pairs)),
+      voxel_volume=jnp.ones(batch),
+    )
 
-  draw = jax.jit(draw, out_shardings=sharding.over_batch(mesh))
+  draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
 
 
 def supervised_loss_fn(segmenter: types.Segmenter) -> train_step.LossFn:
-  """(params, batch, key) -> (mean cross-entropy, no metrics): as little as such a step can do."""
+  """(params, batch, inputs) -> (mean cross-entropy, no metrics): as little as a step can do."""
 
-  def loss_fn(params, batch, key):
-    del key
+  def loss_fn(params, batch, inputs):
+    del inputs
     logits = segmenter.apply(params, batch["image"])
     return jnp.mean(losses.cross_entropy(logits, batch["label"])), {}
 
@@ -146,14 +148,17 @@ def step_variant(
   name: str,
   *,
   loss_fn: train_step.LossFn,
-  batch_of: Callable[[int], dict[str, Any]],
+  batch_of: Callable[[int], Any],
   options: Options,
   pairs: int,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   params: types.Params,
+  reference: types.Params | None = None,
 ) -> timing.Variant:
   """Training steps in a row, each from the state that the one before left.
+
+  Every `config.finetune.log_every_steps`-th is a logged one, as in training.
 
   Args:
     name: in tables.
@@ -164,16 +169,18 @@ def step_variant(
     optimizer: of the step.
     mesh: from `sharding.make_mesh`.
     params: to start from.
+    reference: parameters of an online reference.
   """
   state = train_step.make_state(params, optimizer, mesh)
   key, batch = jax.random.key(2), batch_of(0)
-  step = train_step.make_train_step(loss_fn, optimizer, mesh)
-  compiled, seconds, peak = timing.compile_ahead(step, state, batch, key)
-  moved = 2 * network.num_bytes(state) + network.num_bytes(batch)
+  every = network.make_config(options).finetune.log_every_steps
+  step = train_step.make_train_step(loss_fn, optimizer, mesh, log_every_steps=every)
+  compiled, seconds, peak = timing.compile_ahead(step, state, batch, key, reference)
+  moved = 2 * network.num_bytes(state) + network.num_bytes((batch, reference))
 
   def run(turn):
     nonlocal state  # its buffers are donated: the next step takes what this one leaves
-    state, metrics = compiled(state, batch_of(turn), key)
+    state, metrics = compiled(state, batch_of(turn), key, reference)
     return metrics
 
   return timing.Variant(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import types
-from rndpo_jax.losses import bit_planes
+from rndpo_jax.losses import bit_planes, class_ids
 
 
 def region(
@@ -27,6 +27,9 @@ def region(
   classes: tuple[int, ...] | None = None,
 ) -> jax.Array:
   """D, the pixels where two masks differ.
+
+  A pixel counts whatever the ids: 255 or another mark in one of the masks is not left out. Say
+  which pixels do not count with `ignore`.
 
   Args:
     chosen: u8[..., *S] class ids.
@@ -88,6 +91,9 @@ def margin_and_size(
   pixel (C = 1, sigmoid) z_p[y] is (2y - 1) z_p / 2. Sums run in float32 whatever the dtype of the
   logits; logits outside D are never looked at, so they may be infinite.
 
+  Class ids are below C (below 2 where C = 1). This is checked on concrete arrays; inside `jit` a
+  larger id is silently read as class 0. Ignored pixels may hold any id.
+
   The gradient is in closed form and needs the masks alone; it has the dtype of the logits, and P
   pairs of an image add up in it directly. Reverse mode may be applied again; forward mode (jvp)
   is refused by JAX.
@@ -103,6 +109,9 @@ def margin_and_size(
 
   Returns:
     (margin f32, size i32), [B] or [B, P] each; 0 for identical masks.
+
+  Raises:
+    ValueError: on a class id that is not below C, where it can be seen.
   """
   chex.assert_equal_shape([chosen, rejected])
   single = chosen.ndim == (3 if packed else logits.ndim - 1)
@@ -112,6 +121,7 @@ def margin_and_size(
     chex.assert_axis_dimension(chosen, 0, logits.shape[0])
   else:
     chex.assert_shape(chosen, (logits.shape[0], None, *logits.shape[1:-1]))
+    class_ids.check(logits, ignore, chosen=chosen, rejected=rejected)
   codes = _codes(chosen, rejected, ignore, logits.shape[1:], packed, classes)
   margin, size = _coded(logits, codes, logits.shape[-1], jnp.dtype(logits.dtype).name)
   return (margin[:, 0], size[:, 0]) if single else (margin, size)
@@ -141,7 +151,8 @@ def pair_log_prob(
   """Log-probability of the chosen mask on D: sum_{p in D} log softmax(z_p)[y+_p].
 
   That of the rejected mask on D is this minus `pair_margin`. Here the log-partition does not
-  cancel, so it costs a logsumexp a pixel, shared by the P pairs.
+  cancel, so it costs a logsumexp a pixel, shared by the P pairs. Logits outside D are never looked
+  at, neither for the value nor for the gradient, so they may be infinite or NaN.
 
   Args:
     logits: f[B, *S, C].
@@ -152,19 +163,26 @@ def pair_log_prob(
 
   Returns:
     f32[B] or f32[B, P], <= 0; 0 for identical masks.
+
+  Raises:
+    ValueError: as `margin_and_size`.
   """
   chex.assert_equal_shape([chosen, rejected])
   if chosen.ndim == logits.ndim - 1:
     return pair_log_prob(
       logits, chosen[:, None], rejected[:, None], ignore=ignore, classes=classes
     )[:, 0]
-  logits = logits.astype(jnp.float32)
+  class_ids.check(logits, ignore, chosen=chosen, rejected=rejected)
+  pairs = list(_slots(chosen, rejected, ignore, None, False, classes))
+  # Selected before the logsumexp: a zero gradient times one that is infinite would be NaN.
+  inside = functools.reduce(jnp.logical_or, [plus != minus for plus, minus in pairs])
+  logits = jnp.where(inside[..., None], logits.astype(jnp.float32), 0.0)
   if logits.shape[-1] == 1:
     # log sigmoid(+-z): z[y] - log partition, with the two logits z / 2 and -z / 2.
     logits = jnp.concatenate([-0.5 * logits, 0.5 * logits], axis=-1)
   log_partition = jax.nn.logsumexp(logits, axis=-1)
   columns = []
-  for plus, minus in _slots(chosen, rejected, ignore, None, False, classes):
+  for plus, minus in pairs:
     terms = jnp.where(plus != minus, _pick(logits, plus) - log_partition, 0.0)
     columns.append(jnp.sum(terms, axis=tuple(range(1, terms.ndim))))
   return jnp.stack(columns, axis=1)

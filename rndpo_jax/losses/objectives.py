@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Options(NamedTuple):
@@ -34,15 +35,18 @@ class Options(NamedTuple):
 
   Attributes:
     beta: strength, > 0.
-    label_smoothing: probability that a pair is the wrong way round, in 0..0.5; read by cdpo,
-      robust and exo_pair.
+    label_smoothing: probability that a pair is the wrong way round, in 0..0.5.
     temperature: of discopop's blend.
-    mean: averages over the informative pairs of the batch, f32[...] -> f32[]; read by bco_pair.
+    reference: s times the reference's margin, like h.
+    informative: bool, like h: the pairs of the batch that carry information.
+    mean: averages over the informative pairs of the batch, f32[...] -> f32[].
   """
 
   beta: float
   label_smoothing: float
   temperature: float
+  reference: jax.Array
+  informative: jax.Array
   mean: Callable[[jax.Array], jax.Array]
 
 
@@ -73,7 +77,11 @@ def robust(h, chosen, rejected, options):
 
 
 def ipo(h, chosen, rejected, options):
-  """(h - 1 / (2 beta))^2. Azar et al., "A General Theoretical Paradigm", AISTATS 2024."""
+  """(h - 1 / (2 beta))^2. Azar et al., "A General Theoretical Paradigm", AISTATS 2024.
+
+  TRL divides its log-ratios by their lengths here: that is this under `region`, where both lengths
+  are |D|.
+  """
   del chosen, rejected
   return jnp.square(h - 0.5 / options.beta)
 
@@ -108,9 +116,9 @@ def nca_pair(h, chosen, rejected, options):
 def bco_pair(h, chosen, rejected, options):
   """-log sigmoid(beta r+ - d) - log sigmoid(-(beta r- - d)), d the mean reward (r+ + r-) beta / 2.
 
-  Jung et al., "Binary Classifier Optimization", 2024. There d is a running mean; here it is the
-  mean over the informative pairs of the batch, without gradient, so that a step stays a function
-  of its batch.
+  Jung et al., "Binary Classifier Optimization", 2024. There, and in TRL, d is a running mean; here
+  it is the mean over the informative pairs of the batch, without gradient, so that a step stays a
+  function of its batch.
   """
   del h
   up, down = options.beta * chosen, options.beta * rejected
@@ -159,38 +167,102 @@ def discopop(h, chosen, rejected, options):
   return logistic + jnp.exp(log_blend - x)
 
 
+def aot(h, chosen, rejected, options):
+  """-log sigmoid(beta (m - q)), m the policy's margin and q the reference's of the same rank.
+
+  Alignment via Optimal Transport, paired: Melnyk et al., "Distributional Preference Alignment of
+  LLMs via Optimal Transport", NeurIPS 2024. Ranks are among the informative pairs of the batch and
+  carry no gradient; a term has the weight of the pair that m is of. With equal weights this is
+  TRL's `aot` without label smoothing. A batch of one pair makes it dpo.
+  """
+  del chosen, rejected
+  margin = h + options.reference
+  matched = _of_same_rank(margin, options.reference, options.informative)
+  return jax.nn.softplus(-options.beta * (margin - matched))
+
+
+def _of_same_rank(values, others, counted):
+  """For each of `values` that counts the one of `others` with its rank among those that count."""
+  known, wanted = (
+    gathered(jax.lax.stop_gradient(jnp.where(counted, x, jnp.inf))).ravel()
+    for x in (values, others)
+  )
+  rank = jnp.argsort(jnp.argsort(known))
+  place = jax.typeof(values).sharding
+  matched = _placed(jnp.sort(wanted)[rank].reshape(values.shape), place.spec, place.mesh)
+  return jnp.where(counted, matched, others)
+
+
 class Objective(NamedTuple):
   """A row of the table.
 
   Attributes:
-    loss: (s h, s r+, s r-, Options) -> loss, elementwise.
-    reads_log_ratios: whether r+ and r- are needed beside h.
+    loss: (s h, s r+, s r-, Options) -> loss, like h.
     normalization: the default.
+    reads: what else than h: "log_ratios" (r+ and r-), "label_smoothing" (which it needs above 0),
+      "temperature", "batch" (the other pairs of the batch, so that a batch cannot be gone through
+      in parts).
   """
 
   loss: Callable[..., jax.Array]
-  reads_log_ratios: bool = False
   normalization: str = "none"
+  reads: tuple[str, ...] = ()
 
 
 NORMALIZATIONS = ("none", "region", "power")
 OBJECTIVES = {
   "dpo": Objective(dpo),
   "rn_dpo": Objective(dpo, normalization="region"),
-  "cdpo": Objective(cdpo),
-  "robust": Objective(robust),
+  "cdpo": Objective(cdpo, reads=("label_smoothing",)),
+  "robust": Objective(robust, reads=("label_smoothing",)),
   "ipo": Objective(ipo),
   "hinge": Objective(hinge),
-  "exo_pair": Objective(exo_pair),
-  "nca_pair": Objective(nca_pair, reads_log_ratios=True),
-  "bco_pair": Objective(bco_pair, reads_log_ratios=True),
-  "sppo_hard": Objective(sppo_hard, reads_log_ratios=True),
-  "apo_zero": Objective(apo_zero, reads_log_ratios=True),
-  "apo_down": Objective(apo_down, reads_log_ratios=True),
-  "discopop": Objective(discopop),
+  "exo_pair": Objective(exo_pair, reads=("label_smoothing",)),
+  "nca_pair": Objective(nca_pair, reads=("log_ratios",)),
+  "bco_pair": Objective(bco_pair, reads=("log_ratios", "batch")),
+  "sppo_hard": Objective(sppo_hard, reads=("log_ratios",)),
+  "apo_zero": Objective(apo_zero, reads=("log_ratios",)),
+  "apo_down": Objective(apo_down, reads=("log_ratios",)),
+  "discopop": Objective(discopop, reads=("temperature",)),
+  "aot": Objective(aot, reads=("batch",)),
 }
-# Those that read the label smoothing; exo_pair needs it above 0.
-SMOOTHED = ("cdpo", "robust", "exo_pair")
+
+
+def parse(objective: str) -> tuple[str, ...]:
+  """ "rn_dpo,ipo" -> ("rn_dpo", "ipo").
+
+  Raises:
+    ValueError: on a name that is not in OBJECTIVES, or stands twice.
+  """
+  names = tuple(name.strip() for name in objective.split(","))
+  for place, name in enumerate(names):
+    if name not in OBJECTIVES:
+      raise ValueError(f"found {name!r}, expected one of {', '.join(OBJECTIVES)}")
+    if name in names[:place]:
+      raise ValueError(f"found {name!r} twice; name it once, with the sum of the weights")
+  return names
+
+
+def readers(objective: str, what: str) -> list[str]:
+  """Those of "rn_dpo,ipo" that read one of the things in `Objective.reads`."""
+  return [name for name in parse(objective) if what in OBJECTIVES[name].reads]
+
+
+def known_readers(what: str) -> str:
+  """All objectives that read it, for messages."""
+  return ", ".join(name for name, row in OBJECTIVES.items() if what in row.reads)
+
+
+def gathered(values: jax.Array) -> jax.Array:
+  """The same numbers, whole on every device where a mesh has explicit axes: for a sort."""
+  return _placed(values, PartitionSpec(*(None,) * values.ndim), jax.typeof(values).sharding.mesh)
+
+
+def _placed(values, spec, mesh):
+  """Placed by `spec` where it is not yet; outside explicit axes every spec is empty."""
+  if jax.typeof(values).sharding.spec == spec:
+    return values
+  return jax.sharding.reshard(values, NamedSharding(mesh, spec))
 
 
 def scale(size: jax.Array, normalization: str, exponent: float, floor: float) -> jax.Array:

@@ -31,6 +31,7 @@ def preference_loss(
   size: types.Array,
   *,
   objective: str = "rn_dpo",
+  objective_weights: tuple[float, ...] = (),
   beta: float,
   weight: types.Array | None = None,
   normalization: str | None = None,
@@ -52,7 +53,8 @@ def preference_loss(
   region (mean over D) or power (sum over D, divided by max(|D|, floor)**exponent).
 
   On a pair with |D| pixels dpo and rn_dpo agree when beta_rn_dpo = beta_dpo * |D|; to move a DPO
-  beta over, multiply it by the typical |D| of the pairs. A pair with |D| = 0 says nothing: it gets
+  beta over, multiply it by the typical |D| of the pairs. With both lengths taken as |D|, rn_dpo is
+  TRL's `sigmoid_norm`. A pair with |D| = 0 says nothing: it gets
   weight zero, is counted in `num_empty`, and leaves loss and gradient finite. With no informative
   pair at all the loss is 0.
 
@@ -61,15 +63,17 @@ def preference_loss(
     reference_margin: like `policy_margin`; no gradient flows into it. Zeros for a reference-free
       objective.
     size: i32, like `policy_margin`: |D| in pixels.
-    objective: a name of `objectives.OBJECTIVES`.
+    objective: a name of `objectives.OBJECTIVES`, or several as in "rn_dpo,ipo": their weighted sum,
+      each under its own normalization, all with the same beta.
+    objective_weights: one for each of several; () for ones.
     beta: strength; with rn_dpo near 10, with dpo near 10 / typical |D|.
     weight: f32, like `policy_margin`, or None for ones; 0 marks a slot without a pair.
-    normalization: a name of `objectives.NORMALIZATIONS`; None takes the objective's own, region
-      for rn_dpo and none for the others.
+    normalization: a name of `objectives.NORMALIZATIONS`, for one objective; None takes the
+      objective's own, region for rn_dpo and none for the others.
     exponent: of power.
     floor: of power, in the unit of size * voxel_volume.
-    label_smoothing: probability in 0..0.5 that a pair is the wrong way round; read by the
-      objectives in `objectives.SMOOTHED`.
+    label_smoothing: probability in 0..0.5 that a pair is the wrong way round; read by cdpo, robust
+      and exo_pair.
     temperature: of discopop.
     policy_log_prob: `pair_log_prob` of the policy, like `policy_margin`; needed by objectives of
       the separate log-ratios, for the others it only adds metrics.
@@ -90,9 +94,11 @@ def preference_loss(
       log-probabilities.
   """
   chex.assert_equal_shape([policy_margin, reference_margin, size])
-  row, normalization = _check(objective, normalization, label_smoothing, policy_log_prob)
+  terms = _terms(objective, objective_weights, normalization)
+  _check_options(objective, label_smoothing, policy_log_prob)
   policy_margin = policy_margin.astype(jnp.float32)
-  h = (policy_margin - jax.lax.stop_gradient(reference_margin)) * voxel_volume
+  reference_margin = jax.lax.stop_gradient(reference_margin)
+  h = (policy_margin - reference_margin) * voxel_volume
   chosen = jnp.zeros_like(h)
   if policy_log_prob is not None:
     chex.assert_equal_shape([policy_margin, policy_log_prob, reference_log_prob])
@@ -104,11 +110,17 @@ def preference_loss(
   def mean(values):
     return jnp.sum(values * informative) / total
 
-  factor = objectives.scale(size.astype(jnp.float32) * voxel_volume, normalization, exponent, floor)
-  options = objectives.Options(beta, label_smoothing, temperature, mean)
-
   def pair_losses(h, chosen):
-    return row.loss(factor * h, factor * chosen, factor * (chosen - h), options)
+    losses = []
+    for term_weight, loss_fn, norm in terms:
+      factor = objectives.scale(size.astype(jnp.float32) * voxel_volume, norm, exponent, floor)
+      reference = factor * (reference_margin * voxel_volume)
+      options = objectives.Options(
+        beta, label_smoothing, temperature, reference, informative > 0, mean
+      )
+      values = loss_fn(factor * h, factor * chosen, factor * (chosen - h), options)
+      losses.append(values if len(terms) == 1 else term_weight * values)
+    return sum(losses[1:], losses[0])
 
   values = pair_losses(h, chosen)
   loss = mean(jnp.where(size > 0, values, 0.0))
@@ -127,31 +139,46 @@ def preference_loss(
   return loss, metrics
 
 
-def _check(objective, normalization, label_smoothing, policy_log_prob):
-  """The objective's row and its normalization."""
-  if objective not in objectives.OBJECTIVES:
+def _terms(objective, objective_weights, normalization):
+  """[(weight, loss function, normalization)] of the objectives of a sum."""
+  try:
+    names = objectives.parse(objective)
+  except ValueError as error:
+    raise ValueError(f"objective: {error}") from None
+  weights = tuple(objective_weights) or (1.0,) * len(names)
+  if len(weights) != len(names) or (objective_weights and len(names) == 1):
     raise ValueError(
-      f"objective: found {objective!r}, expected one of {', '.join(objectives.OBJECTIVES)}"
+      f"objective_weights: found {objective_weights} for {objective!r}, expected one for each of "
+      "several objectives, or ()"
     )
-  row = objectives.OBJECTIVES[objective]
-  chosen = row.normalization if normalization is None else normalization
-  if chosen not in objectives.NORMALIZATIONS:
+  if normalization is not None and len(names) > 1:
     raise ValueError(
-      f"normalization: found {chosen!r}, expected one of {', '.join(objectives.NORMALIZATIONS)}"
+      f"normalization: found {normalization!r}, but each of {objective!r} has its own; leave it out"
     )
-  if objective == "rn_dpo" and chosen != "region":
-    raise ValueError(
-      f"normalization: found {chosen!r}, but 'rn_dpo' is 'dpo' under 'region'; use objective 'dpo'"
-    )
-  smoothed = objective in objectives.SMOOTHED
+  rows = [objectives.OBJECTIVES[name] for name in names]
+  norms = [row.normalization if normalization is None else normalization for row in rows]
+  for name, norm in zip(names, norms, strict=True):
+    if norm not in objectives.NORMALIZATIONS:
+      raise ValueError(
+        f"normalization: found {norm!r}, expected one of {', '.join(objectives.NORMALIZATIONS)}"
+      )
+    if name == "rn_dpo" and norm != "region":
+      raise ValueError(
+        f"normalization: found {norm!r}, but 'rn_dpo' is 'dpo' under 'region'; use objective 'dpo'"
+      )
+  return [(w, row.loss, norm) for w, row, norm in zip(weights, rows, norms, strict=True)]
+
+
+def _check_options(objective, label_smoothing, policy_log_prob):
+  smoothed = bool(objectives.readers(objective, "label_smoothing"))
   if not 0.0 <= label_smoothing < 0.5 or (label_smoothing > 0) != smoothed:
     raise ValueError(
       f"label_smoothing: found {label_smoothing} with objective {objective!r}; it is read by "
-      f"{', '.join(objectives.SMOOTHED)}, which need it between 0 and 0.5, and must be 0 elsewhere"
+      f"{objectives.known_readers('label_smoothing')}, which need it between 0 and 0.5, and must "
+      "be 0 elsewhere"
     )
-  if row.reads_log_ratios and policy_log_prob is None:
-    raise ValueError(f"policy_log_prob: objective {objective!r} needs it, see pair_log_prob")
-  return row, chosen
+  if policy_log_prob is None and (needing := objectives.readers(objective, "log_ratios")):
+    raise ValueError(f"policy_log_prob: objective {needing[0]!r} needs it, see pair_log_prob")
 
 
 def _distribution(pair_losses, h, chosen, size, informative) -> Metrics:
@@ -165,7 +192,7 @@ def _distribution(pair_losses, h, chosen, size, informative) -> Metrics:
   rows = {"h": h, "region_size": size, "gradient_weight": gradient_weight}
   for name, values in rows.items():
     known = jnp.where(informative > 0, jax.lax.stop_gradient(values).astype(jnp.float32), jnp.nan)
-    quantiles = jnp.nanquantile(known, jnp.array([0.05, 0.5, 0.95]))
+    quantiles = jnp.nanquantile(objectives.gathered(known), jnp.array([0.05, 0.5, 0.95]))
     for place, value in zip(("p5", "p50", "p95"), quantiles, strict=True):
       metrics[f"{name}_{place}"] = value
   mass = gradient_weight * informative * size
@@ -178,11 +205,13 @@ def _distribution(pair_losses, h, chosen, size, informative) -> Metrics:
   return metrics
 
 
-def _logits_loss(policy_logits, reference_logits, chosen, rejected, objective, beta, **which):
-  margin, size = margin_and_size(policy_logits, chosen, rejected, **which)
+def _logits_loss(
+  policy_logits, reference_logits, chosen, rejected, objective, beta, **region_options
+):
+  margin, size = margin_and_size(policy_logits, chosen, rejected, **region_options)
   return preference_loss(
     margin,
-    pair_margin(reference_logits, chosen, rejected, **which),
+    pair_margin(reference_logits, chosen, rejected, **region_options),
     size,
     objective=objective,
     beta=beta,

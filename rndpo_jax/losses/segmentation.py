@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import types
+from rndpo_jax.losses import class_ids
 
 
 def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
@@ -18,7 +19,11 @@ def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
 
   Returns:
     f32[B], one value an image.
+
+  Raises:
+    ValueError: where C = 1, or on a class id that is not below C, where it can be seen.
   """
+  _check_classes(logits, labels)
   chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
   logits = logits.astype(jnp.float32)
   onehot = labels[..., None] == _class_ids(logits)
@@ -40,7 +45,11 @@ def soft_dice_loss(logits: types.Array, labels: types.Array, *, smooth: float = 
 
   Returns:
     f32[B].
+
+  Raises:
+    ValueError: as `cross_entropy`.
   """
+  _check_classes(logits, labels)
   chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
   probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
   onehot = (labels[..., None] == _class_ids(logits)).astype(jnp.float32)
@@ -62,10 +71,22 @@ def supervised_loss(
 
   Returns:
     (f32[], {"cross_entropy", "dice_loss"}).
+
+  Raises:
+    ValueError: as `cross_entropy`.
   """
   entropy = jnp.mean(cross_entropy(logits, labels))
   dice = jnp.mean(soft_dice_loss(logits, labels))
   return entropy + dice_weight * dice, {"cross_entropy": entropy, "dice_loss": dice}
+
+
+def _check_classes(logits, labels) -> None:
+  if logits.shape[-1] < 2:
+    raise ValueError(
+      f"logits: found {logits.shape[-1]} class, expected C >= 2, for a softmax over one class is "
+      "always 1; give background and foreground a logit each: concatenate([-z / 2, z / 2], -1)"
+    )
+  class_ids.check(logits, labels=labels)
 
 
 def _class_ids(logits: jax.Array) -> jax.Array:

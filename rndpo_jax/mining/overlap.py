@@ -67,15 +67,20 @@ def pairwise_dice(first: jax.Array, second: jax.Array, num_classes: int) -> jax.
   return jnp.mean(jnp.where(total > 0, 2 * shared[1:] / jnp.maximum(total, 1), 1.0), axis=0)
 
 
-def pairwise_region_size(masks: jax.Array, num_classes: int) -> jax.Array:
-  """Number of pixels in which each two masks of an image differ.
+def pairwise_region_size(
+  masks: jax.Array, num_classes: int, classes: tuple[int, ...] | None = None
+) -> jax.Array:
+  """|D|, the number of pixels in which two masks differ, of each two masks of an image.
 
   Args:
-    masks: u8[b, K, *S]. num_classes: C.
+    masks: u8[b, K, *S]. num_classes: C. classes: see `margins.region`.
 
   Returns:
     i32[b, K, K], symmetric, with a zero diagonal.
   """
+  others = [k for k in range(num_classes) if classes is not None and k not in classes]
+  for k in others[1:]:  # all that do not count as one class, in which masks cannot differ
+    masks = jnp.where(masks == k, jnp.asarray(others[0], masks.dtype), masks)
   shared, _, _ = class_counts(masks, masks, num_classes)
   agreeing = jnp.sum(shared, axis=0).astype(jnp.int32)
   return math.prod(masks.shape[2:]) - agreeing

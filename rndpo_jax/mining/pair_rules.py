@@ -29,12 +29,13 @@ def mine(
   min_score_gap: float,
   min_region_size: int,
   max_region_size: int,
+  region_classes: tuple[int, ...] | None = None,
 ) -> types.Pairs:
   """Mines up to P preference pairs an image.
 
   Filters act in the order of FILTERS, and a candidate counts for the first that takes it:
-  `not_finite` (a score is NaN or infinite), `identical` (no pixel differs; before `tie`, for
-  judges score equal masks equally), `tie` (equal scores), `score_gap` (gap <= min_score_gap),
+  `not_finite` (a score is NaN or infinite), `identical` (|D| = 0; before `tie`, for judges
+  score equal masks equally), `tie` (equal scores), `score_gap` (gap <= min_score_gap),
   `region_size` (outside min_region_size..max_region_size). They act before the choice of P, so
   `top_vs_random` draws among the candidates that are left. Empty masks are masks like others.
 
@@ -46,8 +47,9 @@ def mine(
     rule: a key of RULES.
     pairs_per_image: P >= 1.
     min_score_gap: a pair needs a gap above it.
-    min_region_size: pixels that a pair's masks must differ in, at least.
-    max_region_size: at most; 0 sets no limit.
+    min_region_size: least |D| of a pair, in pixels.
+    max_region_size: greatest |D|; 0 sets no limit.
+    region_classes: D counts pixels of these class ids alone, see `margins.region`; None for all.
 
   Returns:
     types.Pairs; slots without a pair have valid False and zeros.
@@ -71,7 +73,7 @@ def mine(
   candidate = candidate & others
   known = jnp.where(finite, scores, 0.0)
   gap = known[:, :, None] - known[:, None, :]
-  size = overlap.pairwise_region_size(masks, num_classes)
+  size = overlap.pairwise_region_size(masks, num_classes, region_classes)
   too_large = (size > max_region_size) & (max_region_size > 0)
   # In the order of FILTERS.
   takers = (

@@ -77,14 +77,14 @@ def make_mine_batch(config, dataset, score) -> Callable:
     "min_score_gap": config.mine.min_score_gap,
     "min_region_size": config.mine.min_region_size,
     "max_region_size": config.mine.max_region_size,
+    "region_classes": config_lib.region_classes(config),
   }
-
-  which = {"classes": config_lib.region_classes(config)}
+  region_options = {"classes": options["region_classes"]}
 
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))
     mined = pair_rules.mine(scores[name], sampled.masks, keys[:, 2], **options)
-    take = jax.vmap(lambda masks, which: masks[which])
+    take = jax.vmap(lambda masks, places: masks[places])
     chosen, rejected = take(sampled.masks, mined.chosen), take(sampled.masks, mined.rejected)
 
     def pack(masks):
@@ -98,8 +98,12 @@ def make_mine_batch(config, dataset, score) -> Callable:
       "pairs": mined,
       "chosen": pack(chosen),
       "rejected": pack(rejected),
-      "reference_margin": losses.pair_margin(sampled.base_logits, chosen, rejected, **which),
-      "reference_log_prob": losses.pair_log_prob(sampled.base_logits, chosen, rejected, **which),
+      "reference_margin": losses.pair_margin(
+        sampled.base_logits, chosen, rejected, **region_options
+      ),
+      "reference_log_prob": losses.pair_log_prob(
+        sampled.base_logits, chosen, rejected, **region_options
+      ),
     }
 
   return mine_batch

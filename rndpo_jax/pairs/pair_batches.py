@@ -16,28 +16,20 @@ from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
 
 
-def on_devices(
-  config, workdir, dataset, mesh: Mesh, reference: types.Params | None
-) -> Callable[[int], Iterator[dict]]:
-  """Start step -> endless batches of images with their pairs for `loss_fns.make_loss_fn`."""
+def on_devices(config, workdir, dataset, mesh: Mesh) -> Callable[[int], Iterator[types.PairBatch]]:
+  """Start step -> endless batches of images with their pairs."""
   stream = stream_of(config, workdir, dataset)
-
-  def put(batch):
-    batch = sharding.put_batch(batch, mesh)
-    return batch if reference is None else {**batch, "reference_params": reference}
-
   return lambda start_step: loader.prefetch(
-    stream(config.seed, start_step), put, config.data.prefetch
+    stream(config.seed, start_step),
+    lambda batch: sharding.put_batch(batch, mesh),
+    config.data.prefetch,
   )
 
 
 def stream_of(
   config, workdir, dataset, whole: bool = False
-) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
-
-  What they hold: `loss_fns.make_loss_fn`.
-  """
+) -> Callable[[int, int], Iterator[types.PairBatch]]:
+  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones."""
   part = split_batches.part_of_batches(whole)
   directory = epath.Path(workdir) / "pairs"
   table = shards.read(directory)
@@ -50,7 +42,7 @@ def stream_of(
     record = table[row]
     index = int(record["index"])
     return {
-      "image": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
+      "images": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
       **{name: record[name] for name in shards.TRAINING_FIELDS},
       "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
       "voxel_volume": volume(index),
@@ -67,9 +59,9 @@ def stream_of(
       **part,
     )
     if config.finetune.anchor != "labelled":
-      return shown
+      return (types.PairBatch(**batch) for batch in shown)
     both = zip(shown, labelled(seeds.anchor_order(seed), start_step), strict=False)
-    return ({**batch, "labelled": extra} for batch, extra in both)
+    return (types.PairBatch(**batch, labelled=extra) for batch, extra in both)
 
   return stream
 

@@ -182,12 +182,12 @@ def _on_own_images(config, problem, mesh, params, batch, make):
 def _base_step(config, problem, mesh, segmenter, params, batch):
   augment_options = config.augment.to_dict() if config.base.augment else None
   loss_fn = base.make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=augment_options,
   )
   labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
-  arrays = _placed(labelled, sharding.of_batch(labelled, mesh))
+  arrays = _placed(labelled, sharding.batch_shardings(labelled, mesh))
   optimizer, parts = base.optimizer(config.base), config.base.accumulate_steps
   return _step(config, parts, loss_fn, optimizer, mesh, params, arrays)
 
@@ -197,8 +197,10 @@ def _judge_step(config, problem, mesh, params, batch):
   init, apply = train_judge.build(config, problem)
   params = jax.eval_shape(init, _key(), batch.images)
   labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
-  arrays = _placed(labelled, sharding.of_batch(labelled, mesh))
-  loss_fn = train_judge.make_loss_fn(config, sharding.spread(apply, mesh), problem.num_classes)
+  arrays = _placed(labelled, sharding.batch_shardings(labelled, mesh))
+  loss_fn = train_judge.make_loss_fn(
+    config, sharding.data_parallel(apply, mesh), problem.num_classes
+  )
   return _step(
     config, 1, loss_fn, train_judge.optimizer(config.judge.learned), mesh, params, arrays
   )
@@ -207,7 +209,7 @@ def _judge_step(config, problem, mesh, params, batch):
 def _finetune_step(config, problem, mesh, segmenter, params, batch):
   options = finetune.loss_options(config)
   loss_fn = loss_fns.make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     num_classes=problem.num_classes,
     size=problem.size,
     **options,
@@ -218,30 +220,30 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     lambda x: bit_planes.pack(x, problem.num_classes, problem.spatial_dims), masks
   )
   number = jax.ShapeDtypeStruct(pairs, jnp.float32)
-  arrays = {
-    "image": batch.images,
-    "chosen": packed,
-    "rejected": packed,
-    "reference_margin": number,
-    "reference_log_prob": number,
-    "weight": number,
-    "voxel_volume": jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
-  }
+  arrays = types.PairBatch(
+    images=batch.images,
+    chosen=packed,
+    rejected=packed,
+    reference_margin=number,
+    reference_log_prob=number,
+    weight=number,
+    voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+  )
   if options["anchor"] == "labelled":
-    arrays["labelled"] = {"image": batch.images, "label": batch.labels, "index": batch.index}
-  arrays = _placed(arrays, sharding.of_batch(arrays, mesh))
-  if options["reference"] == "online":
-    arrays["reference_params"] = _placed_params(config, params, mesh)
+    labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
+    arrays = arrays._replace(labelled=labelled)
+  arrays = _placed(arrays, sharding.batch_shardings(arrays, mesh))
+  reference = _placed_params(config, params, mesh) if options["reference"] == "online" else None
   optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
-  ema_decay = config.finetune.ema_decay
-  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay)
+  ema_decay, every = config.finetune.ema_decay, config.finetune.log_every_steps
+  return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay, every, reference)
 
 
 def _validate(config, problem, mesh, segmenter, params, batch):
   """That of fine-tuning, which runs the reference, too."""
   per_image = validation.make_image_figures(segmenter.apply, problem.num_classes, mesh)
   params = _placed_params(config, params, mesh)
-  return per_image.lower(params, params, _placed(batch, sharding.of_batch(batch, mesh)))
+  return per_image.lower(params, params, _placed(batch, sharding.batch_shardings(batch, mesh)))
 
 
 def _evaluate(config, problem, mesh, segmenter, params, batch):
@@ -271,14 +273,19 @@ def _apart(function, mesh, whole, rows):
   return jax.jit(program).lower(whole, _placed(rows, sharding.over_all(mesh)))
 
 
-def _step(config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0):
-  large = config.mesh.large_parameter
+def _step(
+  config, accumulate_steps, loss_fn, optimizer, mesh, params, arrays, ema_decay=0.0,
+  log_every_steps=1, reference=None,
+):  # fmt: skip
+  min_size = config.mesh.fsdp_min_size
   state = jax.eval_shape(
-    lambda p: train_step.make_state(p, optimizer, mesh, ema_decay > 0, large), params
+    lambda p: train_step.make_state(p, optimizer, mesh, ema_decay > 0, min_size), params
   )
-  step = train_step.make_train_step(loss_fn, optimizer, mesh, accumulate_steps, ema_decay, large)
+  step = train_step.make_train_step(
+    loss_fn, optimizer, mesh, accumulate_steps, ema_decay, min_size, log_every_steps
+  )
   key = _placed(_key(), sharding.replicated(mesh))
-  return step.lower(_placed_params(config, state, mesh), arrays, key)
+  return step.lower(_placed_params(config, state, mesh), arrays, key, reference)
 
 
 def _batch(problem: Problem, size: int) -> types.Batch:
@@ -296,7 +303,7 @@ def _key():
 
 
 def _placed_params(config, tree, mesh):
-  return _placed(tree, sharding.of_params(tree, mesh, config.mesh.large_parameter))
+  return _placed(tree, sharding.param_shardings(tree, mesh, config.mesh.fsdp_min_size))
 
 
 def _placed(tree, shardings):

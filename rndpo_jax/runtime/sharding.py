@@ -75,7 +75,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of what a batch holds an image: the leading axis over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(_BATCH))
 
@@ -90,9 +90,9 @@ def over_all(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def of_batch(tree: Any, mesh: Mesh) -> Any:
+def batch_shardings(tree: Any, mesh: Mesh) -> Any:
   """The sharding of each array of a batch: `over_grid` for those named in `_ON_GRID`."""
-  grid, rows = over_grid(mesh), over_batch(mesh)
+  grid, rows = over_grid(mesh), batch_sharding(mesh)
 
   def sharding(path, _):
     name = getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
@@ -101,18 +101,18 @@ def of_batch(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map_with_path(sharding, tree)
 
 
-def of_params(tree: Any, mesh: Mesh, large: int) -> Any:
+def param_shardings(tree: Any, mesh: Mesh, fsdp_min_size: int) -> Any:
   """The sharding of each array of parameters, their averages or the optimiser's state.
 
-  An array of `large` elements or more is split over `fsdp` along its largest axis that divides
-  (the last of equals), others are whole on each device. Shapes alone decide, so that Adam's
+  An array of `fsdp_min_size` elements or more is split over `fsdp` along its largest axis that
+  divides (the last of equals), others are whole on each device. Shapes alone decide, so that Adam's
   moments lie where their parameters do.
   """
   count = mesh.shape["fsdp"]
 
   def sharding(x):
     axes = [axis for axis, size in enumerate(x.shape) if size % count == 0]
-    if count == 1 or math.prod(x.shape) < large or not axes:
+    if count == 1 or math.prod(x.shape) < fsdp_min_size or not axes:
       return replicated(mesh)
     axis = max(axes, key=lambda axis: (x.shape[axis], axis))
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
@@ -120,7 +120,7 @@ def of_params(tree: Any, mesh: Mesh, large: int) -> Any:
   return jax.tree.map(sharding, tree)
 
 
-def spread(apply: Callable, mesh: Mesh) -> Callable:
+def data_parallel(apply: Callable, mesh: Mesh) -> Callable:
   """`apply(params, images, ...)` with whole parameters, and images placed by `over_grid`.
 
   Where each image is on one device and nothing is drawn, the devices run it apart, and gradients
@@ -129,7 +129,7 @@ def spread(apply: Callable, mesh: Mesh) -> Callable:
   split a convolution's channels and move activations for it, and it runs the network on whole
   images where an augmentation had to gather them.
   """
-  rows = over_batch(mesh).spec
+  rows = batch_sharding(mesh).spec
   apart = jax.shard_map(
     apply, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
   )
@@ -174,18 +174,18 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
     mesh: from `make_mesh`.
 
   Returns:
-    The pytree of global arrays, placed by `of_batch`: no device gets more than its part.
+    The pytree of global arrays, placed by `batch_shardings`: no device gets more than its part.
   """
   return jax.tree.map(
     lambda sharding, x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-    of_batch(tree, mesh),
+    batch_shardings(tree, mesh),
     tree,
   )
 
 
-def put_params(tree: Any, mesh: Mesh, large: int) -> Any:
-  """Places parameters that every process has, by `of_params`."""
-  return jax.device_put(tree, of_params(tree, mesh, large))
+def put_params(tree: Any, mesh: Mesh, fsdp_min_size: int) -> Any:
+  """Places parameters that every process has, by `param_shardings`."""
+  return jax.device_put(tree, param_shardings(tree, mesh, fsdp_min_size))
 
 
 def fetch(tree: Any) -> Any:

@@ -40,10 +40,10 @@ def optimizer(config) -> optax.GradientTransformation:
 
 
 def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_options: dict | None):
-  """(params, batch {"image", "label"}, key) -> (loss, metrics), with dropout on."""
+  """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), with dropout on."""
 
-  def loss_fn(params, batch, key):
-    augment_key, dropout_key = jax.random.split(key)
+  def loss_fn(params, batch, inputs):
+    augment_key, dropout_key = jax.random.split(inputs.key)
     images, labels = batch["image"], batch["label"]
     if augment_options is not None:
       images, labels = augment.augment(augment_key, images, labels[:, None], **augment_options)
@@ -112,16 +112,16 @@ def _train_member(config, workdir, member: int) -> None:
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(segmenter.init)(init_key, images)
   loss_fn = make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=config.augment.to_dict() if config.base.augment else None,
   )
-  transformation, large = optimizer(config.base), config.mesh.large_parameter
+  transformation, min_size = optimizer(config.base), config.mesh.fsdp_min_size
   train_loop.fit(
     train_step.make_train_step(
-      loss_fn, transformation, mesh, config.base.accumulate_steps, large=large
+      loss_fn, transformation, mesh, config.base.accumulate_steps, fsdp_min_size=min_size
     ),
-    train_step.make_state(params, transformation, mesh, large=large),
+    train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config,
       dataset,
@@ -129,17 +129,20 @@ def _train_member(config, workdir, member: int) -> None:
       batch_size=config.base.batch_size,
       seed=seeds.base_order(config.seed, member),
     ),
-    num_steps=config.base.num_steps,
+    train_loop.Schedule(
+      config.base.num_steps, config.base.log_every_steps, config.base.eval_every_steps
+    ),
     key=fit_key,
-    directory=directory,
-    description="base" if member == 0 else f"base, member {member}",
-    log_every_steps=config.base.log_every_steps,
-    eval_every_steps=config.base.eval_every_steps,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="base" if member == 0 else f"base, member {member}",
+      fingerprints={"data": dataset.fingerprint},
+      keep_checkpoints=config.base.keep_checkpoints,
+      keep_params="best",
+      minutes=config.base.checkpoint_minutes,
+    ),
+    metrics=metric_writer.MetricWriter(directory),
     validate=make_validate(config, dataset, segmenter, mesh),
-    fingerprints={"data": dataset.fingerprint},
-    keep_checkpoints=config.base.keep_checkpoints,
-    keep_best=True,
-    checkpoint_minutes=config.base.checkpoint_minutes,
   )
   if multihost.is_first():
     _select(config, directory, dataset.fingerprint)
@@ -155,7 +158,7 @@ def make_validate(
   """`validation.make_validate` on the validation split."""
   batches = split_batches.validation_batches(config, dataset)
   return validation.make_validate(
-    segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.large_parameter
+    segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.fsdp_min_size
   )
 
 

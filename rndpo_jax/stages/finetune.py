@@ -17,7 +17,13 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import base
-from rndpo_jax.training import loss_fns, train_loop, train_step
+from rndpo_jax.training import (
+  checkpoint_manager,
+  loss_fns,
+  metric_writer,
+  train_loop,
+  train_step,
+)
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -39,36 +45,39 @@ def run(config, workdir: os.PathLike) -> None:
     return
   fingerprints = provenance.of_finetuning(dataset, params)
   loss_fn = loss_fns.make_loss_fn(
-    segmenter._replace(apply=sharding.spread(segmenter.apply, mesh)),
+    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
     size=dataset.size,
     **loss_options(config),
   )
-  transformation, large = optimizer(config.finetune), config.mesh.large_parameter
+  transformation, min_size = optimizer(config.finetune), config.mesh.fsdp_min_size
   reference = None
   if config.finetune.reference == "online":
-    reference = sharding.put_params(params, mesh, large)
+    reference = sharding.put_params(params, mesh, min_size)
+  step = train_step.make_train_step(
+    loss_fn,
+    transformation,
+    mesh,
+    config.finetune.accumulate_steps,
+    config.finetune.ema_decay,
+    min_size,
+    config.finetune.log_every_steps,
+  )
   train_loop.fit(
-    train_step.make_train_step(
-      loss_fn,
-      transformation,
-      mesh,
-      config.finetune.accumulate_steps,
-      config.finetune.ema_decay,
-      large,
-    ),
-    train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, large),
-    pair_batches.on_devices(config, workdir, dataset, mesh, reference),
-    num_steps=config.finetune.num_steps,
+    lambda state, batch, key: step(state, batch, key, reference),
+    train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, min_size),
+    pair_batches.on_devices(config, workdir, dataset, mesh),
+    schedule(config.finetune),
     key=seeds.finetuning_key(config.seed),
-    directory=directory,
-    description="finetune",
-    log_every_steps=config.finetune.log_every_steps,
-    eval_every_steps=config.finetune.eval_every_steps,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="finetune",
+      fingerprints=fingerprints,
+      keep_checkpoints=config.finetune.keep_checkpoints,
+      minutes=config.finetune.checkpoint_minutes,
+    ),
+    metrics=metric_writer.MetricWriter(directory),
     validate=base.make_validate(config, dataset, segmenter, mesh, reference=params),
-    fingerprints=fingerprints,
-    keep_checkpoints=config.finetune.keep_checkpoints,
-    checkpoint_minutes=config.finetune.checkpoint_minutes,
   )
   if multihost.is_first():
     files.write_json(
@@ -99,6 +108,7 @@ def loss_options(config) -> dict:
   return {
     "objective_options": {
       "objective": options.objective,
+      "objective_weights": tuple(options.objective_weights),
       "beta": options.beta,
       "normalization": options.normalization or None,
       "exponent": options.power_exponent,
@@ -113,6 +123,11 @@ def loss_options(config) -> dict:
     "anchor_weight": options.anchor_weight,
     "dice_weight": config.base.dice_weight,
   }
+
+
+def schedule(options) -> train_loop.Schedule:
+  """That of `config.finetune`."""
+  return train_loop.Schedule(options.num_steps, options.log_every_steps, options.eval_every_steps)
 
 
 def optimizer(config) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from rndpo_jax import models, seeds, types
 from rndpo_jax.data import augment, split_batches
 from rndpo_jax.mining import corruptions, quality
 from rndpo_jax.runtime import sharding
-from rndpo_jax.training import train_loop, train_step
+from rndpo_jax.training import checkpoint_manager, metric_writer, train_loop, train_step
 
 
 def build(config, dataset) -> tuple[Callable, Callable]:
@@ -30,7 +30,7 @@ def build(config, dataset) -> tuple[Callable, Callable]:
 
 
 def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
-  """(params, batch {"image", "label"}, key) -> (loss, metrics), on masks drawn from the labels.
+  """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), on masks from the labels.
 
   Args:
     config: the whole config.
@@ -40,8 +40,8 @@ def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
   augment_options = config.augment.to_dict()
   masks_per_image = config.judge.learned.masks_per_image
 
-  def loss_fn(params, batch, key):
-    augment_key, corrupt_key, dropout_key = jax.random.split(key, 3)
+  def loss_fn(params, batch, inputs):
+    augment_key, corrupt_key, dropout_key = jax.random.split(inputs.key, 3)
     images, labels = augment.augment(
       augment_key, batch["image"], batch["label"][:, None], **augment_options
     )
@@ -74,26 +74,28 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   """
   options = config.judge.learned
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  large = config.mesh.large_parameter
+  min_size = config.mesh.fsdp_min_size
   init, apply = build(config, dataset)
   init_key, fit_key = jax.random.split(seeds.judge_key(config.seed))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
-  loss_fn = make_loss_fn(config, sharding.spread(apply, mesh), dataset.num_classes)
+  loss_fn = make_loss_fn(config, sharding.data_parallel(apply, mesh), dataset.num_classes)
   transformation = optimizer(options)
+  directory = epath.Path(workdir) / "pairs" / "judge"
   state = train_loop.fit(
-    train_step.make_train_step(loss_fn, transformation, mesh, large=large),
-    train_step.make_state(params, transformation, mesh, large=large),
+    train_step.make_train_step(loss_fn, transformation, mesh, fsdp_min_size=min_size),
+    train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config, dataset, mesh, batch_size=options.batch_size, seed=seeds.judge_order(config.seed)
     ),
-    num_steps=options.num_steps,
+    train_loop.Schedule(options.num_steps, config.base.log_every_steps, options.num_steps),
     key=fit_key,
-    directory=epath.Path(workdir) / "pairs" / "judge",
-    description="learned judge",
-    log_every_steps=config.base.log_every_steps,
-    eval_every_steps=options.num_steps,
-    fingerprints={"data": dataset.fingerprint},
-    checkpoint_minutes=config.base.checkpoint_minutes,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="learned judge",
+      fingerprints={"data": dataset.fingerprint},
+      minutes=config.base.checkpoint_minutes,
+    ),
+    metrics=metric_writer.MetricWriter(directory),
   )
   return apply, sharding.fetch(state.params)

@@ -13,7 +13,7 @@ The members are spread over the devices, which never talk to each other. Dimensi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,7 @@ from rndpo_jax import types
 from rndpo_jax.runtime import sharding
 from rndpo_jax.training import train_step, validation
 
-# (params, batch, key, beta) -> (loss, metrics)
-LossFn = Callable[[types.Params, Any, jax.Array, jax.Array], tuple[jax.Array, dict]]
-
 FORMS = ("vmap", "map")
-# Entries of a batch that are the same for every seed, and have no axis for it.
-_SHARED = ("reference_params",)
 _WHOLE, _SEEDS, _SETTINGS = PartitionSpec(), PartitionSpec("seeds"), PartitionSpec("settings")
 _MEMBERS = PartitionSpec("seeds", "settings")
 
@@ -103,18 +98,20 @@ def make_state(
 
 
 def make_step(
-  loss_fn: LossFn,
+  loss_fn: train_step.LossFn,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   *,
   form: str,
   accumulate_steps: int = 1,
   ema_decay: float = 0.0,
+  log_every_steps: int = 1,
 ):
   """Compiles one update of every member.
 
   Args:
-    loss_fn: (params, batch, key, beta) -> (loss f32[], metrics of f32[]), a mean over the batch.
+    loss_fn: as `train_step.make_update` takes it, a mean over the batch; it is handed the member's
+      beta.
     optimizer: of peak learning rate 1; its update is multiplied by a member's rate.
     mesh: from `sharding.make_population_mesh`.
     form: one of FORMS. "vmap" takes all members of a device at once, which keeps an accelerator
@@ -122,23 +119,25 @@ def make_step(
       member's activations; on CPU that is faster.
     accumulate_steps: as in `train_step.make_update`.
     ema_decay: likewise.
+    log_every_steps: likewise.
 
   Returns:
-    step(state, batches, keys, settings) -> (state, metrics f32[N, R]); `state` is donated. Leaves
-    of `batches` are [N, B, ...], but for `reference_params`, which all share; keys are [N], each
-    that of a run; settings is a Settings. In the metrics, `diverged` among them, of a diverged
-    member is what its frozen parameters give.
+    step(state, batches, keys, settings, reference=None) -> (state, metrics f32[N, R]); `state` is
+    donated. Leaves of `batches` are [N, B, ...]; keys are [N], each that of a run; settings is a
+    Settings; all share the parameters of the reference. In the metrics, `diverged` among them, of
+    a diverged member is what its frozen parameters give.
   """
 
-  def member(carry, step, batch, shared, key, setting):
+  def member(carry, step, batch, reference, key, setting):
     train, diverged = carry
     update = train_step.make_update(
-      lambda params, batch, key: loss_fn(params, batch, key, setting.beta),
+      loss_fn,
       _at_rate(optimizer, setting.learning_rate),
       accumulate_steps,
       ema_decay,
+      log_every_steps=log_every_steps,
     )
-    moved, aux = update(train._replace(step=step), {**batch, **shared}, key)
+    moved, aux = update(train._replace(step=step), batch, key, reference, setting.beta)
     finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(aux["grad_norm"])
     moves = finite & (diverged == 0)
     train = jax.tree.map(lambda x, y: jnp.where(moves, x, y), moved._replace(step=None), train)
@@ -148,13 +147,11 @@ def make_step(
   specs = (_MEMBERS, _WHOLE, _SEEDS, _WHOLE, _SEEDS, _SETTINGS)
   update_all = _over_members(member, mesh, form, specs)
 
-  def step(state, batches, keys, settings):
+  def step(state, batches, keys, settings, reference=None):
     # Without an axis for members, the number of the step leaves a seed's key and augmentation so.
     number = state.train.step
     carry = state._replace(train=state.train._replace(step=None))
-    shared = {name: batches[name] for name in batches if name in _SHARED}
-    own = {name: batches[name] for name in batches if name not in shared}
-    (train, diverged), aux = update_all(carry, number, own, shared, keys, settings)
+    (train, diverged), aux = update_all(carry, number, batches, reference, keys, settings)
     return State(train._replace(step=number + 1), diverged), aux
 
   placed = sharding.shardings(mesh, (_STATE, _MEMBERS))
@@ -193,7 +190,7 @@ def local_seeds(num_seeds: int, mesh: Mesh) -> list[int]:
   return sorted({place for (part,) in parts for place in range(num_seeds)[part]})
 
 
-def put_batches(batches: dict[int, dict[str, Any]], num_seeds: int, mesh: Mesh) -> dict[str, Any]:
+def put_batches(batches: dict[int, types.PairBatch], num_seeds: int, mesh: Mesh) -> types.PairBatch:
   """Batches on the host -> leaves [N, B, ...], each seed's where its members are.
 
   Args:

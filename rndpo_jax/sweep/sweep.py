@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import models, provenance
+from rndpo_jax import models, provenance, types
 from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, split_batches
@@ -28,7 +28,13 @@ from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import base, finetune
 from rndpo_jax.sweep import population, sweep_results
-from rndpo_jax.training import checkpoint, loss_fns, metric_writer, train_loop
+from rndpo_jax.training import (
+  checkpoint,
+  checkpoint_manager,
+  loss_fns,
+  metric_writer,
+  train_loop,
+)
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -157,22 +163,25 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
   shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
   state, step, validate = _make(config, dataset, params, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
+  reference = None
+  if options.reference == "online":
+    reference = jax.device_put(params, sharding.replicated(mesh))
   state = train_loop.fit(
-    lambda state, batch, keys: step(state, batch, keys, settings),
+    lambda state, batch, keys: step(state, batch, keys, settings, reference),
     state,
-    _batches(config, workdir, dataset, grid["seeds"], mesh, params),
-    num_steps=options.num_steps,
+    _batches(config, workdir, dataset, grid["seeds"], mesh),
+    finetune.schedule(options),
     key=jnp.stack([seeds_lib.finetuning_key(seed) for seed in grid["seeds"]]),
-    directory=directory,
-    description="sweep",
-    log_every_steps=options.log_every_steps,
-    eval_every_steps=options.eval_every_steps,
+    checkpoints=checkpoint_manager.CheckpointManager(
+      directory,
+      description="sweep",
+      fingerprints=provenance.of_finetuning(dataset, params),
+      keep_checkpoints=options.keep_checkpoints,
+      keep_params="none",
+      minutes=options.checkpoint_minutes,
+    ),
+    metrics=_MemberWriters(directory, grid),
     validate=lambda params: {"val_dice": validate(params)},
-    fingerprints=provenance.of_finetuning(dataset, params),
-    keep_checkpoints=options.keep_checkpoints,
-    keep_params=False,
-    checkpoint_minutes=options.checkpoint_minutes,
-    open_rows=lambda start: _Rows(directory, grid, start),
   )
   return sharding.fetch(state.diverged)
 
@@ -203,6 +212,7 @@ def _make(config, dataset, params, grid, mesh, form):
     form=form,
     accumulate_steps=options.accumulate_steps,
     ema_decay=options.ema_decay,
+    log_every_steps=options.log_every_steps,
   )
   batches = split_batches.validation_batches(config, dataset, whole=True)
   validate = population.make_validate(
@@ -211,17 +221,13 @@ def _make(config, dataset, params, grid, mesh, form):
   return state, train_step, validate
 
 
-def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], Iterator[dict]]:
+def _batches(config, workdir, dataset, seeds, mesh) -> Callable[[int], Iterator[types.PairBatch]]:
   """Start step -> every seed's batches, on the devices."""
   stream = pair_batches.stream_of(config, workdir, dataset, whole=True)
   own = population.local_seeds(len(seeds), mesh)
-  shared = {}
-  if config.finetune.reference == "online":
-    shared["reference_params"] = jax.device_put(params, sharding.replicated(mesh))
 
   def put(batches):
-    rows = dict(zip(own, batches, strict=True))
-    return {**population.put_batches(rows, len(seeds), mesh), **shared}
+    return population.put_batches(dict(zip(own, batches, strict=True)), len(seeds), mesh)
 
   def start_at(start: int):
     each = zip(*(stream(seeds[place], start) for place in own), strict=True)
@@ -230,16 +236,21 @@ def _batches(config, workdir, dataset, seeds, mesh, params) -> Callable[[int], I
   return start_at
 
 
-class _Rows:
-  """As `metric_writer.Rows`, one for each member, which ends where the member diverges."""
+class _MemberWriters:
+  """As `metric_writer.MetricWriter`, one for each member, which ends where the member diverges."""
 
-  def __init__(self, directory: epath.Path, grid: dict[str, list], start: int):
+  def __init__(self, directory: epath.Path, grid: dict[str, list]):
     self._members = sweep_results.members_of(grid)
-    self._rows, self._diverged = [], np.zeros(len(self._members), np.int32)
+    self._writers, self._diverged = [], np.zeros(len(self._members), np.int32)
     for member in self._members:
       folder = sweep_results.member_directory(directory, *member)
       folder.mkdir(parents=True, exist_ok=True)
-      self._rows.append(metric_writer.Rows(folder, start))
+      self._writers.append(metric_writer.MetricWriter(folder))
+
+  def resume(self, start: int, validated: list[int] | None) -> None:
+    del validated  # a member that diverged has none since; `sweep_results` looks at the others
+    for writer in self._writers:
+      writer.resume(start)
 
   def add_steps(self, steps: list[tuple[int, dict[str, jax.Array]]], every: int) -> None:
     # The latest are fetched in any case: they say which members a validation is of.
@@ -255,7 +266,7 @@ class _Rows:
   def _add(self, kind: str, step: int, figures: dict[str, np.ndarray]) -> None:
     for place in np.flatnonzero(self._diverged == 0):
       row = {name: float(values.ravel()[place]) for name, values in sorted(figures.items())}
-      self._rows[place].add({"step": step, "kind": kind, **row})
+      self._writers[place].add({"step": step, "kind": kind, **row})
 
   def _tell(self, diverged: np.ndarray) -> None:
     for place in np.flatnonzero((diverged > 0) & (self._diverged == 0)):
@@ -267,12 +278,12 @@ class _Rows:
     self._diverged = diverged
 
   def write(self) -> None:
-    for rows in self._rows:
-      rows.write()
+    for writer in self._writers:
+      writer.write()
 
   def close(self) -> None:
-    for rows in self._rows:
-      rows.close()
+    for writer in self._writers:
+      writer.close()
 
 
 def _base_dice(workdir) -> float:

@@ -22,20 +22,19 @@ def in_micro_batches(gradient: Callable, count: int) -> Callable:
     count: divides B, and B / count is shared by the devices.
 
   Returns:
-    (params, batch, key) -> ((loss, metrics), grads); the batch is a dict of arrays with leading
-    axis B, but for `reference_params`, which every part gets whole.
+    (params, batch, inputs) -> ((loss, metrics), grads); the batch is a tree of arrays with
+    leading axis B.
   """
 
-  def accumulated(params, batch, key):
-    shared = {name: batch[name] for name in batch if name == "reference_params"}
-    rows = {name: batch[name] for name in batch if name not in shared}
+  def accumulated(params, batch, inputs):
     parts = jax.tree.map(
-      lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), rows
+      lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
     )
 
     def one(total, number_and_part):
       number, part = number_and_part
-      (loss, aux), grads = gradient(params, {**part, **shared}, jax.random.fold_in(key, number))
+      own = inputs._replace(key=jax.random.fold_in(inputs.key, number))
+      (loss, aux), grads = gradient(params, part, own)
       weight = jnp.asarray(aux.pop("weight", 1.0), jnp.float32)
       total = jax.tree.map(lambda t, g: t + weight * g, total, grads)
       return total, (weight, {**aux, "loss": loss})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +22,34 @@ def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
   return max(rows, key=lambda row: row["val_dice"])
 
 
-class Saver:
+class CheckpointManager:
   """Writes `params/STEP` and `state/STEP` of one training, each in the background."""
 
   def __init__(
     self,
-    directory: epath.Path,
+    directory: os.PathLike,
+    *,
+    description: str,
     fingerprints: Mapping[str, str],
-    keep_checkpoints: int,
-    minutes: float,
+    keep_checkpoints: int = 2,
+    keep_params: str = "all",
+    minutes: float = 0.0,
   ):
-    """Opens `directory`; `fingerprints` are of what the training is made of, kept in its states."""
+    """Opens a folder, made where it is missing.
+
+    Args:
+      directory: of the training.
+      description: of the training, for messages.
+      fingerprints: of what the training is made of, by name, see `provenance`; kept in the states,
+        which go on with the same alone.
+      keep_checkpoints: states kept; those before the latest are for a latest that is corrupt.
+      keep_params: "all"; "best", those of the best validation Dice and the latest; or "none".
+      minutes: between further states; 0 for none.
+    """
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    self.description = description
+    self.keep_params = keep_params
     self.folders = {name: directory / name for name in ("params", "state")}
     self._writers = {name: checkpoint.Writer(folder) for name, folder in self.folders.items()}
     self._fingerprints = dict(fingerprints)
@@ -39,7 +57,7 @@ class Saver:
     self._seconds = 60 * minutes
     self._last = time.monotonic()
 
-  def resume(self, state: Any, description: str) -> tuple[int, Any]:
+  def resume(self, state: Any) -> tuple[int, Any]:
     """(step, state) of the latest checkpoint that can be read; (0, `state`) where none is."""
     found = checkpoint.restore_latest(self.folders["state"], self._content(state))
     if found is None:
@@ -52,13 +70,13 @@ class Saver:
       self._fingerprints,
       f"bring that back, or delete the folder {folder.parent} and run the same command again",
     )
-    progress.say(f"{description}: going on from step {step}")
+    progress.say(f"{self.description}: going on from step {step}")
     return step, content["state"]
 
   def save(self, step: int, state: Any, with_params: bool = True) -> None:
     """Starts to write a state, and the parameters to keep, once all before are whole."""
     self.wait()
-    if with_params:
+    if with_params and self.keep_params != "none":
       self._writers["params"].save(step, state.evaluated())
     self._writers["state"].save(step, self._content(state))
     self._drop_old()
@@ -78,12 +96,14 @@ class Saver:
 
     Every process takes the answer of the first: those that write wait for each other.
     """
+    if self.keep_params == "none" or step == 0:
+      return
     folder = self.folders["params"]
-    if step > 0 and multihost.agree(lambda: step not in checkpoint.steps(folder)):
+    if multihost.agree(lambda: step not in checkpoint.steps(folder)):
       self._writers["params"].save(step, state.evaluated())
 
   def is_due(self) -> bool:
-    """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
+    """Whether the minutes are over; every process takes the answer of the first."""
     if not self._seconds:
       return False
     return bool(multihost.agree(lambda: time.monotonic() - self._last >= self._seconds))
@@ -100,7 +120,7 @@ class Saver:
     self.wait()
     return checkpoint.steps(self.folders["state"])
 
-  def __enter__(self) -> Saver:
+  def __enter__(self) -> CheckpointManager:
     return self
 
   def __exit__(self, kind, error: BaseException | None, trace) -> None:

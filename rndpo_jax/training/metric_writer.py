@@ -54,8 +54,8 @@ class NotFiniteError(ArithmeticError):
   """A loss or gradient norm that is no finite number; the message names the step."""
 
 
-class Rows:
-  """Rows of metrics.jsonl and TensorBoard, first dropping those that a resumed run repeats.
+class MetricWriter:
+  """Rows of metrics.jsonl and TensorBoard, of one training.
 
   Rows are kept here until `write`, which writes the file whole: object stores cannot append. A
   state must not count as whole before its rows are written, so call it before saving one.
@@ -64,41 +64,44 @@ class Rows:
   full disk that dies, and the next rows wait for it forever.
 
   Process 0 has rows and writes; in the others every method does nothing.
-
-  Raises:
-    files.FileError: where a line cannot be read.
   """
 
-  def __init__(self, directory: epath.Path, start: int):
+  def __init__(self, directory: os.PathLike):
+    """For a folder that is there; `resume` comes before all else."""
+    self._directory = epath.Path(directory)
+    self._path = self._directory / "metrics.jsonl"
     self._lines: list[str] = []
     self._writes = multihost.is_first()
+
+  def resume(self, start: int, validated: list[int] | None = None) -> None:
+    """Takes up the rows there, dropping those that a run from step `start` repeats.
+
+    Args:
+      start: the step that training goes on from.
+      validated: the steps up to it that were validated: a row that is lost may have been the best.
+        None where that is not looked at.
+
+    Raises:
+      files.FileError: where a line cannot be read, or a validation is missing, naming the file and
+        what to delete.
+    """
     if not self._writes:
       return
-    self._path = directory / "metrics.jsonl"
     if self._path.exists():
       # Half a line at the end is of a version that appended, and was killed.
       whole = self._path.read_text().splitlines(keepends=True)
       lines = [line.rstrip() for line in whole if line.endswith("\n")]
       parsed = zip(lines, _parse(self._path, lines), strict=True)
       self._lines = [line for line, row in parsed if row["step"] <= start]
-    (directory / "tensorboard").mkdir(exist_ok=True)
-    self._events = EventsWriter(str(directory / "tensorboard" / "events"))
-    self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
-
-  def check_validated(self, steps: list[int]) -> None:
-    """Refuses rows that lack a validation, which may have been the best one.
-
-    Args:
-      steps: that were validated up to the one that training goes on from.
-
-    Raises:
-      files.FileError: naming the file and what to delete.
-    """
-    if self._writes and (found := [row["step"] for row in self.of_kind("val")]) != steps:
+    found = [row["step"] for row in self.of_kind("val")]
+    if validated is not None and found != validated:
       raise errors.FileError(
-        f"{self._path}: holds the validations of steps {found}, expected {steps}; bring it back, "
-        f"or {_delete(self._path)}"
+        f"{self._path}: holds the validations of steps {found}, expected {validated}; bring it "
+        f"back, or {_delete(self._path)}"
       )
+    (self._directory / "tensorboard").mkdir(exist_ok=True)
+    self._events = EventsWriter(str(self._directory / "tensorboard" / "events"))
+    self._add_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
 
   def add(self, row: dict[str, Any]) -> None:
     if not self._writes:

@@ -14,8 +14,8 @@ from rndpo_jax import types
 from rndpo_jax.runtime import sharding
 from rndpo_jax.training import accumulation
 
-# (params, batch, key) -> (loss, metrics); names of metrics: see `accumulation.in_micro_batches`.
-LossFn = Callable[[types.Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, batch, inputs) -> (loss, metrics); their names: see `accumulation.in_micro_batches`.
+LossFn = Callable[[types.Params, Any, types.StepInputs], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
@@ -39,11 +39,12 @@ def make_state(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   with_ema: bool = False,
-  large: int = 0,
+  fsdp_min_size: int = 0,
 ):
   """A TrainState at step 0; it owns copies, since the step donates its buffers.
 
-  Arrays of `large` elements or more are split over the mesh's `fsdp` axis: `sharding.of_params`.
+  Arrays of `fsdp_min_size` elements or more are split over the mesh's `fsdp` axis, by
+  `sharding.param_shardings`.
   """
 
   def init(params):
@@ -51,7 +52,7 @@ def make_state(
     params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-  shardings = sharding.of_params(jax.eval_shape(init, params), mesh, large)
+  shardings = sharding.param_shardings(jax.eval_shape(init, params), mesh, fsdp_min_size)
   return jax.jit(init, out_shardings=shardings)(params)
 
 
@@ -61,7 +62,8 @@ def make_train_step(
   mesh: Mesh,
   accumulate_steps: int = 1,
   ema_decay: float = 0.0,
-  large: int = 0,
+  fsdp_min_size: int = 0,
+  log_every_steps: int = 1,
 ):
   """Compiles `make_update` over a mesh.
 
@@ -69,17 +71,20 @@ def make_train_step(
     loss_fn: a mean over the global batch, so its gradient is that of one device holding all of it.
     optimizer: as in `make_update`, and so the next two.
     mesh: from `sharding.make_mesh`; the batch comes from `sharding.put_batch`.
-    large: as in `make_state`; gradients are placed as the parameters are, before micro-batches
-      add up.
+    fsdp_min_size: as in `make_state`; gradients are placed as the parameters are, before
+      micro-batches add up.
+    log_every_steps: as in `make_update`.
 
   Returns:
-    step(state, batch, key) -> (state, metrics); `state` is donated.
+    step(state, batch, key, reference=None) -> (state, metrics); `state` is donated.
   """
 
   def place(tree):
-    return jax.lax.with_sharding_constraint(tree, sharding.of_params(tree, mesh, large))
+    return jax.lax.with_sharding_constraint(
+      tree, sharding.param_shardings(tree, mesh, fsdp_min_size)
+    )
 
-  update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place)
+  update = make_update(loss_fn, optimizer, accumulate_steps, ema_decay, place, log_every_steps)
   return jax.jit(update, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh)))
 
 
@@ -89,33 +94,38 @@ def make_update(
   accumulate_steps: int = 1,
   ema_decay: float = 0.0,
   place: Callable = lambda tree: tree,
+  log_every_steps: int = 1,
 ):
   """One update, pure.
 
   Args:
-    loss_fn: (params, batch, key) -> (loss f32[], metrics of f32[]).
+    loss_fn: (params, batch, types.StepInputs) -> (loss f32[], metrics of f32[]).
     optimizer: an Optax transformation.
     accumulate_steps: micro-batches that a batch is gone through in, for less memory; see
       `accumulation.in_micro_batches`.
     ema_decay: d of ema = d ema + (1 - d) params, where the state holds an average; it starts at
       the first parameters.
     place: says where gradients and states are on a mesh.
+    log_every_steps: steps between those whose metrics are logged, which the loss is told.
 
   Returns:
-    update(state, batch, key) -> (state, metrics, loss and grad_norm among them). `key` is the same
-    at every step and folded with the step's number.
+    update(state, batch, key, reference=None, beta=None) -> (state, metrics, loss and grad_norm
+    among them). `key` is the same at every step and folded with the step's number; `reference` and
+    `beta` are handed to the loss.
   """
 
-  def gradient(params, batch, key):
-    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+  def gradient(params, batch, inputs):
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, inputs)
     return value, place(grads)
 
   if accumulate_steps > 1:
     gradient = accumulation.in_micro_batches(gradient, accumulate_steps)
 
-  def update(state: TrainState, batch, key):
+  def update(state: TrainState, batch, key, reference=None, beta=None):
+    is_logged = log_every_steps == 1 or (state.step + 1) % log_every_steps == 0
     step_key = jax.random.fold_in(key, state.step)
-    (loss, aux), grads = gradient(state.params, batch, step_key)
+    inputs = types.StepInputs(step_key, reference, beta, is_logged)
+    (loss, aux), grads = gradient(state.params, batch, inputs)
     aux.pop("weight", None)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -21,7 +21,7 @@ def make_validate(
   batches: Callable[[], Iterable[types.Batch]],
   mesh: Mesh,
   reference: types.Params | None = None,
-  large: int = 0,
+  fsdp_min_size: int = 0,
 ):
   """Mean foreground Dice on the model's grid, mean over images; and how far the policy has gone.
 
@@ -32,14 +32,14 @@ def make_validate(
       out.
     mesh: from `sharding.make_mesh`; its devices share each batch.
     reference: parameters to measure the divergence from, or None.
-    large: of the reference, as in `make_state`.
+    fsdp_min_size: of the reference, as in `make_state`.
 
   Returns:
     validate(params) -> {"val_dice": float}, the same on every process; with a reference also
     "val_kl", the KL divergence from it, and "val_entropy", in nats a pixel.
   """
   if reference is not None:
-    reference = sharding.put_params(reference, mesh, large)
+    reference = sharding.put_params(reference, mesh, fsdp_min_size)
   per_image = make_image_figures(apply, num_classes, mesh)
 
   def validate(params) -> dict[str, float]:
@@ -56,7 +56,7 @@ def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callabl
 
   Every image's figures go to every process, so that their mean does not depend on who held it.
   """
-  figures = functools.partial(image_figures, sharding.spread(apply, mesh), num_classes)
+  figures = functools.partial(image_figures, sharding.data_parallel(apply, mesh), num_classes)
   return jax.jit(figures, out_shardings=sharding.replicated(mesh))
 
 
