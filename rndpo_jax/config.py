@@ -7,22 +7,11 @@ ml_collections; values that cannot work are refused by `config_checks.validate`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 
-from rndpo_jax import errors
-
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
-SOURCES = ("phantom", "folder", "nnunet")
-RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
-OBJECTIVES = (
-  "dpo", "rn_dpo", "cdpo", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair",
-  "sppo_hard", "apo_zero", "apo_down", "discopop",
-)  # fmt: skip
-SAMPLERS = ("base", "mc_dropout", "tta", "logit_noise", "temperature", "threshold")
-JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_oracle")
-# Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
-TRUTH_JUDGES = ("oracle", "noisy_oracle")
-METRICS = ("dice", "iou", "hd95", "assd", "nsd")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -175,39 +164,15 @@ def base_config() -> ml_collections.ConfigDict:
   return config
 
 
-def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
-  """Parses `proposals.mix` into ((sampler names, count), ...).
-
-  Raises:
-    ConfigError: on an unknown sampler, a bad count, a composition without effect, or K < 2.
-  """
-  entries = []
-  for entry in mix.split(","):
-    names, colon, count = entry.strip().partition(":")
-    atoms = tuple(names.strip().split("+"))
-    unknown = [name for name in atoms if name not in SAMPLERS]
-    if unknown:
-      raise errors.ConfigError(
-        f"config.proposals.mix: unknown sampler {unknown[0]!r}; known: {', '.join(SAMPLERS)}"
-      )
-    if not colon or not count.strip().isdigit() or int(count) < 1:
-      raise errors.ConfigError(
-        f"config.proposals.mix: found {entry!r}, expected NAME[+NAME...]:COUNT with COUNT >= 1"
-      )
-    if "temperature" in atoms and not {"logit_noise", "threshold"} & set(atoms):
-      raise errors.ConfigError(
-        "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
-        "as in 'temperature+logit_noise:8'"
-      )
-    if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
-      raise errors.ConfigError(
-        "config.proposals.mix: 'base' is one deterministic mask: use 'base:1'"
-      )
-    entries.append((atoms, int(count)))
-  total = sum(count for _, count in entries)
-  if total < 2:
-    raise errors.ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
-  return tuple(entries)
+def leaves(config, prefix: str = "") -> dict[str, Any]:
+  """Every key with its value, as {"data.phantom.seed": 0, ...}."""
+  found = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found |= leaves(value, f"{prefix}{name}.")
+    else:
+      found[f"{prefix}{name}"] = value
+  return found
 
 
 def region_classes(config) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""config: defaults are valid, and what cannot work is refused by key, value and remedy."""
+"""config: defaults are valid; what cannot work raises ConfigError with key, value and remedy."""
 
 import importlib
 import pathlib
@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
-from rndpo_jax.mining import judges, pair_rules
+from rndpo_jax import config_checks, config_ranges, errors, pipeline
+from rndpo_jax.mining import proposals
 
 CONFIGS = sorted(
   path.stem
@@ -15,7 +15,7 @@ CONFIGS = sorted(
   if path.stem != "__init__"
 )
 
-REFUSED = [
+WRONG = [
   ("proposals.mix", "mc_dropout:1", "K = 1"),
   ("proposals.mix", "magic:8", "unknown sampler 'magic'"),
   ("proposals.mix", "tta", "NAME"),
@@ -32,8 +32,8 @@ REFUSED = [
   ("mine.rule", "magic", "config.mine.rule"),
   ("mine.rule", "top_vs_rest", "set it to 7"),
   ("mine.pairs_per_image", 8, "at most K - 1 = 7"),
-  ("mine.max_region_size", -1, "0 or more"),
-  ("base.weight_decay", -0.1, "0 or more"),
+  ("mine.max_region_size", -1, "config.mine.max_region_size: found -1, expected 0..2147483647"),
+  ("base.weight_decay", -0.1, "found -0.1, expected a finite value of 0 or more"),
   ("proposals.temperature_low", 0.0, "above 0"),
   ("data.num_unlabelled", 0, "-1 for all"),
   ("data.size", (0, 0), "above 0"),
@@ -48,13 +48,14 @@ REFUSED = [
   ("data.size", (64, 72), "augment.turn"),
   ("data.source", "magic", "config.data.source"),
   ("data.num_classes", 1, "2..256"),
+  ("data.num_classes", 257, "0..256"),
   ("data.case_pattern", "(a)(b)", "2 groups"),
   ("data.case_pattern", "(a", "no regular expression"),
   ("evaluate.metrics", ("dice", "magic"), "unknown metric 'magic'"),
   ("evaluate.metrics", ("iou",), "'dice' is needed"),
   ("augment.flip", 1.5, "0..1"),
-  ("finetune.ema_decay", 1.0, "never moves"),
-  ("base.keep_checkpoints", 0, "above 0"),
+  ("finetune.ema_decay", 1.0, "found 1.0, expected 0..1, below 1"),
+  ("base.keep_checkpoints", 0, "expected 1..1000"),
   ("finetune.checkpoint_minutes", -1.0, "0 or more"),
   ("seed", -1, r"config.seed: found -1, expected 0..4294967295"),
   ("seed", 2**32, "config.seed: found 4294967296"),
@@ -64,7 +65,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("section", ["base", "finetune"])
-def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
+def test_parts_of_a_batch_that_the_devices_cannot_share_raise(section):
   config = config_lib.base_config()
   config[section].accumulate_steps = 2
   pipeline.check_here(config)
@@ -74,8 +75,8 @@ def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
     pipeline.check_here(config)
 
 
-@pytest.mark.parametrize("key,value,message", REFUSED)
-def test_refuses_what_cannot_work(key, value, message):
+@pytest.mark.parametrize("key,value,message", WRONG)
+def test_a_value_that_cannot_work_raises(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=message):
@@ -87,9 +88,9 @@ def test_refuses_what_cannot_work(key, value, message):
 )
 def test_a_sampler_needs_what_makes_it_act(key, mix):
   config = config_lib.base_config()
-  config.update_from_flattened_dict({key: 0.0})
-  config_checks.validate(config)
   config.proposals.mix = mix
+  config_checks.validate(config)
+  config.update_from_flattened_dict({key: 0.0})
   with pytest.raises(errors.ConfigError, match=f"config.{key}: it is 0"):
     config_checks.validate(config)
 
@@ -125,7 +126,7 @@ def test_every_config_is_valid_but_for_the_place_of_its_data(name):
   assert not config.data.root
 
 
-def test_unknown_key_and_wrong_type_are_refused():
+def test_unknown_key_and_wrong_type_raise():
   config = config_lib.base_config().lock()
   with pytest.raises((AttributeError, KeyError), match="betta"):
     config.finetune.betta = 1.0
@@ -134,13 +135,15 @@ def test_unknown_key_and_wrong_type_are_refused():
 
 
 def test_mix_is_parsed_into_entries_and_counts():
-  assert config_lib.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
+  assert proposals.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
     (("base",), 1),
     (("tta",), 3),
     (("mc_dropout", "logit_noise"), 4),
   )
 
 
-def test_names_are_those_of_the_tables():
-  assert set(config_lib.JUDGES) == set(judges.JUDGES)
-  assert set(config_lib.RULES) == set(pair_rules.RULES)
+def test_every_number_has_a_range_and_every_tuple_a_type():
+  values = config_lib.leaves(config_lib.base_config())
+  numbers = {key for key, value in values.items() if type(value) in (int, float)}
+  assert set(config_ranges.RANGES) == numbers
+  assert set(config_ranges.ITEMS) == {k for k, value in values.items() if type(value) is tuple}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config, losses
+from rndpo_jax import losses
 from rndpo_jax.losses import objectives
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -209,7 +209,3 @@ def test_options_that_an_objective_does_not_read_are_refused():
   ):
     with pytest.raises(ValueError, match=message):
       loss(**options)
-
-
-def test_config_knows_every_objective():
-  assert set(config.OBJECTIVES) == set(objectives.OBJECTIVES)

@@ -79,8 +79,16 @@ def build(
     raise errors.JudgeError(
       f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
     )
+  row = JUDGES[name]
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
-  return lambda images, masks, probs, context: JUDGES[name](images, masks, probs, context, settings)
+
+  def judge(images, masks, probs, context):
+    for field in row.needs:
+      if getattr(context, field) is None:
+        raise errors.JudgeError(f"judge {name!r} needs context.{field}, found None")
+    return row.score(images, masks, probs, context, settings)
+
+  return judge
 
 
 def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
@@ -152,8 +160,6 @@ def entropy(images, masks, probs, context, settings):
 def learned(images, masks, probs, context, settings):
   """The Dice that a small network, trained on the labelled split, predicts."""
   del probs
-  _need(context.learned_params is not None, "learned", "context.learned_params")
-  _need(settings.learned_apply is not None, "learned", "learned_apply")
 
   def apply(one_mask_each):
     return settings.learned_apply(context.learned_params, images, one_mask_each)
@@ -164,14 +170,12 @@ def learned(images, masks, probs, context, settings):
 def oracle(images, masks, probs, context, settings):
   """The true score; for studies."""
   del images, probs
-  _need(context.labels is not None, "oracle", "context.labels")
   return true_scores(masks, context.labels, settings.num_classes)
 
 
 def noisy_oracle(images, masks, probs, context, settings):
   """The true score, negated in a share of the images, plus normal noise; for studies."""
   del images, probs
-  _need(context.labels is not None, "noisy_oracle", "context.labels")
   scores = true_scores(masks, context.labels, settings.num_classes)
 
   def disturb(key, row):
@@ -182,19 +186,36 @@ def noisy_oracle(images, masks, probs, context, settings):
   return jax.vmap(disturb)(context.keys, scores)
 
 
+class Judge(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    score: (images, masks, probs, Context, Settings) -> f32[b, K].
+    needs: fields of `Context` that must be there.
+    options: keys of `config.judge` that it alone reads.
+  """
+
+  score: Callable[..., jax.Array]
+  needs: tuple[str, ...] = ()
+  options: tuple[str, ...] = ()
+
+
 JUDGES = {
-  "agreement": agreement,
-  "confidence": confidence,
-  "entropy": entropy,
-  "learned": learned,
-  "oracle": oracle,
-  "noisy_oracle": noisy_oracle,
+  "agreement": Judge(agreement),
+  "confidence": Judge(confidence),
+  "entropy": Judge(entropy, options=("border",)),
+  "learned": Judge(learned, needs=("learned_params",), options=("learned",)),
+  "oracle": Judge(oracle, needs=("labels",)),
+  "noisy_oracle": Judge(noisy_oracle, needs=("labels",), options=("flip_rate", "noise_level")),
 }
 
 
-def _need(there: bool, judge: str, what: str) -> None:
-  if not there:
-    raise errors.JudgeError(f"judge {judge!r} needs {what}, found None")
+def needs(name: str, field: str) -> bool:
+  """Whether a judge needs a field of `Context`; one of your own needs none.
+
+  A judge that needs `labels` is for studies: mining reads the truth of unlabelled images for it.
+  """
+  return name in JUDGES and field in JUDGES[name].needs
 
 
 def _user_judge(name):

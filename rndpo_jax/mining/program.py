@@ -38,7 +38,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     for name in {config.judge.name, *config.judge.compare}
   }
   options = {
-    "mix": config_lib.parse_mix(config.proposals.mix),
+    "mix": proposals.parse_mix(config.proposals.mix),
     **{name: value for name, value in config.proposals.items() if name != "mix"},
   }
 

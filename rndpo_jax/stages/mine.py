@@ -15,12 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from rndpo_jax import (
-  config as config_lib,
-)
 from rndpo_jax import provenance, seeds
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
+from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import multihost, preemption, sharding
@@ -59,7 +57,7 @@ def run(config, workdir: os.PathLike) -> None:
     }
     measure_judges.write_reliability(config, directory, dataset, outputs)
   program = on_local_devices(make_mine_batch(config, dataset, score), weights)
-  with_labels = config.judge.name in config_lib.TRUTH_JUDGES
+  with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(measure_judges.example_indices(dataset))
