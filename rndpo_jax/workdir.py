@@ -17,7 +17,6 @@ import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.runtime import files, progress
 
@@ -126,12 +125,6 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
   """
   there = _read(epath.Path(config.base.workdir) / "config.json")["config"]
   here = json.loads(config.to_json_best_effort())
-  # An option that is newer than the other run had its default of today there.
-  defaults = json.loads(config_lib.base_config().to_json_best_effort())
-  there = {
-    name: {**value, **there.get(name, {})} if isinstance(value, dict) else there.get(name, value)
-    for name, value in defaults.items()
-  }
   there, here = (_without(content, OPERATIONAL + _OF_THE_OTHER_JOB) for content in (there, here))
   free = ("seed", "augment") if here["base"]["augment"] else ("seed",)
   changes, said = (
@@ -141,7 +134,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
   if changes:
     raise errors.ConfigError(
       f"config.base.workdir: {config.base.workdir} was made with other options: "
-      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train anew"
+      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train again"
     )
   if said:
     progress.say(

@@ -77,14 +77,6 @@ def test_what_a_caller_does_to_an_entry_stays_his(tmp_path):
   assert table[1]["shape"] == [4, 5] and table[1]["spacing"] == [1.0, 2.0]
 
 
-def test_a_list_of_an_older_version_is_read(tmp_path):
-  entries = [_entry(), _entry(record_id="b", has_mask=False)]
-  records.write(tmp_path, _source(entries), "d", "s")
-  content = json.loads((tmp_path / records.FILE).read_text())
-  (tmp_path / records.FILE).write_text(json.dumps({**content, "records": entries}))
-  assert list(records.read(tmp_path)["records"]) == entries
-
-
 @pytest.mark.parametrize(
   "change", [{"grid": None}, {"slice": [1]}, {"record_id": [3, 4]}, {"grids": ...}]
 )

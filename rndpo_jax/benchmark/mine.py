@@ -140,7 +140,7 @@ def make_program(config, params, images, mix: str) -> tuple[Callable, tuple]:
   config.judge.compare = (config.judge.name,)
   dataset = dataset_lib.Dataset(
     fingerprint="",
-    source=None, blind_source=None, name="random", class_names=[], num_channels=network.CHANNELS,
+    source=None, blind_source=None, class_names=[], num_channels=network.CHANNELS,
     spacing_unit="voxel", records=[], splits={}, crop=(), normalization="zscore",
     num_classes=config.data.num_classes, spatial_dims=config.data.spatial_dims,
     size=config.data.size,

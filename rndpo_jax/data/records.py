@@ -21,9 +21,7 @@ from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
-_SOURCE_KEYS = (
-  "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
-)  # fmt: skip
+_SOURCE_KEYS = ("num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit")
 _ID_KEYS = ("record_id", "case_id", "group_id")
 
 
@@ -250,8 +248,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
   ]
   try:
     if not missing:
-      found = content["records"]  # an older version listed the entries
-      content["records"] = Table(to_columns(found) if isinstance(found, list) else found)
+      content["records"] = Table(content["records"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     remedy = f"remove it and run the stage 'prepare' again ({error})"
     raise errors.DataError(f"{path}: lacks records that can be read; {remedy}") from error

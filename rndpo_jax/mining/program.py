@@ -66,8 +66,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
 def make_mine_batch(config, dataset, score) -> Callable:
   """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins.
 
-  Packed are the chosen and rejected masks, u8[b, P, bits, bytes], and with
-  `config.mine.keep_proposals` all `proposals`, u8[b, K, bits, bytes].
+  Packed are the chosen and rejected masks, u8[b, P, bits, bytes].
   """
   name = config.judge.name
   options = {
@@ -90,9 +89,7 @@ def make_mine_batch(config, dataset, score) -> Callable:
     def pack(masks):
       return bit_planes.pack(masks, dataset.num_classes, dataset.spatial_dims)
 
-    kept = {"proposals": pack(sampled.masks)} if config.mine.keep_proposals else {}
     return {
-      **kept,
       "masks": sampled.masks,
       "scores": scores[name],
       "pairs": mined,

@@ -85,7 +85,7 @@ class Sampler(NamedTuple):
   Attributes:
     options: keys of `config.proposals` that it alone reads.
     strength: the key that makes it act; at 0 its proposals would all be the same.
-    random: whether it draws anew for each proposal.
+    random: whether it draws again for each proposal.
   """
 
   options: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Pair files: ArrayRecord shards, one record an image, and the manifest that vouches for them."""
+"""Pair files: ArrayRecord shards, one record an image, checked against the manifest's sums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,26 @@ from flax import serialization
 from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import files, multihost, preemption, threads
 
-# What fine-tuning takes from a record as it stands, P slots an image.
-TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
+
+class Field(NamedTuple):
+  """A field of a record; `trained` if fine-tuning takes it as it is."""
+
+  dtype: type
+  axes: tuple[str, ...]
+  trained: bool = False
+
+
+# A record: one image with P slots for pairs. Masks are packed by `losses.bit_planes`.
+FIELDS = {
+  "index": Field(np.int32, ()),  # of the image's record in the data set
+  "chosen": Field(np.uint8, ("P", "bits", "bytes"), trained=True),
+  "rejected": Field(np.uint8, ("P", "bits", "bytes"), trained=True),
+  "reference_margin": Field(np.float32, ("P",), trained=True),
+  "reference_log_prob": Field(np.float32, ("P",), trained=True),
+  "valid": Field(np.float32, ("P",)),  # 1, or 0 where a slot has no pair
+  "score_gap": Field(np.float32, ("P",)),
+}
+TRAINING_FIELDS = tuple(name for name, field in FIELDS.items() if field.trained)
 
 
 def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Path:
@@ -37,7 +55,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
 
   Args:
     path: from `shard_path`.
-    records: dicts of numpy arrays, encoded with msgpack.
+    records: dicts of numpy arrays as `FIELDS` says, encoded with msgpack.
     summary: entries of the summary besides file, sha256, count and num_bytes; read after the
       records are exhausted, so that it may be filled while they are made.
   """
@@ -76,6 +94,7 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
+      _check_fields(record)
       encoded = serialization.msgpack_serialize(record)
       writer.write(encoded)
       count, num_bytes = count + 1, num_bytes + len(encoded)
@@ -86,6 +105,18 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
   return count, num_bytes
+
+
+def _check_fields(record: dict[str, np.ndarray]) -> None:
+  if record.keys() != FIELDS.keys():
+    raise ValueError(f"a record holds {', '.join(record)}, expected {', '.join(FIELDS)}")
+  for name, field in FIELDS.items():
+    value = record[name]
+    if value.dtype != field.dtype or value.ndim != len(field.axes):
+      raise ValueError(
+        f"field {name!r} of a record: found {value.dtype} of {value.ndim} axes, expected "
+        f"{np.dtype(field.dtype)} of the axes {field.axes}"
+      )
 
 
 def claim(directory: os.PathLike, fingerprints: dict[str, str]) -> None:
@@ -163,7 +194,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   for path, _ in shards:
     if not path.exists():
       raise errors.PairsError(f"{path} is missing; {_rebuild(path)}")
-  with preemption.together("the shards of pairs are checked anew"):
+  with preemption.together("the shards of pairs are checked again"):
     _check(shards[jax.process_index() :: jax.process_count()])
   files.allow_open(len(shards), directory)
   return _Records([os.fspath(files.local_copy(path)) for path, entry in shards if entry["count"]])
@@ -173,7 +204,7 @@ def _check(shards: Sequence[tuple[epath.Path, dict[str, Any]]]) -> None:
   """Compares (path, entry of the manifest) with the files; raises as `read`."""
   checksums = threads.in_order(files.sha256, [path for path, _ in shards])
   for (path, entry), checksum in zip(shards, checksums, strict=True):
-    preemption.check("the shards of pairs are checked anew")
+    preemption.check("the shards of pairs are checked again")
     if checksum != entry["sha256"]:
       raise errors.PairsError(
         f"{path} is corrupt: its SHA-256 is not that of the manifest; {_rebuild(path)}"
