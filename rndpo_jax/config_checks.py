@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_ranges, config_unread, models
+from rndpo_jax import config_ranges, config_unread, models, workdir
 from rndpo_jax.data import sources
-from rndpo_jax.errors import ConfigError
+from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judges, pair_rules, proposals
+
+MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
 
 
 def validate(config) -> None:
@@ -54,6 +57,8 @@ def validate(config) -> None:
       "config.judge: 'noisy_oracle' needs flip_rate or noise_level above 0; the judge without "
       "either is 'oracle'"
     )
+  workdir.check_path("config.base.workdir", config.base.workdir)
+  workdir.check_path("config.data.split_file", config.data.split_file)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
   config_unread.check(config)
@@ -115,11 +120,10 @@ def _check_choices(config) -> None:
   if "noisy_oracle" in config.judge.compare:
     raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
   for name in (config.judge.name, *config.judge.compare):
-    if name not in judges.JUDGES and ":" not in name:
-      raise ConfigError(
-        f"config.judge: unknown judge {name!r}; known: {', '.join(judges.JUDGES)}, or a "
-        "function of your own as package.module:function"
-      )
+    try:
+      judges.check_name(name)
+    except JudgeError as error:
+      raise ConfigError(f"config.judge: {error}") from error
   for name in config.evaluate.metrics:
     if name not in metrics.METRICS:
       raise ConfigError(
@@ -173,17 +177,19 @@ def _check_mix(config, mix) -> None:
 
 
 def _check_grid(config) -> None:
-  size, dims = tuple(config.data.size), config.data.spatial_dims
+  size, dims, phantom = tuple(config.data.size), config.data.spatial_dims, config.data.phantom
   if len(size) != dims:
     raise ConfigError(
       f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
     )
   if config.data.crop and len(config.data.crop) != dims:
     raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
-  if min((*size, *config.data.crop)) < 1:
-    raise ConfigError(
-      f"config.data.size: found {size} with crop {tuple(config.data.crop)}, expected values above 0"
-    )
+  for key, pixels in (("size", size), ("crop", config.data.crop), ("phantom.size", phantom.size)):
+    if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
+      raise ConfigError(
+        f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
+        f"{MAX_PIXELS:,} pixels in all"
+      )
   step = 2 ** (config.model.depth - 1)
   if any(s % step for s in size):
     raise ConfigError(

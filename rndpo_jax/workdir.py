@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import fsspec
 import jax
 import ml_collections
 from etils import epath
@@ -31,6 +32,29 @@ OPERATIONAL = (
 )  # fmt: skip
 # Also what another job may have otherwise that takes its data and base from a work directory.
 _OF_THE_OTHER_JOB = ("base.workdir", "base.num_members", "model.remat", "model.lanes")
+
+
+def check_path(key: str, path: os.PathLike | str) -> None:
+  """Checks that a folder or file is on this host or in a bucket that can be read from here.
+
+  Raises:
+    errors.ConfigError: naming `key`.
+  """
+  scheme, is_uri, _ = os.fspath(path).partition("://")
+  if not is_uri:
+    return
+  if scheme != "gs":
+    raise errors.ConfigError(
+      f"{key}: found {os.fspath(path)!r}, expected a folder of this host or gs://BUCKET/...; mount "
+      f"what is at {scheme}:// and give that folder"
+    )
+  try:
+    fsspec.get_filesystem_class("gs")
+  except ImportError as error:
+    raise errors.ConfigError(
+      f"{key}: {os.fspath(path)!r} needs the package gcsfs, which is not installed; install the "
+      "extra gcs (source launch/setup.sh gcs), or name a folder of this host"
+    ) from error
 
 
 def claim(

@@ -3,11 +3,13 @@
 import importlib
 import pathlib
 
+import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, config_ranges, errors, pipeline
 from rndpo_jax.mining import proposals
+from rndpo_jax.planning import dry_run
 
 CONFIGS = sorted(
   path.stem
@@ -62,6 +64,117 @@ WRONG = [
   ("data.split_seed", -1, "config.data.split_seed: found -1"),
   ("data.phantom.seed", -1, "config.data.phantom.seed: found -1"),
 ]
+
+# Types: key, value, and what the message expects.
+WRONG_TYPES = [
+  ("data.size", ("64", 64), "whole numbers"),
+  ("data.size", (64.0, 64.0), "whole numbers"),
+  ("data.size", (None, 64), "whole numbers"),
+  ("data.size", ((64, 64), 64), "whole numbers"),
+  ("data.size", None, "whole numbers"),
+  ("data.crop", ("a", "b"), "whole numbers"),
+  ("data.crop", (True, True), "whole numbers"),
+  ("data.phantom.size", (72.5, 80.0), "whole numbers"),
+  ("finetune.region_classes", ("organ",), "whole numbers"),
+  ("finetune.region_classes", (1.0,), "whole numbers"),
+  ("judge.compare", (1,), "names"),
+  ("evaluate.metrics", ("dice", None), "names"),
+  ("judge.name", None, "str"),
+  ("finetune.beta", None, "float"),
+  ("base.num_steps", None, "int"),
+]
+FLOATS = [
+  k for k, value in config_lib.leaves(config_lib.base_config()).items() if type(value) is float
+]
+ABSURD = [
+  ("model.depth", 10**6, "1..16"),
+  ("model.depth", 10**12, "1..16"),
+  ("model.width", 10**9, "1..16384"),
+  ("model.dropout", 1.0, "0..1, below 1"),
+  ("proposals.mix", "base:1,tta+threshold:1000000", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:2000", "K = 2000"),
+  ("proposals.mix", "threshold:" + 5000 * "9", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:\u00b2", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:\u0664", "COUNT from 1 to 1024"),
+  ("judge.border", 10**6, "0..256"),
+  ("judge.num_bootstrap", 10**9, "1..100000"),
+  ("mine.batch_size", 10**9, "1..65536"),
+  ("finetune.batch_size", 10**9, "1..65536"),
+  ("mine.num_shards", 10**9, "1..99999"),
+  ("data.prefetch", 10**9, "0..1024"),
+  ("data.size", (2**15, 2**15), "at most 268,435,456 pixels"),
+  ("data.phantom.size", (10**5, 10**5), "at most 268,435,456 pixels"),
+  ("data.phantom.num_cases", 10**12, "1..10000000"),
+  ("base.num_steps", 10**18, "1..10000000"),
+]
+JUDGES = [":", ".x:f", "x.:f", "x:", ":f", "x:f:g", "x:f.g", "1x:f", "x y:f", "../x:f"]
+BUCKETS = ["s3://bucket/run", "http://host/run", "https://host/run", "gs://bucket/run"]
+
+
+@pytest.mark.parametrize("key,value,kind", WRONG_TYPES)
+def test_a_value_of_the_wrong_type_raises(key, value, kind):
+  config = config_lib.base_config()
+  section, name = key.rsplit(".", 1)
+  parent = config
+  for part in section.split("."):
+    parent = parent[part]
+  with parent.ignore_type():
+    parent[name] = value
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: found .*, expected {kind}"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_may_be_nan_or_infinite(key, value):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: found {value}, expected"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("key,value,message", ABSURD)
+def test_an_absurd_size_raises_before_memory_is_taken(key, value, message):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{message}"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_that_is_no_package_module_function_raises(name):
+  for key, value in (("name", name), ("compare", (name,))):
+    config = config_lib.base_config()
+    config.judge[key] = value
+    with pytest.raises(errors.ConfigError, match="config.judge: unknown judge .*module:function"):
+      config_checks.validate(config)
+
+
+@pytest.mark.parametrize("place", BUCKETS)
+def test_a_place_that_cannot_be_read_from_here_raises(place, monkeypatch, tmp_path):
+  real = fsspec.get_filesystem_class
+
+  def without_gcsfs(name):
+    if name == "gs":
+      raise ImportError("gcsfs")
+    return real(name)
+
+  monkeypatch.setattr(fsspec, "get_filesystem_class", without_gcsfs)
+  wanted = "needs the package gcsfs" if place.startswith("gs") else "expected a folder of this host"
+  for key in ("base.workdir", "data.split_file"):
+    config = config_lib.base_config()
+    config.update_from_flattened_dict({key: place})
+    with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{place}.* ?{wanted}"):
+      config_checks.validate(config)
+  for function in (pipeline.run, dry_run.run):
+    with pytest.raises(errors.ConfigError, match=f"--workdir: .*{place}.* ?{wanted}"):
+      function(config_lib.base_config(), place)
+
+
+def test_whole_numbers_serve_as_floats():
+  config = config_lib.base_config().lock()
+  config.finetune.beta = 3
+  config_checks.validate(config)
 
 
 @pytest.mark.parametrize("section", ["base", "finetune"])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import errors
+from rndpo_jax import errors, pipeline
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, preemption
 
@@ -119,3 +119,15 @@ def test_a_record_has_the_fields_of_the_table(tmp_path, changes, message):
   (record,) = records(1)
   with pytest.raises(ValueError, match=message):
     shards.write_shard(shards.shard_path(tmp_path, 0, 1), [{**record, **changes}], {})
+
+
+def test_more_shards_than_images_raise(tiny_config):
+  shards.check_num_shards(tiny_config(mine__num_shards=20), 20)
+  with pytest.raises(errors.ConfigError, match="config.mine.num_shards: found 21, but .* 20 unlab"):
+    shards.check_num_shards(tiny_config(mine__num_shards=21), 20)
+
+
+def test_more_shards_than_images_raise_before_anything_is_read(tiny_config, tmp_path):
+  with pytest.raises(errors.ConfigError, match="config.mine.num_shards: found 21"):
+    pipeline.run(tiny_config(mine__num_shards=21), tmp_path)
+  assert not list(tmp_path.rglob("*.array_record*"))

@@ -73,12 +73,9 @@ def build(
       raises ValueError, while it is traced, when `context` lacks what it needs or a function of
       your own returns another shape.
   """
+  check_name(name)
   if ":" in name:
     return _user_judge(name)
-  if name not in JUDGES:
-    raise errors.JudgeError(
-      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
-    )
   row = JUDGES[name]
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
 
@@ -89,6 +86,21 @@ def build(
     return row.score(images, masks, probs, context, settings)
 
   return judge
+
+
+def check_name(name: str) -> None:
+  """Checks that a name is of JUDGES, or reads as `package.module:function`.
+
+  Raises:
+    JudgeError: otherwise.
+  """
+  module, colon, function = name.partition(":")
+  parts = [*module.split("."), function]
+  if name not in JUDGES and not (colon and all(part.isidentifier() for part in parts)):
+    raise errors.JudgeError(
+      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of your own as "
+      "package.module:function"
+    )
 
 
 def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:

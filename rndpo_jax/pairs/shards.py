@@ -45,6 +45,19 @@ def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Pat
   return epath.Path(directory) / f"pairs-{shard:05d}-of-{num_shards:05d}.array_record"
 
 
+def check_num_shards(config, num_images: int) -> None:
+  """Checks that each shard has an unlabelled image.
+
+  Raises:
+    errors.ConfigError: if there are more shards than images.
+  """
+  if config.mine.num_shards > num_images:
+    raise errors.ConfigError(
+      f"config.mine.num_shards: found {config.mine.num_shards}, but there are {num_images} "
+      "unlabelled images; set it to at most that"
+    )
+
+
 def summary_path(shard: os.PathLike) -> epath.Path:
   """The JSON beside a finished shard: checksum, counts, sizes in bytes and pixels."""
   return epath.Path(shard).with_suffix(".json")

@@ -19,12 +19,13 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from rndpo_jax import config_checks, models, pipeline, types
+from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.data import builder, reader, records, sources, splits
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics, predict
 from rndpo_jax.mining import proposals
-from rndpo_jax.pairs import manifest
+from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.planning import cost, programs, storage, timing
 from rndpo_jax.runtime import files, progress, sharding
 from rndpo_jax.stages import measure_judges, prepare
@@ -59,10 +60,12 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     records.DataError: from the source.
   """
   config_checks.validate(config)
+  workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
   data = describe_data(config, workdir)
   if num_unlabelled:
     data = _with_unlabelled(data, num_unlabelled)
+  shards.check_num_shards(config, data.num_images["unlabelled"])
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   segmenter = models.build(
     config.model, num_classes=data.problem.num_classes, spatial_dims=data.problem.spatial_dims

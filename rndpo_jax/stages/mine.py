@@ -42,6 +42,7 @@ def run(config, workdir: os.PathLike) -> None:
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
   dataset = dataset_lib.open_dataset(config, workdir)
+  shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   shards.claim(directory, _fingerprints(dataset, weights))

@@ -11,6 +11,7 @@ from etils import epath
 from rndpo_jax import errors
 from rndpo_jax.data import builder, records, sources, splits
 from rndpo_jax.mining import judges
+from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost
 
 
@@ -36,11 +37,9 @@ def run(config, workdir: epath.PathLike) -> None:
   source = sources.SOURCES[config.data.source].open(config)
   parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
-  check_truth(
-    config,
-    source.records,
-    [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
-  )
+  unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
+  shards.check_num_shards(config, len(unlabelled))
+  check_truth(config, source.records, unlabelled)
   pixels = builder.build(source, directory)
   if multihost.is_first():
     files.write_json(workdir / splits.FILE, parts)
