@@ -7,7 +7,6 @@ and `noisy_oracle` read labels and are for studies; no other judge does.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from rndpo_jax import errors, types
 from rndpo_jax.evaluation import metrics
-from rndpo_jax.mining import overlap
+from rndpo_jax.mining import overlap, user_judges
 
 
 class Context(NamedTuple):
@@ -57,8 +56,8 @@ def build(
   """Builds a judge by name.
 
   Args:
-    name: a key of JUDGES, or `package.module:function` for a function of your own, called as
-      function(images, masks, probs) -> [b, K] inside a compiled program.
+    name: a key of JUDGES, or `package.module:function` for a function of your own that JAX can
+      trace, called as function(images, masks, probs) -> [b, K]; see `user_judges`.
     num_classes: C.
     border: pixels around a mask that `entropy` looks at too.
     flip_rate: `noisy_oracle`: share of images whose ranking is reversed.
@@ -70,12 +69,12 @@ def build(
 
   Raises:
     JudgeError: the name is unknown, or its module or function is not found. The judge itself
-      raises ValueError, while it is traced, when `context` lacks what it needs or a function of
-      your own returns another shape.
+      raises it, while it is traced, if `context` lacks what it needs or a function of your own
+      returns another shape.
   """
   check_name(name)
   if ":" in name:
-    return _user_judge(name)
+    return user_judges.on_device(name)
   row = JUDGES[name]
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
 
@@ -228,28 +227,6 @@ def needs(name: str, field: str) -> bool:
   A judge that needs `labels` is for studies: mining reads the truth of unlabelled images for it.
   """
   return name in JUDGES and field in JUDGES[name].needs
-
-
-def _user_judge(name):
-  module_name, _, function_name = name.partition(":")
-  try:
-    function = getattr(importlib.import_module(module_name), function_name)
-  except (ImportError, AttributeError) as error:
-    raise errors.JudgeError(
-      f"judge {name!r}: {error}; expected package.module:function, importable from here"
-    ) from error
-
-  def judge(images, masks, probs, context):
-    del context
-    scores = jnp.asarray(function(images, masks, probs))
-    if scores.shape != masks.shape[:2]:
-      raise errors.JudgeError(
-        f"judge {name!r} returned shape {scores.shape}, expected (images, proposals) = "
-        f"{masks.shape[:2]}"
-      )
-    return scores.astype(jnp.float32)
-
-  return judge
 
 
 def _dilate(region, border):
