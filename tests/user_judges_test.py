@@ -1,5 +1,6 @@
 """user_judges: a function of your own runs on the device or the host; its faults are one line."""
 
+import pathlib
 import re
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import errors, pipeline
-from rndpo_jax.mining import program, user_judges
+from rndpo_jax.mining import judges, pair_rules, program, proposals, user_judges
 from rndpo_jax.pairs import shards
 from rndpo_jax.planning import programs
 from rndpo_jax.runtime import files, sharding
@@ -245,3 +246,25 @@ def test_a_plan_takes_a_judge_on_the_host_for_nothing(clinic, tiny_config):
   lowered = programs.programs(config, problem, sharding.make_mesh(), {"mine": 8, "measure": 8})
   for lower in lowered.values():
     assert "callback" not in lower().as_text()
+
+
+README = pathlib.Path(program.__file__).parent / "README.md"
+
+
+def test_the_judge_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+  (source,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+  (tmp_path / "my_judges.py").write_text(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  _, masks, probs = arrays()
+  masks[:] = 0
+  masks[0, 0, 1:4, 1:4] = 1  # 9 pixels, 12 sides
+  masks[0, 1, 2, :5] = 1  # 5 pixels, 11 sides: one is the edge of the image
+  got = user_judges.on_host("my_judges:compactness")(None, masks, probs)
+  np.testing.assert_allclose(got[0], [9 / 144, 5 / 121, 0, 0], rtol=1e-6)
+  assert user_judges.why_on_host("my_judges:compactness", *SHAPES).startswith("JAX cannot trace it")
+
+
+def test_the_readme_names_every_judge_rule_and_sampler():
+  text = README.read_text()
+  for name in (*judges.JUDGES, *pair_rules.RULES, *proposals.SAMPLERS):
+    assert f"`{name}`" in text, name
