@@ -145,7 +145,7 @@ def _check_counts(config) -> None:
     )
   if config.data.num_classes == 1:
     raise ConfigError(
-      "config.data.num_classes: found 1, expected 2..256, or 0 to be told by nnU-Net"
+      "config.data.num_classes: found 1, expected 2..256, or 0 to take it from a dataset.json"
     )
 
 
@@ -165,7 +165,7 @@ def _check_mix(config, mix) -> None:
         )
     if fixed.count(frozenset(atoms)) > 1:
       raise ConfigError(
-        f"config.proposals.mix: {name!r} stands twice and draws nothing at random, so the second "
+        f"config.proposals.mix: {name!r} is there twice and draws nothing at random, so the second "
         "would repeat the first; make it one entry with the sum of the counts"
       )
     if "tta" in atoms and not strengths and count > num_views:

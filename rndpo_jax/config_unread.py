@@ -1,7 +1,7 @@
 """Options that nothing would read: `check` raises ConfigError naming the key and its reader.
 
 Every key of the config is in one of two lists, which a test checks: `ALWAYS`, or the table that
-`readers` makes, where a key is read only if something else is chosen.
+`readers` makes, where a key is read only if another key has a certain value.
 """
 
 from __future__ import annotations

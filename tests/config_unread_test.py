@@ -91,7 +91,7 @@ def test_every_key_is_named_by_code_that_is_no_check(key):
   assert any(re.search(rf"\b{name}\b", path.read_text()) for path in files)
 
 
-def test_a_split_file_says_which_counts_it_stands_for(capsys):
+def test_counts_beside_a_split_file_are_reported(capsys):
   config_checks.validate(make(**{"data.split_file": "splits.json", "data.num_val": 5}))
   assert "config.data.num_val: found 5, which nothing reads" in capsys.readouterr().out
   config_checks.validate(make(**{"data.num_val": 5}))

@@ -172,7 +172,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"objective": "bco_pair", "accumulate_steps": 2}, "accumulate_steps: found 2.*a mean over"),
   ],
 )
-def test_options_without_effect_are_refused(tiny_config, changes, message):
+def test_options_without_effect_raise(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
     config_checks.validate(
       tiny_config(**{f"finetune__{key}": value for key, value in changes.items()})

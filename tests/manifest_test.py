@@ -1,4 +1,4 @@
-"""shards: what summaries count, and what a manifest makes of it, against numpy on every value."""
+"""manifest: what summaries count, and what a manifest makes of it, against numpy on every value."""
 
 import types as python_types
 

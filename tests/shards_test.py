@@ -1,4 +1,4 @@
-"""pairs: shards round-trip, the summary comes last, and a full disk leaves nothing behind."""
+"""shards: they round-trip, the summary comes last, and a full disk leaves nothing behind."""
 
 import contextlib
 import errno

@@ -19,7 +19,7 @@ from rndpo_jax.mining import overlap, user_judges
 
 
 class Context(NamedTuple):
-  """What a judge may need besides images and proposals; None where there is none.
+  """What a judge may need besides images and proposals; None if there is none.
 
   Attributes:
     keys: [b], one key an image.
@@ -116,7 +116,7 @@ def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Ar
 
 
 def agreement(images, masks, probs, context, settings):
-  """Mean foreground Dice with the other proposals and, where given, the ensemble's masks."""
+  """Mean foreground Dice with the other proposals and, if given, the ensemble's masks."""
   del images, probs
   count = masks.shape[1]
   with_others = overlap.pairwise_dice(masks, masks, settings.num_classes)

@@ -67,7 +67,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
 
   Returns:
     score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}). The scores of
-    `host_judges` are zeros there: they stand in where a program is only planned.
+    `host_judges` are zeros there, for programs that are only planned.
   """
   hosted = host_judges(config, dataset)
   segmenter = models.build(

@@ -165,7 +165,7 @@ def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
 def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
   """Views of an image other than itself, as (quarter turns in the plane H, W; axes flipped).
 
-  Flips of every set of axes; where H equals W, also those after a quarter turn: 3 or 7 views of
+  Flips of every set of axes; if H equals W, also those after a quarter turn: 3 or 7 views of
   an image, 7 or 15 of a volume, each another symmetry of the grid.
 
   Args:

@@ -48,6 +48,6 @@ def build(model_config, *, num_classes: int, spatial_dims: int) -> types.Segment
 
 
 def lanes(model_config, platform: str | None = None) -> int:
-  """`config.model.lanes`, where 0 is what a platform has; by default that of this process."""
+  """`config.model.lanes`; 0 is the number of a platform, by default that of this process."""
   platform = platform or jax.default_backend()
   return model_config.lanes or (TPU_LANES if platform == "tpu" else 1)

@@ -78,7 +78,7 @@ def write_manifest(config, directory: epath.Path) -> None:
   """Adds up the shards' summaries.
 
   Raises:
-    MiningError: where there is no pair at all.
+    MiningError: if there is no pair at all.
   """
   entries: list[dict] = []
   dropped, sizes, gaps = Counter(), Counter(), Counter()

@@ -34,7 +34,7 @@ FIELDS = {
   "rejected": Field(np.uint8, ("P", "bits", "bytes"), trained=True),
   "reference_margin": Field(np.float32, ("P",), trained=True),
   "reference_log_prob": Field(np.float32, ("P",), trained=True),
-  "valid": Field(np.float32, ("P",)),  # 1, or 0 where a slot has no pair
+  "valid": Field(np.float32, ("P",)),  # 1, or 0 if the slot has no pair
   "score_gap": Field(np.float32, ("P",)),
 }
 TRAINING_FIELDS = tuple(name for name, field in FIELDS.items() if field.trained)
@@ -98,7 +98,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
 
 
 def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[int, int]:
-  """Writes `records` and returns how many and their bytes; where that fails nothing is left.
+  """Writes `records` and returns how many and their bytes; if that fails nothing is left.
 
   The bytes are those handed to ArrayRecord, which compresses them and fills blocks of 64 KiB: the
   size of a small file says little of what a large one needs.
@@ -194,9 +194,9 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
     A sequence of records, dicts of numpy arrays, in the order of the shards.
 
   Raises:
-    PairsError: where the manifest or a shard is missing, or a checksum differs; of several
+    errors.PairsError: if the manifest or a shard is missing, or a checksum differs; of several
       processes, on the one that finds a checksum to differ.
-    files.FileError: where this host does not let a process open so many.
+    errors.FileError: if this host does not let a process open so many.
     preemption.Preempted: after a signal.
   """
   directory = epath.Path(directory)

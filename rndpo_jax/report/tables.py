@@ -23,7 +23,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def with_interval(entry: Mapping[str, Any], key: str) -> str:
-  """A judge's figure with its interval; 'unknown' where there is no truth to measure it by."""
+  """A judge's figure with its interval; 'unknown' if there is no truth to measure it by."""
   interval = entry.get(f"{key}_ci")
   if entry.get(key) is None:
     return "unknown"

@@ -1,4 +1,4 @@
-"""What mining is worth: judges and proposals against the truth, where there is truth."""
+"""What mining is worth: judges and proposals against the truth, on images that have one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rndpo_jax.runtime import files
 
 NUM_EXAMPLES = 6
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
-# is beside the point for unlabelled images, and stands apart.
+# says little about unlabelled images, and is kept apart.
 SPLITS = ("val", "labelled")
 
 

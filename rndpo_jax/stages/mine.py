@@ -46,8 +46,8 @@ def run(config, workdir: os.PathLike) -> None:
   comes last.
 
   Raises:
-    shards.MiningError: where no pair is left, naming the filters that took them.
-    records.DataError: where the judge needs truth that unlabelled images lack.
+    errors.MiningError: if no pair is left, naming the filters that took them.
+    errors.DataError: if the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
