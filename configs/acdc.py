@@ -3,7 +3,7 @@
   python -m launch.run --config=configs/acdc.py --config.data.root=DIR --workdir=OUT
 
 DIR is an nnU-Net raw folder (dataset.json, imagesTr, labelsTr) with cases patientNNN_frameMM;
-both frames of a patient stand in the same split. Takes about 10 minutes on 2 CPU cores;
+both frames of a patient are in the same split. Takes about 10 minutes on 2 CPU cores;
 test Dice of the last checkpoint 0.705, of the base 0.700 (seed 0, judge agreement).
 """
 

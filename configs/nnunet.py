@@ -4,7 +4,7 @@ r"""Any nnU-Net raw folder (dataset.json, imagesTr, labelsTr, perhaps imagesTs),
 
 Trains on slices; for volumes add --config.data.spatial_dims=3 --config.data.size='(64,64,32)'.
 Cases without a label file are unlabelled. With
---config.data.group_pattern='(patient\d+)' the cases of a patient stand in one split.
+--config.data.group_pattern='(patient\d+)' the cases of a patient are in one split.
 """
 
 from rndpo_jax import config as config_lib

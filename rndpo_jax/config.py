@@ -1,52 +1,46 @@
 """Every default of the program, with its unit and meaning.
 
 A file in `configs/` starts from `base_config()` and overrides a few keys; the command line
-overrides more (`--config.finetune.beta=10`). Unknown keys and wrong types are refused by
-ml_collections; values that cannot work are refused by `config_checks.validate`.
+overrides more (`--config.finetune.beta=10`). ml_collections raises an error on an unknown key or a
+wrong type, `config_checks.validate` on a value that cannot work and on a key that nothing reads.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 
-from rndpo_jax import errors
-
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
-SOURCES = ("phantom", "folder", "nnunet")
-RULES = ("top_vs_random", "top_vs_bottom", "top_vs_rest", "random_pair", "adjacent")
-SAMPLERS = ("base", "mc_dropout", "tta", "logit_noise", "temperature", "threshold")
-JUDGES = ("agreement", "confidence", "entropy", "learned", "oracle", "noisy_oracle")
-# Judges that are handed true scores: for studies, and the only ones for which mining reads labels.
-TRUTH_JUDGES = ("oracle", "noisy_oracle")
-METRICS = ("dice", "iou", "hd95", "assd", "nsd")
 
 
 def base_config() -> ml_collections.ConfigDict:
   """Returns the config with every default."""
+  # fmt: off
   config = ml_collections.ConfigDict()
   config.seed = 0  # everything random is folded from it
 
   config.data = data = ml_collections.ConfigDict()
-  data.source = "phantom"  # phantom | folder | nnunet
+  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet
   data.name = "phantom"  # name of the data set in results and report
   data.root = ""  # folder of the source's files; phantom needs none
   data.spatial_dims = 2  # 2: each slice is a record; 3: each volume is one
   data.size = (64, 64)  # the model's grid in pixels, one entry a spatial dimension
   data.crop = ()  # centre crop before resizing, in source pixels; () keeps the whole image
-  data.num_classes = 2  # background among them; 0 takes it from an nnU-Net dataset.json
+  data.num_classes = 2  # background is one of them; 0 takes it from an nnU-Net dataset.json
   data.normalization = "zscore"  # zscore | minmax, an image and channel at a time
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
-  data.num_labelled = 8  # groups (patients, or cases without group_pattern)
-  data.num_val = 16  # groups
-  data.num_test = 32  # groups
-  data.num_unlabelled = -1  # groups; -1 takes all that are left
+  data.num_labelled = 8  # groups to train the base on (patients, or cases without group_pattern)
+  data.num_val = 16  # groups that choose checkpoints and measure judges
+  data.num_test = 32  # groups that are only tested
+  data.num_unlabelled = -1  # groups to mine pairs from; -1 takes all that are left
   data.split_seed = 0  # which groups go where; apart from `seed` so that seeds share a split
   data.num_workers = 0  # Grain worker processes; 0 reads in this process
   data.prefetch = 2  # batches on their way to the device
   data.phantom = phantom = ml_collections.ConfigDict()
-  phantom.num_cases = 152
+  phantom.num_cases = 152  # images, or volumes
   phantom.size = (72, 80)  # pixels of a generated image, or (H, W, Z) voxels
   phantom.contrast = 0.5  # organ against surround; lower is harder
   phantom.noise = 0.12  # standard deviation, of an intensity range of about 1
@@ -54,20 +48,20 @@ def base_config() -> ml_collections.ConfigDict:
 
   # Augmentation, on the device; probabilities in 0..1, each image drawn alone.
   config.augment = augment = ml_collections.ConfigDict()
-  augment.flip = 0.5
+  augment.flip = 0.5  # along each axis
   augment.turn = 0.5  # by a multiple of 90 degrees; needs equal H and W
   augment.intensity = 0.5  # x * (1 + u s) + v s, u and v uniform in -1..1
-  augment.intensity_scale = 0.2
-  augment.gamma = 0.3
-  augment.gamma_scale = 0.3  # exponent in exp(-s)..exp(s)
-  augment.noise = 0.3
+  augment.intensity_scale = 0.2  # s of intensity, in normalised units
+  augment.gamma = 0.3  # intensity to the power of an exponent
+  augment.gamma_scale = 0.3  # s: the exponent is in exp(-s)..exp(s)
+  augment.noise = 0.3  # white noise
   augment.noise_scale = 0.1  # standard deviation in normalised units
-  augment.elastic = 0.0
+  augment.elastic = 0.0  # a smooth random displacement
   augment.elastic_scale = 4.0  # pixels, standard deviation of the displacement
   augment.elastic_smoothing = 8.0  # pixels, width of its Gaussian
 
   config.model = model = ml_collections.ConfigDict()
-  model.name = "unet"
+  model.name = "unet"  # a name of models.ARCHITECTURES
   model.width = 8  # channels of the first level, doubled at each deeper one
   model.depth = 4  # levels; data.size must divide by 2**(depth - 1)
   model.max_width = 256  # channels a level never exceeds
@@ -86,19 +80,19 @@ def base_config() -> ml_collections.ConfigDict:
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
-  base.num_steps = 400
-  base.batch_size = 16
+  base.num_steps = 400  # optimiser steps of each member
+  base.batch_size = 16  # labelled images a step
   base.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   base.learning_rate = 3e-3  # peak, AdamW with warm-up and cosine decay
-  base.warmup_steps = 40
-  base.weight_decay = 1e-4
+  base.warmup_steps = 40  # of rising learning rate
+  base.weight_decay = 1e-4  # of AdamW
   base.clip_norm = 1.0  # of the whole gradient; 0 does not clip
   base.dice_weight = 1.0  # loss = cross-entropy + dice_weight * (1 - soft Dice)
-  base.augment = True
+  base.augment = True  # as `augment` says
   base.select = "best"  # best | last checkpoint is the base segmenter
-  base.log_every_steps = 20
+  base.log_every_steps = 20  # a row of metrics.jsonl
   base.eval_every_steps = 100  # validation and checkpoint
-  base.keep_checkpoints = 2  # states to go on from; an older one serves if the latest is corrupt
+  base.keep_checkpoints = 2  # states to go on from; an older one if the latest is corrupt
   base.checkpoint_minutes = 0.0  # between further states, also of the learned judge; 0 makes none
 
   config.proposals = proposals = ml_collections.ConfigDict()
@@ -107,32 +101,31 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.noise_scale = 1.0  # standard deviation of the logit field
   proposals.noise_smoothing = 8.0  # pixels, width of the field's Gaussian
   proposals.temperature_low = 0.5  # geometric sweep low..high
-  proposals.temperature_high = 2.0
+  proposals.temperature_high = 2.0  # divisors of the logits
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
-  judge.name = "agreement"  # a name of the table, or package.module:function
+  judge.name = "agreement"  # a name of mining.judges.JUDGES, or package.module:function
   judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
   judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
   judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score
-  judge.border = 3  # entropy: pixels around the mask that count
+  judge.border = 3  # entropy: pixels around the mask that count too
   judge.num_bootstrap = 1000  # resamples of cases for intervals
   judge.learned = learned = ml_collections.ConfigDict()
   learned.width = 8  # channels of the first level; depth and dropout are the model's
-  learned.num_steps = 300
+  learned.num_steps = 300  # optimiser steps
   learned.batch_size = 16  # labelled images a step
   learned.masks_per_image = 8  # synthetic bad masks of each
   learned.learning_rate = 3e-3  # peak of Adam, cosine decay to zero
 
   config.mine = mine = ml_collections.ConfigDict()
-  mine.rule = "top_vs_random"
-  mine.pairs_per_image = 4
-  mine.min_score_gap = 0.0  # a pair needs a gap above it
-  mine.min_region_size = 1  # pixels
-  mine.max_region_size = 0  # pixels; 0 sets no limit
+  mine.rule = "top_vs_random"  # a name of mining.pair_rules.RULES
+  mine.pairs_per_image = 4  # P, at most
+  mine.min_score_gap = 0.0  # a pair needs a gap of the judge's scores above it
+  mine.min_region_size = 1  # pixels in which the masks of a pair differ, at least
+  mine.max_region_size = 0  # pixels, at most; 0 sets no limit
   mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
-  mine.num_shards = 4
-  mine.keep_proposals = False  # all K masks stay in an image's record, bit-packed, for other judges
+  mine.num_shards = 4  # files of pairs; the processes share them
 
   config.finetune = finetune = ml_collections.ConfigDict()
   finetune.objective = "rn_dpo"  # a name of losses.objectives.OBJECTIVES, or several: "rn_dpo,ipo"
@@ -144,67 +137,42 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.region_unit = "pixel"  # pixel of the model's grid | mm (mm^2 or mm^3)
   finetune.region_classes = ()  # D counts pixels of these class ids alone; () all
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
-  finetune.discopop_temperature = 0.05
+  finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
   finetune.anchor = "none"  # none | chosen | labelled: cross-entropy added to the loss
-  finetune.anchor_weight = 0.0
+  finetune.anchor_weight = 0.0  # factor of that cross-entropy
   finetune.reference = "cached"  # cached margins | online (needed with augment) | none
-  finetune.augment = False
-  finetune.num_steps = 300
-  finetune.batch_size = 16
+  finetune.augment = False  # as `augment` says, image and masks alike
+  finetune.num_steps = 300  # optimiser steps
+  finetune.batch_size = 16  # images with their pairs a step
   finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam
   finetune.schedule = "cosine"  # cosine decay to zero | constant
-  finetune.weight_decay = 0.0
-  finetune.clip_norm = 0.0  # 0 does not clip
+  finetune.weight_decay = 0.0  # above 0 Adam is AdamW
+  finetune.clip_norm = 0.0  # of the whole gradient; 0 does not clip
   finetune.ema_decay = 0.0  # above 0, the moving average of the parameters is what is evaluated
-  finetune.log_every_steps = 10
+  finetune.log_every_steps = 10  # a row of metrics.jsonl
   finetune.eval_every_steps = 50  # validation and checkpoint
-  finetune.keep_checkpoints = (
-    2  # states to go on from; an older one serves if the latest is corrupt
-  )
+  finetune.keep_checkpoints = 2  # states to go on from; an older one if the latest is corrupt
   finetune.checkpoint_minutes = 0.0  # between further states; 0 makes none
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
-  evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, assd, nsd
-  evaluate.nsd_tolerance_mm = 2.0  # in voxels where the spacing is unknown
+  evaluate.metrics = ("dice", "iou")  # of evaluation.metrics.METRICS: dice, iou, hd95, assd, nsd
+  evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels where the spacing is unknown
+  # fmt: on
   return config
 
 
-def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
-  """Parses `proposals.mix` into ((sampler names, count), ...).
-
-  Raises:
-    ConfigError: on an unknown sampler, a bad count, a composition without effect, or K < 2.
-  """
-  entries = []
-  for entry in mix.split(","):
-    names, colon, count = entry.strip().partition(":")
-    atoms = tuple(names.strip().split("+"))
-    unknown = [name for name in atoms if name not in SAMPLERS]
-    if unknown:
-      raise errors.ConfigError(
-        f"config.proposals.mix: unknown sampler {unknown[0]!r}; known: {', '.join(SAMPLERS)}"
-      )
-    if not colon or not count.strip().isdigit() or int(count) < 1:
-      raise errors.ConfigError(
-        f"config.proposals.mix: found {entry!r}, expected NAME[+NAME...]:COUNT with COUNT >= 1"
-      )
-    if "temperature" in atoms and not {"logit_noise", "threshold"} & set(atoms):
-      raise errors.ConfigError(
-        "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
-        "as in 'temperature+logit_noise:8'"
-      )
-    if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
-      raise errors.ConfigError(
-        "config.proposals.mix: 'base' is one deterministic mask: use 'base:1'"
-      )
-    entries.append((atoms, int(count)))
-  total = sum(count for _, count in entries)
-  if total < 2:
-    raise errors.ConfigError(f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2")
-  return tuple(entries)
+def leaves(config, prefix: str = "") -> dict[str, Any]:
+  """Every key with its value, as {"data.phantom.seed": 0, ...}."""
+  found = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found |= leaves(value, f"{prefix}{name}.")
+    else:
+      found[f"{prefix}{name}"] = value
+  return found
 
 
 def region_classes(config) -> tuple[int, ...] | None:

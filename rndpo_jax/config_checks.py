@@ -1,27 +1,33 @@
-"""The checks on a config, before anything runs: values that cannot work are refused by key."""
+"""The checks on a config, before anything runs; each raises ConfigError naming the key."""
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.errors import ConfigError
+from rndpo_jax import config_ranges, config_unread, models, workdir
+from rndpo_jax.data import sources
+from rndpo_jax.errors import ConfigError, JudgeError
+from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
-from rndpo_jax.mining import proposals
+from rndpo_jax.mining import judges, pair_rules, proposals
+
+MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
 
 
 def validate(config) -> None:
-  """Refuses values that cannot work, before anything runs.
+  """Checks every value, and that every key that was changed is read.
 
   Raises:
     ConfigError: naming the key, what was found and what is expected.
   """
+  config_ranges.check_types(config)
   _check_choices(config)
-  _check_ranges(config)
+  config_ranges.check_ranges(config)
+  _check_counts(config)
   _check_grid(config)
-  mix = config_lib.parse_mix(config.proposals.mix)
+  mix = proposals.parse_mix(config.proposals.mix)
   _check_mix(config, mix)
   count = sum(n for _, n in mix)
   rule, pairs = config.mine.rule, config.mine.pairs_per_image
@@ -46,41 +52,23 @@ def validate(config) -> None:
       "config.finetune.reference: augmented images need an 'online' reference (cached margins "
       "belong to the image as it was mined); set it, or set config.finetune.augment=False"
     )
-  noisy = config.judge.flip_rate > 0 or config.judge.noise_level > 0
-  if noisy != (config.judge.name == "noisy_oracle"):
+  if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:
     raise ConfigError(
-      f"config.judge: name is {config.judge.name!r} with flip_rate={config.judge.flip_rate} and "
-      f"noise_level={config.judge.noise_level}; the two are read by 'noisy_oracle' alone, which "
-      "needs one of them above 0"
+      "config.judge: 'noisy_oracle' needs flip_rate or noise_level above 0; the judge without "
+      "either is 'oracle'"
     )
+  workdir.check_path("config.base.workdir", config.base.workdir)
+  workdir.check_path("config.data.split_file", config.data.split_file)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
+  config_unread.check(config)
 
 
 def _check_objective(config) -> None:
-  """Refuses options that the objective does not read, and those it misses."""
-  options, defaults = config.finetune, config_lib.base_config().finetune
-  names = _objective_names(options)
-  power, smoothed = (
-    options.normalization == "power",
-    objectives.readers(options.objective, "label_smoothing"),
-  )
-  unread = {
-    "normalization": options.objective == "rn_dpo" or len(names) > 1,
-    "objective_weights": len(names) == 1,
-    "power_exponent": not power,
-    "power_floor": not power,
-    "label_smoothing": not smoothed,
-    "discopop_temperature": not objectives.readers(options.objective, "temperature"),
-    "anchor_weight": options.anchor == "none",
-  }
-  for key, is_unread in unread.items():
-    if is_unread and options[key] != defaults[key]:
-      raise ConfigError(
-        f"config.finetune.{key}: found {options[key]!r}, which nothing reads with objective "
-        f"{options.objective!r}, normalization {options.normalization!r} and anchor "
-        f"{options.anchor!r}; leave it at {defaults[key]!r}"
-      )
+  """Checks that the objective has the options it needs."""
+  options = config.finetune
+  _check_objective_names(options)
+  smoothed = objectives.readers(options.objective, "label_smoothing")
   if smoothed and not 0 < options.label_smoothing < 0.5:
     raise ConfigError(
       f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
@@ -107,8 +95,8 @@ def _check_objective(config) -> None:
     )
 
 
-def _objective_names(options) -> tuple[str, ...]:
-  """The objectives of `config.finetune`, with as many weights or none."""
+def _check_objective_names(options) -> None:
+  """Checks that there are as many weights as objectives, or none."""
   try:
     names = objectives.parse(options.objective)
   except ValueError as error:
@@ -124,19 +112,17 @@ def _objective_names(options) -> tuple[str, ...]:
     raise ConfigError(
       f"config.finetune.objective_weights: found {wrong[0]!r}, expected finite values above 0"
     )
-  return names
 
 
 def _check_choices(config) -> None:
   choices = {
-    "data.source": config_lib.SOURCES,
-    "data.spatial_dims": (2, 3),
+    "data.source": sources.SOURCES,
     "data.normalization": ("zscore", "minmax"),
-    "model.name": ("unet",),
+    "model.name": models.ARCHITECTURES,
     "model.norm": ("group", "instance"),
     "model.dtype": ("float32", "bfloat16"),
     "base.select": ("best", "last"),
-    "mine.rule": config_lib.RULES,
+    "mine.rule": pair_rules.RULES,
     "finetune.schedule": ("cosine", "constant"),
     "finetune.reference": ("cached", "online", "none"),
     "finetune.normalization": ("", "none", "region", "power"),
@@ -154,120 +140,55 @@ def _check_choices(config) -> None:
   if "noisy_oracle" in config.judge.compare:
     raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
   for name in (config.judge.name, *config.judge.compare):
-    if name not in config_lib.JUDGES and ":" not in name:
-      raise ConfigError(
-        f"config.judge: unknown judge {name!r}; known: {', '.join(config_lib.JUDGES)}, or a "
-        "function of your own as package.module:function"
-      )
+    try:
+      judges.check_name(name)
+    except JudgeError as error:
+      raise ConfigError(f"config.judge: {error}") from error
   for name in config.evaluate.metrics:
-    if name not in config_lib.METRICS:
+    if name not in metrics.METRICS:
       raise ConfigError(
-        f"config.evaluate.metrics: unknown metric {name!r}; known: {', '.join(config_lib.METRICS)}"
+        f"config.evaluate.metrics: unknown metric {name!r}; known: {', '.join(metrics.METRICS)}"
       )
   if "dice" not in config.evaluate.metrics:
     raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
 
 
-_POSITIVE = (
-  "mesh.fsdp", "mesh.space", "mesh.fsdp_min_size",
-  "base.keep_checkpoints", "finetune.keep_checkpoints", "base.accumulate_steps",
-  "finetune.accumulate_steps",
-  "model.width", "model.depth", "model.max_width", "proposals.temperature_low",
-  "proposals.temperature_high", "base.num_members", "base.num_steps", "base.batch_size",
-  "base.learning_rate", "base.log_every_steps", "base.eval_every_steps", "mine.pairs_per_image",
-  "mine.min_region_size", "mine.batch_size", "mine.num_shards", "finetune.beta",
-  "finetune.power_floor", "finetune.discopop_temperature",
-  "finetune.num_steps", "finetune.batch_size", "finetune.learning_rate",
-  "finetune.log_every_steps", "finetune.eval_every_steps", "evaluate.batch_size",
-  "judge.num_bootstrap", "judge.learned.width", "judge.learned.num_steps",
-  "judge.learned.batch_size", "judge.learned.masks_per_image", "judge.learned.learning_rate",
-  "data.num_labelled", "data.num_val", "data.num_test",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-  "model.lanes",
-  "base.checkpoint_minutes", "finetune.checkpoint_minutes",
-  "data.num_workers", "data.prefetch", "base.warmup_steps", "base.weight_decay", "base.clip_norm",
-  "base.dice_weight", "proposals.noise_scale", "proposals.noise_smoothing",
-  "proposals.threshold_shift", "judge.border", "judge.noise_level", "mine.min_score_gap",
-  "mine.max_region_size", "finetune.weight_decay", "finetune.clip_norm", "finetune.power_exponent",
-  "finetune.label_smoothing", "finetune.anchor_weight",
-  "evaluate.nsd_tolerance_mm", "augment.intensity_scale", "augment.gamma_scale",
-  "augment.noise_scale", "augment.elastic_scale", "augment.elastic_smoothing",
-)  # fmt: skip
-_FRACTIONS = (
-  "finetune.ema_decay",
-  "model.dropout", "judge.flip_rate", "augment.flip", "augment.turn", "augment.intensity",
-  "augment.gamma", "augment.noise", "augment.elastic",
-)  # fmt: skip
-# JAX takes the last 32 bits of a seed, so that a larger one would be another seed's twin.
-_SEEDS = ("seed", "data.split_seed", "data.phantom.seed")
-_MAX_SEED = 2**32 - 1
-
-
-def _check_ranges(config) -> None:
-  for key in _POSITIVE:
-    value = _value(config, key)
-    if not value > 0 or not math.isfinite(value):
-      raise ConfigError(f"config.{key}: found {value}, expected a finite value above 0")
-  for key in _NOT_NEGATIVE:
-    section, name = key.split(".")
-    if not config[section][name] >= 0 or not math.isfinite(config[section][name]):
-      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0 or more")
-  for key in _FRACTIONS:
-    section, name = key.split(".")
-    if not 0 <= config[section][name] <= 1:
-      raise ConfigError(f"config.{key}: found {config[section][name]}, expected 0..1")
-  for key in _SEEDS:
-    if not 0 <= _value(config, key) <= _MAX_SEED:
-      raise ConfigError(f"config.{key}: found {_value(config, key)}, expected 0..{_MAX_SEED}")
-  if config.finetune.ema_decay == 1:
-    raise ConfigError("config.finetune.ema_decay: found 1, an average that never moves")
-  if config.data.num_unlabelled == 0 or config.data.num_unlabelled < -1:
+def _check_counts(config) -> None:
+  if config.data.num_unlabelled == 0:
     raise ConfigError(
-      f"config.data.num_unlabelled: found {config.data.num_unlabelled}, expected a count, or -1 "
-      "for all that are left"
+      "config.data.num_unlabelled: found 0, expected a count, or -1 for all that are left"
     )
   if 0 < config.mine.max_region_size < config.mine.min_region_size:
     raise ConfigError(
       f"config.mine.max_region_size: found {config.mine.max_region_size}, below min_region_size="
       f"{config.mine.min_region_size}; no pair could pass"
     )
-  if config.data.num_classes != 0 and not 2 <= config.data.num_classes <= 256:
-    raise ConfigError(f"config.data.num_classes: found {config.data.num_classes}, expected 2..256")
-
-
-def _value(config, key: str):
-  return functools.reduce(lambda section, name: section[name], key.split("."), config)
-
-
-# What makes a sampler act, and so proposals of one view or one network differ.
-_STRENGTH = {
-  "mc_dropout": "model.dropout",
-  "logit_noise": "proposals.noise_scale",
-  "threshold": "proposals.threshold_shift",
-}
-_RANDOM = {"mc_dropout", "logit_noise"}
+  if config.data.num_classes == 1:
+    raise ConfigError(
+      "config.data.num_classes: found 1, expected 2..256, or 0 to take it from a dataset.json"
+    )
 
 
 def _check_mix(config, mix) -> None:
-  """Refuses a mix that is bound to give the same proposal twice."""
+  """Checks that no proposal is bound to be given twice."""
+  values, table = config_lib.leaves(config), proposals.SAMPLERS
   num_views = len(proposals.views(tuple(config.data.size)))
-  fixed = [frozenset(atoms) for atoms, _ in mix if not _RANDOM & set(atoms)]
+  fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
   for atoms, count in mix:
     name = "+".join(atoms)
-    for sampler in _STRENGTH.keys() & set(atoms):
-      section, key = _STRENGTH[sampler].split(".")
-      if config[section][key] == 0:
+    strengths = {sampler: table[sampler].strength for sampler in atoms if table[sampler].strength}
+    for sampler, key in strengths.items():
+      if values[key] == 0:
         raise ConfigError(
-          f"config.{section}.{key}: it is 0, so {sampler!r} proposals would all be the same; set "
-          f"it above 0 or take {sampler} out of config.proposals.mix"
+          f"config.{key}: it is 0, so {sampler!r} proposals would all be the same; set it above 0 "
+          f"or take {sampler} out of config.proposals.mix"
         )
     if fixed.count(frozenset(atoms)) > 1:
       raise ConfigError(
-        f"config.proposals.mix: {name!r} stands twice and draws nothing at random, so the second "
+        f"config.proposals.mix: {name!r} is there twice and draws nothing at random, so the second "
         "would repeat the first; make it one entry with the sum of the counts"
       )
-    if "tta" in atoms and not _STRENGTH.keys() & set(atoms) and count > num_views:
+    if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
         f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
@@ -276,17 +197,19 @@ def _check_mix(config, mix) -> None:
 
 
 def _check_grid(config) -> None:
-  size, dims = tuple(config.data.size), config.data.spatial_dims
+  size, dims, phantom = tuple(config.data.size), config.data.spatial_dims, config.data.phantom
   if len(size) != dims:
     raise ConfigError(
       f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
     )
   if config.data.crop and len(config.data.crop) != dims:
     raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
-  if min((*size, *config.data.crop)) < 1:
-    raise ConfigError(
-      f"config.data.size: found {size} with crop {tuple(config.data.crop)}, expected values above 0"
-    )
+  for key, pixels in (("size", size), ("crop", config.data.crop), ("phantom.size", phantom.size)):
+    if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
+      raise ConfigError(
+        f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
+        f"{MAX_PIXELS:,} pixels in all"
+      )
   step = 2 ** (config.model.depth - 1)
   if any(s % step for s in size):
     raise ConfigError(

@@ -58,6 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     The stages' own errors.
   """
   config_checks.validate(config)
+  workdir_lib.check_path("--workdir", workdir)
   unknown = [name for name in stages if name not in config_lib.STAGES]
   if unknown:
     raise errors.ConfigError(

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import fsspec
 import jax
 import ml_collections
 from etils import epath
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.runtime import files, progress
 
@@ -34,24 +34,47 @@ OPERATIONAL = (
 _OF_THE_OTHER_JOB = ("base.workdir", "base.num_members", "model.remat", "model.lanes")
 
 
+def check_path(key: str, path: os.PathLike | str) -> None:
+  """Checks that a folder or file is on this host or in a bucket that can be read from here.
+
+  Raises:
+    errors.ConfigError: naming `key`.
+  """
+  scheme, is_uri, _ = os.fspath(path).partition("://")
+  if not is_uri:
+    return
+  if scheme != "gs":
+    raise errors.ConfigError(
+      f"{key}: found {os.fspath(path)!r}, expected a folder of this host or gs://BUCKET/...; mount "
+      f"what is at {scheme}:// and give that folder"
+    )
+  try:
+    fsspec.get_filesystem_class("gs")
+  except ImportError as error:
+    raise errors.ConfigError(
+      f"{key}: {os.fspath(path)!r} needs the package gcsfs, which is not installed; install the "
+      "extra gcs (source launch/setup.sh gcs), or name a folder of this host"
+    ) from error
+
+
 def claim(
   config: ml_collections.ConfigDict, workdir: epath.Path, *, started: bool, prepared: bool
 ) -> None:
   """Writes `config.json`, or checks that the one there is of the same config.
 
-  The keys of `OPERATIONAL` may differ, as may the place of `base.workdir` where there is one, and
-  those of today are written.
+  The keys of `OPERATIONAL` may differ, and so may the place of `base.workdir` if there is one; the
+  new values are written.
 
   Args:
     config: the whole config.
-    workdir: made where it is missing.
-    started: whether a stage is done there, or its base begun; a run that was refused before that
-      leaves nothing to protect.
+    workdir: made if it is missing.
+    started: whether a stage is done there, or its base begun; a run that ended in an error before
+      that leaves nothing to protect.
     prepared: whether the data are, so that nothing reads `data.root` any more.
 
   Raises:
     config.ConfigError: naming every key that differs, the folder that cannot be written, or
-      `config.json` where it is lost.
+      `config.json` if it is lost.
   """
   resolved = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
@@ -59,7 +82,7 @@ def claim(
     content = _read(path)
     free = [name for name in OPERATIONAL if prepared or name != "data.root"]
     if content["config"].get("base", {}).get("workdir") and config.base.workdir:
-      free.append("base.workdir")  # moved; whether it is the same one the data and base tell
+      free.append("base.workdir")  # moved; the data and base say whether it is the same one
     changes = _differences(_without(content["config"], free), _without(resolved, free))
     if changes:
       raise errors.ConfigError(
@@ -81,7 +104,7 @@ def claim(
 
 
 def check_shared(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Refuses a process that does not share process 0's work directory and config.
+  """Checks that this process shares process 0's work directory and config.
 
   Raises:
     config.ConfigError: naming the folder, or every key that differs.
@@ -117,21 +140,15 @@ def environment() -> dict[str, Any]:
 
 
 def check_same_base(config: ml_collections.ConfigDict) -> None:
-  """Refuses data, model or base options other than those that `config.base.workdir` has.
+  """Checks that data, model and base options are those of `config.base.workdir`.
 
-  The seed may differ, and augmentation, which fine-tuning has a use for, too: that is said.
+  The seed may differ, and so may augmentation that the base was trained with: that is printed.
 
   Raises:
     config.ConfigError: naming every key that differs.
   """
   there = _read(epath.Path(config.base.workdir) / "config.json")["config"]
   here = json.loads(config.to_json_best_effort())
-  # An option that is newer than the other run had its default of today there.
-  defaults = json.loads(config_lib.base_config().to_json_best_effort())
-  there = {
-    name: {**value, **there.get(name, {})} if isinstance(value, dict) else there.get(name, value)
-    for name, value in defaults.items()
-  }
   there, here = (_without(content, OPERATIONAL + _OF_THE_OTHER_JOB) for content in (there, here))
   free = ("seed", "augment") if here["base"]["augment"] else ("seed",)
   changes, said = (
@@ -141,7 +158,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
   if changes:
     raise errors.ConfigError(
       f"config.base.workdir: {config.base.workdir} was made with other options: "
-      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train anew"
+      f"{'; '.join(changes)}. Give the same, or leave config.base.workdir empty to train again"
     )
   if said:
     progress.say(
@@ -150,7 +167,7 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-  """`config.json` of a work directory where a stage is done."""
+  """`config.json` of a work directory in which a stage is done."""
   try:
     return files.read_json(path, config=dict)
   except (FileNotFoundError, errors.FileError) as error:
@@ -177,7 +194,7 @@ def _command() -> str:
 
 
 def _git_revision() -> str | None:
-  """Revision of the checkout that the package runs from; None where it is installed elsewhere."""
+  """Revision of the checkout that the package runs from; None if it is installed elsewhere."""
   try:
     done = subprocess.run(
       ["git", "rev-parse", "HEAD"],

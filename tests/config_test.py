@@ -1,13 +1,15 @@
-"""config: defaults are valid, and what cannot work is refused by key, value and remedy."""
+"""config: defaults are valid; what cannot work raises ConfigError with key, value and remedy."""
 
 import importlib
 import pathlib
 
+import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
-from rndpo_jax.mining import judges, pair_rules
+from rndpo_jax import config_checks, config_ranges, errors, pipeline
+from rndpo_jax.mining import proposals
+from rndpo_jax.planning import dry_run
 
 CONFIGS = sorted(
   path.stem
@@ -15,16 +17,16 @@ CONFIGS = sorted(
   if path.stem != "__init__"
 )
 
-REFUSED = [
+WRONG = [
   ("proposals.mix", "mc_dropout:1", "K = 1"),
   ("proposals.mix", "magic:8", "unknown sampler 'magic'"),
   ("proposals.mix", "tta", "NAME"),
   ("proposals.mix", "temperature:8", "argmax"),
   ("proposals.mix", "base:2", "base:1"),
   ("proposals.mix", "base:1,tta:8", r"size=\(64, 64\) has 7 flips and turns .*at most tta:7"),
-  ("proposals.mix", "tta:3,mc_dropout:2,tta:3", "'tta' stands twice"),
-  ("proposals.mix", "tta+threshold:3,threshold+tta:4", r"'tta\+threshold' stands twice"),
-  ("proposals.mix", "base:1,base:1", "'base' stands twice"),
+  ("proposals.mix", "tta:3,mc_dropout:2,tta:3", "'tta' is there twice"),
+  ("proposals.mix", "tta+threshold:3,threshold+tta:4", r"'tta\+threshold' is there twice"),
+  ("proposals.mix", "base:1,base:1", "'base' is there twice"),
   ("proposals.threshold_shift", 0.0, "config.proposals.threshold_shift: it is 0"),
   ("judge.name", "magic", "unknown judge 'magic'"),
   ("judge.name", "noisy_oracle", "flip_rate"),
@@ -32,8 +34,8 @@ REFUSED = [
   ("mine.rule", "magic", "config.mine.rule"),
   ("mine.rule", "top_vs_rest", "set it to 7"),
   ("mine.pairs_per_image", 8, "at most K - 1 = 7"),
-  ("mine.max_region_size", -1, "0 or more"),
-  ("base.weight_decay", -0.1, "0 or more"),
+  ("mine.max_region_size", -1, "config.mine.max_region_size: found -1, expected 0..2147483647"),
+  ("base.weight_decay", -0.1, "found -0.1, expected a finite value of 0 or more"),
   ("proposals.temperature_low", 0.0, "above 0"),
   ("data.num_unlabelled", 0, "-1 for all"),
   ("data.size", (0, 0), "above 0"),
@@ -48,13 +50,14 @@ REFUSED = [
   ("data.size", (64, 72), "augment.turn"),
   ("data.source", "magic", "config.data.source"),
   ("data.num_classes", 1, "2..256"),
+  ("data.num_classes", 257, "0..256"),
   ("data.case_pattern", "(a)(b)", "2 groups"),
   ("data.case_pattern", "(a", "no regular expression"),
   ("evaluate.metrics", ("dice", "magic"), "unknown metric 'magic'"),
   ("evaluate.metrics", ("iou",), "'dice' is needed"),
   ("augment.flip", 1.5, "0..1"),
-  ("finetune.ema_decay", 1.0, "never moves"),
-  ("base.keep_checkpoints", 0, "above 0"),
+  ("finetune.ema_decay", 1.0, "found 1.0, expected 0..1, below 1"),
+  ("base.keep_checkpoints", 0, "expected 1..1000"),
   ("finetune.checkpoint_minutes", -1.0, "0 or more"),
   ("seed", -1, r"config.seed: found -1, expected 0..4294967295"),
   ("seed", 2**32, "config.seed: found 4294967296"),
@@ -62,9 +65,120 @@ REFUSED = [
   ("data.phantom.seed", -1, "config.data.phantom.seed: found -1"),
 ]
 
+# Types: key, value, and what the message expects.
+WRONG_TYPES = [
+  ("data.size", ("64", 64), "whole numbers"),
+  ("data.size", (64.0, 64.0), "whole numbers"),
+  ("data.size", (None, 64), "whole numbers"),
+  ("data.size", ((64, 64), 64), "whole numbers"),
+  ("data.size", None, "whole numbers"),
+  ("data.crop", ("a", "b"), "whole numbers"),
+  ("data.crop", (True, True), "whole numbers"),
+  ("data.phantom.size", (72.5, 80.0), "whole numbers"),
+  ("finetune.region_classes", ("organ",), "whole numbers"),
+  ("finetune.region_classes", (1.0,), "whole numbers"),
+  ("judge.compare", (1,), "names"),
+  ("evaluate.metrics", ("dice", None), "names"),
+  ("judge.name", None, "str"),
+  ("finetune.beta", None, "float"),
+  ("base.num_steps", None, "int"),
+]
+FLOATS = [
+  k for k, value in config_lib.leaves(config_lib.base_config()).items() if type(value) is float
+]
+ABSURD = [
+  ("model.depth", 10**6, "1..16"),
+  ("model.depth", 10**12, "1..16"),
+  ("model.width", 10**9, "1..16384"),
+  ("model.dropout", 1.0, "0..1, below 1"),
+  ("proposals.mix", "base:1,tta+threshold:1000000", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:2000", "K = 2000"),
+  ("proposals.mix", "threshold:" + 5000 * "9", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:\u00b2", "COUNT from 1 to 1024"),
+  ("proposals.mix", "threshold:\u0664", "COUNT from 1 to 1024"),
+  ("judge.border", 10**6, "0..256"),
+  ("judge.num_bootstrap", 10**9, "1..100000"),
+  ("mine.batch_size", 10**9, "1..65536"),
+  ("finetune.batch_size", 10**9, "1..65536"),
+  ("mine.num_shards", 10**9, "1..99999"),
+  ("data.prefetch", 10**9, "0..1024"),
+  ("data.size", (2**15, 2**15), "at most 268,435,456 pixels"),
+  ("data.phantom.size", (10**5, 10**5), "at most 268,435,456 pixels"),
+  ("data.phantom.num_cases", 10**12, "1..10000000"),
+  ("base.num_steps", 10**18, "1..10000000"),
+]
+JUDGES = [":", ".x:f", "x.:f", "x:", ":f", "x:f:g", "x:f.g", "1x:f", "x y:f", "../x:f"]
+BUCKETS = ["s3://bucket/run", "http://host/run", "https://host/run", "gs://bucket/run"]
+
+
+@pytest.mark.parametrize("key,value,kind", WRONG_TYPES)
+def test_a_value_of_the_wrong_type_raises(key, value, kind):
+  config = config_lib.base_config()
+  section, name = key.rsplit(".", 1)
+  parent = config
+  for part in section.split("."):
+    parent = parent[part]
+  with parent.ignore_type():
+    parent[name] = value
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: found .*, expected {kind}"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_may_be_nan_or_infinite(key, value):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: found {value}, expected"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("key,value,message", ABSURD)
+def test_an_absurd_size_raises_before_memory_is_taken(key, value, message):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{message}"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_that_is_no_package_module_function_raises(name):
+  for key, value in (("name", name), ("compare", (name,))):
+    config = config_lib.base_config()
+    config.judge[key] = value
+    with pytest.raises(errors.ConfigError, match="config.judge: unknown judge .*module:function"):
+      config_checks.validate(config)
+
+
+@pytest.mark.parametrize("place", BUCKETS)
+def test_a_place_that_cannot_be_read_from_here_raises(place, monkeypatch, tmp_path):
+  real = fsspec.get_filesystem_class
+
+  def without_gcsfs(name):
+    if name == "gs":
+      raise ImportError("gcsfs")
+    return real(name)
+
+  monkeypatch.setattr(fsspec, "get_filesystem_class", without_gcsfs)
+  wanted = "needs the package gcsfs" if place.startswith("gs") else "expected a folder of this host"
+  for key in ("base.workdir", "data.split_file"):
+    config = config_lib.base_config()
+    config.update_from_flattened_dict({key: place})
+    with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{place}.* ?{wanted}"):
+      config_checks.validate(config)
+  for function in (pipeline.run, dry_run.run):
+    with pytest.raises(errors.ConfigError, match=f"--workdir: .*{place}.* ?{wanted}"):
+      function(config_lib.base_config(), place)
+
+
+def test_whole_numbers_serve_as_floats():
+  config = config_lib.base_config().lock()
+  config.finetune.beta = 3
+  config_checks.validate(config)
+
 
 @pytest.mark.parametrize("section", ["base", "finetune"])
-def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
+def test_parts_of_a_batch_that_the_devices_cannot_share_raise(section):
   config = config_lib.base_config()
   config[section].accumulate_steps = 2
   pipeline.check_here(config)
@@ -74,8 +188,8 @@ def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused(section):
     pipeline.check_here(config)
 
 
-@pytest.mark.parametrize("key,value,message", REFUSED)
-def test_refuses_what_cannot_work(key, value, message):
+@pytest.mark.parametrize("key,value,message", WRONG)
+def test_a_value_that_cannot_work_raises(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=message):
@@ -87,9 +201,9 @@ def test_refuses_what_cannot_work(key, value, message):
 )
 def test_a_sampler_needs_what_makes_it_act(key, mix):
   config = config_lib.base_config()
-  config.update_from_flattened_dict({key: 0.0})
-  config_checks.validate(config)
   config.proposals.mix = mix
+  config_checks.validate(config)
+  config.update_from_flattened_dict({key: 0.0})
   with pytest.raises(errors.ConfigError, match=f"config.{key}: it is 0"):
     config_checks.validate(config)
 
@@ -125,7 +239,7 @@ def test_every_config_is_valid_but_for_the_place_of_its_data(name):
   assert not config.data.root
 
 
-def test_unknown_key_and_wrong_type_are_refused():
+def test_unknown_key_and_wrong_type_raise():
   config = config_lib.base_config().lock()
   with pytest.raises((AttributeError, KeyError), match="betta"):
     config.finetune.betta = 1.0
@@ -134,13 +248,15 @@ def test_unknown_key_and_wrong_type_are_refused():
 
 
 def test_mix_is_parsed_into_entries_and_counts():
-  assert config_lib.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
+  assert proposals.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
     (("base",), 1),
     (("tta",), 3),
     (("mc_dropout", "logit_noise"), 4),
   )
 
 
-def test_names_are_those_of_the_tables():
-  assert set(config_lib.JUDGES) == set(judges.JUDGES)
-  assert set(config_lib.RULES) == set(pair_rules.RULES)
+def test_every_number_has_a_range_and_every_tuple_a_type():
+  values = config_lib.leaves(config_lib.base_config())
+  numbers = {key for key, value in values.items() if type(value) in (int, float)}
+  assert set(config_ranges.RANGES) == numbers
+  assert set(config_ranges.ITEMS) == {k for k, value in values.items() if type(value) is tuple}

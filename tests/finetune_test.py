@@ -216,7 +216,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"objective_weights": (2.0,)}, "objective_weights: found .*which nothing reads"),
   ],
 )
-def test_options_without_effect_are_refused(tiny_config, changes, message):
+def test_options_without_effect_raise(tiny_config, changes, message):
   with pytest.raises(ConfigError, match=message):
     config_checks.validate(
       tiny_config(**{f"finetune__{key}": value for key, value in changes.items()})

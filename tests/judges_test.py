@@ -192,6 +192,6 @@ def test_a_function_of_your_own(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sharpness", "no_such_module:f", "math:no_such_function"])
-def test_unknown_judges_are_refused(name):
+def test_unknown_judges_raise(name):
   with pytest.raises(ValueError, match=name):
     build(name)

@@ -13,6 +13,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, records, splits
+from rndpo_jax.data.sources import phantom
 from rndpo_jax.stages import prepare
 
 
@@ -150,13 +151,13 @@ def test_without_labels_no_mask_is_read(dataset):
 
 
 def test_poisoned_masks_change_nothing_without_labels(dataset, tmp_path, monkeypatch):
-  draw = prepare.phantom.draw
+  draw = phantom.draw
 
   def poisoned(*args, **kwargs):
     image, mask = draw(*args, **kwargs)
     return image, (1 - mask).astype(np.uint8)
 
-  monkeypatch.setattr(prepare.phantom, "draw", poisoned)
+  monkeypatch.setattr(phantom, "draw", poisoned)
   prepare.run(_config(), tmp_path)
   other = dataset_lib.open_dataset(_config(), tmp_path)
   pairs = [loader.batches(d, range(12), batch_size=5, with_labels=False) for d in (dataset, other)]

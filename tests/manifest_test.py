@@ -1,4 +1,4 @@
-"""shards: what summaries count, and what a manifest makes of it, against numpy on every value."""
+"""manifest: what summaries count, and what a manifest makes of it, against numpy on every value."""
 
 import types as python_types
 
@@ -23,8 +23,9 @@ def outputs(sizes, gaps, valid):
     dropped=np.ones((b, 5), np.int32),
   )
   out = {
-    name: np.zeros((b, p), np.uint8)
-    for name in ("chosen", "rejected", "reference_margin", "reference_log_prob", "scores")
+    name: np.zeros((b, p, *(1,) * (len(field.axes) - 1)), field.dtype)
+    for name, field in shards.FIELDS.items()
+    if name not in ("index", "valid", "score_gap")
   }
   batch = python_types.SimpleNamespace(valid=np.arange(b) < b - 1, index=np.arange(b))
   return [(batch, {**out, "pairs": mined})]
@@ -71,18 +72,6 @@ def test_quantiles_are_those_of_numpy_on_every_value(count):
   expected = np.quantile(every, [0.05, 0.5, 0.95])
   np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
   assert list(found) == ["p5", "p50", "p95"]
-
-
-def test_a_summary_with_lists_of_an_older_version_counts_as_well(tmp_path):
-  batches = [outputs([[3, 5], [0, 0]], [[0.5, 0.25], [0, 0]], [[1, 1], [0, 0]])] * 2
-  expected = write(tmp_path, *batches)
-  path = shards.summary_path(shards.shard_path(tmp_path, 1, 2))
-  old = {"region_size": [3, 5], "score_gap": [0.5, 0.25]}
-  files.write_json(path, {**files.read_json(path), **old})
-  config = config_lib.base_config()
-  config.mine.num_shards = 2
-  manifest.write_manifest(config, tmp_path)
-  assert files.read_json(tmp_path / "manifest.json") == expected
 
 
 def test_a_summary_stays_small_however_many_pairs(tmp_path):

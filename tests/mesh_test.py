@@ -279,7 +279,7 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
   like = train_step.make_state(
     jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, MIN_SIZE
   )
-  here = checkpoint.restore(tmp_path, 3, like)
+  _, here = checkpoint.restore_latest(tmp_path, like)
   for x, y, z in zip(*map(jax.tree.leaves, (there, here, like)), strict=True):
     np.testing.assert_array_equal(x, y)
     assert y.sharding == z.sharding

@@ -36,9 +36,9 @@ def test_pairs_do_not_depend_on_devices_or_batch_size(
   tables = [shards.read(workdir / "pairs") for workdir in (first, tmp_path)]
   assert len(tables[0]) == len(tables[1]) > 0
   for ours, theirs in zip(*tables, strict=True):
-    for name in ("index", "chosen", "rejected", "valid", "region_size", "chosen_proposal"):
+    for name in ("index", "chosen", "rejected", "valid"):
       np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    for name in ("scores", "reference_margin", "reference_log_prob"):
+    for name in ("score_gap", "reference_margin", "reference_log_prob"):
       np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
@@ -61,7 +61,7 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
   dataset = dataset_lib.open_dataset(config, workdir)
   segmenter_logits = _base_logits(config, workdir, dataset)
   manifest = files.read_json(workdir / "pairs/manifest.json")
-  count = 0
+  count, found = 0, []
   for record in shards.read(workdir / "pairs"):
     index = int(record["index"])
     assert index in dataset.splits["unlabelled"]
@@ -72,11 +72,8 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
     valid = record["valid"] > 0
     count += valid.sum()
     sizes = (chosen != rejected).sum((1, 2))
-    np.testing.assert_array_equal(sizes[valid], record["region_size"][valid])
+    found += sizes[valid].tolist()
     assert (sizes[valid] > 0).all() and (record["score_gap"][valid] > 0).all()
-    scores = record["scores"]
-    gap = scores[record["chosen_proposal"]] - scores[record["rejected_proposal"]]
-    np.testing.assert_allclose(gap[valid], record["score_gap"][valid], rtol=1e-5)
     margin = losses.pair_margin(segmenter_logits(index), chosen[None], rejected[None])[0]
     np.testing.assert_allclose(margin, record["reference_margin"], rtol=1e-3, atol=1e-3)
   assert count == manifest["num_pairs"] > 0
@@ -86,6 +83,8 @@ def test_records_hold_what_the_masks_and_the_base_give(tiny_run):
   histogram = manifest["region_size"]["histogram"]
   assert sum(histogram["counts"]) == count
   assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+  for q, share in (("p5", 0.05), ("p50", 0.5), ("p95", 0.95)):
+    assert manifest["region_size"][q] == pytest.approx(np.quantile(found, share))
 
 
 def _base_logits(config, workdir, dataset):
@@ -150,21 +149,3 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
       np.testing.assert_array_equal(here_array, there_array, err_msg=name)
     seen.append(np.asarray(one.images).tobytes())
   assert len(set(seen)) == 3
-
-
-def test_kept_proposals_are_those_that_the_pairs_point_at(tiny_run, tiny_config, tmp_path):
-  _, first = tiny_run
-  config = tiny_config(base__workdir=str(first), mine__keep_proposals=True, judge__compare=())
-  pipeline.run(config, tmp_path, ["base", "mine"])
-  tables = [shards.read(workdir / "pairs") for workdir in (first, tmp_path)]
-  assert len(tables[0]) == len(tables[1]) > 0
-  for bare, record in zip(*tables, strict=True):
-    assert "proposals" not in bare
-    assert record["proposals"].shape == (4, *record["chosen"].shape[1:])
-    for name in ("chosen", "rejected"):
-      np.testing.assert_array_equal(record[name], bare[name])
-      np.testing.assert_array_equal(record["proposals"][record[f"{name}_proposal"]], record[name])
-  one, all_of_them = (
-    files.read_json(w / "pairs/manifest.json")["num_bytes"] for w in (first, tmp_path)
-  )
-  assert all_of_them - one > 4 * 16 * 16 // 8 * len(tables[0])

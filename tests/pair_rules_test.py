@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import types
 from rndpo_jax.mining import judges, pair_rules, proposals
 
@@ -207,7 +206,7 @@ def test_sample_judge_and_mine_do_not_depend_on_devices_or_batch_size():
   images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
   keys = jax.random.split(jax.random.key(1))
   params = [jax.random.normal(keys[0], (3, 3, 1, 4)), jax.random.normal(keys[1], (3, 3, 4, 3))]
-  mix = config_lib.parse_mix("mc_dropout+logit_noise:3,tta:2")
+  mix = proposals.parse_mix("mc_dropout+logit_noise:3,tta:2")
   judge = judges.build("agreement", num_classes=3, border=1, flip_rate=0.0, noise_level=0.0)
 
   def program(params, images, index):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
 from rndpo_jax.mining import proposals
@@ -40,7 +39,7 @@ def ramp_segmenter(calls):
 def sampler(mix, options):
   """A compiled sampler, and the calls that tracing it made."""
   calls = []
-  segmenter, mix = ramp_segmenter(calls), config_lib.parse_mix(mix)
+  segmenter, mix = ramp_segmenter(calls), proposals.parse_mix(mix)
 
   @jax.jit
   def sample(params, images, keys):

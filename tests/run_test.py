@@ -97,7 +97,16 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_pa
     (("--config.judge.name=nomodule:judge",), "error: config.judge: .*nomodule"),
     (("--config.finetune.batch_size=12",), "error: config.finetune.batch_size: found 12"),
     (("--config.judge.name=magic",), "error: config.judge: unknown judge 'magic'"),
-    (("--config.data.source=folder", "--config.data.root=/nowhere"), "error: .*/nowhere"),
+    (
+      (
+        "--config.data.source=folder",
+        "--config.data.root=/nowhere",
+        "--config.data.phantom.num_cases=152",
+        "--config.data.phantom.size=(72,80)",
+      ),
+      "error: .*/nowhere",
+    ),
+    (("--config.data.root=/nowhere",), "error: config.data.root: .* which nothing reads"),
   ],
 )
 def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expected):

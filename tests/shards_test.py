@@ -1,4 +1,4 @@
-"""pairs: shards round-trip, the summary comes last, and a full disk leaves nothing behind."""
+"""shards: they round-trip, the summary comes last, and a full disk leaves nothing behind."""
 
 import contextlib
 import errno
@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from rndpo_jax import errors
+from rndpo_jax import errors, pipeline
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, preemption
 
 
 def records(count):
   for index in range(count):
-    yield {"index": np.int32(index), "chosen": np.full((2, 3), index, np.uint8)}
+    fields = {
+      name: np.zeros((2,) * len(field.axes), field.dtype) for name, field in shards.FIELDS.items()
+    }
+    yield {**fields, "index": np.int32(index), "chosen": np.full((2, 1, 3), index, np.uint8)}
 
 
 def write(directory, counts):
@@ -84,7 +87,7 @@ def test_a_signal_ends_the_check(tmp_path, monkeypatch):
   write(tmp_path, [1, 1])
   shards.shard_path(tmp_path, 1, 2).write_bytes(b"?")  # it is not come to
   monkeypatch.setattr(preemption, "_noted", [signal.SIGTERM])
-  with pytest.raises(preemption.Preempted, match="the shards of pairs are checked anew"):
+  with pytest.raises(preemption.Preempted, match="the shards of pairs are checked again"):
     shards.read(tmp_path)
 
 
@@ -102,3 +105,29 @@ def test_full_disk_is_named_and_leaves_nothing_that_counts(tmp_path, monkeypatch
     shards.write_shard(path, records(1), {})
   assert error.value.errno == errno.ENOSPC
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"scores": np.zeros(8, np.float32)}, "holds .*scores, expected index"),
+    ({"score_gap": np.zeros(2)}, "'score_gap' of a record: found float64 of 1 axes"),
+    ({"valid": np.float32(1)}, "'valid' of a record: found float32 of 0 axes"),
+  ],
+)
+def test_a_record_has_the_fields_of_the_table(tmp_path, changes, message):
+  (record,) = records(1)
+  with pytest.raises(ValueError, match=message):
+    shards.write_shard(shards.shard_path(tmp_path, 0, 1), [{**record, **changes}], {})
+
+
+def test_more_shards_than_images_raise(tiny_config):
+  shards.check_num_shards(tiny_config(mine__num_shards=20), 20)
+  with pytest.raises(errors.ConfigError, match="config.mine.num_shards: found 21, but .* 20 unlab"):
+    shards.check_num_shards(tiny_config(mine__num_shards=21), 20)
+
+
+def test_more_shards_than_images_raise_before_anything_is_read(tiny_config, tmp_path):
+  with pytest.raises(errors.ConfigError, match="config.mine.num_shards: found 21"):
+    pipeline.run(tiny_config(mine__num_shards=21), tmp_path)
+  assert not list(tmp_path.rglob("*.array_record*"))

@@ -2,6 +2,8 @@
 
 from rndpo_jax import config as config_lib
 
+PHANTOM = {"data.phantom.num_cases": 30, "data.phantom.size": (20, 18)}
+
 
 def get_config(**changes):
   """A locked config; `changes` are flattened keys with '__' for the dots."""
@@ -12,8 +14,7 @@ def get_config(**changes):
       "data.num_labelled": 4,
       "data.num_val": 3,
       "data.num_test": 3,
-      "data.phantom.num_cases": 30,
-      "data.phantom.size": (20, 18),
+      **(PHANTOM if changes.get("data__source", "phantom") == "phantom" else {}),
       "model.width": 8,
       "model.depth": 2,
       "base.num_steps": 100,

@@ -200,7 +200,7 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
     seen.append(context.ensemble_masks.shape)
     return judges.agreement(images, masks, probs, context, settings)
 
-  monkeypatch.setitem(judges.JUDGES, "agreement", agreement)
+  monkeypatch.setitem(judges.JUDGES, "agreement", judges.Judge(agreement))
   config = tiny_config(
     judge__name="clinic.quality:few_edges",
     judge__compare=("agreement",),

@@ -1,4 +1,4 @@
-"""claims: which configs go on with a work directory, and with the base of another one."""
+"""workdir: which configs go on with a work directory, and with the base of another one."""
 
 import json
 import sys
@@ -16,17 +16,17 @@ def claimed(tiny_config, tmp_path):
   return tmp_path / "run"
 
 
-def test_another_config_in_the_same_workdir_is_refused_by_key(claimed, tiny_config):
+def test_another_config_in_the_same_workdir_raises_naming_the_keys(claimed, tiny_config):
   changed = tiny_config(finetune__beta=3.0, data__size=(24, 24))
   with pytest.raises(errors.ConfigError) as error:
     workdir.claim(changed, claimed, started=True, prepared=True)
   assert "config.finetune.beta: was 10.0, is 3.0" in str(error.value)
   assert "config.data.size: was [16, 16], is [24, 24]" in str(error.value)
-  workdir.claim(changed, claimed, started=False, prepared=False)  # it was refused before any stage
+  workdir.claim(changed, claimed, started=False, prepared=False)  # no stage was begun
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_lost_config_is_not_that_of_whoever_comes(claimed, tiny_config, content):
+def test_a_lost_config_raises_whatever_the_new_one_is(claimed, tiny_config, content):
   (claimed / "config.json").unlink()
   if content:
     (claimed / "config.json").write_text(content)
@@ -37,7 +37,7 @@ def test_a_lost_config_is_not_that_of_whoever_comes(claimed, tiny_config, conten
   assert files.read_json(claimed / "config.json")["config"]["seed"] == 0
 
 
-def test_a_process_that_does_not_share_the_workdir_is_refused(claimed, tiny_config, tmp_path):
+def test_a_process_that_does_not_share_the_workdir_raises(claimed, tiny_config, tmp_path):
   workdir.check_shared(tiny_config(), claimed)
   with pytest.raises(errors.ConfigError, match="process 0 does not see .*config.json"):
     workdir.check_shared(tiny_config(), tmp_path)
@@ -45,7 +45,7 @@ def test_a_process_that_does_not_share_the_workdir_is_refused(claimed, tiny_conf
     workdir.check_shared(tiny_config(seed=1), claimed)
 
 
-def test_what_cannot_change_results_may_differ_and_that_of_today_is_written(claimed, tiny_config):
+def test_keys_that_cannot_change_results_may_differ_and_are_written(claimed, tiny_config):
   today = {
     "mesh.fsdp": 2,
     "data.num_workers": 3,
@@ -65,7 +65,7 @@ def test_what_cannot_change_results_may_differ_and_that_of_today_is_written(clai
   assert after["command"] == before["command"]
 
 
-def test_another_root_is_refused_until_the_data_are_prepared(claimed, tiny_config):
+def test_another_root_raises_until_the_data_are_prepared(claimed, tiny_config):
   moved = tiny_config(data__root="/moved")
   with pytest.raises(errors.ConfigError, match="config.data.root: was '', is '/moved'"):
     workdir.claim(moved, claimed, started=True, prepared=False)
@@ -74,7 +74,7 @@ def test_another_root_is_refused_until_the_data_are_prepared(claimed, tiny_confi
     workdir.claim(tiny_config(finetune__log_every_steps=2), claimed, started=True, prepared=True)
 
 
-def test_a_moved_base_is_gone_on_with_and_another_config_of_it_not(claimed, tiny_config):
+def test_a_moved_base_is_accepted_and_another_config_of_it_raises(claimed, tiny_config):
   def claim(path):
     workdir.claim(tiny_config(base__workdir=path), claimed, started=True, prepared=True)
 
@@ -87,7 +87,7 @@ def test_a_moved_base_is_gone_on_with_and_another_config_of_it_not(claimed, tiny
     claim("")
 
 
-def test_a_base_of_another_seed_or_augmentation_is_said(claimed, tiny_config, capsys):
+def test_a_base_of_another_seed_or_augmentation_is_printed(claimed, tiny_config, capsys):
   def said(**changes):
     workdir.check_same_base(tiny_config(base__workdir=str(claimed), **changes))
     return capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_the_command_is_that_of_the_program(monkeypatch, module, expected):
   assert workdir.environment()["command"] == expected
 
 
-def test_what_only_other_stages_need_is_not_asked_for(tiny_config):
+def test_what_only_other_stages_need_is_not_checked(tiny_config):
   config = tiny_config(base__batch_size=12)
   with pytest.raises(errors.ConfigError, match="config.base.batch_size: found 12"):
     pipeline.check_here(config)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import types
 from rndpo_jax.benchmark import network, step, timing
 from rndpo_jax.benchmark.options import Options
@@ -109,7 +108,7 @@ def sampling_variant(segmenter, params, images, work, config, mix: str) -> timin
   numbers = {name: value for name, value in config.proposals.items() if name != "mix"}
 
   def masks(params, images, keys):
-    mixed = config_lib.parse_mix(mix)
+    mixed = proposals.parse_mix(mix)
     return proposals.sample(segmenter, params, images, keys, mix=mixed, **numbers).masks
 
   keys = jax.random.split(jax.random.key(2), images[0].shape[0])
@@ -141,7 +140,7 @@ def make_program(config, params, images, mix: str) -> tuple[Callable, tuple]:
   config.judge.compare = (config.judge.name,)
   dataset = dataset_lib.Dataset(
     fingerprint="",
-    source=None, blind_source=None, name="random", class_names=[], num_channels=network.CHANNELS,
+    source=None, blind_source=None, class_names=[], num_channels=network.CHANNELS,
     spacing_unit="voxel", records=[], splits={}, crop=(), normalization="zscore",
     num_classes=config.data.num_classes, spatial_dims=config.data.spatial_dims,
     size=config.data.size,

@@ -33,7 +33,6 @@ class Dataset(NamedTuple):
 
   source: Any
   blind_source: Any
-  name: str
   num_classes: int
   class_names: list[str]
   num_channels: int

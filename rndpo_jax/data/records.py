@@ -24,9 +24,7 @@ from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
-_SOURCE_KEYS = (
-  "name", "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit",
-)  # fmt: skip
+_SOURCE_KEYS = ("num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit")
 _MATCH_SECONDS = 2.0  # for one name
 _ID_KEYS = ("record_id", "case_id", "group_id")
 

@@ -11,6 +11,7 @@ that misses a structure, so they stay in, and the callers count them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,34 @@ from scipy import ndimage
 
 from rndpo_jax.types import Array
 
-SURFACE = ("hd95", "assd", "nsd")
 # Relative, of NSD's tolerance: more than the rounding of a float32 spacing (6e-8) makes.
 _SLACK = 1e-6
+
+
+class Metric(NamedTuple):
+  """A row of the table; what computes it is `overlap`, or `surface_metrics` where `surface`.
+
+  Attributes:
+    title: in tables.
+    surface: whether it is of surface distances, which are slow, and asked for by name.
+    distance: whether it has the unit of the spacing, and lower is better; else it is in 0..1.
+    options: keys of `config.evaluate` that it alone reads.
+  """
+
+  title: str
+  surface: bool = False
+  distance: bool = False
+  options: tuple[str, ...] = ()
+
+
+METRICS = {
+  "dice": Metric("Dice"),
+  "iou": Metric("IoU"),
+  "hd95": Metric("HD95", surface=True, distance=True),
+  "assd": Metric("ASSD", surface=True, distance=True),
+  "nsd": Metric("NSD", surface=True, options=("nsd_tolerance_mm",)),
+}
+SURFACE = tuple(name for name, row in METRICS.items() if row.surface)
 
 
 def dice(masks: Array, labels: Array, num_classes: int, spatial_dims: int) -> jax.Array:

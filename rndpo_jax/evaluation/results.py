@@ -132,7 +132,7 @@ def fullest_slice(masks: np.ndarray) -> int:
 def units(spacing_unit: str) -> dict[str, str]:
   """The unit of each metric."""
   share = "fraction, 0 to 1"
-  return {"dice": share, "iou": share, "hd95": spacing_unit, "assd": spacing_unit, "nsd": share}
+  return {name: spacing_unit if row.distance else share for name, row in metrics.METRICS.items()}
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ and `noisy_oracle` read labels and are for studies; no other judge does.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,11 +15,11 @@ import jax.numpy as jnp
 
 from rndpo_jax import errors, types
 from rndpo_jax.evaluation import metrics
-from rndpo_jax.mining import overlap
+from rndpo_jax.mining import overlap, user_judges
 
 
 class Context(NamedTuple):
-  """What a judge may need besides images and proposals; None where there is none.
+  """What a judge may need besides images and proposals; None if there is none.
 
   Attributes:
     keys: [b], one key an image.
@@ -57,8 +56,8 @@ def build(
   """Builds a judge by name.
 
   Args:
-    name: a key of JUDGES, or `package.module:function` for a function of your own, called as
-      function(images, masks, probs) -> [b, K] inside a compiled program.
+    name: a key of JUDGES, or `package.module:function` for a function of your own that JAX can
+      trace, called as function(images, masks, probs) -> [b, K]; see `user_judges`.
     num_classes: C.
     border: pixels around a mask that `entropy` looks at too.
     flip_rate: `noisy_oracle`: share of images whose ranking is reversed.
@@ -70,17 +69,37 @@ def build(
 
   Raises:
     JudgeError: the name is unknown, or its module or function is not found. The judge itself
-      raises ValueError, while it is traced, when `context` lacks what it needs or a function of
-      your own returns another shape.
+      raises it, while it is traced, if `context` lacks what it needs or a function of your own
+      returns another shape.
   """
+  check_name(name)
   if ":" in name:
-    return _user_judge(name)
-  if name not in JUDGES:
-    raise errors.JudgeError(
-      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or package.module:function"
-    )
+    return user_judges.on_device(name)
+  row = JUDGES[name]
   settings = Settings(num_classes, border, flip_rate, noise_level, learned_apply)
-  return lambda images, masks, probs, context: JUDGES[name](images, masks, probs, context, settings)
+
+  def judge(images, masks, probs, context):
+    for field in row.needs:
+      if getattr(context, field) is None:
+        raise errors.JudgeError(f"judge {name!r} needs context.{field}, found None")
+    return row.score(images, masks, probs, context, settings)
+
+  return judge
+
+
+def check_name(name: str) -> None:
+  """Checks that a name is of JUDGES, or reads as `package.module:function`.
+
+  Raises:
+    JudgeError: otherwise.
+  """
+  module, colon, function = name.partition(":")
+  parts = [*module.split("."), function]
+  if name not in JUDGES and not (colon and all(part.isidentifier() for part in parts)):
+    raise errors.JudgeError(
+      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of your own as "
+      "package.module:function"
+    )
 
 
 def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
@@ -97,7 +116,7 @@ def true_scores(masks: jax.Array, labels: jax.Array, num_classes: int) -> jax.Ar
 
 
 def agreement(images, masks, probs, context, settings):
-  """Mean foreground Dice with the other proposals and, where given, the ensemble's masks."""
+  """Mean foreground Dice with the other proposals and, if given, the ensemble's masks."""
   del images, probs
   count = masks.shape[1]
   with_others = overlap.pairwise_dice(masks, masks, settings.num_classes)
@@ -152,8 +171,6 @@ def entropy(images, masks, probs, context, settings):
 def learned(images, masks, probs, context, settings):
   """The Dice that a small network, trained on the labelled split, predicts."""
   del probs
-  _need(context.learned_params is not None, "learned", "context.learned_params")
-  _need(settings.learned_apply is not None, "learned", "learned_apply")
 
   def apply(one_mask_each):
     return settings.learned_apply(context.learned_params, images, one_mask_each)
@@ -164,14 +181,12 @@ def learned(images, masks, probs, context, settings):
 def oracle(images, masks, probs, context, settings):
   """The true score; for studies."""
   del images, probs
-  _need(context.labels is not None, "oracle", "context.labels")
   return true_scores(masks, context.labels, settings.num_classes)
 
 
 def noisy_oracle(images, masks, probs, context, settings):
   """The true score, negated in a share of the images, plus normal noise; for studies."""
   del images, probs
-  _need(context.labels is not None, "noisy_oracle", "context.labels")
   scores = true_scores(masks, context.labels, settings.num_classes)
 
   def disturb(key, row):
@@ -182,41 +197,36 @@ def noisy_oracle(images, masks, probs, context, settings):
   return jax.vmap(disturb)(context.keys, scores)
 
 
+class Judge(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    score: (images, masks, probs, Context, Settings) -> f32[b, K].
+    needs: fields of `Context` that must be there.
+    options: keys of `config.judge` that it alone reads.
+  """
+
+  score: Callable[..., jax.Array]
+  needs: tuple[str, ...] = ()
+  options: tuple[str, ...] = ()
+
+
 JUDGES = {
-  "agreement": agreement,
-  "confidence": confidence,
-  "entropy": entropy,
-  "learned": learned,
-  "oracle": oracle,
-  "noisy_oracle": noisy_oracle,
+  "agreement": Judge(agreement),
+  "confidence": Judge(confidence),
+  "entropy": Judge(entropy, options=("border",)),
+  "learned": Judge(learned, needs=("learned_params",), options=("learned",)),
+  "oracle": Judge(oracle, needs=("labels",)),
+  "noisy_oracle": Judge(noisy_oracle, needs=("labels",), options=("flip_rate", "noise_level")),
 }
 
 
-def _need(there: bool, judge: str, what: str) -> None:
-  if not there:
-    raise errors.JudgeError(f"judge {judge!r} needs {what}, found None")
+def needs(name: str, field: str) -> bool:
+  """Whether a judge needs a field of `Context`; one of your own needs none.
 
-
-def _user_judge(name):
-  module_name, _, function_name = name.partition(":")
-  try:
-    function = getattr(importlib.import_module(module_name), function_name)
-  except (ImportError, AttributeError) as error:
-    raise errors.JudgeError(
-      f"judge {name!r}: {error}; expected package.module:function, importable from here"
-    ) from error
-
-  def judge(images, masks, probs, context):
-    del context
-    scores = jnp.asarray(function(images, masks, probs))
-    if scores.shape != masks.shape[:2]:
-      raise errors.JudgeError(
-        f"judge {name!r} returned shape {scores.shape}, expected (images, proposals) = "
-        f"{masks.shape[:2]}"
-      )
-    return scores.astype(jnp.float32)
-
-  return judge
+  A judge that needs `labels` is for studies: mining reads the truth of unlabelled images for it.
+  """
+  return name in JUDGES and field in JUDGES[name].needs
 
 
 def _dilate(region, border):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,65 @@ import jax.numpy as jnp
 from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.mining import judges, pair_rules, proposals, user_judges
+
+
+class Scored(NamedTuple):
+  """Proposals of a batch with the scores that a judge on the host gave them.
+
+  Attributes:
+    index: i32[b], as in `types.Batch`.
+    masks: u8[b, K, *S].
+    base_logits: f32[b, *S, C].
+    scores: f32[b, K].
+  """
+
+  index: types.Array
+  masks: types.Array
+  base_logits: types.Array
+  scores: types.Array
+
+
+def used_judges(config) -> tuple[str, ...]:
+  """Names of the judges that the config measures, the one that mines first."""
+  return tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+
+
+def host_judges(config, dataset) -> dict[str, str]:
+  """Judges of the config that must run on the host, each with the reason.
+
+  Args:
+    config: the whole config.
+    dataset: size, num_channels and num_classes are read.
+
+  Raises:
+    JudgeError: as `user_judges.why_on_host`.
+  """
+  size, struct = tuple(dataset.size), jax.ShapeDtypeStruct
+  count = sum(n for _, n in proposals.parse_mix(config.proposals.mix))
+  arrays = (
+    struct((2, *size, dataset.num_channels), jnp.float32),
+    struct((2, count, *size), jnp.uint8),
+    struct((2, count, *size, dataset.num_classes), jnp.float32),
+  )
+  names = [name for name in used_judges(config) if ":" in name]
+  reasons = {name: user_judges.why_on_host(name, *arrays) for name in names}
+  return {name: reason for name, reason in reasons.items() if reason}
 
 
 def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   """The pure function that samples proposals and scores them.
 
   Args:
-    dataset: num_classes and spatial_dims are read.
-    learned_apply: of `mining.quality`, where the judge `learned` is used.
+    config: the whole config.
+    dataset: num_classes, spatial_dims, size and num_channels are read.
+    learned_apply: of `mining.quality`, if the judge `learned` is used.
 
   Returns:
-    score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}).
+    score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}). The scores of
+    `host_judges` are zeros there, for programs that are only planned.
   """
+  hosted = host_judges(config, dataset)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
@@ -35,10 +82,11 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       noise_level=config.judge.noise_level,
       learned_apply=learned_apply,
     )
-    for name in {config.judge.name, *config.judge.compare}
+    for name in used_judges(config)
+    if name not in hosted
   }
   options = {
-    "mix": config_lib.parse_mix(config.proposals.mix),
+    "mix": proposals.parse_mix(config.proposals.mix),
     **{name: value for name, value in config.proposals.items() if name != "mix"},
   }
 
@@ -56,7 +104,10 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     )
     probs = jax.nn.softmax(sampled.logits, axis=-1)
     scores = {
-      name: table[name](batch.images, sampled.masks, probs, context) for name in chosen_names
+      name: jnp.zeros(sampled.masks.shape[:2])
+      if name in hosted
+      else table[name](batch.images, sampled.masks, probs, context)
+      for name in chosen_names
     }
     return sampled, scores
 
@@ -66,10 +117,41 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
 def make_mine_batch(config, dataset, score) -> Callable:
   """(weights, keys, batch) -> masks, scores, `types.Pairs`, packed masks, reference margins.
 
-  Packed are the chosen and rejected masks, u8[b, P, bits, bytes], and with
-  `config.mine.keep_proposals` all `proposals`, u8[b, K, bits, bytes].
+  Packed are the chosen and rejected masks, u8[b, P, bits, bytes].
   """
-  name = config.judge.name
+  name, pairs_of = config.judge.name, _make_pairs_of(config, dataset)
+
+  def mine_batch(weights, keys, batch: types.Batch):
+    sampled, scores = score(weights, keys, batch, (name,))
+    return pairs_of(keys, sampled.masks, sampled.base_logits, scores[name])
+
+  return mine_batch
+
+
+def make_propose_batch(score) -> Callable:
+  """(weights, keys, batch) -> what a judge on the host, and then `make_mine_scored`, needs."""
+
+  def propose_batch(weights, keys, batch: types.Batch):
+    sampled, _ = score(weights, keys, batch, ())
+    probs = jax.nn.softmax(sampled.logits, axis=-1)
+    return {"masks": sampled.masks, "probs": probs, "base_logits": sampled.base_logits}
+
+  return propose_batch
+
+
+def make_mine_scored(config, dataset) -> Callable:
+  """(None, keys, Scored) -> as `make_mine_batch`: the second half of mining by a host's judge."""
+  pairs_of = _make_pairs_of(config, dataset)
+
+  def mine_scored(weights, keys, scored: Scored):
+    del weights
+    return pairs_of(keys, scored.masks, scored.base_logits, scored.scores)
+
+  return mine_scored
+
+
+def _make_pairs_of(config, dataset) -> Callable:
+  """(keys, masks, base_logits, scores) -> what `make_mine_batch` says."""
   options = {
     "num_classes": dataset.num_classes,
     "rule": config.mine.rule,
@@ -81,32 +163,25 @@ def make_mine_batch(config, dataset, score) -> Callable:
   }
   region_options = {"classes": options["region_classes"]}
 
-  def mine_batch(weights, keys, batch: types.Batch):
-    sampled, scores = score(weights, keys, batch, (name,))
-    mined = pair_rules.mine(scores[name], sampled.masks, keys[:, 2], **options)
+  def pairs_of(keys, masks, base_logits, scores):
+    mined = pair_rules.mine(scores, masks, keys[:, 2], **options)
     take = jax.vmap(lambda masks, places: masks[places])
-    chosen, rejected = take(sampled.masks, mined.chosen), take(sampled.masks, mined.rejected)
+    chosen, rejected = take(masks, mined.chosen), take(masks, mined.rejected)
 
     def pack(masks):
       return bit_planes.pack(masks, dataset.num_classes, dataset.spatial_dims)
 
-    kept = {"proposals": pack(sampled.masks)} if config.mine.keep_proposals else {}
     return {
-      **kept,
-      "masks": sampled.masks,
-      "scores": scores[name],
+      "masks": masks,
+      "scores": scores,
       "pairs": mined,
       "chosen": pack(chosen),
       "rejected": pack(rejected),
-      "reference_margin": losses.pair_margin(
-        sampled.base_logits, chosen, rejected, **region_options
-      ),
-      "reference_log_prob": losses.pair_log_prob(
-        sampled.base_logits, chosen, rejected, **region_options
-      ),
+      "reference_margin": losses.pair_margin(base_logits, chosen, rejected, **region_options),
+      "reference_log_prob": losses.pair_log_prob(base_logits, chosen, rejected, **region_options),
     }
 
-  return mine_batch
+  return pairs_of
 
 
 def with_keys(function: Callable) -> Callable:

@@ -9,12 +9,14 @@ from fold_in(key of the image, k) alone, so that it does not depend on the batch
 from __future__ import annotations
 
 import itertools
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
 from rndpo_jax.mining import overlap
 
@@ -40,7 +42,7 @@ def sample(
     segmenter: pure functions of `params`.
     images: f32[b, *S, I].
     keys: [b], one key an image.
-    mix: as `config.parse_mix` returns it; K is the sum of its counts.
+    mix: as `parse_mix` returns it; K is the sum of its counts.
     noise_scale: standard deviation of the field that `logit_noise` adds to each class's logit.
     noise_smoothing: standard deviation, in pixels, of the Gaussian that smooths that field.
     temperature_low: first divisor of the logits in `temperature`, a geometric sweep over the
@@ -77,6 +79,75 @@ def sample(
   return types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
 
 
+class Sampler(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    options: keys of `config.proposals` that it alone reads.
+    strength: the key that makes it act; at 0 its proposals would all be the same.
+    random: whether it draws again for each proposal.
+  """
+
+  options: tuple[str, ...] = ()
+  strength: str | None = None
+  random: bool = False
+
+
+# In the order in which `sample` applies them.
+SAMPLERS = {
+  "base": Sampler(),
+  "tta": Sampler(),
+  "mc_dropout": Sampler(strength="model.dropout", random=True),
+  "temperature": Sampler(options=("temperature_low", "temperature_high")),
+  "logit_noise": Sampler(
+    options=("noise_scale", "noise_smoothing"), strength="proposals.noise_scale", random=True
+  ),
+  "threshold": Sampler(options=("threshold_shift",), strength="proposals.threshold_shift"),
+}
+MAX_PROPOSALS = 1024
+
+
+def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+  """Parses `config.proposals.mix` into ((sampler names, count), ...).
+
+  Raises:
+    ConfigError: on an unknown sampler, a bad count, a composition without effect, K < 2, or more
+      than MAX_PROPOSALS.
+  """
+  entries = [_parse_entry(entry) for entry in mix.split(",")]
+  total = sum(count for _, count in entries)
+  if not 2 <= total <= MAX_PROPOSALS:
+    raise errors.ConfigError(
+      f"config.proposals.mix: K = {total} proposals; a pair needs K >= 2, and K may be at most "
+      f"{MAX_PROPOSALS}"
+    )
+  return tuple(entries)
+
+
+def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
+  names, _, count = entry.strip().partition(":")
+  atoms = tuple(names.strip().split("+"))
+  unknown = [name for name in atoms if name not in SAMPLERS]
+  if unknown:
+    raise errors.ConfigError(
+      f"config.proposals.mix: unknown sampler {unknown[0]!r}; known: {', '.join(SAMPLERS)}"
+    )
+  # Of few ASCII digits: what Python's own parser takes besides, or cannot take, is no count.
+  if not re.fullmatch(r"0*[1-9][0-9]{0,5}", count.strip()):
+    raise errors.ConfigError(
+      f"config.proposals.mix: found {entry[:80]!r}, expected NAME[+NAME...]:COUNT with COUNT from "
+      f"1 to {MAX_PROPOSALS}"
+    )
+  if "temperature" in atoms and not {"logit_noise", "threshold"} & set(atoms):
+    raise errors.ConfigError(
+      "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
+      "as in 'temperature+logit_noise:8'"
+    )
+  if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
+    raise errors.ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
+  return atoms, int(count)
+
+
 def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
   """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
 
@@ -94,7 +165,7 @@ def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
 def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
   """Views of an image other than itself, as (quarter turns in the plane H, W; axes flipped).
 
-  Flips of every set of axes; where H equals W, also those after a quarter turn: 3 or 7 views of
+  Flips of every set of axes; if H equals W, also those after a quarter turn: 3 or 7 views of
   an image, 7 or 15 of a volume, each another symmetry of the grid.
 
   Args:

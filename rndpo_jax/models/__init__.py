@@ -13,22 +13,7 @@ from rndpo_jax.models import unet
 TPU_LANES = 128
 
 
-def build(
-  model_config,
-  *,
-  num_classes: int,
-  spatial_dims: int,
-) -> types.Segmenter:
-  """Builds the segmenter that `config.model` describes.
-
-  Args:
-    model_config: `config.model`.
-    num_classes: C, background among them.
-    spatial_dims: 2 or 3.
-
-  Returns:
-    A Segmenter; its logits are f32[B, *S, C] whatever the compute dtype.
-  """
+def _unet(model_config, *, num_classes: int, spatial_dims: int) -> types.Segmenter:
   return unet.build(
     num_classes=num_classes,
     spatial_dims=spatial_dims,
@@ -43,7 +28,26 @@ def build(
   )
 
 
+# `config.model.name` -> its builder, called as `build` calls it: a new one is one file and a line.
+ARCHITECTURES = {"unet": _unet}
+
+
+def build(model_config, *, num_classes: int, spatial_dims: int) -> types.Segmenter:
+  """Builds the segmenter that `config.model` describes; `config.model.name` chooses which.
+
+  Args:
+    model_config: `config.model`.
+    num_classes: C, background among them.
+    spatial_dims: 2 or 3.
+
+  Returns:
+    A Segmenter; its logits are f32[B, *S, C] whatever the compute dtype.
+  """
+  make = ARCHITECTURES[model_config.name]
+  return make(model_config, num_classes=num_classes, spatial_dims=spatial_dims)
+
+
 def lanes(model_config, platform: str | None = None) -> int:
-  """`config.model.lanes`, where 0 is what a platform has; by default that of this process."""
+  """`config.model.lanes`; 0 is the number of a platform, by default that of this process."""
   platform = platform or jax.default_backend()
   return model_config.lanes or (TPU_LANES if platform == "tpu" else 1)

@@ -45,7 +45,7 @@ def write(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
 
 
 def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
-  """What is written of one image.
+  """What is written of one image: `shards.FIELDS`.
 
   Args:
     out: of the mining program, leading axis b.
@@ -53,20 +53,12 @@ def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarra
     index: of its record.
     mined: its pairs.
   """
-  return {
+  values = {
     "index": np.int32(index),
-    "chosen": out["chosen"][row],
-    "rejected": out["rejected"][row],
-    "reference_margin": out["reference_margin"][row],
-    "reference_log_prob": out["reference_log_prob"][row],
     "valid": mined.valid.astype(np.float32),
-    "region_size": mined.region_size,
     "score_gap": mined.score_gap,
-    "scores": out["scores"][row],
-    "chosen_proposal": mined.chosen,
-    "rejected_proposal": mined.rejected,
-    **({"proposals": out["proposals"][row]} if "proposals" in out else {}),
   }
+  return {name: values[name] if name in values else out[name][row] for name in shards.FIELDS}
 
 
 def _count(summary, mined: types.Pairs) -> None:
@@ -86,7 +78,7 @@ def write_manifest(config, directory: epath.Path) -> None:
   """Adds up the shards' summaries.
 
   Raises:
-    MiningError: where there is no pair at all.
+    MiningError: if there is no pair at all.
   """
   entries: list[dict] = []
   dropped, sizes, gaps = Counter(), Counter(), Counter()
@@ -98,8 +90,7 @@ def write_manifest(config, directory: epath.Path) -> None:
     num_images += summary["num_images"]
     num_bytes += summary["num_bytes"]
     for total, name in ((dropped, "dropped"), (sizes, "region_size"), (gaps, "score_gap")):
-      found = summary[name]  # an older version listed every value
-      total.update(found if isinstance(found, dict) else map(_ROUNDED, found))
+      total.update(summary[name])
   if not sizes:
     taken = ", ".join(f"{name} {number}" for name, number in dropped.items())
     raise errors.MiningError(

@@ -1,4 +1,4 @@
-"""Pair files: ArrayRecord shards, one record an image, and the manifest that vouches for them."""
+"""Pair files: ArrayRecord shards, one record an image, checked against the manifest's sums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,13 +18,44 @@ from flax import serialization
 from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import files, multihost, preemption, threads
 
-# What fine-tuning takes from a record as it stands, P slots an image.
-TRAINING_FIELDS = ("chosen", "rejected", "reference_margin", "reference_log_prob")
+
+class Field(NamedTuple):
+  """A field of a record; `trained` if fine-tuning takes it as it is."""
+
+  dtype: type
+  axes: tuple[str, ...]
+  trained: bool = False
+
+
+# A record: one image with P slots for pairs. Masks are packed by `losses.bit_planes`.
+FIELDS = {
+  "index": Field(np.int32, ()),  # of the image's record in the data set
+  "chosen": Field(np.uint8, ("P", "bits", "bytes"), trained=True),
+  "rejected": Field(np.uint8, ("P", "bits", "bytes"), trained=True),
+  "reference_margin": Field(np.float32, ("P",), trained=True),
+  "reference_log_prob": Field(np.float32, ("P",), trained=True),
+  "valid": Field(np.float32, ("P",)),  # 1, or 0 if the slot has no pair
+  "score_gap": Field(np.float32, ("P",)),
+}
+TRAINING_FIELDS = tuple(name for name, field in FIELDS.items() if field.trained)
 
 
 def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Path:
   """`pairs-00003-of-00008.array_record`."""
   return epath.Path(directory) / f"pairs-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def check_num_shards(config, num_images: int) -> None:
+  """Checks that each shard has an unlabelled image.
+
+  Raises:
+    errors.ConfigError: if there are more shards than images.
+  """
+  if config.mine.num_shards > num_images:
+    raise errors.ConfigError(
+      f"config.mine.num_shards: found {config.mine.num_shards}, but there are {num_images} "
+      "unlabelled images; set it to at most that"
+    )
 
 
 def summary_path(shard: os.PathLike) -> epath.Path:
@@ -37,7 +68,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
 
   Args:
     path: from `shard_path`.
-    records: dicts of numpy arrays, encoded with msgpack.
+    records: dicts of numpy arrays as `FIELDS` says, encoded with msgpack.
     summary: entries of the summary besides file, sha256, count and num_bytes; read after the
       records are exhausted, so that it may be filled while they are made.
   """
@@ -67,7 +98,7 @@ def write_shard(path: os.PathLike, records: Iterable[dict[str, np.ndarray]], sum
 
 
 def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[int, int]:
-  """Writes `records` and returns how many and their bytes; where that fails nothing is left.
+  """Writes `records` and returns how many and their bytes; if that fails nothing is left.
 
   The bytes are those handed to ArrayRecord, which compresses them and fills blocks of 64 KiB: the
   size of a small file says little of what a large one needs.
@@ -76,6 +107,7 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
+      _check_fields(record)
       encoded = serialization.msgpack_serialize(record)
       writer.write(encoded)
       count, num_bytes = count + 1, num_bytes + len(encoded)
@@ -86,6 +118,18 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
       raise
     raise OSError(errno.ENOSPC, f"{path} cannot be written: {error}") from error
   return count, num_bytes
+
+
+def _check_fields(record: dict[str, np.ndarray]) -> None:
+  if record.keys() != FIELDS.keys():
+    raise ValueError(f"a record holds {', '.join(record)}, expected {', '.join(FIELDS)}")
+  for name, field in FIELDS.items():
+    value = record[name]
+    if value.dtype != field.dtype or value.ndim != len(field.axes):
+      raise ValueError(
+        f"field {name!r} of a record: found {value.dtype} of {value.ndim} axes, expected "
+        f"{np.dtype(field.dtype)} of the axes {field.axes}"
+      )
 
 
 def claim(directory: os.PathLike, fingerprints: dict[str, str]) -> None:
@@ -150,9 +194,9 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
     A sequence of records, dicts of numpy arrays, in the order of the shards.
 
   Raises:
-    PairsError: where the manifest or a shard is missing, or a checksum differs; of several
+    errors.PairsError: if the manifest or a shard is missing, or a checksum differs; of several
       processes, on the one that finds a checksum to differ.
-    files.FileError: where this host does not let a process open so many.
+    errors.FileError: if this host does not let a process open so many.
     preemption.Preempted: after a signal.
   """
   directory = epath.Path(directory)
@@ -163,7 +207,7 @@ def read(directory: os.PathLike) -> Sequence[dict[str, Any]]:
   for path, _ in shards:
     if not path.exists():
       raise errors.PairsError(f"{path} is missing; {_rebuild(path)}")
-  with preemption.together("the shards of pairs are checked anew"):
+  with preemption.together("the shards of pairs are checked again"):
     _check(shards[jax.process_index() :: jax.process_count()])
   files.allow_open(len(shards), directory)
   return _Records([os.fspath(files.local_copy(path)) for path, entry in shards if entry["count"]])
@@ -173,7 +217,7 @@ def _check(shards: Sequence[tuple[epath.Path, dict[str, Any]]]) -> None:
   """Compares (path, entry of the manifest) with the files; raises as `read`."""
   checksums = threads.in_order(files.sha256, [path for path, _ in shards])
   for (path, entry), checksum in zip(shards, checksums, strict=True):
-    preemption.check("the shards of pairs are checked anew")
+    preemption.check("the shards of pairs are checked again")
     if checksum != entry["sha256"]:
       raise errors.PairsError(
         f"{path} is corrupt: its SHA-256 is not that of the manifest; {_rebuild(path)}"

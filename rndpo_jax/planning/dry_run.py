@@ -18,13 +18,14 @@ from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, models, pipeline, types
-from rndpo_jax.data import builder, reader, records, splits
+from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.data import builder, reader, records, sources, splits
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics, predict
-from rndpo_jax.pairs import manifest
+from rndpo_jax.mining import proposals
+from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.planning import cost, programs, storage, timing
 from rndpo_jax.runtime import files, progress, sharding
 from rndpo_jax.stages import measure_judges, prepare
@@ -59,10 +60,12 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     records.DataError: from the source.
   """
   config_checks.validate(config)
+  workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
   data = describe_data(config, workdir)
   if num_unlabelled:
     data = _with_unlabelled(data, num_unlabelled)
+  shards.check_num_shards(config, data.num_images["unlabelled"])
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   segmenter = models.build(
     config.model, num_classes=data.problem.num_classes, spatial_dims=data.problem.spatial_dims
@@ -104,7 +107,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
     num_bytes = sum(stat.length for stat in stored)
   else:
-    dataset, source = None, prepare.SOURCES[config.data.source](config)
+    dataset, source = None, sources.SOURCES[config.data.source].open(config)
     facts, entries = source._asdict(), source.records
     cases = prepare.split_cases(config.data, entries)
     split_of = {case: name for name, ids in cases.items() for case in ids}
@@ -233,11 +236,11 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
 
 def _foot(config, data: Data, record, planned, left, free: int | None) -> list[str]:
   most = data.num_images["unlabelled"] * config.mine.pairs_per_image
-  proposals = sum(count for _, count in config_lib.parse_mix(config.proposals.mix))
+  num_proposals = sum(count for _, count in proposals.parse_mix(config.proposals.mix))
   size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
   return [
     "",
-    f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {proposals} "
+    f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {num_proposals} "
     f"proposals; {size:,.0f} bytes a pair before compression",
     f"storage   at most {cost.show_bytes(sum(planned))}: "
     + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in planned._asdict().items())

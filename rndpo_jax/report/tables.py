@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OBJECTIVES = {"dpo": "DPO", "rn_dpo": "RN-DPO"}
-NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "assd": "ASSD", "nsd": "NSD"}
-LOWER_IS_BETTER = ("hd95", "assd")
+from rndpo_jax.evaluation.metrics import METRICS
+
 SPLITS = {"test": "Test", "val": "Validation"}
 MAX_DROP = 0.01  # of Dice below the peak before the report warns
 
@@ -24,7 +23,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def with_interval(entry: Mapping[str, Any], key: str) -> str:
-  """A judge's figure with its interval; 'unknown' where there is no truth to measure it by."""
+  """A judge's figure with its interval; 'unknown' if there is no truth to measure it by."""
   interval = entry.get(f"{key}_ci")
   if entry.get(key) is None:
     return "unknown"
@@ -35,7 +34,7 @@ def with_interval(entry: Mapping[str, Any], key: str) -> str:
 
 def headline(results: Mapping) -> dict[str, str]:
   """Title and subtitle."""
-  objective = OBJECTIVES.get(results["objective"], results["objective"])
+  objective = results["objective"].replace("_", "-").upper()
   return {
     "title": f"{results['dataset']}: {objective} with the judge {results['judge']}",
     "subtitle": (
@@ -112,16 +111,17 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
   rows = []
   for name, base in results["base"][split].items():
     final = results["finetuned"][split][name]
-    digits = 2 if name in LOWER_IS_BETTER else 3
+    metric = METRICS[name]
+    digits = 2 if metric.distance else 3
     change = final - base
     rows.append(
       {
-        "name": NAMES[name],
+        "name": metric.title,
         "unit": _unit(results, name),
         "base": show(base, digits),
         "finetuned": show(final, digits),
         "change": signed(change, digits),
-        "kind": _kind(-change if name in LOWER_IS_BETTER else change),
+        "kind": _kind(-change if metric.distance else change),
         "selected": show(results["selected"][split][name], digits),
       }
     )
@@ -130,7 +130,7 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
 
 def _unit(results: Mapping, name: str) -> str:
   unit = {"voxel": "voxels"}.get(results["spacing_unit"], results["spacing_unit"])
-  if name in LOWER_IS_BETTER:
+  if METRICS[name].distance:
     return f"{unit}, lower is better"
   if name == "nsd":
     return f"0 to 1, within {results['nsd_tolerance']:g} {unit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -202,6 +202,15 @@ def split_over_local_devices(tree: Any) -> Any:
 def join_local_devices(tree: Any) -> Any:
   """[D, b, ...] -> numpy [D * b, ...]."""
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def parts_of_local_devices(array: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
+  """[D, b, ...] -> numpy [b, ...] of each device, one after another."""
+  if isinstance(array, np.ndarray):
+    yield from array
+    return
+  for shard in sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0):
+    yield np.asarray(shard.data)[0]
 
 
 def put_on_local_devices(tree: Any) -> Any:

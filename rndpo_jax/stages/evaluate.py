@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import gallery, metrics, predict, results
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
+from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
 from rndpo_jax.stages import base, finetune
 from rndpo_jax.training import checkpoint, train_loop
@@ -152,7 +152,7 @@ def _context(config, workdir, dataset) -> dict:
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": config.judge.name,
-    "study": config.judge.name in config_lib.TRUTH_JUDGES,
+    "study": judges_lib.needs(config.judge.name, "labels"),
     "rule": config.mine.rule,
     "num_labelled_cases": cases["labelled"],
     "num_cases": cases,

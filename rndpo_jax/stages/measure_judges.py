@@ -1,4 +1,4 @@
-"""What mining is worth: judges and proposals against the truth, where there is truth."""
+"""What mining is worth: judges and proposals against the truth, on images that have one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ from rndpo_jax.runtime import files
 
 NUM_EXAMPLES = 6
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
-# is beside the point for unlabelled images, and stands apart.
+# says little about unlabelled images, and is kept apart.
 SPLITS = ("val", "labelled")
 
 
-def make_measure(score: Callable, names: tuple[str, ...], num_classes: int) -> Callable:
+def make_measure(
+  score: Callable, names: tuple[str, ...], num_classes: int, with_proposals: bool = False
+) -> Callable:
   """(weights, keys, batch) -> each judge's scores f32[b, K], the truth, and the proposals' worth.
 
   Args:
     score: from `mine.make_scorer`.
     names: of the judges.
     num_classes: C.
+    with_proposals: whether `masks` and `probs` come out too, for judges that run on the host.
   """
 
   def measure(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, names)
     base_masks = jnp.argmax(sampled.base_logits, axis=-1).astype(jnp.uint8)
+    proposed = {"masks": sampled.masks, "probs": jax.nn.softmax(sampled.logits, axis=-1)}
     return {
+      **(proposed if with_proposals else {}),
       "scores": scores,
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],

@@ -1,7 +1,8 @@
 """Stage `mine`: proposals, judging and pair mining in one `jax.pmap` program a batch.
 
 Each device samples, scores, mines and computes reference margins for its own images: there is no
-communication between devices and no host round trip inside. Random keys are folded from the
+communication between devices and no host round trip inside, except that a judge of your own that
+JAX cannot trace runs on the host, between two such programs. Random keys are folded from the
 seed and the image's index, so that the pairs do not depend on devices, processes or batch size.
 """
 
@@ -9,21 +10,28 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 
-from rndpo_jax import (
-  config as config_lib,
-)
-from rndpo_jax import provenance, seeds
+from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
+from rndpo_jax.mining import judges, user_judges
+from rndpo_jax.mining.program import (
+  Scored,
+  host_judges,
+  make_mine_batch,
+  make_mine_scored,
+  make_propose_batch,
+  make_score,
+  used_judges,
+  with_keys,
+)
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.runtime import multihost, preemption, sharding
+from rndpo_jax.runtime import multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, measure_judges, prepare, train_judge
 
 _KEPT = "mine: finished shards are kept"
@@ -38,28 +46,30 @@ def run(config, workdir: os.PathLike) -> None:
   comes last.
 
   Raises:
-    shards.MiningError: where no pair is left, naming the filters that took them.
-    records.DataError: where the judge needs truth that unlabelled images lack.
+    errors.MiningError: if no pair is left, naming the filters that took them.
+    errors.DataError: if the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
   dataset = dataset_lib.open_dataset(config, workdir)
+  shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
   shards.claim(directory, _fingerprints(dataset, weights))
-  names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+  hosted = host_judges(config, dataset)
+  if multihost.is_first():
+    for name, reason in hosted.items():
+      progress.say(f"judge {name!r} runs on the host, since {reason}: slower, the same pairs")
   measured = (directory / "judges.json", directory / "proposals.json")
   if multihost.is_first() and not all(path.exists() for path in measured):
-    measure = on_local_devices(
-      measure_judges.make_measure(score, names, dataset.num_classes), weights
-    )
+    measure = _measure_program(config, dataset, weights, score, hosted)
     outputs = {
       split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
       for split in measure_judges.SPLITS
     }
     measure_judges.write_reliability(config, directory, dataset, outputs)
-  program = on_local_devices(make_mine_batch(config, dataset, score), weights)
-  with_labels = config.judge.name in config_lib.TRUTH_JUDGES
+  program = _mine_program(config, dataset, weights, score, hosted)
+  with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(measure_judges.example_indices(dataset))
@@ -96,6 +106,48 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   if "learned" in (config.judge.name, *config.judge.compare):
     learned_apply, weights["learned"] = train_judge.train(config, workdir, dataset)
   return weights, make_score(config, dataset, learned_apply)
+
+
+def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
+  """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
+  names = used_judges(config)
+  here = [name for name in names if name in hosted]
+  there = tuple(name for name in names if name not in hosted)
+  function = measure_judges.make_measure(score, there, dataset.num_classes, bool(here))
+  measure = on_local_devices(function, weights)
+  if not here:
+    return measure
+
+  def program(key, batch: types.Batch):
+    out = dict(measure(key, batch))
+    proposed = out.pop("masks"), out.pop("probs")
+    scores = {name: _score_on_host(name, batch.images, *proposed) for name in here}
+    return {**out, "scores": {**out["scores"], **scores}}
+
+  return program
+
+
+def _mine_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
+  """(key, batch) -> what `make_mine_batch` says, in one program, or two with the host between."""
+  if config.judge.name not in hosted:
+    return on_local_devices(make_mine_batch(config, dataset, score), weights)
+  propose = on_local_devices(make_propose_batch(score), weights)
+  finish = on_local_devices(make_mine_scored(config, dataset), None)
+
+  def program(key, batch: types.Batch):
+    out = propose(key, batch)
+    scores = _score_on_host(config.judge.name, batch.images, out["masks"], out["probs"])
+    return finish(key, Scored(batch.index, out["masks"], out["base_logits"], scores))
+
+  return program
+
+
+def _score_on_host(name: str, images, masks, probs) -> np.ndarray:
+  """f32[D, b, K] of arrays [D, b, ...]; a call has the images of one device, however many there
+  are, so that the scores do not depend on that."""
+  judge = user_judges.on_host(name)
+  parts = zip(*map(sharding.parts_of_local_devices, (images, masks, probs)), strict=True)
+  return np.stack([judge(*part) for part in parts])
 
 
 def on_local_devices(function: Callable, weights) -> Callable:

@@ -8,17 +8,11 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import builder, records, splits
-from rndpo_jax.data.sources import folder, nnunet, phantom
+from rndpo_jax.data import builder, records, sources, splits
+from rndpo_jax.mining import judges
+from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, progress
-
-SOURCES = {
-  "phantom": phantom.open_source,
-  "folder": folder.open_source,
-  "nnunet": nnunet.open_source,
-}
 
 
 def run(config, workdir: epath.PathLike) -> None:
@@ -40,17 +34,15 @@ def run(config, workdir: epath.PathLike) -> None:
   if multihost.is_first():
     for path in (directory / records.FILE, workdir / splits.FILE):
       path.unlink(missing_ok=True)  # of a run that broke off
-  source = SOURCES[config.data.source](config)
+  source = sources.SOURCES[config.data.source].open(config)
   if multihost.is_first():
     for note in source.notes:
       progress.say(f"[prepare] {note}")
   parts = split_cases(config.data, source.records)
   blind = set(parts["unlabelled"])
-  check_truth(
-    config,
-    source.records,
-    [i for i, entry in enumerate(source.records) if entry["case_id"] in blind],
-  )
+  unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
+  shards.check_num_shards(config, len(unlabelled))
+  check_truth(config, source.records, unlabelled)
   pixels = builder.build(source, directory)
   if multihost.is_first():
     files.write_json(workdir / splits.FILE, parts)
@@ -65,7 +57,7 @@ def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> N
   Raises:
     records.DataError: naming the first such record.
   """
-  if config.judge.name not in config_lib.TRUTH_JUDGES:
+  if not judges.needs(config.judge.name, "labels"):
     return
   for index in unlabelled:
     if not entries[index]["has_mask"]:

@@ -99,26 +99,12 @@ def save(directory: epath.PathLike, step: int, tree: Any) -> None:
     writer.close()
 
 
-def restore(directory: epath.PathLike, step: int, like: Any) -> Any:
-  """Reads `directory`/`step` into the structure, shapes, dtypes and shardings of `like`.
-
-  Each process reads its part of the arrays for itself: none waits for another.
-
-  Raises:
-    CheckpointError: where it is missing, corrupt or of another structure.
-  """
-  path = _path(directory, step)
-  try:
-    return _read(path, like)
-  except _UNREADABLE as error:
-    raise _unreadable(path, _first_line(error), directory, "the stage starts") from error
-
-
 def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | None:
-  """Reads the latest checkpoint that every process can read; says so where there is a later one.
+  """Reads the latest checkpoint that every process can read; says so if there is a later one.
 
-  What process 0 finds in the folder is what there is. Those after the one read are deleted, since
-  the run writes them again.
+  It is read into the structure, shapes, dtypes and shardings of `like`; each process reads its part
+  of the arrays for itself. What process 0 finds in the folder is what there is. Those after the one
+  read are deleted, since the run writes them again.
 
   Returns:
     (step, tree), or None where there is no checkpoint.

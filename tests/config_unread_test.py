@@ -1,0 +1,98 @@
+"""config_unread: a key that nothing reads raises, naming the key and what would read it."""
+
+import pathlib
+import re
+
+import pytest
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import config_checks, config_unread, errors
+
+PACKAGE = pathlib.Path(config_unread.__file__).parent
+KEYS = config_lib.leaves(config_lib.base_config())
+# Key, a value that is not the default, and what makes something read it.
+CONDITIONAL = [
+  ("data.phantom.seed", 3, {"data.source": "phantom"}),
+  ("data.phantom.size", (20, 20), {"data.source": "phantom"}),
+  ("data.root", "/data", {"data.source": "folder"}),
+  ("data.case_pattern", r"(case\d+)_z", {"data.source": "folder"}),
+  ("augment.flip", 0.1, {"base.augment": True}),
+  ("augment.noise_scale", 0.5, {"base.augment": True}),
+  ("augment.elastic_smoothing", 2.0, {"base.augment": True, "augment.elastic": 0.5}),
+  ("proposals.temperature_high", 3.0, {"proposals.mix": "temperature+threshold:7"}),
+  ("proposals.noise_scale", 2.0, {"proposals.mix": "logit_noise:8"}),
+  ("proposals.noise_smoothing", 2.0, {"proposals.mix": "logit_noise:8"}),
+  ("proposals.threshold_shift", 2.0, {"proposals.mix": "threshold:8"}),
+  ("judge.border", 5, {"judge.name": "entropy"}),
+  ("judge.learned.num_steps", 5, {"judge.name": "learned"}),
+  ("judge.flip_rate", 0.1, {"judge.name": "noisy_oracle"}),
+  ("judge.noise_level", 0.1, {"judge.name": "noisy_oracle"}),
+  ("finetune.power_floor", 2.0, {"finetune.objective": "dpo", "finetune.normalization": "power"}),
+  (
+    "finetune.power_exponent",
+    1.0,
+    {"finetune.objective": "dpo", "finetune.normalization": "power"},
+  ),
+  ("finetune.normalization", "region", {"finetune.objective": "dpo"}),
+  ("finetune.label_smoothing", 0.1, {"finetune.objective": "cdpo"}),
+  ("finetune.discopop_temperature", 0.1, {"finetune.objective": "discopop"}),
+  ("finetune.anchor_weight", 0.1, {"finetune.anchor": "chosen"}),
+  ("evaluate.nsd_tolerance_mm", 1.0, {"evaluate.metrics": ("dice", "nsd")}),
+]
+# A config in which as little as possible is read.
+BARE = {
+  "data.source": "nnunet",
+  "base.augment": False,
+  "judge.compare": (),
+  "proposals.mix": "tta+mc_dropout:8",
+}
+
+
+def make(**changes):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict({**BARE, **changes})
+  return config
+
+
+@pytest.mark.parametrize("key,value,reader", CONDITIONAL)
+def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, reader):
+  if key == "data.root":
+    reader, bare = {"data.source": "folder"}, {"data.source": "phantom"}
+  else:
+    bare = {}
+  wanted = re.escape(f"config.{key}: found {value!r}, which nothing reads")
+  with pytest.raises(
+    errors.ConfigError, match=f"{wanted}; .* would: choose that, or leave the key"
+  ):
+    config_checks.validate(make(**{**bare, key: value}))
+  config_checks.validate(make(**{**bare, key: value, **reader}))
+  config_checks.validate(make(**bare))
+
+
+def test_every_key_is_always_read_or_in_the_table():
+  table = config_unread.readers(config_lib.base_config())
+  always = dict.fromkeys(config_unread.ALWAYS, (True, ""))
+  for key in KEYS:
+    found = [config_unread.find(those, key) is not None for those in (always, table)]
+    assert sum(found) == 1, f"{key} is in {sum(found)} of ALWAYS and readers"
+  for name in (*always, *table):
+    assert any(key == name or key.startswith(f"{name}.") for key in KEYS), f"{name} is no key"
+  tried = {key for key, _, _ in CONDITIONAL}
+  for name in table.keys() - set(config_unread.SAID):
+    same = name if name in KEYS else f"{name}."
+    kin = [key for key in tried if key.startswith(same) or key.split(".")[0] == "augment"]
+    assert kin, f"{name} has no row in CONDITIONAL"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_named_by_code_that_is_no_check(key):
+  name = key.rsplit(".", 1)[1] if "." in key else key
+  files = [path for path in PACKAGE.rglob("*.py") if not path.name.startswith("config")]
+  assert any(re.search(rf"\b{name}\b", path.read_text()) for path in files)
+
+
+def test_counts_beside_a_split_file_are_reported(capsys):
+  config_checks.validate(make(**{"data.split_file": "splits.json", "data.num_val": 5}))
+  assert "config.data.num_val: found 5, which nothing reads" in capsys.readouterr().out
+  config_checks.validate(make(**{"data.num_val": 5}))
+  assert capsys.readouterr().out == ""
