@@ -425,7 +425,7 @@ def test_real_cardiac_mr(tmp_path):
       (tmp_path / part / file).symlink_to(ACDC / part / file)
   source, pixels = _read(tmp_path, group_pattern=r"(patient\d+)")
   assert source.class_names == ["background", "RV", "MYO", "LV"]
-  assert source.spacing_unit == "voxel"  # the repacked files do not tell
+  assert source.spacing_unit == "mm" and "names no unit" in source.notes[0]
   assert {e["case_id"] for e in source.records} == set(names)
   assert {e["group_id"] for e in source.records} == {"patient001", "patient002"}
   assert max(one.mask.max() for one in pixels) == 3
