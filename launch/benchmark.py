@@ -39,6 +39,7 @@ _OPTIONS = {
   "depth": flags.DEFINE_integer("depth", None, "Levels of the U-Net."),
   "members": flags.DEFINE_integer("members", None, "population: runs in one program."),
   "seeds": flags.DEFINE_integer("seeds", None, "population: seeds among them, sharing batches."),
+  "workers": flags.DEFINE_integer("workers", None, "input: processes that read; 0: threads."),
   "repeats": flags.DEFINE_integer("repeats", None, "Samples of each variant."),
   "peers": flags.DEFINE_bool("peers", None, "Also times PyTorch."),
 }

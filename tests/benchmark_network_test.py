@@ -99,10 +99,13 @@ class TestPopulation:
     def fake(name):
       return timing.Variant(name, "jax", timing.Work(1, 1, 1, 1), None, None)
 
+    def sample(variants, repeats, calls):
+      return np.full((len(variants), 1), 0.5), [1] * len(variants)
+
     monkeypatch.setattr(step, "copy_of_64_mib", lambda: fake(timing.COPY))
     monkeypatch.setattr(population, "apart", lambda *_: fake(population.APART))
     monkeypatch.setattr(population, "together", lambda o, b, form: fake(population.TOGETHER[form]))
-    monkeypatch.setattr(timing, "sample", lambda v, repeats, calls: np.full((len(v), 1), 0.5))
+    monkeypatch.setattr(timing, "sample", sample)
     rows = population.run(given, None)
     assert [row.get("member_steps_per_second") for row in rows] == [None, 8.0, 8.0, 8.0]
     assert rows[1]["members"] == 4 and rows[1]["seeds"] == 2
@@ -147,9 +150,36 @@ def test_peer_network_is_ours(small_unet):
 
   given, segmenter, params = small_unet
   images = jax.random.normal(jax.random.key(0), (8, 4, 6, 1))
-  torch_unet.make(given, segmenter, params, images)
+  net = torch_unet.make(given, params)
+  torch_unet.check_logits(net, given, segmenter, params, images)
   with pytest.raises(errors.BenchmarkError, match="PyTorch's U-Net takes"):
-    torch_unet.make(given._replace(width=8), segmenter, params, images)
+    torch_unet.make(given._replace(width=8), params)
   other = segmenter._replace(apply=lambda p, x: 1.01 * segmenter.apply(p, x))
   with pytest.raises(errors.BenchmarkError, match="logits differ"):
-    torch_unet.make(given, other, params, images)
+    torch_unet.check_logits(net, given, other, params, images)
+
+
+@pytest.mark.parametrize("pairs", [0, 2])
+def test_steps_of_pytorch_start_with_our_loss_and_gradient(small_unet, pairs):
+  pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")
+  from rndpo_jax.benchmark import torch_unet
+
+  given, segmenter, params = small_unet
+  batches = step.make_batches(jax.random.key(0), given, pairs, sharding.make_mesh())[:1]
+  batches = jax.device_put(batches, jax.devices()[0])
+  loss_fn = (
+    step.preference_loss_fn(segmenter, given, "cached")
+    if pairs
+    else step.supervised_loss_fn(segmenter)
+  )
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  (value, _), grads = value_and_grad(params, batches[0], types.StepInputs(None))
+  expected = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+  work = timing.Work(8, 8 * pairs, 8 * 24, 1)
+  made = torch_unet.step_variant(given, params, batches, work, expected, compiled=False)
+  assert made.name == ("PyTorch eager, RN-DPO, 2 pairs" if pairs else "PyTorch eager, supervised")
+  assert float(made.run(0)) < float(value)  # `variant` took the first step
+  for name in expected:
+    wrong = {**expected, name: 1.1 * expected[name]}
+    with pytest.raises(errors.BenchmarkError, match="differ from ours"):
+      torch_unet.step_variant(given, params, batches, work, wrong, compiled=False)

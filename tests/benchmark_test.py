@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rndpo_jax import errors
+from rndpo_jax import benchmark, errors
 from rndpo_jax.benchmark import loss, options, run, tables, timing
 
 TINY = {"shape": (8, 4, 6), "sizes": ()}
@@ -47,8 +47,8 @@ class TestMeasure:
         settle=lambda: calls.append(("settle", name)),
       )  # fmt: skip
 
-    seconds = timing.sample([variant("a"), variant("b")], repeats=20, calls=2)
-    assert seconds.shape == (2, 20) and (seconds > 0).all()
+    seconds, counts = timing.sample([variant("a"), variant("b")], repeats=20, calls=2)
+    assert seconds.shape == (2, 20) and (seconds > 0).all() and counts == [2, 2]
     turns = [turn for name, turn in calls if name in "ab"]
     assert turns == list(range(2 * timing.WARM_UP_CALLS + 20 * 2 * 3))  # no turn comes twice
     timed = calls[2 * 2 * timing.WARM_UP_CALLS :]
@@ -60,6 +60,19 @@ class TestMeasure:
       names.append(first[0])
     order = np.array(["a", "b"])[timing.interleaved(2, 20).ravel()]
     assert names == order.tolist()
+
+  def test_an_accelerator_gets_as_many_calls_as_fill_a_sample(self, monkeypatch):
+    assert timing.calls_per_sample(1e-6) == 1  # the CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seconds = (1e-6, timing.SAMPLE_SECONDS / 7, 2 * timing.SAMPLE_SECONDS)
+    assert [timing.calls_per_sample(s) for s in seconds] == [timing.MAX_CALLS, 7, 1]
+
+  def test_flops_of_a_product_by_hand(self):
+    compiled = timing.compile_ahead(jnp.matmul, jnp.ones((3, 5)), jnp.ones((5, 7)))
+    assert compiled.flops == 2 * 3 * 5 * 7
+    assert compiled.peak_bytes == 4 * (15 + 35 + 21) and compiled.seconds > 0
+    variant = timing.compiled_variant("x", timing.Work(1, 1, 1, 1), compiled, None, calls=3)
+    assert variant.flops == 3 * 210
 
   def test_inputs_exceed_the_cache(self):
     assert timing.num_inputs(1 << 24) * (1 << 24) >= timing.ROTATED_BYTES
@@ -78,7 +91,7 @@ class TestMeasure:
     times = {timing.COPY: 0.5, "mine": 2.0}
 
     def sample(variants, repeats, calls):
-      return np.array([[times[v.name]] * repeats for v in variants])
+      return np.array([[times[v.name]] * repeats for v in variants]), [7, 8]
 
     monkeypatch.setattr(timing, "sample", sample)
     copy = timing.copy_variant([jnp.zeros(25)])
@@ -86,8 +99,9 @@ class TestMeasure:
     variant = timing.Variant("mine", "jax", work, lambda t: t, lambda o: o)
     missing = timing.Missing("other", "torch", "no compiler")
     rows = timing.rows(
-      [copy, variant, missing], baseline=timing.COPY, repeats=20, calls=1, setup={"shape": [1]}
+      [copy, variant, missing], baseline=timing.COPY, repeats=20, setup={"shape": [1]}
     )
+    assert [row.get("calls_per_sample") for row in rows] == [7, 8, None]
     assert copy.work.bytes_at_least == 200  # 25 float32 read and written
     assert rows[0]["fraction_of_copy_bandwidth"] == 1.0
     assert rows[1]["images_per_second"] == 2.0 and rows[1]["pairs_per_second"] == 4.0
@@ -248,6 +262,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setitem(sys.modules, "torch", None)
   monkeypatch.delitem(sys.modules, "rndpo_jax.benchmark.torch_losses", raising=False)
+  monkeypatch.delattr(benchmark, "torch_losses", raising=False)  # where a test has imported it
   with pytest.raises(errors.BenchmarkError, match=r"\.\[peers\]"):
     run.load_peers()
 

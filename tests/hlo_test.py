@@ -58,6 +58,41 @@ def test_hbm_bytes():
   assert hlo.hbm_bytes(TEXT) == prefetched + fusion + all_reduce + loop
 
 
+GPU_TEXT = """\
+HloModule jit_loss, is_scheduled=true
+
+%fused_select (p: f32[8,128]) -> f32[8] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %sum = f32[8]{0} reduce(%p), dimensions={1}, to_apply=%add
+}
+
+%command_buffer (p.1: f32[8,128]) -> (f32[8], f32[8,128]) {
+  %p.1 = f32[8,128]{1,0} parameter(0)
+  %reduce_fusion = f32[8]{0} fusion(%p.1), kind=kInput, calls=%fused_select
+  %loop_fusion = f32[8,128]{1,0} fusion(%p.1, %reduce_fusion), kind=kLoop, calls=%fused_select
+  ROOT %tuple = (f32[8]{0}, f32[8,128]{1,0}) tuple(%reduce_fusion, %loop_fusion)
+}
+
+ENTRY %main (a: f32[8,128]) -> (f32[8], f32[8,128]) {
+  %a = f32[8,128]{1,0} parameter(0)
+  %cast = f32[8,128]{1,0} bitcast(%a)
+  %gemm = f32[8,128]{1,0} custom-call(%cast), custom_call_target="__cublas$gemm"
+  %call = (f32[8]{0}, f32[8,128]{1,0}) call(%gemm), to_apply=%command_buffer
+  %first = f32[8]{0} get-tuple-element(%call), index=0
+  %start = ((f32[8]{0}), f32[8]{0}, u32[]) copy-start(%first)
+  %done = f32[8]{0} copy-done(%start)
+  %second = f32[8,128]{1,0} get-tuple-element(%call), index=1
+  ROOT %out = (f32[8]{0}, f32[8,128]{1,0}) tuple(%done, %second)
+}
+"""
+
+
+def test_kernels():
+  # A library call, two fusions of the command buffer, and a copy; no bitcast, tuple or "done".
+  assert hlo.kernels(GPU_TEXT) == 4
+  assert hlo.kernels(TEXT) == 2 + 1 + 1 + 5  # prefetches, fusion, all-reduce, a loop of 5
+
+
 def test_cycles():
   assert hlo.cycles(TEXT) == 1000 + 5 * 70
 

@@ -19,6 +19,7 @@ from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune, mine, prepare
 
 RESIDENT = "one batch on the device"
+READ = "batches as they are read"
 STEPS = 20  # of a sample
 # Not timed before each sample: more than the batches that lie ready while nobody takes one.
 SETTLE_STEPS = 10
@@ -45,14 +46,14 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
       params=params,
     )
     resident = make(RESIDENT, batch_of=lambda turn: batch)
-    real = make("batches as they are read", batch_of=lambda turn: next(stream))
+    real = make(READ, batch_of=lambda turn: next(stream))
     variants = [step.copy_of_64_mib(), resident, settled(real)]
     return timing.rows(
       variants,
       baseline=RESIDENT,
       repeats=options.repeats,
       calls=STEPS,
-      setup=network.setup("input", options),
+      setup={**network.setup("input", options), "workers": options.workers},
     )
 
 
@@ -63,11 +64,13 @@ def make_workdir(options: Options, workdir: os.PathLike) -> Any:
   config.data.num_labelled = config.data.num_val = config.data.num_test = 2
   config.data.phantom.num_cases = 6 + unlabelled
   config.data.phantom.size = config.data.size
+  config.data.num_workers = options.workers
   config.mine.pairs_per_image = options.pairs
   config.mine.batch_size = config.finetune.batch_size = options.shape[0]
   config.judge.compare = (config.judge.name,)
   prepare.run(config, workdir)
-  network.save_as_base(network.make(options)[1], workdir)
+  data = dataset_lib.open_dataset(config, workdir).fingerprint
+  network.save_as_base(network.make(options)[1], workdir, data)
   mine.run(config, workdir)
   return config
 

@@ -85,8 +85,7 @@ def run_at(options: Options, peers: Any | None, slow: dict[str, str]) -> list[di
     "disagreement": options.disagreement,
     "inputs": len(inputs),
   }
-  calls = timing.calls_per_sample()
-  return timing.rows(variants, baseline=OURS, repeats=options.repeats, calls=calls, setup=setup)
+  return timing.rows(variants, baseline=OURS, repeats=options.repeats, setup=setup)
 
 
 def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]:

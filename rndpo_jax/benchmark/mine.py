@@ -63,12 +63,16 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
   if peers is not None:
     from rndpo_jax.benchmark import torch_unet
 
-    variants.append(torch_unet.sampling_variant(options, segmenter, params, images, work, count=K))
+    variants += [
+      torch_unet.sampling_variant(
+        options, segmenter, params, images, work, count=K, compiled=compiled
+      )
+      for compiled in (False, True)
+    ]
   return timing.rows(
     variants,
     baseline=FULL,
     repeats=options.repeats,
-    calls=timing.calls_per_sample(),
     setup={**network.setup("mine", options), "proposals": K},
   )
 
@@ -90,17 +94,12 @@ def forward_variant(segmenter: types.Segmenter, params, images, work) -> timing.
     return jnp.argmax(segmenter.apply(params, images, key), axis=-1).astype(jnp.uint8)
 
   keys = list(jax.random.split(jax.random.key(2), K))
-  compiled, seconds, peak = timing.compile_ahead(forward, params, images[0], keys[0])
-  return timing.Variant(
-    name=FULL,
-    framework="jax",
-    work=work,
-    run=lambda turn: [compiled(params, images[turn % len(images)], key) for key in keys],
-    wait=jax.block_until_ready,
-    compile_seconds=seconds,
-    peak_bytes=peak,
-    peak_source="compiled.memory_analysis",
-  )
+  compiled = timing.compile_ahead(forward, params, images[0], keys[0])
+
+  def run(turn):
+    return [compiled.call(params, images[turn % len(images)], key) for key in keys]
+
+  return timing.compiled_variant(FULL, work, compiled, run, calls=K)
 
 
 def sampling_variant(segmenter, params, images, work, config, mix: str) -> timing.Variant:
@@ -119,17 +118,13 @@ def sampling_variant(segmenter, params, images, work, config, mix: str) -> timin
 def program_variant(config, params, images, work, mix: str) -> timing.Variant:
   """The program of the stage `mine`: sampling, judging, mining, reference margins."""
   program, (key, batches) = make_program(config, params, images, mix)
-  compiled, seconds, peak = timing.compile_ahead(program.func, *program.args, key, batches[0])
-  count = images[0].shape[0]
-  return timing.Variant(
-    name=f"mining program, {mix}",
-    framework="jax",
-    work=work._replace(pairs=count * config.mine.pairs_per_image),
-    run=lambda turn: compiled(*program.args, key, batches[turn % len(batches)]),
-    wait=jax.block_until_ready,
-    compile_seconds=seconds,
-    peak_bytes=peak,
-    peak_source="compiled.memory_analysis",
+  compiled = timing.compile_ahead(program.func, *program.args, key, batches[0])
+  pairs = images[0].shape[0] * config.mine.pairs_per_image
+  return timing.compiled_variant(
+    f"mining program, {mix}",
+    work._replace(pairs=pairs),
+    compiled,
+    lambda turn: compiled.call(*program.args, key, batches[turn % len(batches)]),
   )
 
 

@@ -40,11 +40,11 @@ def make(options: Options) -> tuple[types.Segmenter, types.Params]:
   return segmenter, jax.jit(segmenter.init)(jax.random.key(0), images)
 
 
-def save_as_base(params: types.Params, workdir: os.PathLike) -> None:
-  """Lays the parameters down where the stage `base` would."""
+def save_as_base(params: types.Params, workdir: os.PathLike, data: str = "") -> None:
+  """Lays the parameters down where the stage `base` would, as of data with that fingerprint."""
   directory = base.member_directory(workdir, 0)
   checkpoint.save(directory / "params", 0, params)
-  files.write_json(directory / "selected.json", {"step": 0, "fingerprints": {"data": ""}})
+  files.write_json(directory / "selected.json", {"step": 0, "fingerprints": {"data": data}})
 
 
 def num_bytes(tree: Any) -> int:

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     depth: its levels.
     members: of a population.
     seeds: of a population; the members of each share its batch.
+    workers: processes that read the `input`; 0 reads in threads of this one.
     repeats: samples of each variant.
     peers: whether PyTorch is timed beside.
   """
@@ -40,6 +41,7 @@ class Options(NamedTuple):
   depth: int = 0
   members: int = 0
   seeds: int = 0
+  workers: int = 0
   repeats: int = MIN_REPEATS
   peers: bool = False
 
@@ -80,6 +82,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dtype": "float32",
     "width": 8,
     "depth": 4,
+    "workers": 0,
   },
   "population": {
     "shape": (16, 64, 64),
@@ -135,6 +138,8 @@ def _check(name: str, options: Options) -> None:
     raise BenchmarkError(f"--dtype: found {options.dtype!r}, expected float32 or bfloat16")
   if options.repeats < MIN_REPEATS:
     raise BenchmarkError(f"--repeats: found {options.repeats}, expected at least {MIN_REPEATS}")
+  if options.workers < 0:
+    raise BenchmarkError(f"--workers: found {options.workers}, expected 0 or more")
   if "pairs" in DEFAULTS[name] and options.pairs < 1:
     raise BenchmarkError(f"--pairs: found {options.pairs}, expected at least 1")
   if "disagreement" in DEFAULTS[name] and not 0 < options.disagreement <= 1:

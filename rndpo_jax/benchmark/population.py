@@ -41,7 +41,6 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     variants,
     baseline=APART,
     repeats=options.repeats,
-    calls=timing.calls_per_sample(),
     setup={**network.setup("population", options), **setup},
   )
   for row in rows:
@@ -59,18 +58,19 @@ def apart(options: Options, batches: list[dict], mesh: jax.sharding.Mesh) -> tim
     step.preference_loss_fn(segmenter, options, "cached"), optimizer, mesh
   )
   key, share = jax.random.key(2), options.members // options.seeds
-  compiled, seconds, peak = timing.compile_ahead(train_step, states[0], batches[0], key)
+  compiled = timing.compile_ahead(train_step, states[0], batches[0], key)
 
   def run(turn):
     aux = []
     for number, state in enumerate(states):
       batch = batches[(turn + number // share) % len(batches)]
-      states[number], metrics = compiled(state, batch, key)
+      states[number], metrics = compiled.call(state, batch, key)
       aux.append(metrics)
     return aux
 
-  seconds *= options.members
-  return _variant(options, APART, run, seconds, peak, states, batches)
+  # Each of them compiles its own.
+  compiled = compiled._replace(seconds=options.members * compiled.seconds)
+  return _variant(options, APART, run, compiled, states, batches, options.members)
 
 
 def together(options: Options, batches: list[dict], form: str) -> timing.Variant:
@@ -94,32 +94,24 @@ def together(options: Options, batches: list[dict], form: str) -> timing.Variant
   ]
   keys = jax.random.split(jax.random.key(2), options.seeds)
   settings = population.grid(np.geomspace(3.0, 30.0, share), [1e-3])
-  compiled, seconds, peak = timing.compile_ahead(train_step, state, stacked[0], keys, settings)
+  compiled = timing.compile_ahead(train_step, state, stacked[0], keys, settings)
 
   def run(turn):
     nonlocal state  # its buffers are donated: the next step takes what this one leaves
-    state, metrics = compiled(state, stacked[turn % len(stacked)], keys, settings)
+    state, metrics = compiled.call(state, stacked[turn % len(stacked)], keys, settings)
     return metrics
 
-  return _variant(options, TOGETHER[form], run, seconds, peak, state, batches)
+  return _variant(options, TOGETHER[form], run, compiled, state, batches)
 
 
-def _variant(options, name, run, seconds, peak, state, batches) -> timing.Variant:
+def _variant(options, name, run, compiled, state, batches, calls=1) -> timing.Variant:
   """At least every member's state is read and written once, and every seed's batch read once."""
   moved = 2 * network.num_bytes(state) + options.seeds * network.num_bytes(batches[0])
   images = options.members * options.shape[0]
-  return timing.Variant(
-    name=name,
-    framework="jax",
-    work=timing.Work(
-      images=images,
-      pairs=images * options.pairs,
-      pixels=images * math.prod(options.shape[1:]),
-      bytes_at_least=moved,
-    ),
-    run=run,
-    wait=jax.block_until_ready,
-    compile_seconds=seconds,
-    peak_bytes=peak,
-    peak_source="compiled.memory_analysis",
+  work = timing.Work(
+    images=images,
+    pairs=images * options.pairs,
+    pixels=images * math.prod(options.shape[1:]),
+    bytes_at_least=moved,
   )
+  return timing.compiled_variant(name, work, compiled, run, calls)

@@ -24,26 +24,27 @@ from rndpo_jax.training import loss_fns, train_step
 
 NUM_BATCHES = 8
 SUPERVISED = "supervised, cross-entropy"
+ONLINE = "RN-DPO, 1 pair, online"
 
 
-def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
+def run(options: Options, peers: Any | None, online: bool = True) -> list[dict[str, Any]]:
   """Times the steps of `options`.
 
   Args:
     options: of "step".
     peers: the module `benchmark.torch_losses`, or None.
+    online: whether the step with an online reference is timed too.
 
   Raises:
-    BenchmarkError: where PyTorch's U-Net does not give our logits, loss and gradient.
+    BenchmarkError: where PyTorch's loss or gradient norm is not ours.
   """
   mesh = sharding.make_mesh()
   segmenter, params = network.make(options)
-  variants = [copy_of_64_mib()]
-  supervised = make_batches(jax.random.key(1), options, 0, mesh)
   optimizer = finetune.optimizer(network.make_config(options).finetune)
+  variants, torch_variants = [copy_of_64_mib()], []
 
-  def make(name, loss_fn, batches, pairs, reference=None):
-    return step_variant(
+  def add(name, loss_fn, batches, pairs, torch_forms=(), reference=None):
+    variant = step_variant(
       name,
       loss_fn=loss_fn,
       batch_of=lambda turn: batches[turn % len(batches)],
@@ -54,30 +55,38 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
       params=params,
       reference=reference,
     )
+    variants.append(variant)
+    if peers is not None and torch_forms:
+      from rndpo_jax.benchmark import torch_unet
 
-  variants.append(make(SUPERVISED, supervised_loss_fn(segmenter), supervised, 0))
+      first = variant.run(0)  # with the parameters that both start from
+      torch_variants.extend(
+        torch_unet.step_variant(options, params, batches, variant.work, first, form == "compiled")
+        for form in torch_forms
+      )
+
+  supervised = make_batches(jax.random.key(1), options, 0, mesh)
+  add(SUPERVISED, supervised_loss_fn(segmenter), supervised, 0, ("eager", "compiled"))
   for pairs in sorted({1, options.pairs}):
     batches = make_batches(jax.random.key(1), options, pairs, mesh)
-    noun = f"{pairs} pair{'s' if pairs > 1 else ''}"
     cached = preference_loss_fn(segmenter, options, "cached")
-    variants.append(make(f"RN-DPO, {noun}, cached", cached, batches, pairs))
-    if pairs == 1:
+    forms = ("compiled",) if pairs == options.pairs else ()
+    add(cached_name(pairs), cached, batches, pairs, forms)
+    if pairs == 1 and online:
       frozen = jax.device_put(params, sharding.replicated(mesh))
       loss_fn = preference_loss_fn(segmenter, options, "online")
-      variants.append(make(f"RN-DPO, {noun}, online", loss_fn, batches, pairs, frozen))
-  if peers is not None:
-    from rndpo_jax.benchmark import torch_unet
-
-    variants.append(
-      torch_unet.step_variant(options, segmenter, params, supervised, variants[1].work)
-    )
+      add(ONLINE, loss_fn, batches, pairs, reference=frozen)
   return timing.rows(
-    variants,
+    variants + torch_variants,
     baseline=SUPERVISED,
     repeats=options.repeats,
-    calls=timing.calls_per_sample(),
     setup={**network.setup("step", options), "disagreement": options.disagreement},
   )
+
+
+def cached_name(pairs: int) -> str:
+  """The variant of so many pairs an image, its reference cached."""
+  return f"RN-DPO, {pairs} pair{'s' if pairs > 1 else ''}, cached"
 
 
 def copy_of_64_mib() -> timing.Variant:
@@ -175,26 +184,18 @@ def step_variant(
   key, batch = jax.random.key(2), batch_of(0)
   every = network.make_config(options).finetune.log_every_steps
   step = train_step.make_train_step(loss_fn, optimizer, mesh, log_every_steps=every)
-  compiled, seconds, peak = timing.compile_ahead(step, state, batch, key, reference)
+  compiled = timing.compile_ahead(step, state, batch, key, reference)
   moved = 2 * network.num_bytes(state) + network.num_bytes((batch, reference))
 
   def run(turn):
     nonlocal state  # its buffers are donated: the next step takes what this one leaves
-    state, metrics = compiled(state, batch_of(turn), key, reference)
+    state, metrics = compiled.call(state, batch_of(turn), key, reference)
     return metrics
 
-  return timing.Variant(
-    name=name,
-    framework="jax",
-    work=timing.Work(
-      images=options.shape[0],
-      pairs=options.shape[0] * pairs,
-      pixels=math.prod(options.shape),
-      bytes_at_least=moved,
-    ),
-    run=run,
-    wait=jax.block_until_ready,
-    compile_seconds=seconds,
-    peak_bytes=peak,
-    peak_source="compiled.memory_analysis",
+  work = timing.Work(
+    images=options.shape[0],
+    pairs=options.shape[0] * pairs,
+    pixels=math.prod(options.shape),
+    bytes_at_least=moved,
   )
+  return timing.compiled_variant(name, work, compiled, run)

@@ -7,19 +7,21 @@ instance normalisation, dropout in bottleneck and decoder.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rndpo_jax import errors, losses, types
+from rndpo_jax import errors, types
+from rndpo_jax.benchmark import loss as loss_benchmark
 from rndpo_jax.benchmark import network, timing, torch_losses
 from rndpo_jax.benchmark.options import Options
+from rndpo_jax.losses import bit_planes
 
 # Largest difference of logits, loss and gradient norm from ours, relative to the largest logit,
 # the loss, the norm. On GPUs both frameworks round the factors of float32 products to TF32.
@@ -77,11 +79,11 @@ class UNet(nn.Module):
       return self.head(x.float())
 
 
-def make(options: Options, segmenter: types.Segmenter, params, images: jax.Array) -> UNet:
+def make(options: Options, params: types.Params) -> UNet:
   """The network with `params` in it, on the device.
 
   Raises:
-    BenchmarkError: where the numbers of parameters or the logits of `images` are not ours.
+    BenchmarkError: where parameters differ in number or shape from ours.
   """
   net = UNet(options)
   load(net, params)
@@ -89,12 +91,22 @@ def make(options: Options, segmenter: types.Segmenter, params, images: jax.Array
   expected = sum(leaf.size for leaf in jax.tree.leaves(params))
   if count != expected:
     raise errors.BenchmarkError(f"PyTorch's U-Net has {count} parameters, ours {expected}")
-  net = net.to(torch_losses.device(), memory_format=CHANNELS_LAST[len(options.shape) - 1])
-  ours = np.asarray(segmenter.apply(params, images))
+  return net.to(torch_losses.device(), memory_format=CHANNELS_LAST[len(options.shape) - 1])
+
+
+def check_logits(
+  net: UNet, options: Options, segmenter: types.Segmenter, params, images: jax.Array
+) -> None:
+  """Compares the logits of `images`, without dropout, with ours.
+
+  Raises:
+    BenchmarkError: where they differ.
+  """
+  # Compiled as a whole: a GPU would look for the fastest form of every layer apart.
+  ours = np.asarray(jax.jit(segmenter.apply)(params, images))
   with torch.no_grad(), precision(options):
     other = net(from_jax(images)).movedim(1, -1).cpu().numpy()
   check("logits", options, np.abs(other - ours).max() / np.abs(ours).max())
-  return net
 
 
 def load(net: UNet, params: dict[str, Any]) -> None:
@@ -160,47 +172,80 @@ def check(what: str, options: Options, difference: float) -> None:
 
 def step_variant(
   options: Options,
-  segmenter: types.Segmenter,
   params: types.Params,
   batches: Sequence[dict[str, jax.Array]],
   work: timing.Work,
-) -> timing.Variant:
-  """Supervised steps in a row: forward, cross-entropy, backward, AdamW.
+  expected: dict[str, jax.Array],
+  compiled: bool,
+) -> timing.Variant | timing.Missing:
+  """Steps in a row: forward, loss, backward, AdamW.
+
+  Args:
+    options: of "step".
+    params: to start from.
+    batches: from `step.make_batches`: of labels, or of pairs.
+    work: of a step.
+    expected: our first step's metrics, loss and grad_norm among them.
+    compiled: by torch.compile, network and loss together.
 
   Raises:
-    BenchmarkError: where logits, loss or gradient norm of the first batch are not ours.
+    BenchmarkError: where loss or gradient norm of the first batch are not ours.
   """
-  net = make(options, segmenter, params, batches[0]["image"])
+  net = make(options, params)
   optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-  shared = [(from_jax(b["image"]), torch_losses.from_jax(b["label"])) for b in batches]
+  shared = [_to_torch(batch, options) for batch in batches]
+  of_batch = functools.partial(_loss, net, options)
 
-  def loss_of(turn):
-    images, labels = shared[turn % len(shared)]
+  def loss_of(turn, function):
     optimizer.zero_grad(set_to_none=True)
-    with precision(options):
-      logits = net(images)
-    loss = F.cross_entropy(logits, labels.long())
+    loss = function(*shared[turn % len(shared)])
     loss.backward()
-    return loss
+    return loss.detach()
 
-  def ours(params):
-    logits = segmenter.apply(params, batches[0]["image"])
-    return jnp.mean(losses.cross_entropy(logits, batches[0]["label"]))
-
-  value, grads = jax.jit(jax.value_and_grad(ours))(params)
-  norm = float(jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))))
-  other = float(loss_of(0).detach())
+  other = float(loss_of(0, of_batch))
   other_norm = float(torch.sqrt(sum(p.grad.square().sum() for p in net.parameters())))
-  check("losses", options, abs(other - float(value)) / float(value))
+  value, norm = float(expected["loss"]), float(expected["grad_norm"])
+  check("losses", options, abs(other - value) / value)
   check("gradient norms", options, abs(other_norm - norm) / norm)
+  of_batch, form = _compile(of_batch, compiled)
 
   def run(turn):
-    loss = loss_of(turn)
+    loss = loss_of(turn, of_batch)
     optimizer.step()
     return loss
 
   size = sum(tensor.nbytes for tensor in shared[0]) + 3 * sum(p.nbytes for p in net.parameters())
-  return torch_losses.variant("PyTorch, supervised", work, run, size, compiled=False)
+  pairs = work.pairs // work.images
+  kind = f"RN-DPO, {pairs} pair{'s' if pairs > 1 else ''}" if pairs else "supervised"
+  return torch_losses.variant(f"PyTorch {form}, {kind}", work, run, size, compiled)
+
+
+def _to_torch(
+  batch: dict[str, jax.Array] | types.PairBatch, options: Options
+) -> tuple[torch.Tensor, ...]:
+  """(images, labels), or (images, chosen u8[B, P, *S], rejected, reference margin f32[B, P])."""
+  if not isinstance(batch, types.PairBatch):
+    return from_jax(batch["image"]), torch_losses.from_jax(batch["label"])
+  unpack = jax.jit(lambda mask: bit_planes.unpack(mask, options.shape[1:], options.classes))
+  arrays = (unpack(batch.chosen), unpack(batch.rejected), batch.reference_margin)
+  return from_jax(batch.images), *(torch_losses.from_jax(array) for array in arrays)
+
+
+def _loss(net: UNet, options: Options, images: torch.Tensor, *targets) -> torch.Tensor:
+  """Cross-entropy of one target, the labels; RN-DPO of three, as `_to_torch` gives them."""
+  with precision(options):
+    logits = net(images)
+  if len(targets) == 1:
+    return F.cross_entropy(logits, targets[0].long())
+  return torch_losses.cancelled_loss(logits, *targets, beta=loss_benchmark.BETA)
+
+
+def _compile(function: Callable, compiled: bool) -> tuple[Callable, str]:
+  """The function, compiled where asked for, and the word for it."""
+  if not compiled:
+    return function, "eager"
+  torch.compiler.reset()
+  return torch.compile(function, dynamic=False), "compiled"
 
 
 def sampling_variant(
@@ -211,20 +256,27 @@ def sampling_variant(
   work: timing.Work,
   *,
   count: int,
-) -> timing.Variant:
+  compiled: bool,
+) -> timing.Variant | timing.Missing:
   """`count` forward passes with dropout and their masks.
 
   Raises:
     BenchmarkError: where the logits without dropout are not ours.
   """
-  net = make(options, segmenter, params, images[0])
+  net = make(options, params)
+  check_logits(net, options, segmenter, params, images[0])
   shared = [from_jax(batch) for batch in images]
 
+  def masks(batch):
+    with precision(options):
+      return net(batch, dropout=True).argmax(dim=1).to(torch.uint8)
+
+  masks, form = _compile(masks, compiled)
+
   def run(turn):
-    with torch.inference_mode(), precision(options):
-      batch = shared[turn % len(shared)]
-      return [net(batch, dropout=True).argmax(dim=1).to(torch.uint8) for _ in range(count)]
+    with torch.inference_mode():
+      return [masks(shared[turn % len(shared)]) for _ in range(count)]
 
   size = shared[0].nbytes + sum(p.nbytes for p in net.parameters())
-  name = f"PyTorch, {count} dropout forward passes"
-  return torch_losses.variant(name, work, run, size, compiled=False)
+  name = f"PyTorch {form}, {count} dropout forward passes"
+  return torch_losses.variant(name, work, run, size, compiled)

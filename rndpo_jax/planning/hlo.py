@@ -78,6 +78,16 @@ def hbm_bytes(text: str) -> float:
   return sum(_total(i, computations, _traffic) for i in computations["ENTRY"])
 
 
+def kernels(text: str) -> int:
+  """Kernels that one run of a GPU program launches, library calls and copies among them.
+
+  Counted as in `hbm_bytes`: loops as often as they are known to run, and what a command buffer
+  holds one by one.
+  """
+  computations = instructions(text)
+  return sum(_total(i, computations, _launches) for i in computations["ENTRY"])
+
+
 def cycles(text: str) -> float:
   """The TPU compiler's own estimate of a program's clock cycles, as it scheduled it.
 
@@ -173,6 +183,10 @@ def _total(
 def _cycles(instruction: Instruction, _) -> float:
   found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
   return float(found[1]) if found else 0.0
+
+
+def _launches(instruction: Instruction, _) -> int:
+  return int(not (instruction.opcode in _FREE or instruction.opcode.endswith("-done")))
 
 
 def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]]) -> float:
