@@ -10,7 +10,7 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common, process_flags
+from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -41,6 +41,7 @@ def main(argv):
     if _NUM_UNLABELLED.value:
       raise errors.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
     common.take_signals()
+    cache_flag.use()
     pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and multihost.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")

@@ -15,7 +15,7 @@ import shlex
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common, process_flags
+from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -47,6 +47,7 @@ def main(argv):
     }
     sweep.check(config, grid)
     common.take_signals()
+    cache_flag.use()
     pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
     content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
   if not multihost.is_first():

@@ -79,14 +79,14 @@ class Saver:
     Every process takes the answer of the first: those that write wait for each other.
     """
     folder = self.folders["params"]
-    if step > 0 and multihost.agree(lambda: step not in checkpoint.steps(folder)):
+    if step > 0 and multihost.broadcast(lambda: step not in checkpoint.steps(folder)):
       self._writers["params"].save(step, state.evaluated())
 
   def is_due(self) -> bool:
     """Whether `checkpoint_minutes` are over; every process takes the answer of the first."""
     if not self._seconds:
       return False
-    return bool(multihost.agree(lambda: time.monotonic() - self._last >= self._seconds))
+    return bool(multihost.broadcast(lambda: time.monotonic() - self._last >= self._seconds))
 
   def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
     """Deletes all parameters but the latest and the best as of each state that is kept."""
