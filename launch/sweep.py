@@ -33,7 +33,7 @@ def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import pipeline
-  from rndpo_jax.runtime import multihost, progress
+  from rndpo_jax.runtime import lock, multihost, progress
   from rndpo_jax.sweep import sweep, sweep_results
 
   with common.one_line_errors():
@@ -46,10 +46,11 @@ def main(argv):
       "seeds": numbers(_SEEDS, int, config.seed),
     }
     sweep.check(config, grid)
-    common.take_signals()
-    cache_flag.use()
-    pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
-    content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
+    with lock.hold(_WORKDIR.value):
+      common.take_signals()
+      cache_flag.use()
+      pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
+      content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
   if not multihost.is_first():
     return
   progress.say(f"\n{sweep_results.summary(content)}")

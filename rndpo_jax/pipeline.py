@@ -208,4 +208,5 @@ def summary(workdir: os.PathLike) -> str:
     f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
     f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
   )
+  lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
