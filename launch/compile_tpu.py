@@ -44,10 +44,13 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   logging.set_verbosity(logging.ERROR)
+  import jax
+
   from rndpo_jax import config_checks
   from rndpo_jax.errors import ConfigError
   from rndpo_jax.planning import programs
 
+  jax.config.update("jax_enable_compilation_cache", False)  # it is the compiler that is asked
   unknown = set(_PROGRAMS.value) - {*PROGRAMS, *MORE}
   if unknown:
     expected = ", ".join(PROGRAMS + MORE)

@@ -10,7 +10,7 @@ the same command, share one work directory: --coordinator_address=HOST:PORT --nu
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common, process_flags
+from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -29,7 +29,7 @@ def main(argv):
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import config, errors, pipeline
   from rndpo_jax.planning import dry_run
-  from rndpo_jax.runtime import multihost, progress
+  from rndpo_jax.runtime import lock, multihost, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
   with common.one_line_errors():
@@ -40,8 +40,10 @@ def main(argv):
       return
     if _NUM_UNLABELLED.value:
       raise errors.ConfigError("--num_unlabelled: is read by --dry_run alone; leave it out")
-    common.take_signals()
-    pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
+    with lock.hold(_WORKDIR.value):
+      common.take_signals()
+      cache_flag.use()
+      pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
   if "report" in stages and multihost.is_first():
     progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 

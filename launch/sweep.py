@@ -15,7 +15,7 @@ import shlex
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common, process_flags
+from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
@@ -33,7 +33,7 @@ def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import pipeline
-  from rndpo_jax.runtime import multihost, progress
+  from rndpo_jax.runtime import lock, multihost, progress
   from rndpo_jax.sweep import sweep, sweep_results
 
   with common.one_line_errors():
@@ -46,9 +46,11 @@ def main(argv):
       "seeds": numbers(_SEEDS, int, config.seed),
     }
     sweep.check(config, grid)
-    common.take_signals()
-    pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
-    content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
+    with lock.hold(_WORKDIR.value):
+      common.take_signals()
+      cache_flag.use()
+      pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
+      content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
   if not multihost.is_first():
     return
   progress.say(f"\n{sweep_results.summary(content)}")

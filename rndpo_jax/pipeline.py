@@ -95,7 +95,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
       if name not in ALONE or multihost.is_first():
         RUNNERS[name](config, workdir)
     for folder in (workdir, (workdir / DONE[name]).parent):
-      list(folder.glob("*"))  # a network file system looks again for what was missing
+      files.refresh(folder)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
 
 
@@ -103,7 +103,7 @@ def _check_same_stages(wanted: list[str]) -> None:
   """Refuses processes that would wait for each other in different stages."""
   bits = [name in wanted for name in config_lib.STAGES]
   mask = sum(bit << i for i, bit in enumerate(bits))
-  others = multihost.which(mask != multihost.agree(lambda: mask))
+  others = multihost.processes_where(mask != multihost.broadcast(lambda: mask))
   if others:
     raise errors.ConfigError(
       f"--stages: process {others[0]} was started with other stages than process 0; start all "
@@ -113,7 +113,9 @@ def _check_same_stages(wanted: list[str]) -> None:
 
 def find_done(workdir: epath.Path) -> list[str]:
   """The stages whose last file is there, as process 0 sees it."""
-  bits = multihost.agree(lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE)))
+  bits = multihost.broadcast(
+    lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE))
+  )
   return [name for i, name in enumerate(DONE) if bits >> i & 1]
 
 
@@ -207,4 +209,5 @@ def summary(workdir: os.PathLike) -> str:
     f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
     f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
   )
+  lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)

@@ -84,7 +84,7 @@ def test_parameters_that_are_missing_are_written_by_all_or_none(make, monkeypatc
   monkeypatch.setattr(checkpoint_manager.checkpoint, "steps", lambda folder: [3])
   for first_finds_none, noted in ((0, []), (1, ["save params"])):
     monkeypatch.setattr(
-      checkpoint_manager.multihost, "agree", lambda ask, answer=first_finds_none: answer
+      checkpoint_manager.multihost, "broadcast", lambda ask, answer=first_finds_none: answer
     )
     for step in (3, 4):  # here, and missing here
       NOTED.clear()

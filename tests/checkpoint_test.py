@@ -162,8 +162,8 @@ def first_of_two(saved, monkeypatch):
   """Process 0 of two; what the other one says in each round is in the list."""
   other = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(multihost, "agree_on_list", lambda ask: ask())
-  monkeypatch.setattr(multihost, "which", lambda here: [0] * here + [1] * other.pop(0))
+  monkeypatch.setattr(multihost, "broadcast_list", lambda ask: ask())
+  monkeypatch.setattr(multihost, "processes_where", lambda here: [0] * here + [1] * other.pop(0))
   monkeypatch.setattr(checkpoint, "_read", lambda path, like: path.name)
   return other
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_not_called_unreadable_when_another_process_is_gone(save
   def broken(_):
     raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
-  monkeypatch.setattr(multihost, "which", broken)
+  monkeypatch.setattr(multihost, "processes_where", broken)
   with pytest.raises(ValueError, match="Gloo"):
     checkpoint.restore_latest(saved, TREE)
   assert checkpoint.steps(saved) == [1, 2, 10]

@@ -126,7 +126,7 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
     asked.append(ask())
     return next(answers)
 
-  monkeypatch.setattr(multihost, "agree", agree)
+  monkeypatch.setattr(multihost, "broadcast", agree)
   monkeypatch.setattr(timing, "_ENOUGH_SECONDS", -1.0)  # this one has had enough after two
   compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
 

@@ -1,5 +1,6 @@
 """The whole job on a tiny phantom: its files, skipping, refusals, resume, and blindness."""
 
+import html
 import math
 import os
 import shutil
@@ -53,6 +54,11 @@ def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
   text = pipeline.summary(workdir)
   assert f"{results['finetuned']['test']['dice']:.4f}" in text
   assert "agreement" in text and f"{results['pairs']['count']} pairs of " in text
+  # The same on the terminal, in results.json and on the page.
+  page = html.unescape((workdir / "report.html").read_text())
+  for warning in results["warnings"]:
+    assert f"warning: {warning}" in text.splitlines() and warning in page
+  assert len(results["warnings"]) == text.count("warning: ") > 0
 
 
 def test_first_step_starts_at_log_two(tiny_run):

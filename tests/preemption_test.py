@@ -77,7 +77,7 @@ def two_processes(monkeypatch):
   """As if there were two, the other one with nothing to say."""
   monkeypatch.setattr(preemption, "_noted", [])
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(preemption.multihost, "most", int)
+  monkeypatch.setattr(preemption.multihost, "maximum", int)
 
 
 def test_several_processes_agree_every_few_steps(two_processes):
@@ -123,7 +123,7 @@ def test_who_ended_early_meets_the_others_once(two_processes, monkeypatch):
     meetings.append(value)
     return int(signal.SIGTERM)
 
-  monkeypatch.setattr(preemption.multihost, "most", most)
+  monkeypatch.setattr(preemption.multihost, "maximum", most)
   with pytest.raises(preemption.Preempted, match="inner is done"):
     with preemption.together("outer is done"):
       with preemption.together("inner is done"):

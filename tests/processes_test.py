@@ -35,11 +35,11 @@ def test_flags_that_do_not_fit_are_named(arguments, message):
 
 def test_one_process_needs_nothing():
   assert initialize(None, None, None) is False
-  assert multihost.is_first() and multihost.agree(lambda: 7) == 7
-  assert multihost.any_of(True) and not multihost.any_of(False)
-  assert multihost.which(True) == [0] and multihost.which(False) == []
-  assert multihost.agree_on_list(lambda: [20, 40]) == [20, 40]
-  assert multihost.agree_on_list(lambda: []) == []
+  assert multihost.is_first() and multihost.broadcast(lambda: 7) == 7
+  assert multihost.any_process(True) and not multihost.any_process(False)
+  assert multihost.processes_where(True) == [0] and multihost.processes_where(False) == []
+  assert multihost.broadcast_list(lambda: [20, 40]) == [20, 40]
+  assert multihost.broadcast_list(lambda: []) == []
   multihost.barrier("alone")
 
 
@@ -53,7 +53,7 @@ def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
 
 def test_the_others_do_not_look(monkeypatch):
   monkeypatch.setattr(multihost, "is_first", lambda: False)
-  assert multihost.agree(lambda: pytest.fail("it looked")) == 0
+  assert multihost.broadcast(lambda: pytest.fail("it looked")) == 0
 
 
 class Store:

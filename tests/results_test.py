@@ -113,3 +113,30 @@ def test_plain_gives_strict_json():
   value = {"a": np.float32(0.5), "b": [np.int64(2), np.nan, float("inf")], "c": np.bool_(True)}
   text = json.dumps(results.plain(value), allow_nan=False)
   assert json.loads(text) == {"a": 0.5, "b": [2, None, None], "c": True}
+
+
+@pytest.mark.parametrize(
+  "base,final,peak,accuracy,interval,said",
+  [
+    (0.85, 0.891, 0.9, 0.71, [0.6, 0.8], []),  # 0.009 below the peak
+    (0.85, 0.889, 0.9, 0.71, None, ["lies 0.011 Dice below the peak on test (0.900)"]),
+    (0.85, 0.84, 0.84, None, None, ["worse than the base on test: Dice 0.840 against 0.850"]),
+    (0.009, 0.3, 0.3, 0.71, [0.6, 0.8], ["base has learned nothing: its test Dice is 0.009"]),
+    (0.01, 0.3, 0.3, 0.71, [0.6, 0.8], []),
+    (0.8, 0.8, 0.8, 0.6, [0.5, 0.7], ["told from chance: its pair accuracy is 0.600 (0.500 to"]),
+    (0.8, 0.8, 0.8, 0.4, [0.3, 0.49], ["judge agreement is worse than chance"]),
+    (0.8, 0.8, 0.8, 0.5, [None, None], ["told from chance: its pair accuracy is 0.500, and"]),
+    (0.8, 0.8, 0.8, 0.4, None, ["is worse than chance: its pair accuracy is 0.400, and"]),
+    (0.0, 0.0, 0.2, 0.5, None, ["has learned nothing", "below the peak", "told from chance"]),
+  ],
+)
+def test_warnings(base, final, peak, accuracy, interval, said):
+  content = {
+    "base": {"test": {"dice": base}},
+    "sustained": {"final": final, "peak": peak, "drop_from_peak": peak - final},
+    "judge": "agreement",
+    "judges": {"agreement": {"pair_accuracy": accuracy, "pair_accuracy_ci": interval}},
+  }
+  found = results.warnings(content)
+  assert len(found) == len(said)
+  assert all(part in text for part, text in zip(said, found, strict=True)), found

@@ -89,6 +89,20 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_pa
   assert (workdir / "report.html").exists()
 
 
+def test_the_second_of_two_runs_at_once_is_told_who_is_at_work(tmp_path):
+  workdir = tmp_path / "run"
+  with start(workdir) as first:
+    while first.stdout.readline() not in ("[prepare]\n", ""):
+      pass
+    code, output = run(workdir, "--config.seed=1")
+    first.send_signal(signal.SIGKILL)
+  (line,) = output.splitlines()
+  assert code == 1 and line.startswith(f"error: --workdir: process {first.pid} on host "), output
+  code, output = run(workdir, "--stages=prepare")
+  assert code == 0, output
+  assert not list(workdir.glob(".lock-*"))
+
+
 @pytest.mark.parametrize(
   "arguments,expected",
   [
@@ -169,8 +183,10 @@ def test_full_disk_ends_with_what_to_do(tmp_path, monkeypatch):
   monkeypatch.setattr(pipeline, "run", full)
   for name in ("end_at_sigterm", "take_signals"):
     monkeypatch.setattr(common, name, lambda: None)
-  for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
-    monkeypatch.setattr(launch_run, name, Value(None))
+  monkeypatch.setattr(launch_run.cache_flag, "use", lambda: None)
+  values = {"_CONFIG": None, "_WORKDIR": str(tmp_path / "run"), "_STAGES": None}
+  for name, value in values.items():
+    monkeypatch.setattr(launch_run, name, Value(value))
   with pytest.raises(SystemExit, match="the disk is full.*file.*free some space"):
     launch_run.main(["run"])
 

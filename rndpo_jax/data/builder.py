@@ -114,7 +114,7 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
 def _finish(source, directory: epath.Path) -> list[str]:
   """Checks all, and makes the files a data set of TFDS; returns the digest of each file."""
   folder = _incomplete(directory)
-  list(folder.iterdir())  # a network file system looks again for what was missing
+  files.refresh(folder)
   paths = _paths(source, directory)
   # One that lists so many more has other names for its files.
   written = [files.read_json(s) if (s := _summary(path)).exists() else None for path in paths]

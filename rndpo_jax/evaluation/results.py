@@ -10,6 +10,10 @@ import numpy as np
 
 from rndpo_jax.evaluation import metrics
 
+# Mean Dice on test below which a base has learned nothing, and of Dice below the peak a warning.
+LEARNED_NOTHING = 0.01
+MAX_DROP = 0.01
+
 
 class Case(NamedTuple):
   """What one model did on one case.
@@ -97,6 +101,52 @@ def sustained(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "fraction_above_base": float(np.mean([d > base for d in dice])),
     "drop_from_peak": max(dice) - dice[-1],
   }
+
+
+def warnings(content: Mapping[str, Any]) -> list[str]:
+  """What a reader of `results.json` must not miss, a sentence or two each.
+
+  Args:
+    content: of `results.json`; "base", "sustained", "judge" and "judges" are read.
+
+  Returns:
+    One text for each that holds: the base has learned nothing, the last checkpoint is worse than
+    the base or far below the peak, the judge of the run is at chance or below.
+  """
+  held, base = content["sustained"], content["base"]["test"]["dice"]
+  found = []
+  if base < LEARNED_NOTHING:
+    found.append(
+      f"The base has learned nothing: its test Dice is {base:.3f}, and its proposals, the pairs "
+      "and the fine-tuned network are worth no more. Train it longer (config.base.num_steps), with "
+      "another config.base.learning_rate, or on more labelled cases."
+    )
+  if held["final"] < base:
+    found.append(
+      f"The last checkpoint is worse than the base on test: Dice {held['final']:.3f} against "
+      f"{base:.3f}. Do not use it; raise beta, choose another judge or rule, or stop earlier."
+    )
+  if held["drop_from_peak"] > MAX_DROP:
+    found.append(
+      f"The last checkpoint lies {held['drop_from_peak']:.3f} Dice below the peak on test "
+      f"({held['peak']:.3f}): the gain did not last. A larger beta holds the network closer to "
+      "the base."
+    )
+  return found + _judge_warning(content["judge"], content["judges"].get(content["judge"], {}))
+
+
+def _judge_warning(name: str, judge: Mapping[str, Any]) -> list[str]:
+  """Of a judge whose pair accuracy, or the interval about it, is not above chance."""
+  accuracy = judge.get("pair_accuracy")
+  low, high = judge.get("pair_accuracy_ci") or (None, None)
+  if accuracy is None or (accuracy if low is None else low) > 0.5:
+    return []
+  interval = "" if low is None else f" ({low:.3f} to {high:.3f})"
+  worse = (accuracy if high is None else high) < 0.5
+  return [
+    f"The judge {name} {'is worse than' if worse else 'cannot be told from'} chance: its pair "
+    f"accuracy is {accuracy:.3f}{interval}, and 0.5 is a coin."
+  ]
 
 
 def gallery_choice(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, str]:

@@ -56,7 +56,7 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
       memory = roofline.memory(compiled)
       # What is too large for a device is refused by its figure; running it would end the program.
       # Of several processes all run it, or none does.
-      seconds = math.nan if multihost.any_of(memory > memory_limit()) else _seconds(compiled)
+      seconds = math.nan if multihost.any_process(memory > memory_limit()) else _seconds(compiled)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -189,7 +189,7 @@ def _seconds(compiled) -> float:
   def goes_on() -> bool:
     return len(times) < 2 or (len(times) <= _MAX_RUNS and sum(times[1:]) < _ENOUGH_SECONDS)
 
-  while multihost.agree(goes_on):
+  while multihost.broadcast(goes_on):
     arguments = jax.block_until_ready(make())
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))

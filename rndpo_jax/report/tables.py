@@ -8,7 +8,6 @@ from typing import Any
 from rndpo_jax.evaluation.metrics import METRICS
 
 SPLITS = {"test": "Test", "val": "Validation"}
-MAX_DROP = 0.01  # of Dice below the peak before the report warns
 
 
 def show(value: float | None, digits: int = 3) -> str:
@@ -44,31 +43,6 @@ def headline(results: Mapping) -> dict[str, str]:
       f"beta {results['beta']:g}, seed {results['seed']}"
     ),
   }
-
-
-def warnings(results: Mapping) -> list[str]:
-  """What a reader must not miss."""
-  held, base = results["sustained"], results["base"]["test"]["dice"]
-  found = []
-  if held["final"] < base:
-    found.append(
-      f"The last checkpoint is worse than the base on test: Dice {show(held['final'])} against "
-      f"{show(base)}. Do not use it; raise beta, choose another judge or rule, or stop earlier."
-    )
-  if held["drop_from_peak"] > MAX_DROP:
-    found.append(
-      f"The last checkpoint lies {show(held['drop_from_peak'])} Dice below the peak on test "
-      f"({show(held['peak'])}): the gain did not last. A larger beta holds the network closer to "
-      "the base."
-    )
-  judge = results["judges"].get(results["judge"], {})
-  low = (judge.get("pair_accuracy_ci") or [None])[0]
-  if low is not None and low <= 0.5:
-    found.append(
-      f"The judge {results['judge']} cannot be told from chance: its pair accuracy is "
-      f"{with_interval(judge, 'pair_accuracy')}, and 0.5 is a coin."
-    )
-  return found
 
 
 def tiles(results: Mapping) -> list[dict[str, str]]:

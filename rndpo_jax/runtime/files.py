@@ -124,6 +124,14 @@ def is_full_disk(error: BaseException) -> bool:
   return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
 
 
+def refresh(folder: os.PathLike) -> None:
+  """Lists a folder, so that a file which another process has written since is found.
+
+  A network file system remembers for a while that a file was missing.
+  """
+  list(epath.Path(folder).glob("*"))  # of a missing folder nothing
+
+
 def is_remote(path: os.PathLike) -> bool:
   """Whether a path is in an object store, where a name is a URI."""
   return "://" in os.fspath(path)

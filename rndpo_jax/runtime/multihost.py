@@ -20,34 +20,37 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def agree(ask: Callable[[], int]) -> int:
-  """What `ask` says on process 0, the only one to call it; all of them take the same branch.
+def broadcast(ask: Callable[[], int]) -> int:
+  """What `ask` gives on process 0, the only one to call it; all of them take the same branch.
 
   A file that one process looks for in vain may stay missing for it, although another has written
   it since: network file systems remember that.
+
+  Args:
+    ask: -> an int32, or a bool.
   """
   return int(multihost_utils.broadcast_one_to_all(np.int32(ask() if is_first() else 0)))
 
 
-def agree_on_list(ask: Callable[[], list[int]]) -> list[int]:
-  """As `agree`, for several numbers; how many there are is agreed on first."""
+def broadcast_list(ask: Callable[[], list[int]]) -> list[int]:
+  """As `broadcast`, for several numbers; their count is broadcast first."""
   found = ask() if is_first() else []
-  count = agree(lambda: len(found))
+  count = broadcast(lambda: len(found))
   padded = np.array(found or [0] * count, np.int32)
   return multihost_utils.broadcast_one_to_all(padded).tolist() if count else []
 
 
-def which(value: bool) -> list[int]:
-  """On which processes `value` is true; waits until every process has come with its own."""
+def processes_where(value: bool) -> list[int]:
+  """The processes on which `value` is true: an all-gather, which every process must call."""
   everywhere = multihost_utils.process_allgather(np.array(value))
   return np.flatnonzero(everywhere).tolist()
 
 
-def most(value: int) -> int:
-  """The largest value of any process; waits as `which` does."""
+def any_process(value: bool) -> bool:
+  """Whether `value` is true on any process: an all-gather, which every process must call."""
+  return bool(processes_where(value))
+
+
+def maximum(value: int) -> int:
+  """The largest value of any process: an all-gather, which every process must call."""
   return int(np.max(multihost_utils.process_allgather(np.int32(value))))
-
-
-def any_of(value: bool) -> bool:
-  """Whether `value` is true on any process; waits as `which` does."""
-  return bool(which(value))

@@ -77,7 +77,7 @@ def reached(step: int) -> bool:
 
 def _any_noted() -> bool:
   """Whether a signal has come to any process; then it counts as having come to this one, too."""
-  first = multihost.most(_noted[0] if _noted else 0)
+  first = multihost.maximum(_noted[0] if _noted else 0)
   if first and not _noted:
     _noted.append(signal.Signals(first))
   return bool(first)

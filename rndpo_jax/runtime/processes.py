@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,8 +37,8 @@ def initialize(
 ) -> bool:
   """Joins this process to a run of several; before any use of a device.
 
-  Does nothing where no process is named and `detect` is off. Ends the program with one line where
-  the processes have not met after `connect_seconds`: JAX itself would end in a core dump.
+  Does nothing if no process is named and `detect` is off. Ends the program with one line if the
+  processes have not met after `connect_seconds`.
 
   Args:
     coordinator_address: HOST:PORT of process 0, which listens there.
@@ -55,18 +56,35 @@ def initialize(
   """
   if not detect and not _is_named(coordinator_address, num_processes, process_id):
     return False
-  where = coordinator_address or "the detected coordinator"
-  timer = threading.Timer(
-    connect_seconds,
-    _exit,
-    [
-      f"error: process {_or_detected(process_id)}: the {_or_detected(num_processes)} processes "
-      f"have not met at {where} within {connect_seconds} s; is it the host and an open port of "
-      "process 0, and were all processes started?"
-    ],
+  address = coordinator_address, num_processes, process_id
+  with _time_limit(connect_seconds, *address):
+    _connect(*address, detect, connect_seconds, heartbeat_seconds)
+  _start_watching(heartbeat_seconds)
+  return True
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int, coordinator_address, num_processes, process_id) -> Iterator[None]:
+  """Ends the program if the processes take longer to meet: JAX itself would dump core."""
+  detected = lambda value: "detected" if value is None else str(value)  # noqa: E731
+  message = (
+    f"error: process {detected(process_id)}: the {detected(num_processes)} processes have not met "
+    f"at {coordinator_address or 'the detected coordinator'} within {seconds} s; is it the host "
+    "and an open port of process 0, and were all processes started?"
   )
+  timer = threading.Timer(seconds, _exit, [message])
   timer.daemon = True
   timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _connect(
+  coordinator_address, num_processes, process_id, detect, connect_seconds, heartbeat_seconds
+) -> None:
+  """Meets the other processes; raises ConfigError naming the flag if that cannot be."""
   try:
     jax.distributed.initialize(
       coordinator_address,
@@ -89,8 +107,10 @@ def initialize(
       f"--coordinator_address: process {process_id} cannot use {coordinator_address} ({first}); "
       "process 0 needs a free port of its own host"
     ) from error
-  finally:
-    timer.cancel()
+
+
+def _start_watching(heartbeat_seconds: int) -> None:
+  """Starts the threads that end this process if another one has stopped, until it ends itself."""
   over = threading.Event()
   atexit.register(over.set)
   answered = [0]
@@ -99,7 +119,6 @@ def initialize(
   if not multihost.is_first():
     silence = (over, answered, heartbeat_seconds * _SILENCE)
     threading.Thread(target=_look_out, args=silence, daemon=True).start()
-  return True
 
 
 def _is_named(coordinator_address, num_processes, process_id) -> bool:
@@ -127,10 +146,6 @@ def _is_named(coordinator_address, num_processes, process_id) -> bool:
       f"{num_processes}"
     )
   return True
-
-
-def _or_detected(value: int | None) -> str:
-  return "detected" if value is None else str(value)
 
 
 def stop(message: str) -> None:

@@ -101,7 +101,7 @@ def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
 
 def _train_member(config, workdir, member: int) -> None:
   directory = member_directory(workdir, member)
-  if multihost.agree((directory / "selected.json").exists):
+  if multihost.broadcast((directory / "selected.json").exists):
     return
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = dataset_lib.open_dataset(config, workdir)
@@ -184,7 +184,7 @@ def _copy_members(config, workdir) -> None:
   for member in reversed(range(config.base.num_members)):
     source = member_directory(config.base.workdir, member)
     target = member_directory(workdir, member)
-    if multihost.agree((target / "selected.json").exists):
+    if multihost.broadcast((target / "selected.json").exists):
       continue
     if not (source / "selected.json").exists():
       raise ConfigError(

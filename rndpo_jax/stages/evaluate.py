@@ -72,6 +72,7 @@ def run(config, workdir: os.PathLike) -> None:
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
   content |= _measured(models, reported, curve, names)
+  content["warnings"] = results.warnings(content)
   files.write_json(workdir / "results.json", results.plain(content))
 
 

@@ -40,7 +40,7 @@ def run(config, workdir: os.PathLike) -> None:
   )
   params = base.load(workdir, dataset)
   shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
-  if multihost.agree((directory / "done.json").exists):
+  if multihost.broadcast((directory / "done.json").exists):
     check_made_of(directory, "done.json", dataset, params)
     return
   fingerprints = provenance.of_finetuning(dataset, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.mining import judges, proposals, reliability
 from rndpo_jax.runtime import files
 
@@ -40,6 +40,7 @@ def make_measure(
       **(proposed if with_proposals else {}),
       "scores": scores,
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
+      "base_foreground": jnp.any(base_masks > 0, axis=tuple(range(1, base_masks.ndim))),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
       "diversity": proposals.diversity(sampled.masks, num_classes),
     }
@@ -55,11 +56,15 @@ def write_reliability(
   Both are of the validation split; a judge's entry holds, as "labelled", its figures on the
   labelled split too.
 
+  Raises:
+    MiningError: if the base finds no foreground in the validation split.
+
   Args:
     directory: `pairs/`.
     outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
   """
   measured = {split: _whole(outputs[split]) for split in SPLITS}
+  check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
   files.write_json(
     directory / "proposals.json",
@@ -92,6 +97,23 @@ def write_reliability(
     for name in sorted(measured["val"]["scores"])
   }
   files.write_json(directory / "judges.json", table)
+
+
+def check_foreground(found: np.ndarray) -> None:
+  """Refuses a base that finds nothing, before its empty masks are mined.
+
+  Args:
+    found: bool[N], whether its mask of each validation image has any foreground.
+
+  Raises:
+    MiningError: with what to change.
+  """
+  if not found.any():
+    raise errors.MiningError(
+      f"the base segmenter finds no foreground in any of {len(found)} validation images, so that "
+      "pairs of its proposals would teach nothing: train it longer (config.base.num_steps), with "
+      "another config.base.learning_rate, or on more labelled cases, in a new --workdir"
+    )
 
 
 def _whole(outputs: Iterable) -> dict:

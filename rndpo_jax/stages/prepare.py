@@ -29,7 +29,7 @@ def run(config, workdir: epath.PathLike) -> None:
   """
   workdir = epath.Path(workdir)
   directory = workdir / "data"
-  if multihost.agree(lambda: is_done(workdir)):
+  if multihost.broadcast(lambda: is_done(workdir)):
     return
   if multihost.is_first():
     for path in (directory / records.FILE, workdir / splits.FILE):

@@ -63,7 +63,7 @@ def _result_part(results) -> dict[str, Any]:
   held = results["sustained"]
   names = ", ".join(results["class_names"][1:])
   return {
-    "warnings": tables.warnings(results),
+    "warnings": results["warnings"],
     "tiles": tables.tiles(results),
     "results_text": tables.result_text(results),
     "result_groups": tables.result_groups(results),

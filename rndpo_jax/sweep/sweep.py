@@ -79,11 +79,11 @@ def run(
     _claim(directory, grid)
   multihost.barrier("claim of a sweep")
   if not multihost.is_first():
-    list(directory.glob("*"))  # a network file system looks again for what was missing
+    files.refresh(directory)
     _claim(directory, grid)
   dataset = dataset_lib.open_dataset(config, workdir)
   params = base.load(workdir, dataset)
-  if multihost.agree((directory / DONE).exists):
+  if multihost.broadcast((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
     progress.say("[sweep] done before")
     return files.read_json(directory / DONE)
@@ -107,7 +107,7 @@ def run(
     files.write_json(directory / DONE, content)
     checkpoint.keep_only(directory / "state", ())
   multihost.barrier("sweep")
-  list(directory.glob("*"))  # a network file system looks again for what was missing
+  files.refresh(directory)
   return files.read_json(directory / DONE)
 
 

@@ -113,7 +113,7 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
     CheckpointError: on every process where there are checkpoints and none can be read by all;
       nothing is deleted then.
   """
-  there = multihost.agree_on_list(lambda: steps(directory))
+  there = multihost.broadcast_list(lambda: steps(directory))
   refused = None  # the latest: its path, why, and by which processes
   for step in reversed(there):
     path, tree, failed = _path(directory, step), None, None
@@ -122,7 +122,7 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
     except _UNREADABLE as error:
       failed = error
       progress.say(f"checkpoint {path}: {_first_line(error)}")
-    unable = multihost.which(failed is not None)
+    unable = multihost.processes_where(failed is not None)
     if unable:
       why = "see its output" if failed is None else _first_line(failed)
       refused = refused or (path, why, _by(unable))

@@ -99,14 +99,14 @@ class CheckpointManager:
     if self.keep_params == "none" or step == 0:
       return
     folder = self.folders["params"]
-    if multihost.agree(lambda: step not in checkpoint.steps(folder)):
+    if multihost.broadcast(lambda: step not in checkpoint.steps(folder)):
       self._writers["params"].save(step, state.evaluated())
 
   def is_due(self) -> bool:
     """Whether the minutes are over; every process takes the answer of the first."""
     if not self._seconds:
       return False
-    return bool(multihost.agree(lambda: time.monotonic() - self._last >= self._seconds))
+    return bool(multihost.broadcast(lambda: time.monotonic() - self._last >= self._seconds))
 
   def keep_best(self, step: int, rows: list[dict[str, Any]]) -> None:
     """Deletes all parameters but the latest and the best as of each state that is kept."""
