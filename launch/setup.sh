@@ -20,6 +20,6 @@ fi
 # shellcheck source=/dev/null
 source "$_venv/bin/activate"
 
-# Huge pages for large arrays, and freed memory kept: XLA allocates anew at every step, and page
+# Huge pages for large arrays, and freed memory kept: XLA allocates again at every step, and page
 # faults are a tenth of a training step on the CPU. The C library reads this at its start.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=8589934592}"

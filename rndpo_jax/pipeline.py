@@ -36,7 +36,7 @@ DONE = {
   "evaluate": "results.json",
   "report": "report.html",
 }
-# with these, of which each is made anew where it is lost.
+# with these, of which each is made again if it is lost.
 ALSO = {
   "mine": ("pairs/judges.json", "pairs/proposals.json", "pairs/examples.npz"),
   "evaluate": ("evaluate/gallery.npz",),

@@ -100,10 +100,10 @@ def test_reading_from_a_record_on_and_what_tells_a_change(root, dims):
     for one, other in zip(rest, pixels[start:], strict=True):
       np.testing.assert_array_equal(one.image, other.image)
       np.testing.assert_array_equal(one.affine, other.affine)
-  stamps = [source.stamp(place) for place in range(len(pixels))]
+  fingerprints = [source.fingerprint(place) for place in range(len(pixels))]
   _save(root / "labelsTr" / "p2.nii.gz", _label(2) * 0)
   _save(root / "imagesTs" / "p4_0000.nii.gz", _image(5))
-  changed = [source.stamp(place) != stamp for place, stamp in enumerate(stamps)]
+  changed = [source.fingerprint(place) != before for place, before in enumerate(fingerprints)]
   assert changed == [entry["case_id"] in ("p2", "p4") for entry in source.records]
 
 

@@ -269,12 +269,12 @@ def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
   assert lengths(1) == [1]
 
 
-def _fails_and_recovers(config, workdir, mend, error=errors.DataError, match=""):
-  """Fails, leaves nothing that looks whole, and after `mend` the same command works."""
+def _fails_and_recovers(config, workdir, repair, error=errors.DataError, match=""):
+  """Fails, leaves nothing that looks whole, and after `repair` the same command works."""
   with pytest.raises(error, match=match):
     prepare.run(config, workdir)
   assert not prepare.is_done(workdir) and not (workdir / "data" / records.FILE).exists()
-  mend()
+  repair()
   prepare.run(config, workdir)
   assert len(dataset_lib.open_dataset(config, workdir).records) == 6
 
@@ -294,11 +294,11 @@ def test_all_masks_empty(root, tmp_path):
     array = np.asarray(Image.open(path))
     Image.fromarray(array * 0).save(path)
 
-  def mend():
+  def repair():
     for path, content in whole.items():
       path.write_bytes(content)
 
-  _fails_and_recovers(_config(root), tmp_path / "w", mend, match="every mask is empty")
+  _fails_and_recovers(_config(root), tmp_path / "w", repair, match="every mask is empty")
 
 
 def test_more_labels_than_cases_before_any_pixel(root, tmp_path, monkeypatch):

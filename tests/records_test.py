@@ -18,7 +18,7 @@ def _source(entries):
     dtype="uint8",
     records=entries,
     read=lambda start: iter(()),
-    stamp=str,
+    fingerprint=str,
   )
 
 

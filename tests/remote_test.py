@@ -32,7 +32,7 @@ class Upload(io.BytesIO):
 
 
 class Bucket(local.LocalFileSystem):
-  """gs://NAME/... is FOLDER/NAME/...; whoever opens the URI as a local file finds nothing."""
+  """gs://NAME/... is FOLDER/NAME/...; code that opens the URI as a local file finds nothing."""
 
   protocol = ("gcs", "gs")
   folder = None

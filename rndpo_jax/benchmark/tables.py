@@ -27,7 +27,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 METHOD = (
   "Variants are compiled (time apart) and run before they are timed. Rounds of one sample each, "
-  "in an order drawn anew every round, after a pause of 10 ms; a sample is calls_per_sample calls "
+  "in an order drawn again every round, after a pause of 10 ms; a sample is calls_per_sample calls "
   "in a row and a wait for the outputs; each call takes the next of many random inputs. "
   "seconds_median is the median over samples, p25 and p75 its spread. bytes_at_least is what any "
   "program must move, bandwidth is that over the median, and copy_bandwidth is that of y = x + 1 "

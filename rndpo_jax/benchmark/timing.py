@@ -1,7 +1,7 @@
 """Timing of variants side by side, and what a row of results holds.
 
 Method: every variant is compiled and run before the clock starts; then, round by round, each
-takes one sample, in an order drawn anew every round, so that heat, clocks and other programs
+takes one sample, in an order drawn again every round, so that heat, clocks and other programs
 meet all of them alike. A sample is one call, or several in a row where the device queues them
 (as many as fill SAMPLE_SECONDS), and ends when the outputs are there. Each call gets the next of
 many inputs, more than a cache holds. The figure is the median of the samples; its spread is their

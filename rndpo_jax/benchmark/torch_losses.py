@@ -100,7 +100,7 @@ def variant(
 
 
 def _reset_peak() -> int | None:
-  """Starts counting anew; bytes allocated now, or None on the CPU, where nobody counts."""
+  """Starts counting again; bytes allocated now, or None on the CPU, where nobody counts."""
   if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
     return None
   torch.cuda.reset_peak_memory_stats()

@@ -30,7 +30,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
   Every process calls it, and writes file i where i mod N is its index; process 0 writes what is
   beside them. A run that is killed, or that meets a broken image, leaves the files that it
   finished, and the next one keeps those that it would write again just so. In an object store
-  process 0 does all, and starts anew.
+  process 0 does all, and starts again.
 
   Returns:
     SHA-256 of what each file holds; on process 0, else nothing.
@@ -41,26 +41,26 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
     OSError: where the files cannot be written, the disk being full for one.
     preemption.Preempted: on every process, after a signal to any.
   """
-  remote, digests = files.is_remote(directory), []
+  remote, fingerprints = files.is_remote(directory), []
   with contextlib.ExitStack() as stack, preemption.together(writer.KEPT):
     if remote and multihost.is_first():  # ArrayRecord writes local files alone
       here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       _start(source, here)
       _write_files(source, here, 0, 1)
-      digests = _finish(source, here)
+      fingerprints = _finish(source, here)
       if reader.folder(directory).exists():
         reader.folder(directory).rmtree()
       files.copy(reader.folder(here), reader.folder(directory))
   if remote:
-    return digests
+    return fingerprints
   if multihost.is_first():
     _start(source, directory)
   multihost.barrier("prepare")
   with preemption.together(writer.KEPT):
     _write_files(source, directory, jax.process_index(), jax.process_count())
   if multihost.is_first():
-    digests = _finish(source, directory)
-  return digests
+    fingerprints = _finish(source, directory)
+  return fingerprints
 
 
 def _incomplete(directory: epath.Path) -> epath.Path:
@@ -104,22 +104,26 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
   )
   for path, span in missing:
     _summary(path).unlink(missing_ok=True)  # of other pixels
-    stamp = _stamp(source, span)  # before the pixels are read, lest they change in between
+    # Before the pixels are read, in case they change in between.
+    of_source = _source_fingerprint(source, span)
     summary = writer.write(path, features, itertools.islice(examples, span[1] - span[0]))
-    listed = _listing(source, span)
-    files.write_json(_summary(path), {"stamp": stamp, "listing": listed, **summary})
+    of_records = _records_fingerprint(source, span)
+    files.write_json(
+      _summary(path),
+      {"source_fingerprint": of_source, "records_fingerprint": of_records, **summary},
+    )
   next(examples, None)  # ends its progress
 
 
 def _finish(source, directory: epath.Path) -> list[str]:
-  """Checks all, and makes the files a data set of TFDS; returns the digest of each file."""
+  """Checks all, makes the files a data set of TFDS, and returns each file's fingerprint."""
   folder = _incomplete(directory)
   files.refresh(folder)
   paths = _paths(source, directory)
   # One that lists so many more has other names for its files.
   written = [files.read_json(s) if (s := _summary(path)).exists() else None for path in paths]
   for path, span, one in zip(paths, _spans(source), written, strict=True):
-    if one is None or one["listing"] != _listing(source, span):
+    if one is None or one["records_fingerprint"] != _records_fingerprint(source, span):
       raise errors.DataError(
         f"{path}: its process listed other records of {source.name} than process 0 has for this "
         "file; the source changed meanwhile, or the hosts see different ones; let it rest, and "
@@ -152,7 +156,7 @@ def _finish(source, directory: epath.Path) -> list[str]:
       disable_shuffling=True,
     )
   folder.replace(reader.folder(directory) / reader.VERSION)
-  return [one["digest"] for one in written]
+  return [one["pixels_fingerprint"] for one in written]
 
 
 def _spans(source: records.Source) -> list[tuple[int, int]]:
@@ -169,28 +173,28 @@ def _summary(path: epath.Path) -> epath.Path:
 def _is_kept(source, path: epath.Path, span: tuple[int, int]) -> bool:
   """Whether the file is there, and is what would be written now."""
   try:
-    summary = files.read_json(_summary(path))
+    summary = files.read_json(_summary(path), num_bytes_on_disk=int, source_fingerprint=str)
   except (FileNotFoundError, errors.FileError):
     return False
   whole = path.exists() and path.stat().length == summary["num_bytes_on_disk"]
-  return whole and summary["stamp"] == _stamp(source, span)
+  return whole and summary["source_fingerprint"] == _source_fingerprint(source, span)
 
 
-def _stamp(source: records.Source, span: tuple[int, int]) -> str:
+def _source_fingerprint(source: records.Source, span: tuple[int, int]) -> str:
   """SHA-256 of what a file is made from: its records, and the files that hold their pixels."""
   facts = [source.num_classes, source.num_channels, source.spatial_dims, source.dtype]
   content = hashlib.sha256(json.dumps(facts).encode())
   for index in range(*span):
-    content.update(json.dumps([source.records[index], source.stamp(index)]).encode())
+    content.update(json.dumps([source.records[index], source.fingerprint(index)]).encode())
   return content.hexdigest()
 
 
-def _listing(source: records.Source, span: tuple[int, int]) -> str:
+def _records_fingerprint(source: records.Source, span: tuple[int, int]) -> str:
   """SHA-256 of the records of a file, without what differs between copies of a source."""
-  return _digest([source.records[index] for index in range(*span)])
+  return _fingerprint([source.records[index] for index in range(*span)])
 
 
-def _digest(content: Any) -> str:
+def _fingerprint(content: Any) -> str:
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ _ENDLESS = 2**62  # steps
 
 
 def cached(load: Callable[[int], dict], max_bytes: int = 1 << 30) -> Callable[[int], dict]:
-  """Wraps `load` to keep what it returns in memory, up to `max_bytes`; the rest is loaded anew.
+  """Wraps `load` to keep what it returns in memory, up to `max_bytes`; the rest is loaded again.
 
   The dictionaries are shared between calls: callers must not write into them.
   """

@@ -33,7 +33,7 @@ def open_source(directory: epath.Path, *, with_labels: bool) -> Opened:
 
 
 class Opened:
-  """The records, read on access; worker processes open the files anew.
+  """The records, read on access; worker processes open the files again.
 
   Raises:
     records.DataError: where a record cannot be read (any more), also in a worker.

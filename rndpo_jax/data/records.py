@@ -60,7 +60,7 @@ class Source(NamedTuple):
     dtype: of the images, 'uint8' where all of them are and 'float32' otherwise.
     records: one `record(...)` each, in the order of `read`.
     read: start -> iterator of Pixels, one a record from that place on.
-    stamp: place -> what changes when the pixels of that record do, without reading them.
+    fingerprint: place -> what changes when the pixels of that record do, without reading them.
     notes: what a user should know of how the source was understood; said once when it is prepared.
   """
 
@@ -73,7 +73,7 @@ class Source(NamedTuple):
   dtype: str
   records: list[dict[str, Any]]
   read: Callable[[int], Iterator[Pixels]]
-  stamp: Callable[[int], str]
+  fingerprint: Callable[[int], str]
   notes: tuple[str, ...] = ()
 
 
@@ -105,7 +105,7 @@ def record(
   }
 
 
-def stamp_of(*paths: os.PathLike) -> str:
+def file_fingerprint(*paths: os.PathLike) -> str:
   """Sizes and times of change of the files that hold a record's pixels."""
   stats = [(os.fspath(path), os.stat(path)) for path in paths]
   return json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
@@ -189,7 +189,7 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
   if pixels.mask.max() >= num_classes:
     raise errors.DataError(
       f"{pixels.mask_path}: the mask holds class {int(pixels.mask.max())}, expected "
-      f"0..{num_classes - 1}; mend the mask or set config.data.num_classes"
+      f"0..{num_classes - 1}; fix the mask or set config.data.num_classes"
     )
 
 

@@ -84,11 +84,11 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
   temporary = path.parent / f"{path.name}.tmp"
   with _named_writing(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-  num_bytes, has_foreground, digest = 0, False, hashlib.sha256()
+  num_bytes, has_foreground, pixels = 0, False, hashlib.sha256()
   for example in examples:
     for name, value in sorted(example.items()):
       value = np.asarray(value)
-      digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+      pixels.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
     has_foreground |= bool(example["mask"].any())
     record = features.serialize_example(example)
     with _named_writing(path):
@@ -102,7 +102,7 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
     "num_bytes": num_bytes,
     "num_bytes_on_disk": path.stat().length,
     "has_foreground": has_foreground,
-    "digest": digest.hexdigest(),
+    "pixels_fingerprint": pixels.hexdigest(),
   }
 
 

@@ -255,7 +255,7 @@ def _evaluate(config, problem, mesh, segmenter, params, batch):
 def _resize(config, problem, mesh, segmenter, params, batch):
   """What evaluation does then: masks on the records' own grids.
 
-  A program of its own, for grids differ, and the network is not compiled anew for each.
+  A program of its own, for grids differ, and the network is not compiled again for each.
   """
   count = batch.index.shape[0]
   logits = jax.ShapeDtypeStruct((count, *problem.size, problem.num_classes), jnp.float32)

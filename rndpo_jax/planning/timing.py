@@ -172,7 +172,7 @@ def too_large(config, name: str, found: str) -> str:
 
 
 def _seconds(compiled) -> float:
-  """Median seconds of a program on zeros after its first run; donated arguments are made anew.
+  """Median seconds of a program on zeros after its first run; donated arguments are made again.
 
   Several processes run it as often, for they may wait for each other in it: process 0 decides.
   """

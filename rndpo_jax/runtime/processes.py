@@ -162,7 +162,7 @@ def stop(message: str) -> None:
 
 
 def _tell_stopped(client: Any, who: str) -> None:
-  """The first to tell is right: whoever stops because of that has another to name."""
+  """The first to tell is right: a process that stops because of that would name another."""
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # told before; the coordinator may be gone
     client.key_value_set(_STOPPED, who)
 

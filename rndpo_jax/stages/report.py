@@ -18,7 +18,7 @@ TEMPLATE = pathlib.Path(__file__).parents[1] / "report" / "report.html.j2"
 
 
 def run(config, workdir: os.PathLike) -> None:
-  """Writes `report.html`; reads files alone, computes nothing anew.
+  """Writes `report.html`; reads files alone, computes nothing.
 
   Raises:
     FileNotFoundError: where `results.json` or the mining manifest is missing.

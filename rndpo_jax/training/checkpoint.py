@@ -209,7 +209,7 @@ def _failed_write_named(path: epath.Path):
       raise
     if not files.is_full_disk(error):
       raise errors.CheckpointError(
-        f"checkpoint {path} cannot be written ({str(error).splitlines()[0][:300]}). Mend that and "
+        f"checkpoint {path} cannot be written ({str(error).splitlines()[0][:300]}). Fix that and "
         "run the same command again: it goes on from the checkpoint before"
       ) from error
     raise OSError(errno.ENOSPC, f"checkpoint {path} cannot be written: no space left") from error
@@ -254,5 +254,5 @@ def _unreadable(
 ) -> errors.CheckpointError:
   return errors.CheckpointError(
     f"checkpoint {path} cannot be read{by} ({what}). Delete the folder {folder} and run the same "
-    f"command again: {again} anew"
+    f"command again: {again}"
   )

@@ -42,7 +42,9 @@ def _parse(path: epath.Path, lines: list[str]) -> list[dict[str, Any]]:
 
 
 def _delete(path: epath.Path) -> str:
-  return f"delete the folder {path.parent} and run the same command again: its training starts anew"
+  return (
+    f"delete the folder {path.parent} and run the same command again: its training starts again"
+  )
 
 
 def _of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -63,9 +63,11 @@ def open_source(config) -> records.Source:
       mask_path=str(mask_file),
     )
 
-  def stamp(place: int) -> str:
+  def fingerprint(place: int) -> str:
     name = ids[place]
-    return records.stamp_of(*[table[name] for table in (image_files, mask_files) if name in table])
+    return records.file_fingerprint(
+      *[table[name] for table in (image_files, mask_files) if name in table]
+    )
 
   eight_bit = all(header.dtype == "uint8" for header in headers.values())
   names = [f"class {c}" for c in range(1, data.num_classes)]
@@ -79,7 +81,7 @@ def open_source(config) -> records.Source:
     dtype="uint8" if eight_bit else "float32",
     records=entries,
     read=lambda start: threads.in_order(read, ids[start:]),
-    stamp=stamp,
+    fingerprint=fingerprint,
   )
 
 
@@ -159,7 +161,7 @@ def _entries(data, ids, headers, image_files, mask_files) -> list[dict]:
     if headers[name].shape != headers[other].shape:
       raise errors.DataError(
         f"{image_files[name]}: {headers[name].shape} pixels, but {image_files[other].name} of the "
-        f"same case {case!r} has {headers[other].shape}; slices of a case have one size; mend "
+        f"same case {case!r} has {headers[other].shape}; slices of a case have one size; fix "
         "config.data.case_pattern (config.data.group_pattern keeps a patient's cases together)"
       )
     entries.append(

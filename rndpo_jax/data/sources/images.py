@@ -110,7 +110,7 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
     both = " (or 0 and 255 alone)" if num_classes == 2 else ""
     raise errors.DataError(
       f"{path}: the mask holds the value {found}; expected class ids 0..{num_classes - 1}{both}; "
-      "mend the mask or set config.data.num_classes"
+      "fix the mask or set config.data.num_classes"
     )
   return array.astype(np.uint8)
 

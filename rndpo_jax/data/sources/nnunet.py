@@ -61,9 +61,9 @@ def open_source(config) -> records.Source:
       pixels = nifti.read_case(cases[name], data.spatial_dims, len(names))
       yield from itertools.islice(pixels, max(sliced, 0), None)
 
-  def stamp(place: int) -> str:
+  def fingerprint(place: int) -> str:
     case = cases[entries[place]["case_id"]]
-    return records.stamp_of(*case.channels, *([case.label] if case.label else []))
+    return records.file_fingerprint(*case.channels, *([case.label] if case.label else []))
 
   return records.Source(
     name=data.name,
@@ -75,7 +75,7 @@ def open_source(config) -> records.Source:
     dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
     records=entries,
     read=read,
-    stamp=stamp,
+    fingerprint=fingerprint,
     notes=(
       *_notes_of_folder(root, channel_names, data.normalization),
       *nifti.notes_of_headers(list(cases.values())),

@@ -85,7 +85,7 @@ def open_source(config) -> records.Source:
     dtype="uint8",
     records=entries,
     read=read,
-    stamp=lambda case: f"phantom {phantom.seed} {case} {phantom.contrast} {phantom.noise}",
+    fingerprint=lambda case: f"phantom {phantom.seed} {case} {phantom.contrast} {phantom.noise}",
   )
 
 
