@@ -123,6 +123,7 @@ def test_a_record_has_the_fields_of_the_table(tmp_path, changes, message):
 
 def test_more_shards_than_images_raise(tiny_config):
   shards.check_num_shards(tiny_config(mine__num_shards=20), 20)
+  shards.check_num_shards(tiny_config(mine__num_shards=4), 3)  # the default
   with pytest.raises(errors.ConfigError, match="config.mine.num_shards: found 21, but .* 20 unlab"):
     shards.check_num_shards(tiny_config(mine__num_shards=21), 20)
 

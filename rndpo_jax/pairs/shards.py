@@ -15,6 +15,7 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from flax import serialization
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import files, multihost, preemption, threads
 
@@ -46,12 +47,14 @@ def shard_path(directory: os.PathLike, shard: int, num_shards: int) -> epath.Pat
 
 
 def check_num_shards(config, num_images: int) -> None:
-  """Checks that each shard has an unlabelled image.
+  """Checks that there are not more shards than unlabelled images.
+
+  The default number is taken for any number of images: with few of them some shards are empty.
 
   Raises:
-    errors.ConfigError: if there are more shards than images.
+    errors.ConfigError: if there are more shards than images, and than by default.
   """
-  if config.mine.num_shards > num_images:
+  if config.mine.num_shards > max(num_images, config_lib.base_config().mine.num_shards):
     raise errors.ConfigError(
       f"config.mine.num_shards: found {config.mine.num_shards}, but there are {num_images} "
       "unlabelled images; set it to at most that"
