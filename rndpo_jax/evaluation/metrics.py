@@ -160,7 +160,8 @@ def surface_metrics(
   Using the Hausdorff Distance", 1993; Heimann et al., "Comparison and Evaluation of Methods for
   Liver Segmentation From CT Datasets", 2009 (ASSD); Nikolov et al., "Deep Learning to Achieve
   Clinically Applicable Segmentation of Head and Neck Anatomy for Radiotherapy", 2018 (NSD, the
-  surface Dice at a tolerance).
+  surface Dice at a tolerance). They measure surface area; this counts boundary pixels, as MONAI's
+  NSD does.
 
   Args:
     mask: bool[*S], 2D or 3D.
