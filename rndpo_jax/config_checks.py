@@ -29,23 +29,7 @@ def validate(config) -> None:
   _check_grid(config)
   mix = proposals.parse_mix(config.proposals.mix)
   _check_mix(config, mix)
-  count = sum(n for _, n in mix)
-  rule, pairs = config.mine.rule, config.mine.pairs_per_image
-  if rule != "random_pair" and pairs > count - 1:
-    raise ConfigError(
-      f"config.mine.pairs_per_image: found {pairs}, but rule {rule!r} gives at most K - 1 = "
-      f"{count - 1} pairs of K = {count} proposals"
-    )
-  if rule == "top_vs_rest" and pairs != count - 1:
-    raise ConfigError(
-      f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
-      f"image, found {pairs}; set it to {count - 1}"
-    )
-  if pairs > count * (count - 1) // 2:
-    raise ConfigError(
-      f"config.mine.pairs_per_image: found {pairs}, but K = {count} proposals make only "
-      f"{count * (count - 1) // 2} pairs"
-    )
+  _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
   if config.finetune.augment and config.finetune.reference == "cached":
     raise ConfigError(
@@ -62,6 +46,26 @@ def validate(config) -> None:
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
   config_unread.check(config)
+
+
+def _check_pairs(config, count: int) -> None:
+  """Checks that the rule can give so many pairs of K = count proposals."""
+  rule, pairs = config.mine.rule, config.mine.pairs_per_image
+  if rule != "random_pair" and pairs > count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but rule {rule!r} gives at most K - 1 = "
+      f"{count - 1} pairs of K = {count} proposals"
+    )
+  if rule == "top_vs_rest" and pairs != count - 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
+      f"image, found {pairs}; set it to {count - 1}"
+    )
+  if pairs > count * (count - 1) // 2:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: found {pairs}, but K = {count} proposals make only "
+      f"{count * (count - 1) // 2} pairs"
+    )
 
 
 def _check_objective(config) -> None:
