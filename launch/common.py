@@ -17,10 +17,42 @@ def start(argv):
   """Before anything imports numpy or jax; refuses arguments that are no flags."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+  open_streams()
   end_at_sigterm()
   xla_flags.tune()
+  os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported with one that it does not know
+  set_types()
   logging.set_verbosity(logging.ERROR)
   quiet_failed_writes()
+
+
+def open_streams():
+  """Opens what of standard input, output and error is closed, onto nothing.
+
+  Else the next file that is opened would take its number, and what is printed would land there.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
+# What the program computes in; a user may have set another for programs of their own.
+_TYPES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+
+
+def set_types():
+  """Sets the number types that this program is written for, and says what it sets back."""
+  import jax
+
+  for name, needed in _TYPES.items():
+    found = getattr(jax.config, name)
+    if found != needed:
+      jax.config.update(name, needed)
+      print(f"{name.upper()}={found} is not for this program: it runs with {needed}", flush=True)
 
 
 # Where Python's own handler of a signal writes its number, before `take_signals`.
@@ -93,6 +125,8 @@ def one_line_errors(end=sys.exit):
     if message is None:
       traceback.print_exc()
       message = f"error: process {jax.process_index()}: it stops by the error above"
+    if isinstance(error, BrokenPipeError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written has no reader
     end(message)
 
 
@@ -123,6 +157,16 @@ def one_line(error):
     )
   if not isinstance(error, OSError):
     return None
+  if isinstance(error, BrokenPipeError) and not error.filename:
+    return (
+      "error: nobody reads the standard output any more (a pipe such as | head has ended): send it "
+      "to a file; the same command goes on from what is finished"
+    )
+  if files.is_too_large(error):
+    return (
+      f"error: a file would be larger than this process may write ({error}); raise that limit "
+      "(ulimit -f) and run the same command again: finished work is kept"
+    )
   if files.is_full_disk(error):
     return (
       f"error: the disk is full ({error}); free some space, or name another --workdir, and run "

@@ -44,8 +44,8 @@ def main(argv):
       common.take_signals()
       cache_flag.use()
       pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
-  if "report" in stages and multihost.is_first():
-    progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
+    if "report" in stages and multihost.is_first():
+      progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 
 if __name__ == "__main__":

@@ -51,11 +51,10 @@ def main(argv):
       cache_flag.use()
       pipeline.run(config, _WORKDIR.value, ("prepare", "base", "mine"))
       content = sweep.run(config, _WORKDIR.value, form=_FORM.value, **grid)
-  if not multihost.is_first():
-    return
-  progress.say(f"\n{sweep_results.summary(content)}")
-  if content["best"] is not None:
-    progress.say(f"as a single job:\n  {command(content['best'])}")
+    if multihost.is_first():
+      progress.say(f"\n{sweep_results.summary(content)}")
+      if content["best"] is not None:
+        progress.say(f"as a single job:\n  {command(content['best'])}")
 
 
 def numbers(flag, kind, default):

@@ -16,6 +16,7 @@ from rndpo_jax.runtime import files
     (OSError(errno.EDQUOT, "x"), True),
     (ValueError("RESOURCE_EXHAUSTED: write: Disk quota exceeded"), True),
     (RuntimeError("write() failed: No space left on device; at byte 8192"), True),
+    (OSError(errno.EFBIG, "x"), True),
     (OSError(errno.EACCES, "x"), False),
     (ValueError("RESOURCE_EXHAUSTED: out of memory"), False),
   ],

@@ -123,7 +123,7 @@ def test_the_second_of_two_runs_at_once_is_told_who_is_at_work(tmp_path):
     (("--config.data.root=/nowhere",), "error: config.data.root: .* which nothing reads"),
   ],
 )
-def test_refusals_name_the_key_before_anything_runs(tmp_path, arguments, expected):
+def test_config_errors_name_the_key_before_anything_runs(tmp_path, arguments, expected):
   code, output = run(tmp_path / "run", *arguments)
   assert code != 0 and re.search(expected, output), output
   assert not (tmp_path / "run" / "data").exists() or not any((tmp_path / "run" / "data").iterdir())
@@ -150,13 +150,13 @@ def test_a_signal_before_any_work_asks_to_be_started_again():
   assert done.returncode == preemption.EXIT_CODE and b"before any work" in done.stderr
 
 
-def test_after_that_signals_are_noted():
+def test_signal_after_take_signals_is_noted():
   code = EARLY.replace("sleep(20)", "sleep(1)")
   done = subprocess.run([sys.executable, "-c", code, "taken"], cwd=ROOT, capture_output=True)
   assert done.returncode == 1 and b"Preempted: SIGTERM: noted" in done.stderr
 
 
-def test_a_process_that_waits_for_the_others_ends_at_a_signal(tmp_path):
+def test_signal_ends_a_process_that_waits_for_the_others(tmp_path):
   """In C++, where no handler of Python runs."""
   with socket.create_server(("127.0.0.1", 0)) as coordinator:  # which never says a word
     coordinator.settimeout(120)
@@ -203,14 +203,14 @@ def ends_by(error, several, capsys):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_file_that_is_gone_is_named_in_one_line(several, capsys):
+def test_missing_file_is_named_in_one_line(several, capsys):
   gone = FileNotFoundError(errno.ENOENT, "No such file or directory", "/run/base/selected.json")
   message, printed = ends_by(gone, several, capsys)
   assert message.startswith("error: ") and "/run/base/selected.json" in message and not printed
   assert "run the same command again" in message
 
 
-def test_one_of_several_ends_at_once_by_an_error_that_is_not_foreseen(capsys):
+def test_unexpected_error_ends_one_of_several_processes_at_once(capsys):
   message, printed = ends_by(KeyError("surprise"), True, capsys)
   assert message == "error: process 0: it stops by the error above"
   assert "Traceback" in printed and "surprise" in printed
@@ -218,7 +218,7 @@ def test_one_of_several_ends_at_once_by_an_error_that_is_not_foreseen(capsys):
     ends_by(KeyError("surprise"), False, capsys)
 
 
-def test_what_tensorstore_says_of_a_write_that_nobody_waits_for_is_left_out(monkeypatch):
+def test_errors_of_abandoned_writes_are_not_printed(monkeypatch):
   from launch import common
 
   shown = []
@@ -230,7 +230,7 @@ def test_what_tensorstore_says_of_a_write_that_nobody_waits_for_is_left_out(monk
   assert shown == found[1:]
 
 
-def test_the_log_of_a_failed_write_in_a_thread_is_left_out_and_no_other():
+def test_log_of_a_failed_write_in_a_thread_is_hidden():
   from launch import common
 
   def record(error):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -32,6 +33,16 @@ _TILE_PIXELS = 220
 _HALO = withStroke(linewidth=3, foreground="white")  # keeps text legible over lines
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+  """Matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
+  with matplotlib.rc_context():
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(_STYLE)
+    yield
+
+
+@_style()
 def lines(
   series: Mapping[str, tuple[Sequence[float], Sequence[float], dict]],
   *,
@@ -48,70 +59,68 @@ def lines(
     marks: (step, value, text, colour) of points to name.
     wide: a larger chart, its legend above.
   """
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(6.2, 4.0) if wide else (4.4, 2.7), layout="constrained")
-    axes = figure.add_subplot()
-    for label, (steps, values, options) in series.items():
-      axes.plot(steps, values, label=label, **{"linewidth": 1.8, **options})
-    for step, value, text, color in marks:
-      axes.plot(
-        [step], [value], "o", color=color, markersize=8, fillstyle="none", markeredgewidth=2
-      )
-      axes.annotate(
-        text, (step, value), xytext=(0, 9), textcoords="offset points", ha="center", color=color,
-        path_effects=[_HALO], zorder=5,
-      )  # fmt: skip
-    axes.margins(x=0.06 if marks else 0.02, y=0.16 if marks else 0.08)
-    axes.set_xlabel("fine-tuning step" if wide else "step")
-    axes.set_ylabel(ylabel)
-    if sum(not label.startswith("_") for label in series) > 1:
-      if wide:
-        figure.legend(loc="outside upper center", ncols=2, fontsize=10)
-      else:
-        axes.legend(loc="best", fontsize=9)
-    return _svg(figure)
+  figure = Figure(figsize=(6.2, 4.0) if wide else (4.4, 2.7), layout="constrained")
+  axes = figure.add_subplot()
+  for label, (steps, values, options) in series.items():
+    axes.plot(steps, values, label=label, **{"linewidth": 1.8, **options})
+  for step, value, text, color in marks:
+    axes.plot([step], [value], "o", color=color, markersize=8, fillstyle="none", markeredgewidth=2)
+    axes.annotate(
+      text, (step, value), xytext=(0, 9), textcoords="offset points", ha="center", color=color,
+      path_effects=[_HALO], zorder=5,
+    )  # fmt: skip
+  axes.margins(x=0.06 if marks else 0.02, y=0.16 if marks else 0.08)
+  axes.set_xlabel("fine-tuning step" if wide else "step")
+  axes.set_ylabel(ylabel)
+  if sum(not label.startswith("_") for label in series) > 1:
+    if wide:
+      figure.legend(loc="outside upper center", ncols=2, fontsize=10)
+    else:
+      axes.legend(loc="best", fontsize=9)
+  return _svg(figure)
 
 
+@_style()
 def histogram(edges: Sequence[float], counts: Sequence[float], quantiles: Mapping) -> str:
   """Histogram over a logarithmic axis, with named quantiles as vertical lines."""
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    edges = np.maximum(np.asarray(edges, float), 0.5)  # a logarithm has no place for 0
-    first = int(np.argmax(np.asarray(counts) > 0))
-    edges, counts = edges[first:], counts[first:]
-    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="#93c5fd", edgecolor="white")
-    axes.set_xscale("log")
-    for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-      axis_format(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    for name, value in quantiles.items():
-      if value and value > 0:
-        axes.axvline(value, color=GREY, linewidth=1, linestyle="--")
-        axes.annotate(
-          f"{name}: {value:.0f}", (value, 1), xycoords=("data", "axes fraction"), rotation=90,
-          xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8, color=GREY,
-          path_effects=[_HALO],
-        )  # fmt: skip
-    axes.set_xlabel("region size (pixels where chosen and rejected differ)")
-    axes.set_ylabel("pairs")
-    return _svg(figure)
+  figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+  axes = figure.add_subplot()
+  edges = np.maximum(np.asarray(edges, float), 0.5)  # a logarithm has no place for 0
+  first = int(np.argmax(np.asarray(counts) > 0))
+  edges, counts = edges[first:], counts[first:]
+  axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="#93c5fd", edgecolor="white")
+  axes.set_xscale("log")
+  for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+    axis_format(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+  for name, value in quantiles.items():
+    if value and value > 0:
+      axes.axvline(value, color=GREY, linewidth=1, linestyle="--")
+      axes.annotate(
+        f"{name}: {value:.0f}", (value, 1), xycoords=("data", "axes fraction"), rotation=90,
+        xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8, color=GREY,
+        path_effects=[_HALO],
+      )  # fmt: skip
+  axes.set_xlabel("region size (pixels where chosen and rejected differ)")
+  axes.set_ylabel("pairs")
+  return _svg(figure)
 
 
+@_style()
 def intervals(rows: Sequence[tuple[str, float, float, float]], *, chance: float, label: str) -> str:
   """Points with intervals, one row each: (name, value, low, high)."""
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(5.6, 0.8 + 0.38 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    for y, (_, value, low, high) in enumerate(rows):
-      axes.plot([low, high], [y, y], color=BLUE, linewidth=2, alpha=0.5)
-      axes.plot([value], [y], "o", color=BLUE)
-    axes.axvline(chance, color=RED, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(rows)), [_plain_text(name) for name, *_ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(label)
-    return _svg(figure)
+  figure = Figure(figsize=(5.6, 0.8 + 0.38 * len(rows)), layout="constrained")
+  axes = figure.add_subplot()
+  for y, (_, value, low, high) in enumerate(rows):
+    axes.plot([low, high], [y, y], color=BLUE, linewidth=2, alpha=0.5)
+    axes.plot([value], [y], "o", color=BLUE)
+  axes.axvline(chance, color=RED, linewidth=1, linestyle="--")
+  axes.set_yticks(range(len(rows)), [_plain_text(name) for name, *_ in rows])
+  axes.set_ylim(len(rows) - 0.5, -0.5)
+  axes.set_xlabel(label)
+  return _svg(figure)
 
 
+@_style()
 def tile(
   image: np.ndarray,
   outlines: Sequence[tuple[np.ndarray, str, str]] = (),

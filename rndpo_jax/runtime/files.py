@@ -116,12 +116,19 @@ def allow_open(count: int, what: os.PathLike) -> None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-  """Whether an error says that a disk, or a user's quota on it, is full.
+  """Whether an error says that a disk, a user's quota or the limit on a file's size is reached."""
+  return is_too_large(error) or _says(error, errno.ENOSPC, errno.EDQUOT)
 
-  TensorStore and ArrayRecord say so in words alone.
-  """
-  full = (errno.ENOSPC, errno.EDQUOT)
-  return getattr(error, "errno", None) in full or any(os.strerror(n) in str(error) for n in full)
+
+def is_too_large(error: BaseException) -> bool:
+  """Whether an error says that a file would be larger than this process may write."""
+  return _says(error, errno.EFBIG)
+
+
+def _says(error: BaseException, *numbers: int) -> bool:
+  """TensorStore and ArrayRecord say it in words alone."""
+  found = getattr(error, "errno", None)
+  return found in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 def refresh(folder: os.PathLike) -> None:

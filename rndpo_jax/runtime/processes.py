@@ -37,8 +37,8 @@ def initialize(
 ) -> bool:
   """Joins this process to a run of several; before any use of a device.
 
-  Does nothing if no process is named and `detect` is off. Ends the program with one line if the
-  processes have not met after `connect_seconds`.
+  Looks for devices alone if no process is named and `detect` is off. Ends the program with one
+  line if the processes have not met after `connect_seconds`.
 
   Args:
     coordinator_address: HOST:PORT of process 0, which listens there.
@@ -55,10 +55,12 @@ def initialize(
     ConfigError: naming the flag that is missing or wrong.
   """
   if not detect and not _is_named(coordinator_address, num_processes, process_id):
+    _find_devices()
     return False
   address = coordinator_address, num_processes, process_id
   with _time_limit(connect_seconds, *address):
     _connect(*address, detect, connect_seconds, heartbeat_seconds)
+    _find_devices()  # here the processes tell each other of their devices
   _start_watching(heartbeat_seconds)
   return True
 
@@ -95,7 +97,6 @@ def _connect(
       heartbeat_timeout_seconds=heartbeat_seconds,
       shutdown_timeout_seconds=heartbeat_seconds,  # so long an error of one keeps the others
     )
-    jax.devices()  # here the processes tell each other of their devices
   except (ValueError, RuntimeError) as error:
     first = str(error).strip().splitlines()[0]
     if detect:
@@ -106,6 +107,21 @@ def _connect(
     raise ConfigError(
       f"--coordinator_address: process {process_id} cannot use {coordinator_address} ({first}); "
       "process 0 needs a free port of its own host"
+    ) from error
+
+
+def _find_devices() -> None:
+  """Starts JAX's backend; raises ConfigError if JAX_PLATFORMS names none that is here."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    platforms = jax.config.jax_platforms
+    if not platforms:
+      raise
+    first = (str(error).strip() or "not installed, or no such device").splitlines()[0]
+    raise ConfigError(
+      f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({first[:200]}); unset it, or name what "
+      "is installed and here: cpu, cuda, tpu"
     ) from error
 
 
