@@ -23,6 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from rndpo_jax.benchmark import gpu_rows, gpu_table, options, run, timing
 
@@ -56,6 +57,7 @@ def main() -> None:
   parser.add_argument("--rehearse", action="store_true")
   parser.add_argument("--ph2", default="")
   given = parser.parse_args()
+  flags.FLAGS(["gpu_parts"])  # Grain's worker processes read absl's flags, of which there are none
   part = next(part for part in gpu_table.PARTS if part.name == given.part)
   settings = dict(part.settings)
   if given.rehearse:

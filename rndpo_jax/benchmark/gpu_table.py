@@ -107,7 +107,7 @@ PARTS = (
   Part(
     "input", "steps with real input against a batch on the device", "gpu_parts.feed", 90,
     {"shape": (16, 256, 256), "width": 32, "depth": 4, "dtype": "bfloat16", "workers": (0, 8)},
-    {"shape": (2, 8, 8), "width": 4, "depth": 1, "workers": (0,)},
+    {"shape": (2, 8, 8), "width": 4, "depth": 1, "workers": (1,)},
     {"steps with real input, of those without": (">=", 0.95)},
     essential=False,
   ),
