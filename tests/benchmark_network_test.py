@@ -159,6 +159,22 @@ def test_peer_network_is_ours(small_unet):
     torch_unet.check_logits(net, given, other, params, images)
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler, on a machine without a GPU
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pytorch_compiles_the_network_whole(small_unet, dtype):
+  pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")
+  from rndpo_jax.benchmark import torch_unet
+
+  given, segmenter, params = small_unet
+  images = [jax.random.normal(jax.random.key(0), (8, 4, 6, 1))]
+  work = timing.Work(8, 0, 8 * 24, 1)
+  made = torch_unet.sampling_variant(
+    given._replace(dtype=dtype), segmenter, params, images, work, count=2, compiled=True
+  )
+  assert isinstance(made, timing.Variant), made.reason
+  assert [mask.shape for mask in made.run(0)] == [(8, 4, 6)] * 2
+
+
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_steps_of_pytorch_start_with_our_loss_and_gradient(small_unet, pairs):
   pytest.importorskip("torch", reason="PyTorch, the extra 'peers', is not installed")

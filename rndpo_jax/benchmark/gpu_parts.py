@@ -23,8 +23,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
-from rndpo_jax.benchmark import gpu_report, gpu_rows, options, run, timing
+from rndpo_jax.benchmark import gpu_rows, gpu_table, options, run, timing
 
 COMPILED, COMPILED_CANCELLED, EAGER = (
   "PyTorch compiled, log-softmax", "PyTorch compiled, cancelled", "PyTorch eager, log-softmax",
@@ -56,11 +57,12 @@ def main() -> None:
   parser.add_argument("--rehearse", action="store_true")
   parser.add_argument("--ph2", default="")
   given = parser.parse_args()
-  part = next(part for part in gpu_report.PARTS if part.name == given.part)
+  flags.FLAGS(["gpu_parts"])  # Grain's worker processes read absl's flags, of which there are none
+  part = next(part for part in gpu_table.PARTS if part.name == given.part)
   settings = dict(part.settings)
   if given.rehearse:
     settings |= part.tiny
-    timing.PAUSE_SECONDS, timing.MAX_INPUTS = 0.0, 2
+    timing.PAUSE_SECONDS, timing.MAX_INPUTS, options.MIN_REPEATS = 0.0, 2, 2
   module, function = part.function.split(".")
   report = Report(given.report, part.name, {} if given.rehearse else part.goals, given.ph2)
   # By the name it is imported by elsewhere: this module runs as __main__.

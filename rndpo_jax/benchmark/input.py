@@ -64,7 +64,6 @@ def make_workdir(options: Options, workdir: os.PathLike) -> Any:
   config.data.num_labelled = config.data.num_val = config.data.num_test = 2
   config.data.phantom.num_cases = 6 + unlabelled
   config.data.phantom.size = config.data.size
-  config.data.num_workers = options.workers
   config.mine.pairs_per_image = options.pairs
   config.mine.batch_size = config.finetune.batch_size = options.shape[0]
   config.judge.compare = (config.judge.name,)
@@ -72,6 +71,7 @@ def make_workdir(options: Options, workdir: os.PathLike) -> Any:
   data = dataset_lib.open_dataset(config, workdir).fingerprint
   network.save_as_base(network.make(options)[1], workdir, data)
   mine.run(config, workdir)
+  config.data.num_workers = options.workers  # not before: every shard would start its own
   return config
 
 

@@ -126,7 +126,7 @@ def loss_makers(
     function = functools.partial(loss, beta=beta)
     if compiled:
       torch.compiler.reset()  # else a new size compiles for sizes that vary, which is slower
-      function = torch.compile(function, dynamic=False)
+      function = torch.compile(function, dynamic=False, fullgraph=True)
 
     def run(turn):
       logits, chosen, rejected, reference = shared[turn % len(shared)]

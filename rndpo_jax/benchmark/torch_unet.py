@@ -104,8 +104,9 @@ def check_logits(
   """
   # Compiled as a whole: a GPU would look for the fastest form of every layer apart.
   ours = np.asarray(jax.jit(segmenter.apply)(params, images))
-  with torch.no_grad(), precision(options):
-    other = net(from_jax(images)).movedim(1, -1).cpu().numpy()
+  shared = from_jax(images)
+  with torch.no_grad(), precision(options, shared.device.type):
+    other = net(shared).movedim(1, -1).cpu().numpy()
   check("logits", options, np.abs(other - ours).max() / np.abs(ours).max())
 
 
@@ -149,10 +150,10 @@ def from_jax(images: jax.Array) -> torch.Tensor:
   return torch_losses.from_jax(images).movedim(-1, 1).contiguous(memory_format=format)
 
 
-def precision(options: Options) -> contextlib.AbstractContextManager:
+def precision(options: Options, device_type: str) -> contextlib.AbstractContextManager:
   """Autocast to bfloat16 where that is the dtype of the computation."""
   enabled = options.dtype == "bfloat16"
-  return torch.autocast(torch_losses.device().type, dtype=torch.bfloat16, enabled=enabled)
+  return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def check(what: str, options: Options, difference: float) -> None:
@@ -233,7 +234,7 @@ def _to_torch(
 
 def _loss(net: UNet, options: Options, images: torch.Tensor, *targets) -> torch.Tensor:
   """Cross-entropy of one target, the labels; RN-DPO of three, as `_to_torch` gives them."""
-  with precision(options):
+  with precision(options, images.device.type):
     logits = net(images)
   if len(targets) == 1:
     return F.cross_entropy(logits, targets[0].long())
@@ -245,7 +246,8 @@ def _compile(function: Callable, compiled: bool) -> tuple[Callable, str]:
   if not compiled:
     return function, "eager"
   torch.compiler.reset()
-  return torch.compile(function, dynamic=False), "compiled"
+  # Whole: what the compiler cannot take would run between two programs, and make PyTorch slower.
+  return torch.compile(function, dynamic=False, fullgraph=True), "compiled"
 
 
 def sampling_variant(
@@ -268,7 +270,7 @@ def sampling_variant(
   shared = [from_jax(batch) for batch in images]
 
   def masks(batch):
-    with precision(options):
+    with precision(options, batch.device.type):
       return net(batch, dropout=True).argmax(dim=1).to(torch.uint8)
 
   masks, form = _compile(masks, compiled)
