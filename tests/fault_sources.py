@@ -55,7 +55,8 @@ def source_changed(campaign):
   last = max(os.listdir(folder / "images"))
   settings = (
     "--config.data.source=folder", f"--config.data.root={folder}",
-    "--config.data.num_unlabelled=20",
+    "--config.data.num_unlabelled=20", "--config.data.phantom.num_cases=152",
+    "--config.data.phantom.size=(72,80)",
   )  # fmt: skip
   kept = {part: (folder / part / last).read_bytes() for part in ("images", "masks")}
   other = {part: (others / part / there).read_bytes() for part in ("images", "masks")}
