@@ -15,7 +15,7 @@ def test_quickstart_passes_its_arguments_to_the_program(tmp_path):
   (tmp_path / "setup.cfg").touch()
   fake(tmp_path / ".venv" / "bin", "python", 'echo "$*"')  # runs pip and the program
   (tmp_path / ".venv" / "bin" / "activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")
-  for extra, editable in (("", "."), ("cuda12", ".[cuda12]")):
+  for extra, editable in (("", ".[run]"), ("cuda12", ".[run,cuda12]")):
     done = subprocess.run(
       ["bash", tmp_path / "launch" / "quickstart.sh", "--config.seed=1"],
       env={**os.environ, "PYTHON": "true", "WORKDIR": "w", "EXTRA": extra},
