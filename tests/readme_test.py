@@ -33,8 +33,9 @@ for module, *arguments in json.load(sys.stdin):
     os.wait()[1] and print(module, *arguments, flush=True)
     continue
   try:
+    sys.argv = [module, *arguments]  # where config_flags looks for the keys of a config
     importlib.import_module(module)
-    flags.FLAGS([module, *arguments])
+    flags.FLAGS(sys.argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       assert flags.FLAGS.config.data is not None
   except BaseException as error:
@@ -50,7 +51,8 @@ def commands(page):
   lines = re.sub(r" *\\\n *", " ", "\n".join(re.findall(r"^    .*$", text, re.M))).splitlines()
   found = [line.strip() for line in lines] + re.findall(r"`([^`\n]+)`", text)
   for line in found:
-    line = re.sub(r"\[flags\]|\.\.\.|[\[\]]", " ", line.replace("\\|", "|"))
+    line = line.replace("\\|", "|").replace("--config=...", "--config=configs/ph2.py")
+    line = re.sub(r"--config\.SECTION\S+|\[flags\]|\.\.\.|[\[\]]", " ", line)
     line = re.sub(r"=(\w+)(\|\w+)+", r"=\1", line)  # one of several
     words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
     names = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
