@@ -11,7 +11,7 @@ import types
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.benchmark import gpu_jobs, gpu_parts, gpu_report, gpu_profile, gpu_rows, gpu_table
+from rndpo_jax.benchmark import gpu_jobs, gpu_parts, gpu_profile, gpu_report, gpu_rows, gpu_table
 
 MACHINE = {
   "versions": {"jax": "1.2"}, "device_kind": "H100", "num_devices": 1, "processor": "x",

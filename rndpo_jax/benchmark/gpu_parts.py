@@ -180,8 +180,8 @@ def loss(report: Report, cases) -> None:
 
 def _look_into(report: Report, setting: str, chosen: options.Options) -> None:
   """Kernels of the compiled text, which is kept beside the report, and the time they take."""
-  from rndpo_jax.benchmark import loss as benchmark_of_loss
   from rndpo_jax.benchmark import gpu_profile
+  from rndpo_jax.benchmark import loss as benchmark_of_loss
   from rndpo_jax.planning import hlo
 
   inputs = benchmark_of_loss.make_inputs(jax.random.key(0), chosen)
