@@ -6,11 +6,12 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax.benchmark import gpu_jobs, gpu_parts, gpu_report, gpu_rows, gpu_table
+from rndpo_jax.benchmark import gpu_jobs, gpu_parts, gpu_profile, gpu_report, gpu_rows, gpu_table
 
 MACHINE = {
   "versions": {"jax": "1.2"}, "device_kind": "H100", "num_devices": 1, "processor": "x",
@@ -204,11 +205,30 @@ def test_every_part_rehearsed(rehearsal):
   figures = [row for row in rows if row["kind"] == "figure"]
   assert all(row["met"] is None for row in figures)  # a rehearsal meets no goal
   missing = {row["note"] for row in figures if row["value"] is None}
-  assert missing <= {gpu_parts.NO_TORCH, "not told on this device"}
+  assert missing <= {gpu_parts.NO_TORCH, gpu_parts.NO_KERNELS, "not told on this device"}
   equal = [row["value"] for row in figures if row["figure"].startswith("equal bits")]
   assert equal == [1, 1]
   stages = {r["figure"].split()[-1] for r in figures if r["figure"].startswith("stage ")}
   assert stages == set(config_lib.STAGES)
+
+
+def test_kernels_are_those_on_the_streams_of_gpus():
+  def plane(name, **lines):
+    made = [
+      types.SimpleNamespace(
+        name=line.replace("_", " "),
+        events=[types.SimpleNamespace(duration_ns=float(ns)) for ns in durations],
+      )
+      for line, durations in lines.items()
+    ]
+    return types.SimpleNamespace(name=name, lines=made)
+
+  planes = [
+    plane("/host:CPU", Stream_1=[1e9]),
+    plane("/device:GPU:0", Stream_7=[2000, 3000], XLA_Ops=[5000], Stream_9=[500]),
+  ]
+  seconds, count = gpu_profile.kernels(planes)
+  assert count == 3 and seconds == pytest.approx(5.5e-6)
 
 
 def test_seconds_of_stages_and_of_compiling():

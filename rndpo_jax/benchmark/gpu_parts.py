@@ -30,6 +30,7 @@ from rndpo_jax.benchmark import gpu_rows, gpu_table, options, run, timing
 COMPILED, COMPILED_CANCELLED, EAGER = (
   "PyTorch compiled, log-softmax", "PyTorch compiled, cancelled", "PyTorch eager, log-softmax",
 )  # fmt: skip
+NO_KERNELS = "skipped: the profiler saw no kernels of a GPU"
 NO_TORCH = "skipped: PyTorch is not installed"
 
 
@@ -159,6 +160,7 @@ def loss(report: Report, cases) -> None:
   """Value and gradient beside PyTorch and naive JAX; share of copy bandwidth; kernels."""
   from rndpo_jax.benchmark import loss as benchmark_of_loss
 
+  chosen = {}
   for shape, classes, dtype, pairs in cases:
     setting = f"{dtype}{[*shape, classes]}, {pairs} pair{'s' if pairs > 1 else ''}"
     given = {"shape": shape, "classes": classes, "dtype": dtype, "pairs": pairs, "sizes": ()}
@@ -171,20 +173,38 @@ def loss(report: Report, cases) -> None:
     ):  # fmt: skip
       value, note = over(rows, other, benchmark_of_loss.OURS)
       figure(report, f"times as fast as {name}", setting, value, "x", note)
-    _count_kernels(report, setting, options.resolve("loss", given)["loss"])
+    chosen[setting] = options.resolve("loss", given)["loss"]
+  for setting, of_case in chosen.items():
+    _look_into(report, setting, of_case)
 
 
-def _count_kernels(report: Report, setting: str, chosen: options.Options) -> None:
-  """Kernels of the compiled text, which is kept beside the report."""
+def _look_into(report: Report, setting: str, chosen: options.Options) -> None:
+  """Kernels of the compiled text, which is kept beside the report, and the time they take."""
+  from rndpo_jax.benchmark import gpu_profile
   from rndpo_jax.benchmark import loss as benchmark_of_loss
   from rndpo_jax.planning import hlo
 
-  inputs = benchmark_of_loss.make_inputs(jax.random.key(0), chosen)[0]
+  inputs = benchmark_of_loss.make_inputs(jax.random.key(0), chosen)
   function = benchmark_of_loss.VARIANTS[benchmark_of_loss.OURS]
-  text = timing.compile_ahead(function, *inputs).call.as_text()
+  compiled = timing.compile_ahead(function, *inputs[0])
+  text = compiled.call.as_text()
   with report.path.with_name("loss_programs.txt").open("a") as file:
     file.write(f"// {setting}\n{text}\n")
   figure(report, "kernels", setting, hlo.kernels(text), note="of the compiled text")
+  work = benchmark_of_loss.work_of(chosen)
+  copy = timing.copy_variant([logits for logits, *_ in inputs])
+  ours = timing.compiled_variant(
+    "ours", work, compiled, lambda turn: compiled.call(*inputs[turn % len(inputs)])
+  )
+  seen = [gpu_profile.kernels_of(variant) for variant in (copy, ours)]
+  if None in seen:
+    for name in ("kernels' own time", "share of copy bandwidth, kernels' own time"):
+      figure(report, name, setting, None, note=NO_KERNELS)
+    return
+  (copy_seconds, _), (seconds, count) = seen
+  share = work.bytes_at_least / seconds * copy_seconds / copy.work.bytes_at_least
+  figure(report, "kernels' own time", setting, 1e3 * seconds, "ms", f"{count:g} of them a call")
+  figure(report, "share of copy bandwidth, kernels' own time", setting, share)
 
 
 def step(report: Report, shape, width, depth, dtype, matrix: int) -> None:
