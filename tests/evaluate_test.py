@@ -26,6 +26,7 @@ def _config():
   config.data.num_classes = 4
   config.data.phantom.num_cases, config.data.phantom.size = 14, (28, 24)
   config.data.num_labelled, config.data.num_val, config.data.num_test = 2, 3, 7
+  config.mine.num_shards = 2
   config.model.width, config.model.depth = 4, 2
   config.finetune.num_steps, config.finetune.eval_every_steps = 4, 2
   config.evaluate.batch_size = 4

@@ -116,7 +116,10 @@ def test_prepared_data_in_a_bucket_is_that_of_a_folder(bucket, tmp_path, tiny_co
 def test_pairs_in_a_bucket_are_checked_and_read(bucket):
   directory = bucket / "pairs"
   path = shards.shard_path(directory, 0, 1)
-  records = [{"index": np.int32(i), "chosen": np.full(3, i, np.uint8)} for i in range(4)]
+  rest = {
+    name: np.zeros((2,) * len(field.axes), field.dtype) for name, field in shards.FIELDS.items()
+  }
+  records = [{**rest, "index": np.int32(i)} for i in range(4)]
   shards.write_shard(path, records, {"num_pairs": 4})
   summary = files.read_json(shards.summary_path(path))
   assert summary["count"] == 4 and summary["sha256"] == files.sha256(path)

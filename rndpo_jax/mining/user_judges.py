@@ -75,7 +75,8 @@ def why_on_host(name: str, images, masks, probs) -> str | None:
   except errors.JudgeError:
     raise
   except Exception as error:  # whatever it is, the host shows whether it is the judge's fault
-    return f"JAX cannot trace it ({type(error).__name__}: {_line(error)[:80]})"
+    own = not type(error).__module__.startswith("jax")  # JAX's own text is on tracers
+    return f"JAX cannot trace it ({type(error).__name__}{f': {_line(error)[:80]}' if own else ''})"
   return "it calls back to Python" if _has_callback(jaxpr.jaxpr) else None
 
 

@@ -59,7 +59,7 @@ def run(config, workdir: os.PathLike) -> None:
   hosted = host_judges(config, dataset)
   if multihost.is_first():
     for name, reason in hosted.items():
-      progress.say(f"judge {name!r} runs on the host, since {reason}: slower, the same pairs")
+      progress.say(f"judge {name!r} runs on the host, which is slower: {reason}")
   measured = (directory / "judges.json", directory / "proposals.json")
   if multihost.is_first() and not all(path.exists() for path in measured):
     measure = _measure_program(config, dataset, weights, score, hosted)
