@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced from the project's root: activates .venv, installing the project where that is needed.
+# Sourced from the project's root: activates .venv, installing the project if that is needed.
 #   source launch/setup.sh [EXTRA]      cuda12, cuda13, tpu, gcs, several as in tpu,gcs; none: CPU
 # In a script always with an argument, be it "": without one `source` hands on the script's own.
 _extra=${1:-}
@@ -18,6 +18,6 @@ fi
 # shellcheck source=/dev/null
 source .venv/bin/activate
 
-# Huge pages for large arrays, and freed memory kept: XLA allocates anew at every step, and page
+# Huge pages for large arrays, and freed memory kept: XLA allocates again at every step, and page
 # faults are a tenth of a training step on the CPU. The C library reads this at its start.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=8589934592}"

@@ -32,7 +32,7 @@ def test_round_trip_leaves_one_file(tmp_path):
   assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
-def test_nan_is_refused_and_the_old_file_stays(tmp_path):
+def test_nan_raises_and_the_old_file_stays(tmp_path):
   files.write_json(tmp_path / "a.json", {"b": 1})
   with pytest.raises(ValueError, match="not JSON compliant"):
     files.write_json(tmp_path / "a.json", {"b": float("nan")})
@@ -64,7 +64,7 @@ def test_as_many_files_can_be_open_as_are_needed():
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_more_files_than_the_host_allows_are_refused(monkeypatch):
+def test_more_files_than_the_host_allows_raise(monkeypatch):
   monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
   with pytest.raises(errors.FileError, match=r"pairs: 4000 files .* needs 4512, .* allows it 4096"):
     files.allow_open(4000, "pairs")
