@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -102,10 +103,10 @@ def test_several_processes_leave_the_signals_to_the_runtime(two_processes, monke
   preemption.install()
   assert signal.getsignal(signal.SIGTERM) == before
   assert signal.signal(signal.SIGINT, interrupt) == preemption._note
-  (watch,) = (t for t in threading.enumerate() if t.name.endswith("(_watch)"))
-  watch.join(60)
+  while not preemption._noted:  # by the thread that watches
+    time.sleep(0.001)
+  ends[0]()  # waits for it
   assert ticks == [*range(1, 9)] and preemption._noted == [signal.SIGTERM]
-  ends[0]()
 
 
 def test_the_watch_ends_with_the_program(two_processes, monkeypatch):

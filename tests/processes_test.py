@@ -83,6 +83,7 @@ class Store:
 def ends(monkeypatch):
   """Codes that the process would have ended with, which here end the call alone."""
   codes = []
+  jax.devices()  # the backend starts before a test puts a stand-in for the distributed runtime
 
   def end(code):
     codes.append(code)
