@@ -14,7 +14,7 @@ from launch import xla_flags
 
 
 def start(argv):
-  """Before anything imports numpy or jax; refuses arguments that are no flags."""
+  """Before anything imports numpy or jax; an argument that is no flag ends the program."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
   open_streams()
@@ -103,7 +103,7 @@ def parse(argv):
 
 @contextlib.contextmanager
 def one_line_errors(end=sys.exit):
-  """Ends the program by `end(message)` on what a user can mend, and after a signal by its code.
+  """Ends the program by `end(message)` on what a user can fix, and after a signal by its code.
 
   One of several processes ends so by every other error too, after its traceback: an orderly exit
   would wait for processes that wait for this one.
@@ -131,7 +131,7 @@ def one_line_errors(end=sys.exit):
 
 
 def one_line(error):
-  """What to say of an error that a user can mend; None of any other."""
+  """What to say of an error that a user can fix; None of any other."""
   import jax
 
   from rndpo_jax import errors
@@ -173,7 +173,7 @@ def one_line(error):
       "the same command again: finished work is kept"
     )
   if error.filename:
-    return f"error: {error}; mend that and run the same command again: finished work is kept"
+    return f"error: {error}; fix that and run the same command again: finished work is kept"
   return None
 
 

@@ -73,7 +73,7 @@ def accumulate_steps(config, name):
 
 
 def check_micro_batches(config, batch):
-  """Refuses a batch that the stages refuse; compiled, it would gather images on every chip."""
+  """Raises ConfigError for a batch that the stages cannot split into micro-batches."""
   from rndpo_jax.errors import ConfigError
 
   for name in _PROGRAMS.value:

@@ -21,7 +21,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 
 def meet():
-  """Waits for the other processes, where the flags say that there are some.
+  """Waits for the other processes, if the flags say that there are some.
 
   Returns:
     end(message), which ends this process by an error, and with it the others.

@@ -4,7 +4,7 @@
 
 Options of the config are set as --config.SECTION.KEY=VALUE. Several processes, each started with
 the same command, share one work directory: --coordinator_address=HOST:PORT --num_processes=N
---process_id=I, or --distributed where a TPU pod, Slurm or a JobSet says so itself.
+--process_id=I, or --distributed on a TPU pod, under Slurm or in a JobSet.
 """
 
 from absl import app, flags
@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is missing.")
 _STAGES = flags.DEFINE_list("stages", None, "Stages to run; all by default.")
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Says what the run would need here (memory, time, storage); writes nothing."

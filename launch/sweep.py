@@ -3,7 +3,7 @@
   python -m launch.sweep --config=configs/ph2.py --config.data.root=DATA --workdir=DIR \
       --betas=3,10,30 --learning_rates=3e-4,1e-3 --seeds=0,1,2
 
-Runs the stages prepare, base and mine where they are not done, then the sweep. A seed is the order
+Runs the stages prepare, base and mine if they are not done, then the sweep. A seed is the order
 of the batches and the key of fine-tuning; base and pairs are those of config.seed. The best setting
 is that of the highest validation Dice at the last step, mean over the seeds; the test split is not
 touched. The command that is printed runs it as a single job, tested at its end. Several processes
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from launch import cache_flag, common, process_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made where it is missing.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; made if it is missing.")
 _BETAS = flags.DEFINE_list("betas", None, "Betas; that of the config by default.")
 _RATES = flags.DEFINE_list("learning_rates", None, "Peaks; that of the config by default.")
 _SEEDS = flags.DEFINE_list("seeds", None, "Seeds of fine-tuning; config.seed by default.")

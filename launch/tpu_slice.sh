@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh: `have_slice` makes the slice NAME in ZONE ready, new where it is missing or
+# Sourced by tpu_vm.sh: `have_slice` makes the slice NAME in ZONE ready, new if it is missing or
 # was preempted. TYPE, VERSION and CREATE are for a new one. A preempted slice is asked what it was
 # before it is deleted; its network, startup script and the like come from CREATE alone.
 : "${DRY_RUN:=0}"

@@ -13,7 +13,7 @@ _FLAGS = {
   # the U-Net takes 4/5 of the time.
   "--xla_cpu_experimental_ynn_fusion_type": ("", ("0.10.",)),
   # Of several processes on CPUs one may wait hours for another's shards, a week at most; after half
-  # an hour the wait would fail. Who is dead the heartbeats tell.
+  # an hour the wait would fail. The heartbeats tell if one is dead.
   "--xla_cpu_collective_timeout_seconds": ("604800", ("0.10.", "0.11.")),
 }
 

@@ -48,11 +48,11 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
 
   Args:
     config: from a file in `configs/`.
-    workdir: made where it is missing; belongs to this config alone.
+    workdir: made if it is missing; belongs to this config alone.
     stages: names from `config.STAGES`.
 
   Raises:
-    config.ConfigError: on a config that cannot work, a stage that is unknown or lacks the stage
+    errors.ConfigError: on a config that cannot work, a stage that is unknown or lacks the stage
       before it, a workdir that cannot be written or that holds another config.
     preemption.Preempted: after a signal, what is finished being kept.
     The stages' own errors.
@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   if config.base.workdir:
     there = ["prepare", *left]
     wanted = [name for name in wanted if name != "prepare"]
-  # One whose predecessor is lost looks again at what it was made of, and is soon done where that
+  # One whose predecessor is lost looks again at what it was made of, and is soon done if that
   # is the same.
   done = list(itertools.takewhile(there.__contains__, config_lib.STAGES))
   check_here(config, [name for name in wanted if name not in done])
@@ -100,7 +100,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
 
 
 def _check_same_stages(wanted: list[str]) -> None:
-  """Refuses processes that would wait for each other in different stages."""
+  """Raises ConfigError if the processes would wait for each other in different stages."""
   bits = [name in wanted for name in config_lib.STAGES]
   mask = sum(bit << i for i, bit in enumerate(bits))
   others = multihost.processes_where(mask != multihost.broadcast(lambda: mask))
@@ -127,14 +127,14 @@ def is_done(name: str, workdir: epath.Path) -> bool:
 
 
 def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> None:
-  """Refuses what these devices and this installation cannot do, before any training.
+  """Raises ConfigError for what these devices or this installation cannot do, before any training.
 
   Args:
     config: the whole config.
     stages: those that will run; what others alone would need is not looked at.
 
   Raises:
-    config.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
+    errors.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
       judge of the user's own that cannot be imported.
   """
   names = {config.judge.name, *config.judge.compare}
@@ -166,10 +166,10 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
 
 
 def check_before(config, name: str, workdir: epath.Path) -> None:
-  """Refuses a stage whose predecessor is not done.
+  """Raises ConfigError if the stage before is not done.
 
   Raises:
-    config.ConfigError: naming the stage to run first.
+    errors.ConfigError: naming the stage to run first.
   """
   place = config_lib.STAGES.index(name)
   before = config_lib.STAGES[place - 1] if place else None

@@ -64,7 +64,7 @@ def test_mining_many_images_takes_whole_batches_of_all_chips():
   assert "65 images: at least 3.0 s on 4 chips, reading 32 images/s" in line
 
 
-def test_a_program_is_told_beside_its_chip():
+def test_description_of_a_program_and_its_chip():
   chip = CHIP._replace(memory=15.75 * GIB, memory_bandwidth=1e12, peak_flops=1e12)
   exchanged = [("all-reduce", 1e6), ("send", 3e3), ("all-reduce", 2e6)]
   report = roofline.Report(0.5 * GIB, 5e9, 3e9, 2e9, 2e6, exchanged, [])
@@ -75,7 +75,7 @@ def test_a_program_is_told_beside_its_chip():
   )
 
 
-def test_scaling_is_told_from_all_reduces_and_of_a_step_that_has_nothing_else():
+def test_scaling_is_given_only_for_steps_with_all_reduces_alone():
   report = REPORT._replace(hbm_bytes=1200.0, collectives=[("all-reduce", 50.0), ("all-reduce", 30)])
   line = roofline.describe_scaling(report, CHIP)
   assert line.endswith("nothing overlapped: 1.000 at 1 chips, 0.500 at 4 chips, 0.615 at 16 chips")
@@ -108,7 +108,7 @@ backend_config={{"estimated_cycles":"9"}}
 }}"""
 
 
-def test_xlas_counts_of_micro_batches_are_multiplied_and_those_of_the_text_are_not():
+def test_xlas_counts_are_multiplied_by_micro_batches_and_our_own_are_not():
   plane = 8 * 128 * 4
   assert roofline.measure(Compiled(), 4) == roofline.Report(
     memory=100 + 80 - 60 + 5 + 3,

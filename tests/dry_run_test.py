@@ -57,7 +57,7 @@ def test_checkpoints_take_what_was_planned(tiny_run, tried):
   assert planned.finetune == params * (kept["finetune", "params"] + 3 * kept["finetune", "state"])
 
 
-def test_the_lines_say_what_there_is(tiny_run, tried):
+def test_printed_lines(tiny_run, tried):
   lines = "\n".join(tried[0])
   assert "8 of kind cpu, 1 process; mesh: data 8" in lines
   assert (
@@ -141,7 +141,7 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
   assert len(calls) == 3 and asked == [True, True, False, False]
 
 
-def test_what_is_there_need_not_be_written_again(tiny_run, tried, tmp_path):
+def test_finished_files_do_not_count_as_storage_to_come(tiny_run, tried, tmp_path):
   config, workdir = tiny_run
   planned = cost.Storage(data=10**6, base=10**6, pairs=10**6, finetune=10**6)
   assert sum(storage.to_come(planned, workdir)) == 0  # all is done
@@ -185,7 +185,7 @@ def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
   assert f"data {cost.show_bytes(stored / 30 * 10_000_010)}, " in lines
 
 
-def test_preparing_is_foreseen_where_it_has_not_run(tiny_config, tiny_run, tried, tmp_path):
+def test_time_of_preparing_is_estimated_if_it_has_not_run(tiny_config, tiny_run, tried, tmp_path):
   data = dry_run.describe_data(tiny_config(), tmp_path)
   found, reading = dry_run._preparing(data, remote=False)
   rate = re.fullmatch(
@@ -211,7 +211,7 @@ def test_images_of_no_split_count_as_stored(tiny_config, tmp_path):
   assert more.num_bytes == 35 * 20 * 18 * 2 and more.num_images["unlabelled"] == 7
 
 
-def test_what_does_not_fit_is_refused_by_key(tiny_run, tried, monkeypatch, capsys):
+def test_error_for_what_does_not_fit_names_the_key(tiny_run, tried, monkeypatch, capsys):
   config, workdir = tiny_run
   monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
   monkeypatch.setattr(timing, "memory_limit", lambda: tried[1]["finetune"].memory - 1)

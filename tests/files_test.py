@@ -85,7 +85,7 @@ def test_as_many_files_can_be_open_as_are_needed():
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_more_files_than_the_host_allows_are_refused(monkeypatch):
+def test_more_files_than_the_host_allows_raise(monkeypatch):
   monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
   with pytest.raises(errors.FileError, match=r"pairs: 4000 files .* needs 4512, .* allows it 4096"):
     files.allow_open(4000, "pairs")

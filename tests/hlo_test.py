@@ -224,13 +224,13 @@ _STACKED = """\
     ("fusion(%at, %stack), kind=kLoop, calls=%outer", "dynamic-slice(%a, %at, %stack, %at)", 5),
   ],
 )
-def test_of_a_sliced_array_the_slices_are_read(old, new, planes):
+def test_only_the_slices_of_a_sliced_array_are_read(old, new, planes):
   text = TEXT.replace("ENTRY", SLICES).replace("  %loop = ", _STACKED + "  %loop = ")
   text = text.replace(old, new)
   assert hlo.hbm_bytes(text) - hlo.hbm_bytes(TEXT) == planes * PLANE
 
 
-def test_arrays_side_by_side_in_memory_are_joined_for_nothing():
+def test_joining_adjacent_arrays_costs_nothing():
   """As libtpu 0.0.42 writes a concatenation whose parts were written where they shall stand."""
   array = "f32[16,128]{1,0:T(8,128)}"
   for target, moved in (("ConcatBitcast", 0), ("Other", 4 * PLANE)):

@@ -146,7 +146,7 @@ def test_two_processes_share_a_sweep_whose_members_are_runs(alone, tmp_path):
   assert len(others) == 3 and losses[0] not in others
 
 
-def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
+def test_corrupt_shard_found_by_one_process_ends_both(alone, tmp_path):
   shutil.copytree(alone, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "finetune")
   shard = shards.shard_path(tmp_path / "run" / "pairs", 1, 2)
@@ -158,7 +158,7 @@ def test_a_shard_that_one_finds_corrupt_ends_both(alone, tmp_path):
   assert "error: process 0: another process of this run has stopped" in outputs[0]
 
 
-def test_processes_with_other_stages_are_refused(tmp_path):
+def test_processes_with_different_stages_are_an_error(tmp_path):
   address = f"--coordinator_address=127.0.0.1:{free_port()}"
   processes = [
     start(
@@ -193,7 +193,7 @@ def test_processes_that_do_not_meet_end_in_one_line(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_two_configs_for_one_job_are_refused_by_key(tmp_path):
+def test_different_configs_are_an_error_that_names_the_keys(tmp_path):
   address = f"--coordinator_address=127.0.0.1:{free_port()}"
   shared = (address, "--num_processes=2", "--stages=prepare")
   processes = [
@@ -243,7 +243,7 @@ except errors.CheckpointError as error:
 
 
 @pytest.mark.parametrize("unreadable", ["2,3", "1,2,3"])
-def test_a_checkpoint_that_one_process_cannot_read_is_left_by_both(unreadable, tmp_path):
+def test_checkpoint_that_one_process_cannot_read_is_used_by_neither(unreadable, tmp_path):
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
   address = f"127.0.0.1:{free_port()}"
   processes = [

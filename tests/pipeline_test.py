@@ -77,14 +77,14 @@ def test_done_stages_are_skipped_and_change_nothing(tiny_run, capsys):
   assert tree_bytes(workdir) == before
 
 
-def test_stages_out_of_order_or_unknown_are_refused(tiny_config, tmp_path):
+def test_stages_out_of_order_or_unknown_raise(tiny_config, tmp_path):
   with pytest.raises(errors.ConfigError, match="'mine' needs .*selected.json.*'base' first"):
     pipeline.run(tiny_config(), tmp_path / "a", ["mine"])
   with pytest.raises(errors.ConfigError, match="unknown stage 'mining'"):
     pipeline.run(tiny_config(), tmp_path / "b", ["mining"])
 
 
-def test_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
+def test_workdir_that_cannot_be_written_raises(tiny_config, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.ConfigError, match="--workdir: .*file/run cannot be written"):
     pipeline.run(tiny_config(), tmp_path / "file" / "run")
@@ -154,7 +154,7 @@ def test_signal_then_corrupt_state_then_lost_manifest_end_with_the_same_results(
   assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
 
 
-def test_what_is_lost_of_a_stage_that_is_done_is_made_again(tiny_run, tmp_path):
+def test_missing_files_of_a_finished_stage_are_made_again(tiny_run, tmp_path):
   """By the remedy that the program itself names."""
   config, undisturbed = tiny_run
   workdir = tmp_path / "run"
@@ -181,7 +181,7 @@ def test_what_is_lost_of_a_stage_that_is_done_is_made_again(tiny_run, tmp_path):
   assert tree_bytes(workdir) == before
 
 
-def test_a_lost_logbook_chooses_no_other_base(tiny_run, tmp_path):
+def test_lost_metrics_do_not_change_the_selected_base(tiny_run, tmp_path):
   config, undisturbed = tiny_run
   workdir = copy_without(undisturbed, tmp_path / "run", "pairs", "finetune")
   for name in ("selected.json", "metrics.jsonl"):
@@ -214,7 +214,9 @@ def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
   assert tree_bytes(tmp_path / "data") != tree_bytes(clean / "data")
 
 
-def test_a_refused_run_leaves_its_workdir_to_the_corrected_command(tiny_config, tmp_path):
+def test_a_run_that_could_not_start_leaves_its_workdir_to_the_corrected_command(
+  tiny_config, tmp_path
+):
   with pytest.raises(errors.DataError, match="num_labelled"):
     pipeline.run(tiny_config(data__num_labelled=500), tmp_path, ["prepare"])
   pipeline.run(tiny_config(), tmp_path, ["prepare"])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -102,10 +103,10 @@ def test_several_processes_leave_the_signals_to_the_runtime(two_processes, monke
   preemption.install()
   assert signal.getsignal(signal.SIGTERM) == before
   assert signal.signal(signal.SIGINT, interrupt) == preemption._note
-  (watch,) = (t for t in threading.enumerate() if t.name.endswith("(_watch)"))
-  watch.join(60)
+  while not preemption._noted:  # by the thread that watches
+    time.sleep(0.001)
+  ends[0]()  # waits for it
   assert ticks == [*range(1, 9)] and preemption._noted == [signal.SIGTERM]
-  ends[0]()
 
 
 def test_the_watch_ends_with_the_program(two_processes, monkeypatch):
@@ -116,7 +117,7 @@ def test_the_watch_ends_with_the_program(two_processes, monkeypatch):
   assert not preemption._noted
 
 
-def test_who_ended_early_meets_the_others_once(two_processes, monkeypatch):
+def test_a_process_that_ended_early_meets_the_others_once(two_processes, monkeypatch):
   meetings = []
 
   def most(value):
@@ -158,9 +159,12 @@ def test_a_signal_to_one_of_two_processes_ends_both(number, code):
     assert f"{number.name}: {what} is done; the same" in output
 
 
-def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypatch, capsys):
+def test_the_program_ends_with_the_code_that_launchers_read(
+  installed, tmp_path, monkeypatch, capsys
+):
   class Value:
-    value = ()
+    def __init__(self, value):
+      self.value = value
 
   def preempted(*_):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -169,8 +173,9 @@ def test_the_program_ends_with_the_code_that_launchers_read(installed, monkeypat
   for name in ("end_at_sigterm", "take_signals"):
     monkeypatch.setattr(common, name, lambda: None)
   monkeypatch.setattr(pipeline, "run", preempted)
-  for name in ("_CONFIG", "_WORKDIR", "_STAGES"):
-    monkeypatch.setattr(launch_run, name, Value)
+  monkeypatch.setattr(launch_run.cache_flag, "use", lambda: None)
+  for name, value in {"_CONFIG": (), "_WORKDIR": str(tmp_path), "_STAGES": ()}.items():
+    monkeypatch.setattr(launch_run, name, Value(value))
   with pytest.raises(SystemExit) as end:
     launch_run.main(["run"])
   assert end.value.code == 75

@@ -28,12 +28,12 @@ def initialize(address, count, index):
     (("host:1", 2, -1), "--process_id: found -1, expected 0..1"),
   ],
 )
-def test_flags_that_do_not_fit_are_named(arguments, message):
+def test_flags_that_do_not_fit_together_are_named(arguments, message):
   with pytest.raises(ConfigError, match=message):
     initialize(*arguments)
 
 
-def test_one_process_needs_nothing():
+def test_one_process_needs_no_flags():
   assert initialize(None, None, None) is False
   assert multihost.is_first() and multihost.broadcast(lambda: 7) == 7
   assert multihost.any_process(True) and not multihost.any_process(False)
@@ -51,7 +51,7 @@ def test_a_broken_collective_is_told_from_other_errors(monkeypatch):
   assert not processes.is_loss_of_another(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
 
 
-def test_the_others_do_not_look(monkeypatch):
+def test_only_process_0_looks_at_the_file_system(monkeypatch):
   monkeypatch.setattr(multihost, "is_first", lambda: False)
   assert multihost.broadcast(lambda: pytest.fail("it looked")) == 0
 
@@ -83,6 +83,7 @@ class Store:
 def ends(monkeypatch):
   """Codes that the process would have ended with, which here end the call alone."""
   codes = []
+  jax.devices()  # the backend starts before a test puts a stand-in for the distributed runtime
 
   def end(code):
     codes.append(code)
@@ -123,7 +124,7 @@ def test_a_thread_answers_a_roll_call_once_asked():
   assert store.values.keys() == {processes._ROLL_CALL, f"{processes._HERE}/0"}
 
 
-def test_what_process_0_answers_is_counted():
+def test_answers_of_process_0_are_counted():
   answered = [0]
   processes._watch(Store(busy=2), Looks(3), answered)
   assert answered == [4]  # six reads, of which two failed; that nothing is there is an answer, too
@@ -160,7 +161,7 @@ def test_a_process_ends_when_process_0_is_silent(monkeypatch, capsys, ends):
     ((0, 1, 2, 3), None),
   ],
 )
-def test_a_roll_call_names_who_does_not_answer(here, who, monkeypatch, ends):
+def test_roll_call_names_the_processes_that_do_not_answer(here, who, monkeypatch, ends):
   store = Store({f"{processes._HERE}/{index}": "" for index in here})
   monkeypatch.setattr(processes.distributed.global_state, "client", store)
   monkeypatch.setattr(jax, "process_count", lambda: 4)
@@ -188,14 +189,14 @@ def test_a_roll_call_without_a_coordinator(monkeypatch, ends):
   )
 
 
-def test_a_process_that_is_over_looks_no_more(ends):
+def test_watching_ends_with_the_process(ends):
   over = threading.Event()
   over.set()
   processes._watch(Store({processes._STOPPED: "process 3"}), over, [0])
   assert ends == []
 
 
-def test_a_process_that_stops_tells_the_others_and_speaks_alone(monkeypatch, capsys, ends):
+def test_a_process_that_stops_tells_the_others_in_one_message(monkeypatch, capsys, ends):
   store = Store()
   monkeypatch.setattr(processes.distributed.global_state, "client", store)
   with pytest.raises(SystemExit):

@@ -149,7 +149,7 @@ def test_loss_reads_and_writes_close_to_the_minimum(slice_of_four):
   assert 0.99 * minimum < found.hbm_bytes < 1.1 * minimum
 
 
-def test_what_cannot_be_compiled_for_is_refused_by_name(tiny_config):
+def test_unknown_chip_or_number_of_classes_raises(tiny_config):
   with pytest.raises(ConfigError, match=r"--topology: found 'v9z:2x2'"):
     programs.open_topology("v9z:2x2")
   with pytest.raises(ConfigError, match="--num_classes"):
@@ -157,7 +157,7 @@ def test_what_cannot_be_compiled_for_is_refused_by_name(tiny_config):
 
 
 @needs_libtpu
-def test_a_slice_that_does_not_exist_is_refused():
+def test_a_slice_that_does_not_exist_raises():
   with pytest.raises(ConfigError, match="v5e:3x5"):
     programs.open_topology("v5e:3x5")
 
@@ -188,7 +188,7 @@ def compile_tpu(*arguments):
     ),
   ],
 )
-def test_what_the_program_refuses_it_says_in_one_line(arguments, error):
+def test_errors_of_the_program_are_one_line(arguments, error):
   code, lines, said = compile_tpu("--topology=v5e:2x2", *arguments)
   assert code == 1 and lines == []
   assert said.startswith("error: ") and error in said and said.count("\n") == 1

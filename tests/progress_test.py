@@ -25,7 +25,7 @@ def test_nothing_to_do_says_nothing(capsys):
   assert capsys.readouterr().out == ""
 
 
-def test_of_several_processes_each_says_which_it_is(capsys, monkeypatch):
+def test_each_of_several_processes_prints_its_number(capsys, monkeypatch):
   monkeypatch.setattr(progress.jax, "process_count", lambda: 2)
   monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
   progress.say("done")

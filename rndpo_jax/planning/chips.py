@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 # Source: Google Cloud's pages "TPU v5e", "TPU v6e" and "TPU v5p" (cloud.google.com/tpu/docs/v5e,
 # v6e, v5p), key specifications. They give interconnect bandwidth a chip, all ports and both
 # directions together: 400, 800 and 1200 GB/s over 4, 4 and 6 ports. Memory is not the pages' 16, 32
-# and 95 GiB, but what libtpu 0.0.42.1 names where it refuses a program that is too large:
+# and 95 GiB, but what libtpu 0.0.42.1 names in its error for a program that is too large:
 # "exceeds available HBM (15.75G)"; a test provokes that.
 _FLAT = {8: "2x4", 64: "8x8", 256: "16x16"}
 _CUBE = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"}

@@ -39,7 +39,7 @@ def preparing_seconds(
 def mining_batches(num_images: int, num_shards: int, num_processes: int, batch_size: int) -> int:
   """Batches that the busiest process mines one after another.
 
-  Shard i holds an equal part of the images, the first ones one more where it does not come out
+  Shard i holds an equal part of the images, the first ones one more if it does not come out
   even, belongs to process i mod N, and is gone through in batches of its own, the last one padded.
 
   Args:
@@ -58,7 +58,7 @@ def mining_seconds(
 ) -> float:
   """Seconds of one process, without starting and compiling.
 
-  The three go on beside one another, so that the slowest sets the pace; where the devices are the
+  The three go on beside one another, so that the slowest sets the pace; if the devices are the
   host's own cores they take them from one another, and the times add up.
 
   Args:

@@ -33,8 +33,8 @@ from rndpo_jax.stages import measure_judges, prepare
 
 class Data(NamedTuple):
   """The data set of a config: `problem`, images of each split, images stored (also those of no
-  split), their bytes on their own grids (before compression where it is not prepared), and the
-  prepared set, or the source where the stage 'prepare' has not run."""
+  split), their bytes on their own grids (before compression if it is not prepared), and the
+  prepared set, or the source if the stage 'prepare' has not run."""
 
   problem: programs.Problem
   num_images: dict[str, int]
@@ -97,7 +97,7 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
 
 
 def describe_data(config, workdir: os.PathLike) -> Data:
-  """The prepared data set where there is one, else what the source's file headers tell."""
+  """The prepared data set if there is one, else what the source's file headers tell."""
   home = epath.Path(config.base.workdir or workdir)
   if prepare.is_done(home):
     dataset, source = dataset_lib.open_dataset(config, workdir), None
@@ -140,7 +140,7 @@ def refusals(config, trials, limit: int, left: cost.Storage, free: int | None) -
     trials: from `timing.try_programs`.
     limit: bytes that a program may take on a device.
     left: what is still to be written.
-    free: bytes of the disk; None where there is no such limit.
+    free: bytes of the disk; None if there is no such limit.
   """
   found = [
     timing.too_large(
@@ -250,7 +250,7 @@ def _foot(config, data: Data, record, planned, left, free: int | None) -> list[s
 
 
 def _preparing(data: Data, remote: bool) -> list[str]:
-  """What the stage 'prepare' takes where it has not run, and that reading is then unknown."""
+  """What the stage 'prepare' takes if it has not run, and that reading is then unknown."""
   if data.source is None:
     return []
   each = timing.preparing_seconds(data.source)

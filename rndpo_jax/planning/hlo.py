@@ -130,7 +130,7 @@ def collectives(text: str) -> list[tuple[str, float]]:
 
 
 def _loop(instruction: Instruction, computations: dict[str, list[Instruction]]) -> tuple[int, str]:
-  """How often a loop runs (1 where that is unknown), and its body.
+  """How often a loop runs (1 if that is unknown), and its body.
 
   A program for GPU or CPU says it; in one for TPU the condition compares a counter, which a scan
   starts at 0, with a constant.
@@ -211,7 +211,7 @@ def _traffic(instruction: Instruction, computations: dict[str, list[Instruction]
 def _sliced(
   instruction: Instruction, place: int, computations: dict[str, list[Instruction]]
 ) -> float:
-  """Bytes that an instruction reads of an operand by slicing it; infinite where it reads it all."""
+  """Bytes that an instruction reads of an operand by slicing it; infinite if it reads it all."""
   if instruction.opcode == "dynamic-slice" and place == 0:
     return sum(array.padded_bytes for array in instruction.writes)
   called = re.search(r"calls=%([\w.\-]+)", instruction.rest)

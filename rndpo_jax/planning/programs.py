@@ -54,7 +54,7 @@ def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[chips.Ch
   """The chip of a topology such as "v5e:4x4", and a mesh of it as `config.mesh` says.
 
   Raises:
-    ConfigError: where the topology or libtpu is missing, or the chips cannot make the mesh.
+    ConfigError: if the topology or libtpu is missing, or the chips cannot make the mesh.
   """
   generation = name.partition(":")[0]
   if generation not in chips.CHIPS:
@@ -255,7 +255,7 @@ def _evaluate(config, problem, mesh, segmenter, params, batch):
 def _resize(config, problem, mesh, segmenter, params, batch):
   """What evaluation does then: masks on the records' own grids.
 
-  A program of its own, for grids differ, and the network is not compiled again for each.
+  A program of its own, since grids differ, and the network is then not compiled again for each.
   """
   count = batch.index.shape[0]
   logits = jax.ShapeDtypeStruct((count, *problem.size, problem.num_classes), jnp.float32)

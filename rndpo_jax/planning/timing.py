@@ -33,7 +33,7 @@ _ENOUGH_SECONDS = 2.0
 class Trial(NamedTuple):
   """One program on zeros: images a batch, bytes on each device, seconds a batch, its results.
 
-  The seconds are NaN where the program is too large to be run.
+  The seconds are NaN if the program is too large to be run.
   """
 
   batch_size: int
@@ -46,7 +46,7 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
   """Compiles each program at the config's batch size, and times it.
 
   Raises:
-    ConfigError: where the compiler finds that a program does not fit.
+    ConfigError: if the compiler finds that a program does not fit.
   """
   trials = {}
   for name, lower in programs.programs(config, problem, mesh, batch_sizes(config, mesh)).items():
@@ -54,7 +54,7 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
     try:
       compiled = lowered.compile()
       memory = roofline.memory(compiled)
-      # What is too large for a device is refused by its figure; running it would end the program.
+      # What is too large for a device is an error by its figure; running it would end the program.
       # Of several processes all run it, or none does.
       seconds = math.nan if multihost.any_process(memory > memory_limit()) else _seconds(compiled)
     except jax.errors.JaxRuntimeError as error:
@@ -153,7 +153,7 @@ def cgroup_limits(
 
 
 def too_large(config, name: str, found: str) -> str:
-  """The line that refuses a program, naming the keys that make it smaller."""
+  """The error line of a program that does not fit, naming the keys that make it smaller."""
   sections = {
     "validate": "evaluate", "resize": "evaluate", "measure": "mine", "judge": "judge.learned",
   }  # fmt: skip

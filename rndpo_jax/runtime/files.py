@@ -23,7 +23,7 @@ _OTHER_FILES = 512
 
 
 def write_bytes(path: os.PathLike, content: bytes) -> None:
-  """Writes `content` beside `path`, then renames; makes the folder where it is missing."""
+  """Writes `content` beside `path`, then renames; makes the folder if it is missing."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.tmp"
@@ -46,7 +46,7 @@ def write_text(path: os.PathLike, content: str) -> None:
 
 
 def write_json(path: os.PathLike, content: Any) -> None:
-  """`write_text` of indented JSON; NaN and infinity are refused (ValueError)."""
+  """`write_text` of indented JSON; raises ValueError for NaN and infinity."""
   write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -100,7 +100,7 @@ def allow_open(count: int, what: os.PathLike) -> None:
   A reader of ArrayRecord keeps every file open that it has read from; the usual limit is 1,024.
 
   Raises:
-    FileError: where the host does not allow so many.
+    FileError: if the host does not allow so many.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   needed = count + _OTHER_FILES

@@ -1,10 +1,10 @@
 """One run at a time in a work directory.
 
 Every run puts a file of its own there, `.lock-NAME`, and holds the directory if no other such file
-is of a run that is alive. Who comes second sees the first one's file, whichever file system or
-object store it is: nothing is asked of it but that a listing shows what was written before. A run
-that died leaves its file: on its own host its process tells, elsewhere its heartbeat, a number in
-the file that a thread counts up.
+is of a run that is alive. The second run sees the file of the first, on any file system or object
+store whose listings show what was written before. A run that died leaves its file: on the same host
+its process number tells that it is gone, elsewhere its heartbeat, a number in the file that a
+thread counts up.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rndpo_jax import errors
 from rndpo_jax.runtime import files, multihost, processes, progress
 
 _BEAT_SECONDS = 10.0
-# A run on another host whose heartbeat stands still for so long is dead. It is the one who looks
-# that measures this: clocks of hosts differ.
+# A run on another host whose heartbeat stands still for so long is dead. The run that
+# looks measures this by its own clock: clocks of hosts differ.
 _SILENT_SECONDS = 60.0
 _LOOK_SECONDS = 2.0
 
@@ -66,7 +66,7 @@ def hold(workdir: os.PathLike) -> Iterator[None]:
       path.unlink(missing_ok=True)
       if (
         made and not files.is_remote(workdir) and not any(workdir.iterdir())
-      ):  # of a run that was refused nothing stays
+      ):  # a run that could not start leaves nothing
         workdir.rmdir()
 
 

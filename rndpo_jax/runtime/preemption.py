@@ -2,8 +2,8 @@
 
 The handler only notes the signal. Training asks at every step and saves; the loops of the other
 stages ask between files and batches, where nothing is half-written. With several processes the
-distributed runtime of JAX takes SIGTERM and tells all of them, whichever it came to; where they
-meet, they agree to end.
+distributed runtime of JAX takes SIGTERM and tells all of them, whichever it came to; at the next
+point where they meet they end together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rndpo_jax.runtime import multihost
 
 # EX_TEMPFAIL of sysexits.h: what launchers read as 'start it again'.
 EXIT_CODE = 75
-# Who pressed Ctrl-C does not want it started again: 128 + SIGINT, as shells have it.
+# After Ctrl-C nobody wants it started again: 128 + SIGINT, as shells have it.
 _EXIT_CODES = {signal.SIGTERM: EXIT_CODE, signal.SIGINT: 128 + signal.SIGINT}
 
 # Several processes agree at every so many steps of training: that takes some milliseconds.
@@ -85,7 +85,7 @@ def _any_noted() -> bool:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-  """Work that the processes do apart; then all meet, and all end where one of them has to.
+  """Work that the processes do apart; then all meet, and all end if one of them has to.
 
   Inside, `check` may end the work of some early. Nothing else that processes wait in may stand
   there between one that ended early and the meeting.
@@ -107,7 +107,7 @@ def together(what: str) -> Iterator[None]:
 
 
 def check(what: str) -> None:
-  """Raises Preempted where a signal has come; `what` says what is finished.
+  """Raises Preempted if a signal has come; `what` says what is finished.
 
   With several processes it ends this one alone: call it inside `together`.
   """

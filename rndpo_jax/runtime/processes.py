@@ -1,4 +1,4 @@
-"""How the processes of a run meet, and how all of them end when one is lost."""
+"""How the processes of a run meet; if one dies or hangs, the others exit and say which one."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _start_watching(heartbeat_seconds: int) -> None:
 
 
 def _is_named(coordinator_address, num_processes, process_id) -> bool:
-  """Whether the processes are given by flags; refuses flags that do not fit together."""
+  """Whether the processes are given by flags; raises ConfigError if these do not fit together."""
   given = {
     "--coordinator_address": coordinator_address,
     "--num_processes": num_processes,
@@ -178,7 +178,7 @@ def stop(message: str) -> None:
 
 
 def _tell_stopped(client: Any, who: str) -> None:
-  """The first to tell is right: a process that stops because of that would name another."""
+  """Only the first message counts: a process that stops because of it would name another."""
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # told before; the coordinator may be gone
     client.key_value_set(_STOPPED, who)
 
@@ -190,10 +190,11 @@ def _let_others_look() -> None:
 
 
 def _look_out(over: threading.Event, answered: list[int], silence_seconds: float) -> None:
-  """Ends this process where process 0 has been silent for so long.
+  """Ends this process if process 0 has been silent for so long.
 
   A host that is gone without a word, or frozen, sends no reset: JAX would end this process by its
-  own message, without a name. Looks are counted, lest a pause of this process looks like silence.
+  own message, without a name. Looks are counted, so that a pause of this process is not taken for
+  silence.
   """
   before, silent = -1, 0
   while not over.wait(_LOOK_EVERY_SECONDS):
@@ -206,7 +207,7 @@ def _watch(client: Any, over: threading.Event, answered: list[int]) -> None:
   """Ends this process when another says that one has stopped; answers a roll call.
 
   One that waits for it at a barrier of a checkpoint would learn that from the heartbeats alone, or
-  never, where each of two waits for the other's failed write.
+  never, if each of two waits for the other's failed write.
 
   Args:
     client: of the store.
@@ -228,7 +229,7 @@ def _watch(client: Any, over: threading.Event, answered: list[int]) -> None:
 
 
 def _read(client: Any, key: str, answered: list[int]) -> str | None:
-  """What stands in the store; None where nothing does, or process 0 does not answer."""
+  """What is in the store; None if nothing is, or process 0 does not answer."""
   try:
     value = client.key_value_try_get(key)
   except jax.errors.JaxRuntimeError as error:
