@@ -31,7 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The longest files, which start first: beside one that came last, the other worker would be idle.
 LONGEST = (
-  "pipeline_test", "multiprocess_test", "whole_jobs_test", "run_test", "fault_campaign_test",
+  "pipeline_test", "multiprocess_test", "whole_jobs_test", "run_test", "gpu_report_test",
+  "fault_campaign_test",
   "mesh_test", "mine_test",
   "finetune_test", "benchmark_network_test", "population_test", "augment_test", "sweep_test",
 )  # fmt: skip
