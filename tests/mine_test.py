@@ -104,8 +104,8 @@ def _base_logits(config, workdir, dataset):
 def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
   config = tiny_config(
     base__num_members=2,
-    base__num_steps=4,
-    base__eval_every_steps=4,
+    base__num_steps=100,
+    base__eval_every_steps=100,
     judge__name="learned",
     judge__compare=("agreement",),
     judge__learned__num_steps=3,

@@ -206,8 +206,8 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
     judge__compare=("agreement",),
     base__num_members=2,
     base__select="last",
-    base__num_steps=12,
-    base__eval_every_steps=6,
+    base__num_steps=60,
+    base__eval_every_steps=30,
     model__depth=1,
     model__dtype="bfloat16",
     finetune__schedule="constant",
@@ -227,8 +227,8 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
   assert seen and all(shape[1:] == (1, 16, 16) for shape in seen)  # the second base model's masks
   for member in range(2):
     directory = base.member_directory(workdir, member)
-    assert files.read_json(directory / "selected.json")["step"] == 12
-    assert checkpoint.steps(directory / "params") == [12]
+    assert files.read_json(directory / "selected.json")["step"] == 60
+    assert checkpoint.steps(directory / "params") == [60]
   params = base.load(workdir, dataset_lib.open_dataset(config, workdir))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)

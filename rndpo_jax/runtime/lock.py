@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -64,20 +65,25 @@ def hold(workdir: os.PathLike) -> Iterator[None]:
     beats.join()
     with contextlib.suppress(OSError):
       path.unlink(missing_ok=True)
-      if (
-        made and not files.is_remote(workdir) and not any(workdir.iterdir())
-      ):  # a run that could not start leaves nothing
-        workdir.rmdir()
+      if made and not files.is_remote(workdir):
+        _remove_if_empty(workdir)  # a run that could not start leaves nothing
+
+
+def _remove_if_empty(folder: epath.Path) -> None:
+  if not any(folder.iterdir()):
+    folder.rmdir()
 
 
 def _take(workdir: epath.Path) -> epath.Path | None:
   """This run's file in a directory that it now holds; None if nothing can be written there."""
   path = workdir / f".lock-{secrets.token_hex(8)}"
-  while True:
+  for attempt in itertools.count():
     _refuse_if_held(workdir)
     try:
       files.write_text(path, _content(0))
-    except OSError:
+    except OSError as error:
+      if isinstance(error, FileNotFoundError) and attempt < 10:
+        continue  # a run that ends may just have removed the empty directory
       return None
     # Of two that came at once each may see the other: both step back and one will be first.
     if len(_locks(workdir)) <= 1:
