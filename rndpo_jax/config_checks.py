@@ -169,7 +169,7 @@ def _check_counts(config) -> None:
     )
   if config.data.num_classes == 1:
     raise ConfigError(
-      "config.data.num_classes: found 1, expected 2..256, or 0 to take it from a dataset.json"
+      "config.data.num_classes: found 1, expected 2..255, or 0 to take it from a dataset.json"
     )
 
 

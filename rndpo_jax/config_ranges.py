@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.types import IGNORED
 
 
 class Range(NamedTuple):
@@ -41,7 +42,7 @@ RANGES = {
   "data.num_labelled": Range(1), "data.num_val": Range(1), "data.num_test": Range(1),
   "data.num_unlabelled": Range(-1), "data.split_seed": _SEED,
   "data.num_workers": Range(0, 1024), "data.prefetch": Range(0, 1024),
-  "data.spatial_dims": Range(2, 3), "data.num_classes": Range(0, 256),
+  "data.spatial_dims": Range(2, 3), "data.num_classes": Range(0, IGNORED),
   "data.phantom.num_cases": Range(1, 10**7), "data.phantom.contrast": _FROM_0,
   "data.phantom.noise": _FROM_0, "data.phantom.seed": _SEED,
   "augment.flip": _SHARE, "augment.turn": _SHARE, "augment.intensity": _SHARE,

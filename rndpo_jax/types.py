@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+# Class id in a label for pixels whose class is unknown: they are in no loss and no metric.
+IGNORED = 255
+
 Array = jax.Array | np.ndarray
 Params = Any
 
@@ -26,7 +29,7 @@ class Batch(NamedTuple):
 
   Attributes:
     images: f32[B, *S, I], normalised.
-    labels: u8[B, *S] class ids; all zero when read without labels.
+    labels: u8[B, *S] class ids, or IGNORED; all zero when read without labels.
     index: i32[B], position of the record in the prepared data set. Random keys are folded
       from it, so that no result depends on how images are batched.
     valid: bool[B], False where the entry only pads the batch.

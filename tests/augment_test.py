@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import types
 from rndpo_jax.data import augment
 
 OFF = {
@@ -117,14 +118,14 @@ def test_elastic_moves_image_and_masks_alike(size):
   axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
   images = np.repeat(np.stack(axes, -1)[None], 4, 0)  # a channel tells where its pixel came from
   places = np.stack([a.astype(np.uint8) for a in axes])
-  classes = np.where(places.sum(0) % 2, 9, 0).astype(np.uint8)
+  classes = np.where(places.sum(0) % 2, types.IGNORED, 0).astype(np.uint8)
   masks = np.repeat(np.concatenate([places, classes[None]])[None], 4, 0)
   out, out_masks = _run(images, masks, elastic=1.0, elastic_scale=2.0, elastic_smoothing=4.0)
   for axis, length in enumerate(size):
     inner = (out[..., axis] > 0) & (out[..., axis] < length - 1)
     error = out_masks[:, axis].astype(np.float32) - out[..., axis]
     assert np.abs(error[inner]).max() <= 0.5 + 1e-3  # the nearest pixel of the same place
-  assert set(np.unique(out_masks[:, -1])) == {0, 9}  # nearest: no class in between
+  assert set(np.unique(out_masks[:, -1])) == {0, types.IGNORED}  # nearest: no class in between
   shift = (out - images)[:, 4:-4, 4:-4]
   assert 1.0 < shift.std() < 3.0
   assert np.abs(np.diff(shift, axis=1)).mean() < 0.8  # smooth

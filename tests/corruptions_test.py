@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rndpo_jax import types
 from rndpo_jax.mining import corruptions, judges
 
 
@@ -52,6 +53,18 @@ def test_a_mask_depends_on_the_key_and_its_position_alone():
   others = np.concatenate([LABELS[:50], np.zeros_like(LABELS[50:])])
   np.testing.assert_array_equal(draw(1, others)[1][:50], whole[:50])
   assert (np.asarray(draw(2, LABELS)[1]) != whole).any()
+
+
+def test_what_a_label_ignores_counts_in_no_mask():
+  ignored = np.zeros(LABELS.shape, bool)
+  ignored[:, 8:20] = True
+  labels = np.where(ignored, types.IGNORED, LABELS).astype(np.uint8)
+  _, masks, targets = draw(5, labels)
+  known = np.asarray(draw(5, np.where(ignored, 0, LABELS).astype(np.uint8))[1])
+  np.testing.assert_array_equal(masks, np.where(ignored[:, None], types.IGNORED, known))
+  rows = ~ignored[0, :, 0]
+  expected = judges.true_scores(known[:, :, rows], LABELS[:, rows], 4)
+  np.testing.assert_allclose(targets, expected, rtol=1e-6)
 
 
 def test_an_empty_mask_stays_or_gains_a_part():

@@ -281,6 +281,22 @@ def test_slices_of_a_case_count_together(tmp_path):
   assert measured["b"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
 
 
+def test_predictions_where_the_label_is_ignored_count_nowhere(tmp_path, monkeypatch):
+  masks, labels = 1 - _LABELS, np.full_like(_LABELS, types.IGNORED)
+  labels[:, :, 2:], masks[:, :, 2:] = _LABELS[:, :, 2:], _LABELS[:, :, 2:]
+  evaluation = _stack_evaluation(tmp_path, masks)._replace(label=lambda index: labels[index])
+  counted = cases.overlap_cases(evaluation, 0)
+  measured = {c.case_id: c for c in cases.surface_cases(evaluation, 0, counted)}
+  np.testing.assert_array_equal(measured["a"].counts, [[6, 6], [6, 6], [6, 6]])
+  assert measured["a"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
+  # No outline of what is ignored, and no slice chosen for it.
+  label = np.zeros((2, 4), np.uint8)
+  labels[0] = types.IGNORED
+  assert gallery._fullest_record(evaluation, [0, 1]) == 1
+  label[:, 2] = 1
+  np.testing.assert_array_equal(gallery._known(labels[1]), label)
+
+
 def test_spacing_is_in_voxels_where_any_is_unknown(tmp_path):
   dataset = _stack_evaluation(tmp_path, _LABELS).dataset
   assert cases.case_spacing(dataset, [1, 2, 0]) == (1.0, 2.0, 5.0)

@@ -49,6 +49,9 @@ def test_classes_by_hand():
   # Halved, the second pixel covers 5, 5, 7, 9 by 1, 3, 3, 1: 4 of 8 are 5.
   line = np.array([[5, 5, 5, 5, 7, 9]], np.uint8)
   np.testing.assert_array_equal(geometry.resize_classes(line, (1, 3)), [[5, 5, 7]])
+  # Ignored pixels are as a class.
+  line = np.array([[255, 255, 255, 255, 7, 9]], np.uint8)
+  np.testing.assert_array_equal(geometry.resize_classes(line, (1, 3)), [[255, 255, 7]])
 
 
 def test_crop_and_padding_by_hand():

@@ -266,6 +266,22 @@ def test_validation_on_eight_devices_is_that_of_one():
     np.testing.assert_allclose(results[1][name], value, rtol=1e-5, err_msg=name)
 
 
+def test_an_image_whose_label_is_all_ignored_is_not_validated_on():
+  params, batch = problem(PLANE)
+  images, labels = batch.labelled["image"], np.array(batch.labelled["label"])
+  validate = [
+    validation.make_validate(network(2).apply, CLASSES, lambda b=b: [b], mesh_of(1, 1, 1))
+    for b in (
+      types.Batch(images, labels, np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])),
+      types.Batch(
+        images, np.where(np.arange(4)[:, None, None] == 3, types.IGNORED, labels).astype(np.uint8),
+        np.arange(4, dtype=np.int32), np.ones(4, bool),
+      ),
+    )
+  ]  # fmt: skip
+  assert validate[0](params) == validate[1](params)
+
+
 @pytest.mark.parametrize("axes", [(1, 1, 1), (8, 1, 1), (1, 4, 2)])
 def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
   params, optimizer = problem(PLANE)[0], optax.adam(0.1)

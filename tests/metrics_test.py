@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from rndpo_jax import types
 from rndpo_jax.evaluation import metrics
 
 MASK = np.array([[1, 1, 0], [2, 0, 0]], np.uint8)
@@ -144,6 +145,21 @@ def test_hd95_is_the_larger_direction():
   got = metrics.surface_metrics(mask, label, None, 0.0)
   assert got["hd95"] == pytest.approx(np.percentile(to_mask, 95))
   assert got == metrics.surface_metrics(label, mask, None, 0.0)
+
+
+def test_ignored_pixels_count_nowhere():
+  label = np.where(np.eye(6, 8, dtype=bool), types.IGNORED, np.arange(8) // 3).astype(np.uint8)
+  mask = np.random.default_rng(0).integers(0, 3, (6, 8)).astype(np.uint8)
+  known = label != types.IGNORED
+  for measure in (metrics.dice, metrics.iou):
+    rest = measure(mask[known][None], label[known][None], 3, 2)
+    np.testing.assert_array_equal(jax.jit(measure, static_argnums=(2, 3))(mask, label, 3, 2), rest)
+  counts = metrics.pixel_counts(mask, label, 3)
+  np.testing.assert_array_equal(counts, metrics.pixel_counts(mask[known], label[known], 3))
+  assert counts[1].sum() == known.sum()
+  np.testing.assert_allclose(metrics.overlap(counts)["dice"], metrics.dice(mask, label, 3, 2))
+  for one, other in zip(metrics.without_ignored(mask, label), (mask, label), strict=True):
+    np.testing.assert_array_equal(one, np.where(known, other, 0))
 
 
 def test_surface_metrics_of_empty_masks():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import errors
+from rndpo_jax import errors, types
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import nnunet
 
@@ -232,16 +232,44 @@ def test_what_nnunet_would_read_and_this_does_not_is_said(root):
   assert "splits_final.json: not read" in splits
 
 
-def test_the_ignore_label_is_no_class(root):
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_ignore_label_is_no_class(root, dims):
   _describe(root, labels={**LABELS, "ignore": 3})
-  _refused(root, r"dataset\.json: 'labels' has the ignore label, which is not supported.*take")
+  label = _label(2)
+  label[:, :, 1] = 3  # a slice that nobody drew
+  label[0, 0, 0] = 3
+  _save(root / "labelsTr" / "p2.nii.gz", label)
+  source, pixels = _read(root, spatial_dims=dims)
+  assert source.num_classes == 3 and source.class_names == ["background", "pool", "wall"]
+  expected = np.where(label == 3, types.IGNORED, label)
+  masks = pixels[1].mask if dims == 3 else np.stack([p.mask for p in pixels[3:6]], -1)
+  np.testing.assert_array_equal(masks, expected)
+  np.testing.assert_array_equal(pixels[0].mask, _label(1) if dims == 3 else _label(1)[:, :, 0])
+  assert "the label 'ignore' is no class" in source.notes[0]
+  label[0, 0, 0] = 4
+  _save(root / "labelsTr" / "p2.nii.gz", label)
+  _refused(root, r"p2\.nii\.gz: the mask holds the value 4; expected class ids")
+
+
+def test_an_ignore_label_that_is_not_the_highest_or_leaves_nothing(root):
+  _describe(root, labels={"background": 0, "ignore": 1, "pool": 2})
+  _refused(root, r"dataset\.json: 'labels' is .*expected .* the highest id for 'ignore'")
+  _describe(root, labels={"background": 0, "ignore": 1})
+  _refused(root, r"dataset\.json: 'labels' is .*expected two classes or more")
+  _describe(root, labels={**LABELS, "ignore": 3})
+  _save(root / "labelsTr" / "p2.nii.gz", np.full(SHAPE, 3, np.uint8))
+  _refused(root, r"p2\.nii\.gz: every voxel is ignored.*take the file away")
 
 
 def test_more_classes_than_a_byte_holds(root):
-  _describe(root, labels={"background": 0, **{f"c{n}": n for n in range(1, 257)}})
-  _refused(root, "'labels' lists 257 classes, expected at most 256")
-  _describe(root, labels={"background": 0, **{f"c{n}": n for n in range(1, 256)}})
-  assert _open(root).num_classes == 256
+  labels = {"background": 0, **{f"c{n}": n for n in range(1, 256)}}
+  _describe(root, labels=labels)
+  _refused(root, "'labels' lists 256 classes, expected at most 255")
+  labels.pop("c255")
+  _describe(root, labels=labels)
+  assert _open(root).num_classes == 255
+  _describe(root, labels={**labels, "ignore": 255})
+  assert _open(root).num_classes == 255
 
 
 def test_microns_become_mm(root):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from rndpo_jax import types
 from rndpo_jax.mining import quality
 
 
@@ -47,6 +48,10 @@ def test_predicted_dice_by_hand():
   eight_of_each = (5.8 / 13.8 + 4.2 / 12.2) / 2
   got = apply(params, images, masks)
   np.testing.assert_allclose(got, [both_missing, four_of_one, eight_of_each], rtol=1e-5)
+  # Half of the pixels ignored: probabilities of 8 pixels, and the class's 4 or none of it.
+  masks[:, 2:] = types.IGNORED
+  half = [(1 / 3.4 + 1 / 2.6) / 2, (3.4 / 7.4 + 1 / 2.6) / 2, (5.8 / 11.4 + 1 / 2.6) / 2]
+  np.testing.assert_allclose(apply(params, images, masks), half, rtol=1e-5)
   # A class that neither the mask nor the image holds is no error.
   params["head"]["bias"] = jnp.array([50.0, 0.0, 0.0])
   np.testing.assert_allclose(apply(params, images, masks)[0], 1.0, rtol=1e-6)

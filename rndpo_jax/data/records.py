@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rndpo_jax import errors
+from rndpo_jax import errors, types
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
@@ -34,7 +34,7 @@ class Pixels(NamedTuple):
 
   Attributes:
     image: uint8 or float32 [*S, I], as it came.
-    mask: u8[*S] class ids, or None where the image has no mask.
+    mask: u8[*S] class ids or `types.IGNORED`, or None where the image has no mask.
     affine: f[4, 4], voxel indices to world; the identity where unknown.
     image_path: the image's file, for messages.
     mask_path: the mask's file, likewise.
@@ -186,9 +186,10 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
       f"{pixels.mask_path}: a mask of {pixels.mask.shape} pixels for an image of {shape}; expected "
       "the same size"
     )
-  if pixels.mask.max() >= num_classes:
+  wrong = pixels.mask[(pixels.mask >= num_classes) & (pixels.mask != types.IGNORED)]
+  if wrong.size:
     raise errors.DataError(
-      f"{pixels.mask_path}: the mask holds class {int(pixels.mask.max())}, expected "
+      f"{pixels.mask_path}: the mask holds class {int(wrong.max())}, expected "
       f"0..{num_classes - 1}; fix the mask or set config.data.num_classes"
     )
 

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from rndpo_jax import types
 from rndpo_jax.data import records
 from rndpo_jax.runtime import files, preemption
 
@@ -89,7 +90,7 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
     for name, value in sorted(example.items()):
       value = np.asarray(value)
       pixels.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
-    has_foreground |= bool(example["mask"].any())
+    has_foreground |= bool(((example["mask"] > 0) & (example["mask"] != types.IGNORED)).any())
     record = features.serialize_example(example)
     with _named_writing(path):
       writer.write(record)

@@ -69,6 +69,7 @@ def _surfaces(evaluation: predict.Evaluation, params) -> Iterator[tuple[tuple[st
       continue
     mask = stack_slices([masks.pop(i) for i in group])
     label = stack_slices([evaluation.label(i) for i in group])
+    mask, label = metrics.without_ignored(mask, label)
     spacing = case_spacing(evaluation.dataset, group)
     yield (
       key,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.evaluation import predict, results
+from rndpo_jax.evaluation import metrics, predict, results
 from rndpo_jax.runtime import files
 
 FILE = "gallery.npz"
@@ -48,7 +48,7 @@ def write(
     "finetuned_dice": np.array([tuned_dice[case] for case in chosen]),
   }
   for n, index in enumerate(indices):
-    label = evaluation.label(index)
+    label = _known(evaluation.label(index))
     z = None if label.ndim == 2 else results.fullest_slice(label)
     image = dataset_lib.load_native(evaluation.dataset, index, with_labels=False)["image"]
     arrays[f"image_{n}"] = image if z is None else image[:, :, z]
@@ -62,4 +62,9 @@ def write(
 
 def _fullest_record(evaluation, group: Sequence[int]) -> int:
   """The record of the group with the most labelled foreground."""
-  return max(group, key=lambda index: int((evaluation.label(index) > 0).sum()))
+  return max(group, key=lambda index: int((_known(evaluation.label(index)) > 0).sum()))
+
+
+def _known(label: np.ndarray) -> np.ndarray:
+  """The label with background where it is ignored."""
+  return metrics.without_ignored(label, label)[1]

@@ -6,6 +6,9 @@ case simply add up. Surface distances run on the host (scipy.ndimage).
 Empty masks, everywhere: both empty is a perfect result; exactly one empty is the worst one (Dice,
 IoU and NSD 0, the image's diagonal as distance). Leaving such cases out would flatter a segmenter
 that misses a structure, so they stay in, and the callers count them.
+
+Ignored pixels of a label (`types.IGNORED`), everywhere: background in mask and label alike, so that
+what was predicted there counts neither for nor against.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from rndpo_jax import types
 from rndpo_jax.types import Array
 
 # Relative, of NSD's tolerance: more than the rounding of a float32 spacing (6e-8) makes.
@@ -57,7 +61,8 @@ def dice(masks: Array, labels: Array, num_classes: int, spatial_dims: int) -> ja
 
   Args:
     masks: integers[..., *S] class ids.
-    labels: integers[..., *S] of the same rank; leading axes may be 1 to broadcast.
+    labels: integers[..., *S] of the same rank, class ids or IGNORED; leading axes may be 1 to
+      broadcast.
     num_classes: C, background (0) among them.
     spatial_dims: how many trailing axes are S.
 
@@ -89,9 +94,10 @@ def _overlap(masks, labels, num_classes, spatial_dims):
       f"{spatial_dims} axes; insert axes of size 1 into labels"
     )
   axes = tuple(range(-spatial_dims, 0))
+  known = labels != types.IGNORED
   intersection, total = [], []
   for c in range(1, num_classes):
-    a, b = masks == c, labels == c
+    a, b = (masks == c) & known, labels == c
     intersection.append(jnp.sum(a & b, axis=axes, dtype=jnp.int32))
     total.append(jnp.sum(a, axis=axes, dtype=jnp.int32) + jnp.sum(b, axis=axes, dtype=jnp.int32))
   return jnp.stack(intersection, axis=-1), jnp.stack(total, axis=-1)
@@ -130,20 +136,30 @@ def _pixel_mean(values):
   return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
+def without_ignored(mask: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mask and label u8[*S] with background where the label is ignored."""
+  ignored = label == types.IGNORED
+  return (
+    (np.where(ignored, 0, mask), np.where(ignored, 0, label)) if ignored.any() else (mask, label)
+  )
+
+
 def pixel_counts(mask: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
   """Counts the pixels of each class; the counts of a case's slices add up to the case's.
 
   Args:
     mask: u8[*S] class ids below `num_classes`.
-    label: u8[*S], likewise.
+    label: u8[*S], likewise, or IGNORED.
     num_classes: C, background (0) among them.
 
   Returns:
-    i64[3, C]: pixels of the class in mask and label alike, in the mask, in the label.
+    i64[3, C]: pixels of the class in mask and label alike, in the mask, in the label; ignored
+    pixels are in none.
   """
   if mask.shape != label.shape:
     raise ValueError(f"mask {mask.shape} and label {label.shape}: expected the same shape")
-  joint = label.ravel().astype(np.int64) * num_classes + mask.ravel()
+  known = label != types.IGNORED
+  joint = label[known].astype(np.int64) * num_classes + mask[known]
   confusion = np.bincount(joint, minlength=num_classes**2).reshape(num_classes, num_classes)
   return np.stack([np.diagonal(confusion), confusion.sum(axis=0), confusion.sum(axis=1)])
 

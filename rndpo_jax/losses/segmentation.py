@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,14 @@ from rndpo_jax.losses import class_ids
 
 
 def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
-  """Mean over pixels of -log softmax(z_p)[y_p].
+  """Mean over pixels of -log softmax(z_p)[y_p]; ignored pixels do not count.
 
   Args:
     logits: f[B, *S, C], C >= 2.
-    labels: u8[B, *S].
+    labels: u8[B, *S] class ids, or `types.IGNORED`.
 
   Returns:
-    f32[B], one value an image.
+    f32[B], one value an image; 0 for an image of ignored pixels alone.
 
   Raises:
     ValueError: where C = 1, or on a class id that is not below C, where it can be seen.
@@ -29,18 +31,22 @@ def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
   onehot = labels[..., None] == _class_ids(logits)
   log_partition = jax.nn.logsumexp(logits, axis=-1)
   picked = jnp.sum(jnp.where(onehot, logits, 0.0), axis=-1)
-  return jnp.mean(log_partition - picked, axis=tuple(range(1, labels.ndim)))
+  known, space = labels != types.IGNORED, tuple(range(1, labels.ndim))
+  mean = jnp.mean(jnp.where(known, log_partition - picked, 0.0), axis=space)
+  # Exactly 1 for an image without ignored pixels.
+  return mean * (math.prod(labels.shape[1:]) / jnp.maximum(jnp.sum(known, axis=space), 1))
 
 
 def soft_dice_loss(logits: types.Array, labels: types.Array, *, smooth: float = 1.0) -> jax.Array:
   """One minus soft Dice, mean over the foreground classes.
 
-  Dice_c = (2 sum_p q_pc y_pc + smooth) / (sum_p q_pc + sum_p y_pc + smooth), q = softmax(z).
+  Dice_c = (2 sum_p q_pc y_pc + smooth) / (sum_p q_pc + sum_p y_pc + smooth), q = softmax(z), p
+  over the pixels that are not ignored.
   Source: Milletari et al., "V-Net", 3DV 2016 (here with plain, not squared, sums).
 
   Args:
     logits: f[B, *S, C], C >= 2.
-    labels: u8[B, *S].
+    labels: u8[B, *S] class ids, or `types.IGNORED`.
     smooth: pixels added to both sides; a class absent from label and prediction costs about 0.
 
   Returns:
@@ -52,6 +58,7 @@ def soft_dice_loss(logits: types.Array, labels: types.Array, *, smooth: float = 
   _check_classes(logits, labels)
   chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
   probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  probs = jnp.where(labels[..., None] != types.IGNORED, probs, 0.0)
   onehot = (labels[..., None] == _class_ids(logits)).astype(jnp.float32)
   space = tuple(range(1, labels.ndim))
   overlap = jnp.sum(probs * onehot, axis=space)[:, 1:]
@@ -66,7 +73,7 @@ def supervised_loss(
 
   Args:
     logits: f[B, *S, C].
-    labels: u8[B, *S].
+    labels: u8[B, *S] class ids, or `types.IGNORED`.
     dice_weight: factor of the Dice term.
 
   Returns:
@@ -86,7 +93,7 @@ def _check_classes(logits, labels) -> None:
       f"logits: found {logits.shape[-1]} class, expected C >= 2, for a softmax over one class is "
       "always 1; give background and foreground a logit each: concatenate([-z / 2, z / 2], -1)"
     )
-  class_ids.check(logits, labels=labels)
+  class_ids.check(logits, labels == types.IGNORED, labels=labels)
 
 
 def _class_ids(logits: jax.Array) -> jax.Array:

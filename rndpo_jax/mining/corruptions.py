@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
 from rndpo_jax.mining import overlap
 
@@ -39,14 +40,18 @@ def training_batch(
 
   Args:
     key: one key.
-    images: f32[n, *S, I]. labels: u8[n, *S]. num_classes: C.
+    images: f32[n, *S, I]. labels: u8[n, *S] class ids, or IGNORED. num_classes: C.
     masks_per_image: M; several, so that a loss can compare masks of one image.
 
   Returns:
-    (images, masks u8[n, M, *S], targets f32[n, M] mean foreground Dice with the label).
+    (images, masks u8[n, M, *S], targets f32[n, M] mean foreground Dice with the label). Pixels
+    that the label ignores are IGNORED in the masks too, and count nowhere.
   """
   keys = jax.random.split(key, masks_per_image)
-  masks = jax.vmap(lambda k: corrupt(k, labels, num_classes), out_axes=1)(keys)
+  ignored = labels == types.IGNORED
+  known = jnp.where(ignored, jnp.zeros_like(labels), labels)
+  masks = jax.vmap(lambda k: corrupt(k, known, num_classes), out_axes=1)(keys)
+  masks = jnp.where(ignored[:, None], jnp.asarray(types.IGNORED, masks.dtype), masks)
   targets = overlap.pairwise_dice(masks, labels[:, None], num_classes)[:, :, 0]
   return images, masks, targets
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rndpo_jax import types
 from rndpo_jax.models import unet
 
 
@@ -37,7 +38,7 @@ def build(
   Returns:
     init(key, images f32[n, *S, I]) -> params, and apply(params, images, masks u8[n, *S],
     key=None) -> f32[n], the predicted mean foreground Dice in 0..1; a key switches dropout on. A
-    class that mask and q both lack counts 1.
+    class that mask and q both lack counts 1, and pixels that are IGNORED in a mask count nowhere.
   """
   net = unet.build(
     num_classes=num_classes,
@@ -53,6 +54,7 @@ def build(
 
   def apply(params, images, masks, key=None):
     expected = jax.nn.softmax(net.apply(params, images, key), axis=-1)
+    expected = jnp.where(masks[..., None] == types.IGNORED, 0.0, expected)
     drawn = jax.nn.one_hot(masks, num_classes, dtype=jnp.float32)
     axes = tuple(range(1, masks.ndim))
     shared = jnp.sum(expected * drawn, axis=axes)

@@ -39,6 +39,8 @@ def make_measure(
     return {
       **(proposed if with_proposals else {}),
       "scores": scores,
+      # Whether any pixel is labelled: where all are ignored, every proposal would be perfect.
+      "known": jnp.any(batch.labels != types.IGNORED, axis=tuple(range(1, batch.labels.ndim))),
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
       "base_foreground": jnp.any(base_masks > 0, axis=tuple(range(1, base_masks.ndim))),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
@@ -63,7 +65,13 @@ def write_reliability(
     directory: `pairs/`.
     outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
   """
-  measured = {split: _whole(outputs[split]) for split in SPLITS}
+  measured, case_ids = {}, {}
+  for split in SPLITS:
+    whole = _whole(outputs[split])
+    known = whole.pop("known")
+    measured[split] = jax.tree.map(lambda x, known=known: x[known], whole)
+    indices = dataset.splits[split][known]
+    case_ids[split] = [dataset.records[index]["case_id"] for index in indices]
   check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
   files.write_json(
@@ -81,7 +89,7 @@ def write_reliability(
     return reliability.reliability(
       measured[split]["scores"][name],
       measured[split]["truth"],
-      [dataset.records[index]["case_id"] for index in dataset.splits[split]],
+      case_ids[split],
       num_bootstrap=config.judge.num_bootstrap,
       seed=config.seed,
     )

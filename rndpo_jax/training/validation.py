@@ -61,11 +61,13 @@ def make_image_figures(apply: Callable, num_classes: int, mesh: Mesh) -> Callabl
 
 
 def image_figures(apply: Callable, num_classes: int, params, reference, batch) -> dict:
-  """Figures of each image, f32[B], and valid bool[B]; see `make_validate` for the first three."""
+  """Figures of each image, f32[B], and whether they count, bool[B]; see `make_validate`."""
   logits = apply(params, batch.images)
   masks = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
   per_class = metrics.dice(masks, batch.labels, num_classes, batch.labels.ndim - 1)
-  figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid}
+  # An image whose label ignores every pixel, such as a slice that nobody drew, tells nothing.
+  known = jnp.any(batch.labels != types.IGNORED, axis=tuple(range(1, batch.labels.ndim)))
+  figures = {"val_dice": jnp.mean(per_class, axis=-1), "valid": batch.valid & known}
   if reference is not None:
     figures["val_kl"] = metrics.kl_divergence(logits, apply(reference, batch.images))
     figures["val_entropy"] = metrics.entropy(logits)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import nibabel
 import numpy as np
 
-from rndpo_jax import errors
+from rndpo_jax import errors, types
 from rndpo_jax.data import geometry, records
 from rndpo_jax.data.sources import images
 
@@ -159,12 +159,30 @@ def _spacing(image, dims: int) -> tuple[float, ...] | None:
   return tuple(zoom * _MM[unit] for zoom in zooms)
 
 
-def read_case(case: Case, spatial_dims: int, num_classes: int) -> Iterator[records.Pixels]:
-  """Reads every file of a case once, and yields its records."""
+def read_case(
+  case: Case, spatial_dims: int, num_classes: int, has_ignored: bool
+) -> Iterator[records.Pixels]:
+  """Reads every file of a case once, and yields its records.
+
+  Args:
+    case: from `open_case`.
+    spatial_dims: of a record.
+    num_classes: C.
+    has_ignored: whether the id C in the label's file means `types.IGNORED`.
+
+  Raises:
+    DataError: where a file cannot be read, or the label holds other values or no class at all.
+  """
   image = np.stack([_voxels(path, case) for path in case.channels], axis=-1)
   mask = None
   if case.label is not None:
-    mask = images.class_ids(_voxels(case.label, case), num_classes, str(case.label))
+    ids = images.class_ids(_voxels(case.label, case), num_classes + has_ignored, str(case.label))
+    mask = np.where(ids == num_classes, np.uint8(types.IGNORED), ids) if has_ignored else ids
+    if (mask == types.IGNORED).all():
+      raise errors.DataError(
+        f"{case.label}: every voxel is ignored, so the case has no truth; take the file away, "
+        "which makes the case unlabelled"
+      )
   affine = np.asarray(_open(case.channels[0])[0].affine, np.float64)
   paths = (str(case.channels[0]), str(case.label))
   if len(case.shape) == spatial_dims:

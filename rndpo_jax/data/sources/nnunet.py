@@ -2,10 +2,10 @@
 
 The layout is that of nnU-Net (Isensee et al., Nature Methods 2021), version 2 and 1. Channels
 CASE_0000, CASE_0001 ... are stacked. Cases without a label file, and those in `imagesTs`, are
-unlabelled. If `dataset.json` lists the training cases' files under `dataset`, those are taken and
-`imagesTr` and `labelsTr` are not looked at. Spacing is the header's pixdim, in mm if the header
-names no unit, as in nnU-Net and ITK. With two spatial dimensions each slice along a volume's last
-axis is a record.
+unlabelled. nnU-Net's `ignore` label, the highest id, becomes `types.IGNORED`. If `dataset.json`
+lists the training cases' files under `dataset`, those are taken and `imagesTr` and `labelsTr` are
+not looked at. Spacing is the header's pixdim, in mm if the header names no unit, as in nnU-Net and
+ITK. With two spatial dimensions each slice along a volume's last axis is a record.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from rndpo_jax import errors
+from rndpo_jax import errors, types
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import folder, nifti
 
 _ENDINGS = (".nii.gz", ".nii")
-_MAX_CLASSES = 256  # masks are kept as u8
+_MAX_CLASSES = types.IGNORED  # masks are kept as u8
+_IGNORE = "ignore"  # nnU-Net's name for pixels of unknown class
 # Names of channels for which nnU-Net does not take the z-score.
 _OWN_NORMALIZATION = ("ct", "nonorm", "rescale_to_0_1", "rgb_to_0_1")
 
@@ -42,7 +43,7 @@ def open_source(config) -> records.Source:
     )
   root = folder.check_root(data.root)
   info = records.read_json(root / "dataset.json", "expected nnU-Net's description of the data set")
-  names = _class_names(root, info)
+  names, has_ignored = _class_names(root, info)
   if data.num_classes not in (0, len(names)):
     raise errors.DataError(
       f"config.data.num_classes: found {data.num_classes}, but {root / 'dataset.json'} lists "
@@ -58,7 +59,7 @@ def open_source(config) -> records.Source:
   def read(start: int) -> Iterator[records.Pixels]:
     for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
       sliced = next(group)["slice"]
-      pixels = nifti.read_case(cases[name], data.spatial_dims, len(names))
+      pixels = nifti.read_case(cases[name], data.spatial_dims, len(names), has_ignored)
       yield from itertools.islice(pixels, max(sliced, 0), None)
 
   def fingerprint(place: int) -> str:
@@ -77,14 +78,19 @@ def open_source(config) -> records.Source:
     read=read,
     fingerprint=fingerprint,
     notes=(
-      *_notes_of_folder(root, channel_names, data.normalization),
+      *_notes_of_folder(root, channel_names, data.normalization, has_ignored),
       *nifti.notes_of_headers(list(cases.values())),
     ),
   )
 
 
-def _notes_of_folder(root: pathlib.Path, channel_names, normalization: str) -> Iterator[str]:
-  """What of the folder's own description has no effect here."""
+def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool) -> Iterator[str]:
+  """What of the folder's own description has another effect here than a reader might think."""
+  if has_ignored:
+    yield (
+      f"{root / 'dataset.json'}: the label {_IGNORE!r} is no class: its pixels are in no loss and "
+      "in no metric"
+    )
   names = channel_names.values() if isinstance(channel_names, dict) else channel_names
   own = [str(name) for name in names if str(name).lower() in _OWN_NORMALIZATION]
   if own:
@@ -99,30 +105,35 @@ def _notes_of_folder(root: pathlib.Path, channel_names, normalization: str) -> I
     )
 
 
-def _class_names(root: pathlib.Path, info: dict[str, Any]) -> list[str]:
-  """Names of the classes 0..C-1, from version 2's {name: id} or version 1's {id: name}."""
+def _class_names(root: pathlib.Path, info: dict[str, Any]) -> tuple[list[str], bool]:
+  """Names of the classes 0..C-1, and whether the id C is that of ignored pixels.
+
+  From version 2's {name: id} or version 1's {id: name}.
+  """
   path, labels = root / "dataset.json", info.get("labels")
   if not isinstance(labels, dict) or len(labels) < 2:
     raise errors.DataError(f"{path}: 'labels' is {labels!r}, expected two names and ids or more")
-  if len(labels) > _MAX_CLASSES:
+  if len([name for name in labels if str(name).lower() != _IGNORE]) > _MAX_CLASSES:
     raise errors.DataError(
       f"{path}: 'labels' lists {len(labels)} classes, expected at most {_MAX_CLASSES}, which a "
-      "mask of 8 bits can hold; join classes"
+      "mask of 8 bits can hold beside the ignored pixels; join classes"
     )
   if all(str(key).isdigit() for key in labels):
     labels = {str(name): int(key) for key, name in labels.items()}
-  if any(str(name).lower() == "ignore" for name in labels):
-    raise errors.DataError(
-      f"{path}: 'labels' has the ignore label, which is not supported: its pixels would be trained "
-      "and measured as a class; take 'ignore' out of 'labels' and set its pixels in the masks to "
-      "the class that they most likely are, or leave those cases unlabelled"
-    )
   if sorted(map(str, labels.values())) != sorted(str(i) for i in range(len(labels))):
     raise errors.DataError(
       f"{path}: 'labels' has the ids {list(labels.values())}, expected 0..{len(labels) - 1}, each "
       "once; regions (lists of ids) are not supported, relabel the masks"
     )
-  return [str(name) for name, _ in sorted(labels.items(), key=lambda item: int(item[1]))]
+  names = [str(name) for name, _ in sorted(labels.items(), key=lambda item: int(item[1]))]
+  if _IGNORE not in map(str.lower, names):
+    return names, False
+  if names[-1].lower() != _IGNORE or len(names) < 3:
+    raise errors.DataError(
+      f"{path}: 'labels' is {labels!r}; expected two classes or more, and the highest id for "
+      f"{_IGNORE!r}, as in nnU-Net"
+    )
+  return names[:-1], True
 
 
 def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tuple[list, Any]]:
