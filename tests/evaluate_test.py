@@ -277,8 +277,10 @@ def test_slices_of_a_case_count_together(tmp_path):
   assert metrics.overlap(measured["b"].counts)["dice"] == [1.0]
   # Of the truth, the 4 pixels of the missed slice are 5 mm from the mask; every pixel of so thin
   # a volume is on its boundary, and all others coincide.
-  assert measured["a"].surface == [{"hd95": 5.0, "assd": pytest.approx(20 / 20), "nsd": 16 / 20}]
-  assert measured["b"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
+  assert measured["a"].surface == [
+    {"hd95": 5.0, "hd100": 5.0, "assd": pytest.approx(20 / 20), "nsd": 16 / 20}
+  ]
+  assert measured["b"].surface == [{"hd95": 0.0, "hd100": 0.0, "assd": 0.0, "nsd": 1.0}]
 
 
 def test_predictions_where_the_label_is_ignored_count_nowhere(tmp_path, monkeypatch):
@@ -288,7 +290,7 @@ def test_predictions_where_the_label_is_ignored_count_nowhere(tmp_path, monkeypa
   counted = cases.overlap_cases(evaluation, 0)
   measured = {c.case_id: c for c in cases.surface_cases(evaluation, 0, counted)}
   np.testing.assert_array_equal(measured["a"].counts, [[6, 6], [6, 6], [6, 6]])
-  assert measured["a"].surface == [{"hd95": 0.0, "assd": 0.0, "nsd": 1.0}]
+  assert measured["a"].surface == [{"hd95": 0.0, "hd100": 0.0, "assd": 0.0, "nsd": 1.0}]
   # No outline of what is ignored, and no slice chosen for it.
   label = np.zeros((2, 4), np.uint8)
   labels[0] = types.IGNORED

@@ -48,6 +48,7 @@ METRICS = {
   "dice": Metric("Dice"),
   "iou": Metric("IoU"),
   "hd95": Metric("HD95", surface=True, distance=True),
+  "hd100": Metric("HD100", surface=True, distance=True),
   "assd": Metric("ASSD", surface=True, distance=True),
   "nsd": Metric("NSD", surface=True, options=("nsd_tolerance_mm",)),
 }
@@ -196,6 +197,7 @@ def surface_metrics(
   pixel centres, and every boundary pixel counting alike (not weighted by surface area):
 
       hd95 = max(95th percentile of d(a, B) over A, 95th percentile of d(b, A) over B)
+      hd100 = the same of the largest distances: the Hausdorff distance itself
       assd = (sum over A of d(a, B) + sum over B of d(b, A)) / (|A| + |B|)
       nsd  = (#{a : d(a, B) <= t} + #{b : d(b, A) <= t}) / (|A| + |B|),  t = tolerance (1 + 1e-6)
 
@@ -215,7 +217,7 @@ def surface_metrics(
     tolerance: of nsd, in the same unit.
 
   Returns:
-    "hd95", "assd" and "nsd". Both empty: 0, 0, 1. Exactly one empty: the image's diagonal
+    "hd95", "hd100", "assd" and "nsd". Both empty: 0, 0, 0, 1. Exactly one empty: the image's diagonal
     (sqrt of the sum of (pixels * spacing)^2), the same, 0.
   """
   if mask.shape != label.shape:
@@ -225,10 +227,10 @@ def surface_metrics(
     raise ValueError(f"spacing {spacing}: expected {mask.ndim} values above 0 for {mask.shape}")
   mask_empty, label_empty = not mask.any(), not label.any()
   if mask_empty and label_empty:
-    return {"hd95": 0.0, "assd": 0.0, "nsd": 1.0}
+    return {"hd95": 0.0, "hd100": 0.0, "assd": 0.0, "nsd": 1.0}
   if mask_empty or label_empty:
     diagonal = float(np.linalg.norm(np.asarray(mask.shape) * spacing))
-    return {"hd95": diagonal, "assd": diagonal, "nsd": 0.0}
+    return {"hd95": diagonal, "hd100": diagonal, "assd": diagonal, "nsd": 0.0}
   # Nothing outside the union's bounding box can be on a boundary or closer to one.
   box = ndimage.find_objects((mask | label).astype(np.uint8))[0]
   boundary_a, boundary_b = _boundary(mask[box]), _boundary(label[box])
@@ -237,6 +239,7 @@ def surface_metrics(
   both = np.concatenate([to_b, to_a])
   return {
     "hd95": float(max(np.percentile(to_b, 95), np.percentile(to_a, 95))),
+    "hd100": float(both.max()),
     "assd": float(both.mean()),
     "nsd": float((both <= tolerance * (1 + _SLACK)).mean()),
   }
