@@ -158,7 +158,7 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
-  evaluate.metrics = ("dice", "iou")  # of evaluation.metrics.METRICS: dice, iou, hd95, hd100, assd, nsd
+  evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels where the spacing is unknown
   # fmt: on
   return config

@@ -217,8 +217,8 @@ def surface_metrics(
     tolerance: of nsd, in the same unit.
 
   Returns:
-    "hd95", "hd100", "assd" and "nsd". Both empty: 0, 0, 0, 1. Exactly one empty: the image's diagonal
-    (sqrt of the sum of (pixels * spacing)^2), the same, 0.
+    "hd95", "hd100", "assd" and "nsd". Both empty: 0, 0, 0, 1. Exactly one empty: the image's
+    diagonal (sqrt of the sum of (pixels * spacing)^2) for the three distances, and 0.
   """
   if mask.shape != label.shape:
     raise ValueError(f"mask {mask.shape} and label {label.shape}: expected the same shape")
