@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import errors, types
+from rndpo_jax.data import file_checks
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
@@ -309,12 +310,15 @@ def read_json(path: epath.Path, remedy: str) -> Any:
   Raises:
     DataError: where the file is missing or is no JSON object; `remedy` ends the message.
   """
+  file_checks.check_regular(path)
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise errors.DataError(f"{path}: no such file; {remedy}") from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise errors.DataError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+  except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError among them
+    raise errors.DataError(
+      f"{path}: cannot be read as JSON ({file_checks.one_line(error)}); {remedy}"
+    ) from error
   if not isinstance(content, dict):
     raise errors.DataError(
       f"{path}: holds a {type(content).__name__}, expected an object; {remedy}"

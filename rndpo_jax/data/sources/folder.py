@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
 from rndpo_jax import errors
-from rndpo_jax.data import records
+from rndpo_jax.data import file_checks, records
 from rndpo_jax.data.sources import images
 from rndpo_jax.runtime import threads
 
@@ -82,7 +83,19 @@ def open_source(config) -> records.Source:
     records=entries,
     read=lambda start: threads.in_order(read, ids[start:]),
     fingerprint=fingerprint,
+    notes=tuple(_notes(image_files, headers)),
   )
+
+
+def _notes(files, headers) -> Iterator[str]:
+  """Images that a viewer shows otherwise than they are taken."""
+  turned = [name for name, header in headers.items() if header.orientation != 1]
+  if turned:
+    yield (
+      f"{files[turned[0]]}: tagged with orientation {headers[turned[0]].orientation}, as are "
+      f"{len(turned)} of {len(headers)} images; PNG and JPEG are taken as stored, TIFF as the tag "
+      "turns it: make sure that the masks are alike"
+    )
 
 
 def check_root(root: str) -> pathlib.Path:
@@ -98,6 +111,7 @@ def check_root(root: str) -> pathlib.Path:
       f"config.data.root: a bucket cannot be read as a source, found {root!r}; mount it, for "
       "example with gcsfuse, and give that folder"
     )
+  file_checks.check_text(root, "config.data.root")
   path = pathlib.Path(root).expanduser()
   if not path.is_dir():
     raise errors.DataError(f"{path}: no such folder; set config.data.root to the data's folder")
@@ -119,9 +133,11 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
   files: dict[str, pathlib.Path] = {}
   for path in sorted(folder.iterdir()):
     suffix = path.suffix.lower()
-    if path.name.startswith(".") or path.is_dir():
+    if path.name.startswith("."):
       continue
     if suffix not in suffixes:
+      if path.is_dir():
+        continue
       if suffix in (*_LOSSY, *_UNREADABLE):
         why = "JPEG changes class ids" if suffix in _LOSSY else "it would be overlooked"
         raise errors.DataError(
@@ -129,11 +145,13 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
           "convert or remove it"
         )
       continue
-    if path.stem in files:
+    name = file_checks.check_text(path.stem, str(path))
+    file_checks.check_regular(path)
+    if name in files:
       raise errors.DataError(
-        f"{path}: second file of the id {path.stem!r}, beside {files[path.stem].name}; keep one"
+        f"{path}: second file of the id {name!r}, beside {files[name].name}; keep one"
       )
-    files[path.stem] = path
+    files[name] = path
   if not files:
     raise errors.DataError(f"{folder}: no {what}; expected files ID{'|'.join(suffixes)}")
   return files

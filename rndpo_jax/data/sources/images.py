@@ -4,22 +4,28 @@ Images, by Pillow's mode: L and 1 are grey, RGB is colour, 8 bits each; I;16, I 
 and become float32. A palette image becomes RGB. An alpha channel is dropped where it is opaque
 everywhere and refused otherwise. Masks: grey values, palette indices (not their colours), or
 RGB whose three channels are equal. Pixels are taken as they are stored; an EXIF orientation is
-not applied.
+not applied, except for TIFF's own, which Pillow applies.
 """
 
 from __future__ import annotations
 
 import pathlib
 import struct
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from rndpo_jax import errors
+from rndpo_jax.data import file_checks
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "I": 1, "F": 1}
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow would read dozens, some by other programs
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+_ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright
 
 
 class Header(NamedTuple):
@@ -28,6 +34,7 @@ class Header(NamedTuple):
   shape: tuple[int, int]  # (H, W)
   channels: int  # 1 or 3
   dtype: str  # uint8 or float32
+  orientation: int  # EXIF's or TIFF's, 1 for none
 
 
 def header(path: pathlib.Path) -> Header:
@@ -44,13 +51,9 @@ def header(path: pathlib.Path) -> Header:
       )
     if image.height * image.width < 2:
       raise errors.DataError(f"{path}: an image of one pixel; expected more, remove it")
-    deep = "16" in str([tile[-1] for tile in image.tile])
-    if deep and _CHANNELS[mode] == 3:
-      raise errors.DataError(
-        f"{path}: colour of 16 bits a channel is not supported; convert it to 8 bits"
-      )
+    _check_depth(path, image)
     dtype = "float32" if mode in ("I", "F") else "uint8"
-    return Header((image.height, image.width), _CHANNELS[mode], dtype)
+    return Header((image.height, image.width), _CHANNELS[mode], dtype, _orientation(path, image))
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
@@ -62,16 +65,16 @@ def read_image(path: pathlib.Path) -> np.ndarray:
   with _open(path) as image:
     mode = image.mode
     if mode == "1":
-      array = _decode(path, image.convert, "L")
+      array = np.asarray(_decode(path, image.convert, "L"))
     elif mode in ("P", "PA", "LA", "RGBA"):
-      array = _decode(path, image.convert, "LA" if mode == "LA" else "RGBA")
+      array = np.asarray(_decode(path, image.convert, "LA" if mode == "LA" else "RGBA"))
       if array[..., -1].min() < 255:
         raise errors.DataError(
           f"{path}: transparent pixels have no defined value; save it without an alpha channel"
         )
       array = array[..., :-1]
     else:
-      array = _decode(path, image.copy)
+      array = np.asarray(_decode(path, image.copy))
   if array.ndim == 2:
     array = array[..., None]
   return array if array.dtype == np.uint8 else array.astype(np.float32)
@@ -85,7 +88,8 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
       0..C-1.
   """
   with _open(path) as image:
-    array = _decode(path, image.copy)
+    _check_depth(path, image)
+    array = np.asarray(_decode(path, image.copy))
   if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
     array = array[..., 0]
   if array.ndim != 2:
@@ -115,13 +119,34 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
   return array.astype(np.uint8)
 
 
+def _check_depth(path: pathlib.Path, image: Image.Image) -> None:
+  """Refuses what Pillow would cut to the upper 8 of 16 bits."""
+  if image.mode in ("LA", "RGB", "RGBA") and "16" in str([tile[-1] for tile in image.tile]):
+    raise errors.DataError(
+      f"{path}: colour or transparency of 16 bits a channel is not supported; convert it to 8 bits "
+      "a channel, or to grey alone"
+    )
+
+
+def _orientation(path: pathlib.Path, image: Image.Image) -> int:
+  if image.format == "PNG" and "exif" not in image.info:
+    return 1  # else Pillow would decode the pixels to look behind them
+  return _decode(path, image.getexif).get(_ORIENTATION, 1)
+
+
 def _open(path: pathlib.Path) -> Image.Image:
+  file_checks.check_regular(path)
   try:
-    image = Image.open(path)
+    image = Image.open(path, formats=_FORMATS)
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+  except _TOO_LARGE as error:
+    raise errors.DataError(
+      f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; crop or shrink it"
+    ) from error
   except _BROKEN as error:
     raise errors.DataError(
-      f"{path}: no readable header of a PNG, JPEG or TIFF ({error}); replace or remove the file"
+      f"{path}: no readable header of a PNG, JPEG or TIFF ({file_checks.one_line(error)}); "
+      "replace or remove the file"
     ) from error
   if frames > 1:
     image.close()
@@ -132,10 +157,11 @@ def _open(path: pathlib.Path) -> Image.Image:
   return image
 
 
-def _decode(path: pathlib.Path, step, *args) -> np.ndarray:
+def _decode(path: pathlib.Path, step, *args):
   try:
-    return np.asarray(step(*args))
+    return step(*args)
   except _BROKEN as error:
     raise errors.DataError(
-      f"{path}: truncated or damaged, its pixels cannot be read ({error}); replace or remove it"
+      f"{path}: truncated or damaged, its pixels cannot be read ({file_checks.one_line(error)}); "
+      "replace or remove it"
     ) from error

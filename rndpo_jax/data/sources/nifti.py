@@ -15,17 +15,14 @@ import nibabel
 import numpy as np
 
 from rndpo_jax import errors, types
-from rndpo_jax.data import geometry, records
+from rndpo_jax.data import file_checks, geometry, records
 from rndpo_jax.data.sources import images
 
 # Voxels that two files of a case may lie apart: more than the rounding of a header's float32
 # numbers makes of a large image, and less than training would notice.
 _MAX_SHIFT = 0.25
-
-
+_MAX_VOXELS = 2**28  # such as 512 x 512 x 1024
 _MM = {"mm": 1.0, "meter": 1e3, "micron": 1e-3, "unknown": 1.0}
-
-
 _BROKEN = (
   OSError,  # gzip's BadGzipFile among them
   EOFError,
@@ -79,13 +76,14 @@ def _agree(case: Case) -> bool:
 
 def _open(path: pathlib.Path):
   """The image of a file, header read and checked; its shape without trailing ones."""
+  file_checks.check_regular(path)
   try:
     image = nibabel.load(path)
     shape = tuple(int(n) for n in image.shape)
     kind = image.get_data_dtype()
   except _BROKEN as error:
     raise errors.DataError(
-      f"{path}: no readable NIfTI header ({error}); replace or remove the file"
+      f"{path}: no readable NIfTI header ({file_checks.one_line(error)}); replace or remove it"
     ) from error
   while len(shape) > 3 and shape[-1] == 1:
     shape = shape[:-1]
@@ -93,8 +91,12 @@ def _open(path: pathlib.Path):
     raise errors.DataError(f"{path}: voxels of type {kind}; expected one real number a voxel")
   if math.prod(shape) == 1:
     raise errors.DataError(f"{path}: one voxel; expected more, replace or remove the file")
-  if 0 in shape:
+  if min(shape) < 1:
     raise errors.DataError(f"{path}: shape {shape} holds no voxel; replace or remove the file")
+  if math.prod(shape) > _MAX_VOXELS:
+    raise errors.DataError(
+      f"{path}: shape {shape} holds more than {_MAX_VOXELS:,} voxels; crop or split it"
+    )
   return image, shape
 
 
@@ -118,7 +120,7 @@ def open_case(channels, label, spatial_dims: int) -> Case:
     shape=shape,
     spacing=_spacing(image, len(shape)),
     affine_spacing=tuple(np.linalg.norm(image.affine[:3, : len(shape)], axis=0).tolist()),
-    unit=image.header.get_xyzt_units()[0],
+    unit=_unit(image),
     eight_bit=all(k == np.uint8 for k in kinds) and all(s == (1, 0) for s in scales),
   )
 
@@ -151,12 +153,24 @@ def _describe(affine) -> list[str]:
 
 
 def _spacing(image, dims: int) -> tuple[float, ...] | None:
-  """mm an axis by pixdim, None if that is no positive number."""
-  unit = image.header.get_xyzt_units()[0]
+  """mm an axis by pixdim, None if that is no number above 0; its sign counts for nothing."""
   zooms = [float(zoom) for zoom in image.header.get_zooms()[:dims]]
-  if unit not in _MM or not all(np.isfinite(z) and z > 0 for z in zooms):
+  if 1.0 in zooms:  # nibabel reads 0 as 1
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:
+      header = type(image.header).from_fileobj(file, check=False)
+    zooms = [abs(float(edge)) for edge in header["pixdim"][1 : dims + 1]]
+  if not all(np.isfinite(z) and z > 0 for z in zooms):
     return None
-  return tuple(zoom * _MM[unit] for zoom in zooms)
+  return tuple(zoom * _MM[_unit(image)] for zoom in zooms)
+
+
+def _unit(image) -> str:
+  """The header's unit of length, 'unknown' if it is none of `_MM`."""
+  try:
+    unit = image.header.get_xyzt_units()[0]
+  except KeyError:  # a code that the format does not have
+    return "unknown"
+  return unit if unit in _MM else "unknown"
 
 
 def read_case(
@@ -205,6 +219,7 @@ def _voxels(path: pathlib.Path, case: Case) -> np.ndarray:
       array = image.get_fdata(dtype=np.float32, caching="unchanged")
   except _BROKEN as error:
     raise errors.DataError(
-      f"{path}: truncated or damaged, its voxels cannot be read ({error}); replace or remove it"
+      f"{path}: truncated or damaged, its voxels cannot be read ({file_checks.one_line(error)}); "
+      "replace or remove it"
     ) from error
   return array.reshape(case.shape)

@@ -11,13 +11,14 @@ ITK. With two spatial dimensions each slice along a volume's last axis is a reco
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from rndpo_jax import errors, types
-from rndpo_jax.data import records
+from rndpo_jax.data import file_checks, records
 from rndpo_jax.data.sources import folder, nifti
 
 _ENDINGS = (".nii.gz", ".nii")
@@ -50,6 +51,11 @@ def open_source(config) -> records.Source:
       f"{len(names)} labels; set it to {len(names)}, or to 0 to take theirs"
     )
   channel_names = info.get("channel_names") or info.get("modality") or {"0": ""}
+  if not isinstance(channel_names, (dict, list)):
+    raise errors.DataError(
+      f"{root / 'dataset.json'}: 'channel_names' is {channel_names!r}, expected an object of the "
+      "channels' numbers and names"
+    )
   num_channels = len(channel_names)
   files = _case_files(root, info, num_channels)
   cases = {name: nifti.open_case(*files[name], data.spatial_dims) for name in files}
@@ -118,14 +124,17 @@ def _class_names(root: pathlib.Path, info: dict[str, Any]) -> tuple[list[str], b
       f"{path}: 'labels' lists {len(labels)} classes, expected at most {_MAX_CLASSES}, which a "
       "mask of 8 bits can hold beside the ignored pixels; join classes"
     )
-  if all(str(key).isdigit() for key in labels):
+  if all(str(key).isdecimal() for key in labels):
     labels = {str(name): int(key) for key, name in labels.items()}
   if sorted(map(str, labels.values())) != sorted(str(i) for i in range(len(labels))):
     raise errors.DataError(
       f"{path}: 'labels' has the ids {list(labels.values())}, expected 0..{len(labels) - 1}, each "
       "once; regions (lists of ids) are not supported, relabel the masks"
     )
-  names = [str(name) for name, _ in sorted(labels.items(), key=lambda item: int(item[1]))]
+  names = [
+    file_checks.check_text(str(name), str(path))
+    for name, _ in sorted(labels.items(), key=lambda item: int(item[1]))
+  ]
   if _IGNORE not in map(str.lower, names):
     return names, False
   if names[-1].lower() != _IGNORE or len(names) < 3:
@@ -148,11 +157,12 @@ def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tupl
     )
   listed = "dataset" in info
   cases, labels = _listed_files(root, info["dataset"]) if listed else ({}, {})
+  taken = {file.resolve() for channels in cases.values() for file in channels.values()}
   if not listed:
     labels = {path.name.removesuffix(ending): path for path in _files(root / "labelsTr", ending)}
   for part in ("imagesTs",) if listed else ("imagesTr", "imagesTs"):
-    for path in _files(root / part, ending):
-      match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending))
+    for path in (p for p in _files(root / part, ending) if p.resolve() not in taken):
+      match = re.fullmatch(r"(.+)_([0-9]{4})", path.name.removesuffix(ending))
       if match is None:
         raise errors.DataError(f"{path}: expected CASE_0000{ending}, with a channel; rename it")
       channels = cases.setdefault(match[1], {})
@@ -185,7 +195,8 @@ def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tupl
 def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
   """Channel files and label files by case id, from `dataset` in `dataset.json`.
 
-  Paths are relative to the folder unless they are absolute, as nnU-Net reads them.
+  Paths are relative to the folder unless they are absolute, and may hold environment variables,
+  as nnU-Net reads them.
   """
   path = root / "dataset.json"
   if not isinstance(listed, dict) or not listed:
@@ -193,8 +204,9 @@ def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
       f"{path}: 'dataset' is {type(listed).__name__}, expected an object of case ids, each with "
       "'images' (a list of paths) and 'label' (a path)"
     )
-  cases, labels = {}, {}
+  cases, labels, owners = {}, {}, {}
   for name, entry in listed.items():
+    file_checks.check_text(name, str(path))
     files = entry.get("images") if isinstance(entry, dict) else None
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
       raise errors.DataError(
@@ -209,9 +221,16 @@ def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
       raise errors.DataError(
         f"{path}: the case {name!r} of 'dataset' has the label {label!r}, expected a path"
       )
-    cases[name] = dict(enumerate(root / file for file in files))
+    cases[name] = dict(enumerate(root / os.path.expandvars(file) for file in files))
     if label is not None:
-      labels[name] = root / label
+      labels[name] = root / os.path.expandvars(label)
+    for file in cases[name].values():
+      owner = owners.setdefault(file.resolve(), name)
+      if owner != name or len({other.resolve() for other in cases[name].values()}) < len(files):
+        raise errors.DataError(
+          f"{path}: {file} is listed twice, for the cases {owner!r} and {name!r}; one image in two "
+          "cases might be trained on and tested on, take one out"
+        )
   missing = [
     file
     for files in (*(case.values() for case in cases.values()), labels.values())
@@ -234,7 +253,10 @@ def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
       f"{directory}: no such folder; an nnU-Net raw folder holds dataset.json, imagesTr, labelsTr"
     )
   names = sorted(directory.iterdir())
-  return [p for p in names if p.name.endswith(ending) and not p.name.startswith(".")]
+  found = [p for p in names if p.name.endswith(ending) and not p.name.startswith(".")]
+  for path in found:
+    file_checks.check_text(path.name, str(path))
+  return found
 
 
 def _entries(data, name: str, case: nifti.Case, known: bool) -> Iterator[dict[str, Any]]:
