@@ -13,8 +13,9 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 if ! "$python" -c 'import grain' 2>/dev/null; then
   if ! compgen -G 'wheels/*.whl' >/dev/null; then
-    echo "error: grain is not installed and wheels/ is empty; run launch/wheels.sh where there is a" \
-      "network, and carry wheels/ here" >&2
+    echo "error: grain is not installed and wheels/ is empty; with a network give 'source" \
+      "launch/setup.sh cuda12' first, without one run launch/wheels.sh where there is a network" \
+      "and carry wheels/ here" >&2
     exit 2
   fi
   "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \

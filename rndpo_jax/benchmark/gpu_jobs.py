@@ -148,7 +148,7 @@ def _job(report: gpu_parts.Report, setting: str, flags: list[str], platform: str
   for name, seconds in stages.items():
     note = f"{seconds / total:.0%} of the whole; {compiling.get(name, 0.0):.1f} s of it compiling"
     gpu_parts.figure(report, f"stage {name}", setting, seconds, "s", note)
-    if name in images:
+    if name in images and seconds > 0:  # printed to a tenth: a tiny stage takes 0.0
       rate = images[name] / seconds
       gpu_parts.figure(report, f"images a second, {name}", setting, rate, "images/s",
                        f"{images[name]} images, compiling included")  # fmt: skip
