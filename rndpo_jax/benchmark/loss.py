@@ -37,7 +37,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     peers: the module `benchmark.torch_losses`, or None.
 
   Raises:
-    BenchmarkError: where variants disagree; nothing is timed then.
+    BenchmarkError: if variants disagree; nothing is timed then.
   """
   per_image = math.prod(options.shape[1:])
   batches = {max(1, round(2**size / per_image)) for size in options.sizes} | {options.shape[0]}

@@ -37,7 +37,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
     peers: the module `benchmark.torch_losses`, or None.
 
   Raises:
-    BenchmarkError: where PyTorch's U-Net does not give our logits.
+    BenchmarkError: if PyTorch's U-Net does not give our logits.
   """
   mesh = sharding.make_mesh()
   sharding.check_batch_size("--shape", options.shape[0], mesh.size)

@@ -20,7 +20,7 @@ def run(resolved: Mapping[str, Options]) -> list[dict[str, Any]]:
     resolved: from `options.resolve`.
 
   Raises:
-    BenchmarkError: where variants disagree, or PyTorch is asked for and cannot be used.
+    BenchmarkError: if variants disagree, or PyTorch is asked for and cannot be used.
   """
   rows = []
   for name, options in resolved.items():

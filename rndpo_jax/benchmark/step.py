@@ -36,7 +36,7 @@ def run(options: Options, peers: Any | None, online: bool = True) -> list[dict[s
     online: whether the step with an online reference is timed too.
 
   Raises:
-    BenchmarkError: where PyTorch's loss or gradient norm is not ours.
+    BenchmarkError: if PyTorch's loss or gradient norm is not ours.
   """
   mesh = sharding.make_mesh()
   segmenter, params = network.make(options)

@@ -24,7 +24,7 @@ def device() -> torch.device:
   """The device of JAX's platform; also sets PyTorch to use all cores or the fastest kernels.
 
   Raises:
-    BenchmarkError: where PyTorch cannot use that platform.
+    BenchmarkError: if PyTorch cannot use that platform.
   """
   platform = jax.default_backend()
   if platform == "cpu":

@@ -83,7 +83,7 @@ def make(options: Options, params: types.Params) -> UNet:
   """The network with `params` in it, on the device.
 
   Raises:
-    BenchmarkError: where parameters differ in number or shape from ours.
+    BenchmarkError: if parameters differ in number or shape from ours.
   """
   net = UNet(options)
   load(net, params)
@@ -100,7 +100,7 @@ def check_logits(
   """Compares the logits of `images`, without dropout, with ours.
 
   Raises:
-    BenchmarkError: where they differ.
+    BenchmarkError: if they differ.
   """
   # Compiled as a whole: a GPU would look for the fastest form of every layer apart.
   ours = np.asarray(jax.jit(segmenter.apply)(params, images))
@@ -114,7 +114,7 @@ def load(net: UNet, params: dict[str, Any]) -> None:
   """Copies the parameters of `models.unet`: in each block, convolutions and norms in their order.
 
   Raises:
-    BenchmarkError: where a shape differs, which is another architecture.
+    BenchmarkError: if a shape differs, which is another architecture.
   """
 
   def put(target: torch.Tensor, values) -> None:
@@ -190,7 +190,7 @@ def step_variant(
     compiled: by torch.compile, network and loss together.
 
   Raises:
-    BenchmarkError: where loss or gradient norm of the first batch are not ours.
+    BenchmarkError: if loss or gradient norm of the first batch are not ours.
   """
   net = make(options, params)
   optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
@@ -263,7 +263,7 @@ def sampling_variant(
   """`count` forward passes with dropout and their masks.
 
   Raises:
-    BenchmarkError: where the logits without dropout are not ours.
+    BenchmarkError: if the logits without dropout are not ours.
   """
   net = make(options, params)
   check_logits(net, options, segmenter, params, images[0])

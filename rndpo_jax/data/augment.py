@@ -39,7 +39,7 @@ def augment(
     (images f32[B, *S, I], masks u8[B, M, *S]).
 
   Raises:
-    ValueError: where quarter turns are asked of images whose H and W differ.
+    ValueError: if quarter turns are asked of images whose H and W differ.
   """
   if turn > 0 and images.shape[1] != images.shape[2]:
     raise ValueError(

@@ -38,7 +38,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground, or
       where another process listed other records.
-    OSError: where the files cannot be written, the disk being full for one.
+    OSError: if the files cannot be written, the disk being full for one.
     preemption.Preempted: on every process, after a signal to any.
   """
   remote, fingerprints = files.is_remote(directory), []

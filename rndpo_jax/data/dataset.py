@@ -50,7 +50,7 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   """Opens what the stage 'prepare' wrote, here or in `config.base.workdir`.
 
   Raises:
-    records.DataError: where a file is missing or damaged; names it and the remedy.
+    records.DataError: if a file is missing or damaged; names it and the remedy.
   """
   workdir = epath.Path(config.base.workdir or workdir)
   directory = workdir / "data"
@@ -99,7 +99,7 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
     affine f32[4, 4], voxel indices to world, the identity where unknown.
 
   Raises:
-    records.DataError: where labels are asked of a record without mask.
+    records.DataError: if labels are asked of a record without mask.
   """
   entry = dataset.records[index]
   if with_labels and not entry["has_mask"]:

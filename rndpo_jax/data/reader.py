@@ -26,7 +26,7 @@ def open_source(directory: epath.Path, *, with_labels: bool) -> Opened:
   """Random access to what was built; without labels, the masks' bytes are never decoded.
 
   Raises:
-    records.DataError: where it cannot be opened.
+    records.DataError: if it cannot be opened.
   """
   with _named(directory):
     return Opened(directory, files.local_copy(folder(directory)), with_labels)
@@ -36,8 +36,8 @@ class Opened:
   """The records, read on access; worker processes open the files again.
 
   Raises:
-    records.DataError: where a record cannot be read (any more), also in a worker.
-    files.FileError: where this host does not let a process open so many files.
+    records.DataError: if a record cannot be read (any more), also in a worker.
+    files.FileError: if this host does not let a process open so many files.
   """
 
   def __init__(self, directory: epath.Path, local: epath.Path, with_labels: bool):

@@ -122,7 +122,7 @@ def extract(pattern: str, text: str, key: str) -> str:
   """Group 1 of `pattern` found in `text`, or the whole text where the pattern is empty.
 
   Raises:
-    DataError: where the pattern is not found; `key` is the config key that it came from.
+    DataError: if the pattern is not found; `key` is the config key that it came from.
   """
   if not pattern:
     return text
@@ -284,7 +284,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
   """Reads `records.json`; its `records` are a `Table`.
 
   Raises:
-    DataError: where it is missing, is no JSON, or lacks a key.
+    DataError: if it is missing, is no JSON, or lacks a key.
   """
   path = directory / FILE
   content = read_json(path, "run the stage 'prepare' again")
@@ -308,7 +308,7 @@ def read_json(path: epath.Path, remedy: str) -> Any:
   """Reads a JSON object.
 
   Raises:
-    DataError: where the file is missing or is no JSON object; `remedy` ends the message.
+    DataError: if the file is missing or is no JSON object; `remedy` ends the message.
   """
   file_checks.check_regular(path)
   try:

@@ -36,7 +36,7 @@ def make_splits(
     Sorted case ids of each split.
 
   Raises:
-    records.DataError: where there are fewer groups than asked for.
+    records.DataError: if there are fewer groups than asked for.
   """
   cases, masked = _groups(entries)
   groups = sorted(cases)
@@ -132,7 +132,7 @@ def read(workdir: epath.Path) -> dict[str, list[str]]:
   """Reads `splits.json` as the stage 'prepare' wrote it.
 
   Raises:
-    records.DataError: where it is missing, is no JSON, or lacks a split.
+    records.DataError: if it is missing, is no JSON, or lacks a split.
   """
   path = workdir / FILE
   content = records.read_json(path, "run the stage 'prepare' again")

@@ -80,7 +80,7 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
     examples: from `examples`, or a part of them.
 
   Raises:
-    OSError: where it cannot be written.
+    OSError: if it cannot be written.
   """
   temporary = path.parent / f"{path.name}.tmp"
   with _named_writing(path):

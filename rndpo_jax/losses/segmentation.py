@@ -23,7 +23,7 @@ def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
     f32[B], one value an image; 0 for an image of ignored pixels alone.
 
   Raises:
-    ValueError: where C = 1, or on a class id that is not below C, where it can be seen.
+    ValueError: if C = 1, or on a class id that is not below C, where it can be seen.
   """
   _check_classes(logits, labels)
   chex.assert_equal_shape_prefix([logits, labels], labels.ndim)

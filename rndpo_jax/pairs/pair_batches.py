@@ -73,7 +73,7 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
   that the judge had right on validation (`judges.json`), and 0 where that is not above one half.
 
   Raises:
-    ConfigError: where no pair would weigh anything.
+    ConfigError: if no pair would weigh anything.
   """
   how = config.finetune.pair_weight
   if how != "reliability":
@@ -95,7 +95,7 @@ def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:
   """Record index -> what a pixel of the model's grid stands for, f32[].
 
   Raises:
-    ConfigError: where `config.finetune.region_unit` is mm and a spacing is unknown.
+    ConfigError: if `config.finetune.region_unit` is mm and a spacing is unknown.
   """
   if config.finetune.region_unit == "pixel":
     return lambda index: np.float32(1.0)

@@ -80,7 +80,7 @@ def problem_of(config, num_channels: int, num_classes: int) -> Problem:
   0 classes takes `config.data.num_classes`.
 
   Raises:
-    ConfigError: where neither says how many classes there are.
+    ConfigError: if neither says how many classes there are.
   """
   classes = num_classes or config.data.num_classes
   if classes < 2:

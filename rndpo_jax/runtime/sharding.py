@@ -31,7 +31,7 @@ def make_mesh(
       to one process, which reads it. `data` takes the rest.
 
   Raises:
-    ConfigError: where the devices do not divide so.
+    ConfigError: if the devices do not divide so.
   """
   devices = list(jax.devices() if devices is None else devices)
   check_mesh(len(devices), fsdp, space, len(devices) // len({d.process_index for d in devices}))
@@ -255,7 +255,7 @@ def make_population_mesh(
     devices: to take from.
 
   Raises:
-    ConfigError: where the processes cannot share the members evenly.
+    ConfigError: if the processes cannot share the members evenly.
   """
   of_process: dict[int, list[jax.Device]] = {}
   for device in jax.devices() if devices is None else devices:

@@ -31,8 +31,8 @@ def run(config, workdir: os.PathLike) -> None:
   """Measures every checkpoint and writes `evaluate/` and `results.json`.
 
   Raises:
-    records.DataError: where an earlier stage's file is missing, naming the stage to run.
-    checkpoint.CheckpointError: where a checkpoint cannot be read.
+    records.DataError: if an earlier stage's file is missing, naming the stage to run.
+    checkpoint.CheckpointError: if a checkpoint cannot be read.
   """
   workdir = epath.Path(workdir)
   tuned = checkpoint.steps(workdir / "finetune" / "params")

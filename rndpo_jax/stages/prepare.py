@@ -25,7 +25,7 @@ def run(config, workdir: epath.PathLike) -> None:
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
-    OSError: where the work directory cannot be written.
+    OSError: if the work directory cannot be written.
   """
   workdir = epath.Path(workdir)
   directory = workdir / "data"
@@ -85,7 +85,7 @@ def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
     entries: of `records.json`.
 
   Raises:
-    records.DataError: where they cannot be split so.
+    records.DataError: if they cannot be split so.
   """
   if data.split_file:
     return splits.read_split_file(epath.Path(data.split_file), entries)

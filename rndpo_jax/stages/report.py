@@ -21,7 +21,7 @@ def run(config, workdir: os.PathLike) -> None:
   """Writes `report.html`; reads files alone, computes nothing.
 
   Raises:
-    FileNotFoundError: where `results.json` or the mining manifest is missing.
+    FileNotFoundError: if `results.json` or the mining manifest is missing.
   """
   del config  # the resolved one stands in `config.json`
   workdir = epath.Path(workdir)

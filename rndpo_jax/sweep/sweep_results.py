@@ -42,7 +42,7 @@ def results(
     highest mean at the LAST step, the first of equals, or None where every one diverged.
 
   Raises:
-    files.FileError: where a member that did not diverge lacks a validation.
+    files.FileError: if a member that did not diverge lacks a validation.
   """
   members = []
   for (seed, beta, rate), at in zip(members_of(grid), diverged.ravel().tolist(), strict=True):

@@ -67,7 +67,7 @@ class Writer:
 
     Raises:
       OSError: with ENOSPC, where the disk was too full for this one or the one before.
-      CheckpointError: where it cannot be written for another reason, or not in time.
+      CheckpointError: if it cannot be written for another reason, or not in time.
     """
     self.wait()
     self._path = self._directory / str(step)
@@ -147,7 +147,7 @@ def restore_params(directory: epath.PathLike, step: int, *, stage_directory) -> 
     stage_directory: what to delete so that the finished stage runs again; for the message.
 
   Raises:
-    CheckpointError: where it is missing or corrupt.
+    CheckpointError: if it is missing or corrupt.
   """
   path = _path(directory, step)
   alone = _alone()

@@ -22,7 +22,7 @@ def read_rows(directory: os.PathLike, kind: str) -> list[dict[str, Any]]:
   """Rows of `metrics.jsonl` of one kind, "train" or "val"; what is null there is NaN.
 
   Raises:
-    files.FileError: where a line is no JSON object with a step and a kind.
+    files.FileError: if a line is no JSON object with a step and a kind.
   """
   path = epath.Path(directory) / "metrics.jsonl"
   return _of_kind(_parse(path, path.read_text().splitlines()), kind)
@@ -84,7 +84,7 @@ class MetricWriter:
         None where that is not looked at.
 
     Raises:
-      files.FileError: where a line cannot be read, or a validation is missing, naming the file and
+      files.FileError: if a line cannot be read, or a validation is missing, naming the file and
         what to delete.
     """
     if not self._writes:

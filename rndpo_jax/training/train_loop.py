@@ -64,7 +64,7 @@ def fit(
     preemption.Preempted: after a signal, the state being saved.
     errors.CheckpointError: if no checkpoint to go on from can be read.
     errors.ProvenanceError: if the checkpoint to go on from has other fingerprints.
-    errors.FileError: where `metrics.jsonl` does not hold what was validated before.
+    errors.FileError: if `metrics.jsonl` does not hold what was validated before.
   """
   num_steps, log_every_steps, eval_every_steps = schedule
   kept = kept_steps(num_steps, eval_every_steps)

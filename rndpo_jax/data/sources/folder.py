@@ -102,7 +102,7 @@ def check_root(root: str) -> pathlib.Path:
   """The folder of a source's files.
 
   Raises:
-    records.DataError: where the key is not set, names a bucket, or there is no such folder.
+    records.DataError: if the key is not set, names a bucket, or there is no such folder.
   """
   if not root:
     raise errors.DataError("config.data.root: not set; give the folder, --config.data.root=DIR")

@@ -41,7 +41,7 @@ def header(path: pathlib.Path) -> Header:
   """Reads an image's header.
 
   Raises:
-    records.DataError: where there is none, or it announces something that is refused.
+    records.DataError: if there is none, or it announces something that is refused.
   """
   with _open(path) as image:
     mode = "I" if image.mode.startswith("I;16") else image.mode
@@ -60,7 +60,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
   """Decodes an image: uint8 or float32 [H, W, 1 or 3].
 
   Raises:
-    records.DataError: where it is truncated or damaged, or has an alpha channel in use.
+    records.DataError: if it is truncated or damaged, or has an alpha channel in use.
   """
   with _open(path) as image:
     mode = image.mode
@@ -84,7 +84,7 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
   """Decodes a mask: u8[H, W] class ids. With two classes, 0 and 255 mean 0 and 1.
 
   Raises:
-    records.DataError: where it is truncated or damaged, has colours, or holds a value outside
+    records.DataError: if it is truncated or damaged, has colours, or holds a value outside
       0..C-1.
   """
   with _open(path) as image:

@@ -185,7 +185,7 @@ def read_case(
     has_ignored: whether the id C in the label's file means `types.IGNORED`.
 
   Raises:
-    DataError: where a file cannot be read, or the label holds other values or no class at all.
+    DataError: if a file cannot be read, or the label holds other values or no class at all.
   """
   image = np.stack([_voxels(path, case) for path in case.channels], axis=-1)
   mask = None
