@@ -1,5 +1,7 @@
 """Ignored pixels in the supervised losses: as if they were not there."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ IGNORED = np.random.default_rng(0).random((2, 6, 5)) < 0.4
 LOGITS = np.random.default_rng(1).normal(size=(2, 6, 5, 3)).astype(np.float32)
 LABELS = np.random.default_rng(2).integers(0, 3, (2, 6, 5)).astype(np.uint8)
 MARKED = np.where(IGNORED, types.IGNORED, LABELS).astype(np.uint8)
+CROSS_ENTROPY = functools.partial(segmentation.cross_entropy, has_ignored=True)
 
 
 def _known(loss, n):
@@ -19,7 +22,7 @@ def _known(loss, n):
   return float(loss(LOGITS[n][known][None, None], LABELS[n][known][None, None])[0])
 
 
-@pytest.mark.parametrize("loss", [segmentation.cross_entropy, segmentation.soft_dice_loss])
+@pytest.mark.parametrize("loss", [CROSS_ENTROPY, segmentation.soft_dice_loss])
 def test_the_loss_is_that_of_the_other_pixels(loss):
   got = jax.jit(loss)(LOGITS, MARKED)
   np.testing.assert_allclose(got, [_known(loss, 0), _known(loss, 1)], rtol=1e-6)
@@ -32,7 +35,7 @@ def test_the_gradient_is_zero_at_ignored_pixels_alone(ignored):
   labels = np.where(ignored, types.IGNORED, LABELS).astype(np.uint8)
 
   def loss(logits):
-    return losses.supervised_loss(logits, labels, dice_weight=1.0)[0]
+    return losses.supervised_loss(logits, labels, dice_weight=1.0, has_ignored=True)[0]
 
   value, gradient = jax.jit(jax.value_and_grad(loss))(LOGITS)
   np.testing.assert_array_equal((np.asarray(gradient) == 0).all(axis=-1), ignored)

@@ -29,6 +29,7 @@ class Dataset(NamedTuple):
     size: the model's grid.
     crop: centre crop in source pixels, () for none.
     normalization: 'zscore' or 'minmax'.
+    has_ignored: whether labels may hold `types.IGNORED`.
   """
 
   source: Any
@@ -44,6 +45,7 @@ class Dataset(NamedTuple):
   size: tuple[int, ...]
   crop: tuple[int, ...]
   normalization: str
+  has_ignored: bool = False
 
 
 def open_dataset(config, workdir: epath.PathLike) -> Dataset:

@@ -25,7 +25,9 @@ from rndpo_jax.data import file_checks
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
-_SOURCE_KEYS = ("num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit")
+_SOURCE_KEYS = (
+  "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit", "has_ignored",
+)  # fmt: skip
 _MATCH_SECONDS = 2.0  # for one name
 _ID_KEYS = ("record_id", "case_id", "group_id")
 
@@ -62,6 +64,7 @@ class Source(NamedTuple):
     records: one `record(...)` each, in the order of `read`.
     read: start -> iterator of Pixels, one a record from that place on.
     fingerprint: place -> what changes when the pixels of that record do, without reading them.
+    has_ignored: whether masks may hold `types.IGNORED`.
     notes: what a user should know of how the source was understood; said once when it is prepared.
   """
 
@@ -75,6 +78,7 @@ class Source(NamedTuple):
   records: list[dict[str, Any]]
   read: Callable[[int], Iterator[Pixels]]
   fingerprint: Callable[[int], str]
+  has_ignored: bool = False
   notes: tuple[str, ...] = ()
 
 

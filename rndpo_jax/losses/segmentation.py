@@ -12,12 +12,15 @@ from rndpo_jax import types
 from rndpo_jax.losses import class_ids
 
 
-def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
+def cross_entropy(
+  logits: types.Array, labels: types.Array, *, has_ignored: bool = False
+) -> jax.Array:
   """Mean over pixels of -log softmax(z_p)[y_p]; ignored pixels do not count.
 
   Args:
     logits: f[B, *S, C], C >= 2.
-    labels: u8[B, *S] class ids, or `types.IGNORED`.
+    labels: u8[B, *S] class ids, and with `has_ignored` also `types.IGNORED`.
+    has_ignored: whether there may be ignored pixels.
 
   Returns:
     f32[B], one value an image; 0 for an image of ignored pixels alone.
@@ -25,18 +28,21 @@ def cross_entropy(logits: types.Array, labels: types.Array) -> jax.Array:
   Raises:
     ValueError: if C = 1, or on a class id that is not below C, where it can be seen.
   """
-  _check_classes(logits, labels)
+  _check_classes(logits, labels, has_ignored)
   chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
   logits = logits.astype(jnp.float32)
-  ids = _class_ids(logits)
-  known, space = labels != types.IGNORED, tuple(range(1, labels.ndim))
-  # An ignored pixel is made one of class 0 beyond doubt, whose entropy is 0. Masking the entropies
-  # instead gives a wrong gradient where devices share H: XLA 0.10's partitioner (`mesh_test`).
-  logits = jnp.where(known[..., None], logits, jnp.where(ids == 0, 0.0, -1e30))
+  ids, space = _class_ids(logits), tuple(range(1, labels.ndim))
+  known = labels != types.IGNORED
+  if has_ignored:
+    # An ignored pixel is made one of class 0 beyond doubt: its entropy is 0. Masking the entropies
+    # instead gives a wrong gradient where devices share H: XLA 0.10's partitioner (`mesh_test`).
+    logits = jnp.where(known[..., None], logits, jnp.where(ids == 0, 0.0, -1e30))
+  onehot = labels[..., None] == ids
   log_partition = jax.nn.logsumexp(logits, axis=-1)
-  picked = jnp.sum(jnp.where(labels[..., None] == ids, logits, 0.0), axis=-1)
+  picked = jnp.sum(jnp.where(onehot, logits, 0.0), axis=-1)
   mean = jnp.mean(log_partition - picked, axis=space)
-  # Exactly 1 for an image without ignored pixels.
+  if not has_ignored:
+    return mean
   return mean * (math.prod(labels.shape[1:]) / jnp.maximum(jnp.sum(known, axis=space), 1))
 
 
@@ -70,7 +76,7 @@ def soft_dice_loss(logits: types.Array, labels: types.Array, *, smooth: float = 
 
 
 def supervised_loss(
-  logits: types.Array, labels: types.Array, *, dice_weight: float
+  logits: types.Array, labels: types.Array, *, dice_weight: float, has_ignored: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Cross-entropy + dice_weight * soft Dice loss, mean over the batch.
 
@@ -78,6 +84,7 @@ def supervised_loss(
     logits: f[B, *S, C].
     labels: u8[B, *S] class ids, or `types.IGNORED`.
     dice_weight: factor of the Dice term.
+    has_ignored: as in `cross_entropy`.
 
   Returns:
     (f32[], {"cross_entropy", "dice_loss"}).
@@ -85,18 +92,18 @@ def supervised_loss(
   Raises:
     ValueError: as `cross_entropy`.
   """
-  entropy = jnp.mean(cross_entropy(logits, labels))
+  entropy = jnp.mean(cross_entropy(logits, labels, has_ignored=has_ignored))
   dice = jnp.mean(soft_dice_loss(logits, labels))
   return entropy + dice_weight * dice, {"cross_entropy": entropy, "dice_loss": dice}
 
 
-def _check_classes(logits, labels) -> None:
+def _check_classes(logits, labels, has_ignored=True) -> None:
   if logits.shape[-1] < 2:
     raise ValueError(
       f"logits: found {logits.shape[-1]} class, expected C >= 2, for a softmax over one class is "
       "always 1; give background and foreground a logit each: concatenate([-z / 2, z / 2], -1)"
     )
-  class_ids.check(logits, labels == types.IGNORED, labels=labels)
+  class_ids.check(logits, has_ignored & (labels == types.IGNORED), labels=labels)
 
 
 def _class_ids(logits: jax.Array) -> jax.Array:

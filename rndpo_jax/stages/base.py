@@ -39,7 +39,13 @@ def optimizer(config) -> optax.GradientTransformation:
   return adam
 
 
-def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_options: dict | None):
+def make_loss_fn(
+  segmenter: types.Segmenter,
+  *,
+  dice_weight: float,
+  augment_options: dict | None,
+  has_ignored: bool = False,
+):
   """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), with dropout on."""
 
   def loss_fn(params, batch, inputs):
@@ -49,7 +55,7 @@ def make_loss_fn(segmenter: types.Segmenter, *, dice_weight: float, augment_opti
       images, labels = augment.augment(augment_key, images, labels[:, None], **augment_options)
       labels = labels[:, 0]
     logits = segmenter.apply(params, images, dropout_key)
-    return losses.supervised_loss(logits, labels, dice_weight=dice_weight)
+    return losses.supervised_loss(logits, labels, dice_weight=dice_weight, has_ignored=has_ignored)
 
   return loss_fn
 
@@ -115,6 +121,7 @@ def _train_member(config, workdir, member: int) -> None:
     segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
     augment_options=config.augment.to_dict() if config.base.augment else None,
+    has_ignored=dataset.has_ignored,
   )
   transformation, min_size = optimizer(config.base), config.mesh.fsdp_min_size
   train_loop.fit(

@@ -48,6 +48,7 @@ def run(config, workdir: os.PathLike) -> None:
     segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     num_classes=dataset.num_classes,
     size=dataset.size,
+    has_ignored=dataset.has_ignored,
     **loss_options(config),
   )
   transformation, min_size = optimizer(config.finetune), config.mesh.fsdp_min_size

@@ -196,6 +196,7 @@ def _make(config, dataset, params, grid, mesh, form):
     segmenter,
     num_classes=dataset.num_classes,
     size=dataset.size,
+    has_ignored=dataset.has_ignored,
     **finetune.loss_options(config),
   )
   unit = options.copy_and_resolve_references()

@@ -24,6 +24,7 @@ def make_loss_fn(
   anchor: str = "none",
   anchor_weight: float = 0.0,
   dice_weight: float = 0.0,
+  has_ignored: bool = False,
 ):
   """(params, types.PairBatch, types.StepInputs) -> (loss f32[], metrics of f32[]).
 
@@ -44,10 +45,11 @@ def make_loss_fn(
       supervised loss on labelled images).
     anchor_weight: factor of the anchor.
     dice_weight: of the supervised loss on labelled images.
+    has_ignored: of the same, see `segmentation.cross_entropy`.
   """
   region_options = {"classes": region_classes}
   read_reference = _make_reference(reference, segmenter.apply, region_options)
-  add_anchor = _make_anchor(anchor, segmenter.apply, dice_weight)
+  add_anchor = _make_anchor(anchor, segmenter.apply, dice_weight, has_ignored)
   reads_log_ratios = bool(objectives.readers(objective_options["objective"], "log_ratios"))
 
   def loss_fn(params, batch: types.PairBatch, inputs: types.StepInputs):
@@ -125,7 +127,9 @@ def _if_logged(log_probs: Callable, logits, inputs: types.StepInputs, margin):
   return jax.lax.cond(inputs.is_logged, log_probs, lambda _: (unknown, unknown), logits)
 
 
-def _make_anchor(kind: str, apply: Callable, dice_weight: float) -> Callable | None:
+def _make_anchor(
+  kind: str, apply: Callable, dice_weight: float, has_ignored: bool
+) -> Callable | None:
   """(params, batch, logits, chosen, weight f32[B, P]) -> f32[], or None without an anchor."""
 
   def chosen_masks(params, batch, logits, chosen, weight):
@@ -137,6 +141,7 @@ def _make_anchor(kind: str, apply: Callable, dice_weight: float) -> Callable | N
   def labelled_images(params, batch, logits, chosen, weight):
     del logits, chosen, weight
     logits = apply(params, batch.labelled["image"])
-    return losses.supervised_loss(logits, batch.labelled["label"], dice_weight=dice_weight)[0]
+    labels, options = batch.labelled["label"], {"dice_weight": dice_weight}
+    return losses.supervised_loss(logits, labels, **options, has_ignored=has_ignored)[0]
 
   return {"none": None, "chosen": chosen_masks, "labelled": labelled_images}[kind]

@@ -76,6 +76,7 @@ def open_source(config) -> records.Source:
     name=data.name,
     num_classes=len(names),
     class_names=names,
+    has_ignored=has_ignored,
     num_channels=num_channels,
     spatial_dims=data.spatial_dims,
     spacing_unit="mm" if known else "voxel",
