@@ -113,9 +113,8 @@ def _of_finetuning(options) -> Readers:
   several = "," in options.objective
 
   def of_objective(what):
-    names = [name for name in options.objective.replace(" ", "").split(",")]
-    known = objectives.known_readers(what)
-    return any(n in known.split(", ") for n in names), f"config.finetune.objective {known}"
+    known = f"config.finetune.objective {objectives.known_readers(what)}"
+    return bool(objectives.readers(options.objective, what)), known
 
   power = (options.normalization == "power", "config.finetune.normalization 'power'")
   return {

@@ -80,7 +80,13 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
     batch = batch.labelled
     options = base_config().augment.to_dict()
     options |= {"elastic": 0.5} if size == PLANE else {"turn": 0.0}
-    loss_fn = base.make_loss_fn(segmenter, dice_weight=1.0, augment_options=options)
+    ignored = kind == "base, ignored pixels"
+    if ignored:
+      labels = np.where(batch["label"] == CLASSES - 1, types.IGNORED, batch["label"])
+      batch = {**batch, "label": labels.astype(np.uint8)}
+    loss_fn = base.make_loss_fn(
+      segmenter, dice_weight=1.0, augment_options=options, has_ignored=ignored
+    )
   step = train_step.make_train_step(loss_fn, OPTIMIZER, mesh, accumulate_steps, 0.5, MIN_SIZE)
   state = train_step.make_state(params, OPTIMIZER, mesh, True, MIN_SIZE)
   batch = sharding.put_batch(batch, mesh)
@@ -135,6 +141,7 @@ def assert_same(alone, shared, size):
   "kind,size,axes,parts,unshared",
   [
     ("base", PLANE, (2, 2, 2), 1, 4),
+    ("base, ignored pixels", PLANE, (2, 2, 2), 1, 4),
     ("base", VOLUME, (2, 2, 2), 1, 4),
     ("finetune", PLANE, (1, 2, 4), 2, 2),
     ("finetune", PLANE, (2, 2, 1), 1, 2),
