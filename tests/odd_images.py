@@ -184,7 +184,7 @@ def _as_image(content, ending, image):
     written = content()
     try:
       colour = Image.open(io.BytesIO(written)).mode in ("RGB", "RGBA", "P", "CMYK", "LAB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
       colour = False
     folder(root, colour=colour, images=(f"{CASE}.{ending}", written))
     right = None if image is None else {"image": image if image.ndim == 3 else image[..., None]}
