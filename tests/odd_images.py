@@ -179,12 +179,18 @@ def _config(root, **changes):
   }  # fmt: skip
 
 
+# What Pillow raises of a header that it cannot read, or will not.
+_UNREADABLE = (
+  OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
 def _as_image(content, ending, image):
   def make(root):
     written = content()
     try:
       colour = Image.open(io.BytesIO(written)).mode in ("RGB", "RGBA", "P", "CMYK", "LAB")
-    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except _UNREADABLE:
       colour = False
     folder(root, colour=colour, images=(f"{CASE}.{ending}", written))
     right = None if image is None else {"image": image if image.ndim == 3 else image[..., None]}
