@@ -18,7 +18,7 @@ def test_quickstart_passes_its_arguments_to_the_program(tmp_path):
   for extra, editable in (("", ".[run]"), ("cuda12", ".[run,cuda12]")):
     done = subprocess.run(
       ["bash", tmp_path / "launch" / "quickstart.sh", "--config.seed=1"],
-      env={**os.environ, "PYTHON": "true", "WORKDIR": "w", "EXTRA": extra},
+      env={**os.environ, "PYTHON": "true", "VENV": ".venv", "WORKDIR": "w", "EXTRA": extra},
       capture_output=True,
       text=True,
     )
@@ -35,7 +35,7 @@ def test_failed_install_is_tried_again(tmp_path):
     done = subprocess.run(
       ["bash", "-c", f"source {LAUNCH / 'setup.sh'} cuda12; echo $?"],
       cwd=tmp_path,
-      env={**os.environ, "PYTHON": "true"},
+      env={**os.environ, "PYTHON": "true", "VENV": ".venv"},
       capture_output=True,
       text=True,
     )
