@@ -7,10 +7,10 @@ both frames of a patient are in the same split. Takes about 10 minutes on 2 CPU 
 test Dice of the last checkpoint 0.705, of the base 0.700 (seed 0, judge agreement).
 """
 
-from configs import nnunet
+from configs import nnunet, recipes
 
 
-def get_config():
+def get_config(recipe=""):
   config = nnunet.get_config()
   config.data.name = "ACDC"
   config.data.group_pattern = r"(patient\d+)"
@@ -18,4 +18,5 @@ def get_config():
   config.data.num_labelled = 5
   config.data.num_val = 10
   config.data.num_test = 30
+  recipes.apply(config, recipe)
   return config

@@ -8,10 +8,11 @@ classes. Set data.num_labelled, num_val and num_test to what you have, and data.
 structures need; about 3 minutes at 64 x 64 on 2 CPU cores.
 """
 
+from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config():
+def get_config(recipe=""):
   config = config_lib.base_config()
   config.data.source = "folder"
   config.data.name = "folder"
@@ -21,4 +22,5 @@ def get_config():
   # Augmented, at the price of a second forward; on PH2 a little better than cached margins.
   config.finetune.augment = True
   config.finetune.reference = "online"
+  recipes.apply(config, recipe)
   return config.lock()

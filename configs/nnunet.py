@@ -7,10 +7,11 @@ Cases without a label file are unlabelled. With
 --config.data.group_pattern='(patient\d+)' the cases of a patient are in one split.
 """
 
+from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config():
+def get_config(recipe=""):
   config = config_lib.base_config()
   config.data.source = "nnunet"
   config.data.name = "nnunet"
@@ -25,4 +26,5 @@ def get_config():
   config.base.num_steps = 600
   config.finetune.augment = True
   config.finetune.reference = "online"
+  recipes.apply(config, recipe)
   return config.lock()

@@ -6,10 +6,11 @@ DIR holds images/ID.png (RGB) and masks/ID.png (0 or 255), 200 of each. Takes ab
 CPU cores; test Dice of the last checkpoint 0.911, of the base 0.908 (seed 0, judge agreement).
 """
 
+from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config():
+def get_config(recipe=""):
   config = config_lib.base_config()
   config.data.source = "folder"
   config.data.name = "PH2"
@@ -20,4 +21,5 @@ def get_config():
   # Augmented, at the price of a second forward; on PH2 a little better than cached margins.
   config.finetune.augment = True
   config.finetune.reference = "online"
+  recipes.apply(config, recipe)
   return config.lock()

@@ -6,12 +6,14 @@ Takes about 2 minutes on 2 CPU cores; test Dice of the last checkpoint 0.873 aga
 base (seed 0).
 """
 
+from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config():
+def get_config(recipe=""):
   config = config_lib.base_config()
   # Augmented, at the price of a second forward; on PH2 a little better than cached margins.
   config.finetune.augment = True
   config.finetune.reference = "online"
+  recipes.apply(config, recipe)
   return config.lock()

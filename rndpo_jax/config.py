@@ -11,6 +11,10 @@ from typing import Any
 
 import ml_collections
 
+from rndpo_jax.errors import ConfigError
+
+# What a phase may change.
+PHASE_SECTIONS = ("augment", "strong", "proposals", "judge", "mine", "finetune")
 STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 
 
@@ -59,6 +63,15 @@ def base_config() -> ml_collections.ConfigDict:
   augment.elastic = 0.0  # a smooth random displacement
   augment.elastic_scale = 4.0  # pixels, standard deviation of the displacement
   augment.elastic_smoothing = 8.0  # pixels, width of its Gaussian
+
+  # What makes the strong view of an unlabelled image from its weak one, which is `augment` of it.
+  config.strong = strong = ml_collections.ConfigDict()
+  strong.intensity = 0.8  # probabilities and scales as in `augment`
+  strong.intensity_scale = 0.4
+  strong.gamma = 0.5
+  strong.gamma_scale = 0.5
+  strong.noise = 0.5
+  strong.noise_scale = 0.2
 
   config.model = model = ml_collections.ConfigDict()
   model.name = "unet"  # a name of models.ARCHITECTURES
@@ -127,7 +140,10 @@ def base_config() -> ml_collections.ConfigDict:
   mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
   mine.num_shards = 4  # files of pairs; the processes share them
 
+  # Fine-tunings one after another: what each changes, as in ({"finetune.num_steps": 800}, {}).
+  config.phases = ()
   config.finetune = finetune = ml_collections.ConfigDict()
+  finetune.rounds = 1  # times that the last phase is gone through, mining anew each time
   finetune.objective = "rn_dpo"  # a name of losses.objectives.OBJECTIVES, or several: "rn_dpo,ipo"
   finetune.objective_weights = ()  # of several objectives, as in (1.0, 0.2); () ones
   finetune.beta = 10.0  # see losses.preference_loss for its conversion between objectives
@@ -139,12 +155,15 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
   finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
-  finetune.anchor = "none"  # none | chosen | labelled: cross-entropy added to the loss
-  finetune.anchor_weight = 0.0  # factor of that cross-entropy
   finetune.reference = "cached"  # cached margins | online (needed with augment) | none
-  finetune.augment = False  # as `augment` says, image and masks alike
+  finetune.augment = False  # images with pairs, as `augment` says, image and masks alike
+  finetune.strong = False  # the policy sees the strong view of them; needs an online reference
+  finetune.dropout = False  # dropout on in the policy's forward of images with pairs
   finetune.num_steps = 300  # optimiser steps
   finetune.batch_size = 16  # images with their pairs a step
+  finetune.labelled_batch_size = 8  # labelled images a step
+  finetune.unlabelled_batch_size = 8  # unlabelled images a step, without pairs
+  finetune.ramp_steps = 0  # of rising weights of terms on the model's own predictions
   finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam
   finetune.schedule = "cosine"  # cosine decay to zero | constant
@@ -155,6 +174,25 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.eval_every_steps = 50  # validation and checkpoint
   finetune.keep_checkpoints = 2  # states to go on from; an older one if the latest is corrupt
   finetune.checkpoint_minutes = 0.0  # between further states; 0 makes none
+
+  # The loss is the sum of these, by weight; a weight of 0 leaves a term out and costs nothing.
+  finetune.terms = terms = ml_collections.ConfigDict()
+  for name in ("preference", "chosen", "consensus", "labelled", "cross_pseudo", "entropy"):
+    terms[name] = ml_collections.ConfigDict({"weight": 0.0})
+  terms.preference.weight = 1.0  # `objective` on the mined pairs
+  terms.pseudo = ml_collections.ConfigDict({"weight": 0.0})
+  terms.pseudo.teacher = "base"  # base | average: whose classes are learned
+  terms.pseudo.threshold = 0.0  # least probability of a class that is learned
+  terms.weak_to_strong = ml_collections.ConfigDict({"weight": 0.0})
+  terms.weak_to_strong.threshold = 0.9  # least probability of a class that is learned
+  terms.weak_to_strong.cutmix = 0.5  # share of the images with a box of another one
+  terms.weak_to_strong.second_view = False  # another strong view
+  terms.weak_to_strong.dropout_view = False  # the weak view with dropout on
+  terms.consistency = ml_collections.ConfigDict({"weight": 0.0})
+  terms.consistency.max_entropy = 0.0  # share of log C above which a pixel is left out; 0 none is
+  terms.consistency.passes = 4  # of the teacher under dropout, with max_entropy
+  terms.copy_paste = ml_collections.ConfigDict({"weight": 0.0})
+  terms.copy_paste.unlabelled_weight = 0.5  # of the pixels whose label is a guess
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
@@ -173,6 +211,54 @@ def leaves(config, prefix: str = "") -> dict[str, Any]:
     else:
       found[f"{prefix}{name}"] = value
   return found
+
+
+def num_phases(config) -> int:
+  """Fine-tunings of a job: its phases, the last one as often as there are rounds."""
+  return max(len(config.phases), 1) + config.finetune.rounds - 1
+
+
+def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
+  """The config of a phase: the job's, with what the phase changes.
+
+  In it `phases` are those up to this one, each with a value for every key that any of them changes,
+  so that it is its own last phase, and those before it can be had from it.
+
+  Args:
+    config: of a job, or of a phase after this one.
+    number: from 1; None for the last.
+
+  Raises:
+    ConfigError: if a phase names a key that is unknown, or of a section that phases share.
+  """
+  phases = tuple(config.phases) or ({},)
+  phases += (phases[-1],) * (config.finetune.rounds - 1)
+  values = leaves(config)
+  for place, phase in enumerate(phases):
+    for key in phase:
+      if key not in values or key.split(".")[0] not in PHASE_SECTIONS or key == "finetune.rounds":
+        raise ConfigError(
+          f"config.phases[{place}]: found key {key!r}, expected a key of "
+          f"{', '.join(PHASE_SECTIONS)}, without config"
+        )
+  changed = sorted(set().union(*phases))
+  phases = tuple({key: phase.get(key, values[key]) for key in changed} for phase in phases)
+  phases = phases[:number]
+  own = config.copy_and_resolve_references()
+  own.phases = phases if len(phases) > 1 else ()
+  own.finetune.rounds = 1
+  for key, value in phases[-1].items():
+    try:
+      own.update_from_flattened_dict({key: value})
+    except TypeError as error:
+      raise ConfigError(f"config.phases[{len(phases) - 1}]: {key}: {error}") from error
+  return own
+
+
+def active_terms(config) -> dict[str, dict[str, Any]]:
+  """The terms of fine-tuning's loss with a weight above 0: name -> options."""
+  terms = config.finetune.terms.to_dict()
+  return {name: options for name, options in terms.items() if options["weight"] > 0}
 
 
 def region_classes(config) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.training import image_terms
 
 MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
 
@@ -23,19 +24,24 @@ def validate(config) -> None:
     ConfigError: naming the key, what was found and what is expected.
   """
   config_ranges.check_types(config)
-  _check_choices(config)
   config_ranges.check_ranges(config)
+  numbers = range(1, config_lib.num_phases(config) + 1)
+  phases = [config_lib.of_phase(config, number) for number in numbers]
+  for own in phases:
+    _validate_phase(own)
+  config_unread.check(phases)
+
+
+def _validate_phase(config) -> None:
+  config_ranges.check_ranges(config)
+  _check_choices(config)
   _check_counts(config)
   _check_grid(config)
   mix = proposals.parse_mix(config.proposals.mix)
   _check_mix(config, mix)
   _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
-  if config.finetune.augment and config.finetune.reference == "cached":
-    raise ConfigError(
-      "config.finetune.reference: augmented images need an 'online' reference (cached margins "
-      "belong to the image as it was mined); set it, or set config.finetune.augment=False"
-    )
+  _check_terms(config)
   if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:
     raise ConfigError(
       "config.judge: 'noisy_oracle' needs flip_rate or noise_level above 0; the judge without "
@@ -45,7 +51,6 @@ def validate(config) -> None:
   workdir.check_path("config.data.split_file", config.data.split_file)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
-  config_unread.check(config)
 
 
 def _check_pairs(config, count: int) -> None:
@@ -78,24 +83,62 @@ def _check_objective(config) -> None:
       f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
       f"{smoothed[0]!r} needs it above 0 and below 0.5"
     )
-  if options.anchor != "none" and not options.anchor_weight > 0:
+  batch = objectives.readers(options.objective, "batch")
+  if options.accumulate_steps > 1 and batch:
     raise ConfigError(
-      f"config.finetune.anchor_weight: found {options.anchor_weight}, but anchor "
-      f"{options.anchor!r} needs it above 0"
+      f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but objective "
+      f"{batch[0]} reads the whole batch; set it to 1"
     )
-  if options.accumulate_steps > 1:
-    whole = [f"objective {name}" for name in objectives.readers(options.objective, "batch")]
-    whole += ["anchor labelled"] if options.anchor == "labelled" else []
-    if whole:
-      raise ConfigError(
-        f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but {whole[0]} reads "
-        "the whole batch; set it to 1"
-      )
   wrong = [k for k in options.region_classes if not 0 <= k < (config.data.num_classes or 256)]
   if wrong:
     raise ConfigError(
       f"config.finetune.region_classes: found class id {wrong[0]}, expected ids from 0 to "
       f"data.num_classes - 1"
+    )
+
+
+def _check_terms(config) -> None:
+  """Checks that there is a loss, and that each of its terms has what it reads."""
+  options = config.finetune
+  terms = config_lib.active_terms(config)
+  if not terms:
+    raise ConfigError(
+      "config.finetune.terms: every weight is 0; set one above 0, such as "
+      "config.finetune.terms.preference.weight=1"
+    )
+  for name in terms:
+    reads = image_terms.reads({name: terms[name]})
+    if "teacher" in reads and not options.ema_decay:
+      raise ConfigError(
+        f"config.finetune.ema_decay: found 0.0, but config.finetune.terms.{name} learns from the "
+        "moving average; set it, such as 0.99"
+      )
+    if "partner" in reads and config.base.num_members < 2:
+      raise ConfigError(
+        f"config.base.num_members: found {config.base.num_members}, but "
+        f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
+        "to 2 or more"
+      )
+  if "copy_paste" in terms and options.labelled_batch_size != options.unlabelled_batch_size:
+    raise ConfigError(
+      f"config.finetune.labelled_batch_size: found {options.labelled_batch_size}, but "
+      "config.finetune.terms.copy_paste pastes each into one of unlabelled_batch_size="
+      f"{options.unlabelled_batch_size}; set them equal"
+    )
+  on_pairs = [name for name in terms if "pairs" in image_terms.TERMS[name].reads]
+  others = [name for name in terms if name not in on_pairs]
+  # Parts of a batch are added up by the weight of their pairs, or equally; it cannot be both.
+  if options.accumulate_steps > 1 and (on_pairs and others or "consensus" in on_pairs):
+    raise ConfigError(
+      f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but the terms "
+      f"{', '.join(terms)} do not add up over parts of a batch; set it to 1"
+    )
+  changed = [name for name in ("augment", "strong") if options[name]]
+  if "preference" in terms and changed and options.reference == "cached":
+    raise ConfigError(
+      "config.finetune.reference: changed images need an 'online' reference (cached margins belong "
+      "to the image as it was mined); set it, or set "
+      f"{' and '.join(f'config.finetune.{name}=False' for name in changed)}"
     )
 
 
@@ -132,14 +175,13 @@ def _check_choices(config) -> None:
     "finetune.normalization": ("", "none", "region", "power"),
     "finetune.region_unit": ("pixel", "mm"),
     "finetune.pair_weight": ("none", "score_gap", "reliability"),
-    "finetune.anchor": ("none", "chosen", "labelled"),
+    "finetune.terms.pseudo.teacher": ("base", "average"),
   }
+  values = config_lib.leaves(config)
   for key, allowed in choices.items():
-    section, name = key.split(".")
-    if config[section][name] not in allowed:
+    if values[key] not in allowed:
       raise ConfigError(
-        f"config.{key}: found {config[section][name]!r}, expected one of "
-        f"{', '.join(map(str, allowed))}"
+        f"config.{key}: found {values[key]!r}, expected one of {', '.join(map(str, allowed))}"
       )
   if "noisy_oracle" in config.judge.compare:
     raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")

@@ -50,6 +50,8 @@ RANGES = {
   "augment.intensity_scale": _FROM_0, "augment.gamma_scale": _FROM_0,
   "augment.noise_scale": _FROM_0, "augment.elastic_scale": _FROM_0,
   "augment.elastic_smoothing": _FROM_0,
+  "strong.intensity": _SHARE, "strong.gamma": _SHARE, "strong.noise": _SHARE,
+  "strong.intensity_scale": _FROM_0, "strong.gamma_scale": _FROM_0, "strong.noise_scale": _FROM_0,
   "model.width": _WIDTH, "model.depth": Range(1, 16), "model.max_width": _WIDTH,
   "model.dropout": _RATE, "model.lanes": Range(0, 4096),
   "mesh.fsdp": Range(1, 2**16), "mesh.space": Range(1, 2**16), "mesh.fsdp_min_size": Range(1),
@@ -71,7 +73,14 @@ RANGES = {
   "mine.batch_size": _BATCH, "mine.num_shards": Range(1, 10**5 - 1),
   "finetune.beta": _ABOVE_0, "finetune.power_exponent": _FROM_0, "finetune.power_floor": _ABOVE_0,
   "finetune.label_smoothing": _FROM_0, "finetune.discopop_temperature": _ABOVE_0,
-  "finetune.anchor_weight": _FROM_0, "finetune.num_steps": _STEPS, "finetune.batch_size": _BATCH,
+  "finetune.num_steps": _STEPS, "finetune.batch_size": _BATCH,
+  "finetune.labelled_batch_size": _BATCH, "finetune.unlabelled_batch_size": _BATCH,
+  "finetune.ramp_steps": Range(0, 10**7), "finetune.rounds": Range(1, 100),
+  **{f"finetune.terms.{name}.weight": _FROM_0 for name in config_lib.base_config().finetune.terms},
+  "finetune.terms.pseudo.threshold": _RATE, "finetune.terms.weak_to_strong.threshold": _RATE,
+  "finetune.terms.weak_to_strong.cutmix": _SHARE, "finetune.terms.consistency.max_entropy": _SHARE,
+  "finetune.terms.consistency.passes": Range(1, 64),
+  "finetune.terms.copy_paste.unlabelled_weight": _FROM_0,
   "finetune.accumulate_steps": _BATCH, "finetune.learning_rate": _ABOVE_0,
   "finetune.weight_decay": _FROM_0, "finetune.clip_norm": _FROM_0, "finetune.ema_decay": _RATE,
   "finetune.log_every_steps": _STEPS, "finetune.eval_every_steps": _STEPS,
@@ -82,9 +91,12 @@ RANGES = {
 ITEMS = {
   "data.size": int, "data.crop": int, "data.phantom.size": int, "finetune.region_classes": int,
   "finetune.objective_weights": float,
-  "judge.compare": str, "evaluate.metrics": str,
+  "judge.compare": str, "evaluate.metrics": str, "phases": dict,
 }  # fmt: skip
-_KINDS = {int: ("whole numbers", {int}), float: ("numbers", {int, float}), str: ("names", {str})}
+_KINDS = {
+  int: ("whole numbers", {int}), float: ("numbers", {int, float}), str: ("names", {str}),
+  dict: ("dictionaries of keys and values", {dict}),
+}  # fmt: skip
 
 
 def check_types(config) -> None:

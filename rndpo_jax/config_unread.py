@@ -6,7 +6,7 @@ Every key of the config is in one of two lists, which a test checks: `ALWAYS`, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import sources
@@ -15,6 +15,7 @@ from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judges, proposals
 from rndpo_jax.runtime import progress
+from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
@@ -24,9 +25,8 @@ ALWAYS = (
   "data.prefetch",
   "proposals.mix",
   "judge.name", "judge.compare", "judge.num_bootstrap",
-  "finetune.objective", "finetune.beta", "finetune.region_unit", "finetune.region_classes",
-  "finetune.pair_weight", "finetune.anchor", "finetune.reference", "finetune.augment",
-  "finetune.num_steps", "finetune.batch_size", "finetune.accumulate_steps",
+  "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
+  "finetune.accumulate_steps",
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
   "finetune.ema_decay", "finetune.log_every_steps", "finetune.eval_every_steps",
   "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
@@ -40,20 +40,23 @@ SAID = (
 Readers = dict[str, tuple[bool, str]]
 
 
-def check(config) -> None:
+def check(phases: Sequence) -> None:
   """Looks for keys that differ from their default and that nothing reads.
+
+  Args:
+    phases: the configs of a job's phases, see `config.of_phase`; a key is read if one reads it.
 
   Raises:
     ConfigError: naming the first such key, its value, what would read it, and its default.
   """
-  values = config_lib.leaves(config)
-  defaults = config_lib.leaves(config_lib.base_config())
-  table = readers(config)
-  for key, default in defaults.items():
-    is_read, reader = find(table, key) or (True, "")
-    if is_read or values[key] == default:
+  values = [config_lib.leaves(config) for config in phases]
+  tables = [readers(config) for config in phases]
+  for key, default in config_lib.leaves(config_lib.base_config()).items():
+    entries = [find(table, key) or (True, "") for table in tables]
+    others = [value[key] for value in values if value[key] != default]
+    if not others or any(is_read for is_read, _ in entries):
       continue
-    found = f"config.{key}: found {values[key]!r}, which nothing reads; {reader} would"
+    found = f"config.{key}: found {others[0]!r}, which nothing reads; {entries[0][1]} would"
     if key not in SAID:
       raise ConfigError(f"{found}: choose that, or leave the key at {default!r}")
     progress.say(found)
@@ -79,6 +82,7 @@ def readers(config) -> Readers:
       "evaluate", metrics.METRICS, set(config.evaluate.metrics), "in config.evaluate.metrics"
     ),
     **_of_augmentation(config, used_judges),
+    **_of_terms(config),
     **_of_finetuning(config.finetune),
   }
 
@@ -98,7 +102,11 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
   options = config.augment
   on = config.base.augment or config.finetune.augment or "learned" in used_judges
-  where = "config.base.augment, config.finetune.augment or the judge 'learned'"
+  on = on or "unlabelled" in image_terms.reads(config_lib.active_terms(config))
+  where = (
+    "config.base.augment, config.finetune.augment, the judge 'learned' or a term of fine-tuning on "
+    "unlabelled images"
+  )
   scales = {"intensity": ["scale"], "gamma": ["scale"], "noise": ["scale"]}
   scales["elastic"] = ["scale", "smoothing"]
   table = {f"augment.{name}": (on, where) for name in ("flip", "turn", *scales)}
@@ -107,6 +115,49 @@ def _of_augmentation(config, used_judges: set[str]) -> Readers:
       reader = f"config.augment.{name} above 0 with {where}"
       table[f"augment.{name}_{end}"] = (on and options[name] > 0, reader)
   return table
+
+
+def _of_terms(config) -> Readers:
+  """Keys that the terms of fine-tuning read, and those of the terms themselves."""
+  terms = config_lib.active_terms(config)
+  read = image_terms.reads(terms)
+  pairs = ("pairs" in read, f"config.finetune.terms {_terms_that_read('pairs')}")
+  preference = ("preference" in terms, "config.finetune.terms.preference")
+  strong = "unlabelled" in read or config.finetune.strong
+  where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
+  table = {f"finetune.{name}": pairs for name in ("augment", "strong", "dropout", "batch_size")}
+  table |= {
+    f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
+  }
+  table["finetune.pair_weight"] = pairs
+  for name in ("labelled", "unlabelled"):
+    reader = f"config.finetune.terms {_terms_that_read(name)}"
+    table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  table["finetune.ramp_steps"] = (
+    any(image_terms.TERMS[name].rises for name in terms),
+    f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",
+  )
+  for name in config.strong:
+    amount = config.strong[name.removesuffix("_scale")]
+    on = strong and (amount > 0 or not name.endswith("_scale"))
+    table[f"strong.{name}"] = (on, where)
+  for name, options in config.finetune.terms.items():
+    for option in options:
+      on = option == "weight" or name in terms
+      table[f"finetune.terms.{name}.{option}"] = (
+        on,
+        f"config.finetune.terms.{name}.weight above 0",
+      )
+  consistency = config.finetune.terms.consistency
+  table["finetune.terms.consistency.passes"] = (
+    "consistency" in terms and consistency.max_entropy > 0,
+    "config.finetune.terms.consistency.max_entropy above 0",
+  )
+  return table
+
+
+def _terms_that_read(what: str) -> str:
+  return " or ".join(name for name, row in image_terms.TERMS.items() if what in row.reads)
 
 
 def _of_finetuning(options) -> Readers:
@@ -127,8 +178,4 @@ def _of_finetuning(options) -> Readers:
     "finetune.power_floor": power,
     "finetune.label_smoothing": of_objective("label_smoothing"),
     "finetune.discopop_temperature": of_objective("temperature"),
-    "finetune.anchor_weight": (
-      options.anchor != "none",
-      "config.finetune.anchor 'chosen' or 'labelled'",
-    ),
   }

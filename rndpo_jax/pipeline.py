@@ -15,7 +15,8 @@ from rndpo_jax import config_checks, errors
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
-from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
+from rndpo_jax.stages import base, evaluate, finetune, mine, phases, prepare, report
+from rndpo_jax.training import image_terms
 
 RUNNERS = {
   "prepare": prepare.run,
@@ -58,6 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     The stages' own errors.
   """
   config_checks.validate(config)
+  last = config_lib.of_phase(config)
   workdir_lib.check_path("--workdir", workdir)
   unknown = [name for name in stages if name not in config_lib.STAGES]
   if unknown:
@@ -92,11 +94,33 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     start = time.monotonic()
     progress.say(f"[{name}]")
     with preemption.together(f"stage {name!r} is done"):
+      if name == "mine":
+        _run_earlier_phases(config, workdir)
       if name not in ALONE or multihost.is_first():
-        RUNNERS[name](config, workdir)
+        RUNNERS[name](last, workdir)
     for folder in (workdir, (workdir / DONE[name]).parent):
       files.refresh(folder)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
+
+
+def _run_earlier_phases(config, workdir: epath.Path) -> None:
+  """Mines and fine-tunes in every phase but the last; what is done is kept.
+
+  A phase mines only if one of its terms reads pairs.
+  """
+  every = phases.of_job(config, workdir)
+  for number, (own, folder, _) in enumerate(every[:-1], 1):
+    terms = config_lib.active_terms(own)
+    progress.say(f"[phase {number} of {len(every)}] {', '.join(terms)}")
+    mined = folder / "pairs" / "manifest.json"
+    if "pairs" in image_terms.reads(terms) and not multihost.broadcast(mined.exists):
+      mine.run(own, workdir, folder)
+    multihost.barrier(f"phase {number} is mined")
+    for path in (workdir, folder, folder / "pairs"):
+      files.refresh(path)
+    finetune.run(own, workdir, folder)
+    multihost.barrier(f"phase {number} is done")
+    files.refresh(folder / "finetune")
 
 
 def _check_same_stages(wanted: list[str]) -> None:
@@ -127,6 +151,15 @@ def is_done(name: str, workdir: epath.Path) -> bool:
 
 
 def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> None:
+  """As `_check_phase_here`, of every phase; those before the last run in the stage `mine`."""
+  count = config_lib.num_phases(config)
+  for number in range(1, count + 1):
+    own = config_lib.of_phase(config, number)
+    earlier = (*stages, "finetune") if number < count and "mine" in stages else stages
+    _check_phase_here(own, earlier)
+
+
+def _check_phase_here(config, stages) -> None:
   """Raises ConfigError for what these devices or this installation cannot do, before any training.
 
   Args:
@@ -142,6 +175,10 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
   if config.base.workdir:
     trained = [name for name in trained if name != "base"]
   sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
+  if "finetune" in trained:
+    for name in {"labelled", "unlabelled"} & image_terms.reads(config_lib.active_terms(config)):
+      key = f"{name}_batch_size"
+      sizes[f"finetune.{key}"] = config.finetune[key]
   if "mine" in stages and "learned" in names:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   devices, space = jax.device_count(), config.mesh.space

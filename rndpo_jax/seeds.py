@@ -21,9 +21,10 @@ def mining_key(seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), _MINING)
 
 
-def finetuning_key(seed: int) -> jax.Array:
-  """The key of a fine-tuning."""
-  return jax.random.fold_in(jax.random.key(seed), _FINETUNING)
+def finetuning_key(seed: int, phase: int = 1) -> jax.Array:
+  """The key of a fine-tuning, the phase of it counted from 1."""
+  key = jax.random.fold_in(jax.random.key(seed), _FINETUNING)
+  return key if phase == 1 else jax.random.fold_in(key, phase)
 
 
 def judge_key(seed: int) -> jax.Array:
@@ -46,6 +47,11 @@ def pairs_order(seed: int) -> int:
   return seed
 
 
-def anchor_order(seed: int) -> int:
-  """The seed of the order in which fine-tuning sees the labelled images beside the pairs."""
+def labelled_order(seed: int) -> int:
+  """The seed of the order in which fine-tuning sees the labelled images."""
   return seed + 2
+
+
+def unlabelled_order(seed: int) -> int:
+  """The seed of the order in which fine-tuning sees the unlabelled images without pairs."""
+  return seed + 3

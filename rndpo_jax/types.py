@@ -81,20 +81,24 @@ class StepInputs(NamedTuple):
 
   Attributes:
     key: of this step.
-    reference: parameters of the frozen reference network, or None.
+    reference: parameters of the frozen base, or None.
     beta: f32[] in place of the config's, or None.
     is_logged: whether this step's metrics are looked at; what only they need is left out where
       this is False, a bool or bool[].
+    teacher: the moving average of the parameters, or None where none is kept.
+    step: steps taken before this one, i32[]; weights that rise read it.
   """
 
   key: jax.Array
   reference: Params | None = None
   beta: Array | None = None
   is_logged: Array | bool = True
+  teacher: Params | None = None
+  step: Array | int = 0
 
 
 class PairBatch(NamedTuple):
-  """A batch of fine-tuning: images with their mined pairs.
+  """A batch of images with their mined pairs.
 
   Attributes:
     images: f32[B, *S, I], normalised.
@@ -104,8 +108,8 @@ class PairBatch(NamedTuple):
     reference_log_prob: f32[B, P], likewise, of the chosen mask on D.
     weight: f32[B, P], 0 where a slot has no pair.
     voxel_volume: f32[B], what a pixel of the model's grid stands for.
-    labelled: a batch of labelled images, {"image", "label", "index"}, for the anchor on them; None
-      without it.
+    consensus: u8[B, *S, C], the mean of the proposals' probabilities in 255ths; None if no term
+      reads it.
   """
 
   images: Array
@@ -115,7 +119,33 @@ class PairBatch(NamedTuple):
   reference_log_prob: Array
   weight: Array
   voxel_volume: Array
+  consensus: Array | None = None
+
+
+class FinetuneBatch(NamedTuple):
+  """What a step of fine-tuning reads; a part that none of its terms reads is None.
+
+  Attributes:
+    pairs: images with pairs.
+    labelled: {"image": f32[B, *S, I], "label": u8[B, *S], "index": i32[B]}, of the labelled split.
+    unlabelled: {"image", "index"}, likewise, of the unlabelled split.
+  """
+
+  pairs: PairBatch | None = None
   labelled: dict[str, Array] | None = None
+  unlabelled: dict[str, Array] | None = None
+
+
+class Partners(NamedTuple):
+  """The parameters of two networks that teach each other; `policy` is the one that is kept."""
+
+  policy: Params
+  partner: Params
+
+
+def policy_of(params: Params | Partners) -> Params:
+  """The parameters of the policy, alone or beside a partner."""
+  return params.policy if isinstance(params, Partners) else params
 
 
 class Segmenter(NamedTuple):

@@ -23,7 +23,8 @@ def small_unet():
 class TestStep:
   def test_batches_are_as_the_stage_takes_them(self, small_unet):
     given = small_unet[0]
-    first, second, *_ = step.make_batches(jax.random.key(0), given, 3, sharding.make_mesh())
+    batches = step.make_batches(jax.random.key(0), given, 3, sharding.make_mesh())
+    first, second, *_ = [batch.pairs for batch in batches]
     masks = [bit_planes.unpack(mask, (4, 6), 2) for mask in (first.chosen, first.rejected)]
     assert masks[0].shape == (8, 3, 4, 6)
     assert 0.1 < float(jnp.mean(masks[0] != masks[1])) < 0.45

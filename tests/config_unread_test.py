@@ -36,7 +36,20 @@ CONDITIONAL = [
   ("finetune.normalization", "region", {"finetune.objective": "dpo"}),
   ("finetune.label_smoothing", 0.1, {"finetune.objective": "cdpo"}),
   ("finetune.discopop_temperature", 0.1, {"finetune.objective": "discopop"}),
-  ("finetune.anchor_weight", 0.1, {"finetune.anchor": "chosen"}),
+  ("finetune.labelled_batch_size", 16, {"finetune.terms.labelled.weight": 1.0}),
+  ("finetune.unlabelled_batch_size", 16, {"finetune.terms.entropy.weight": 1.0}),
+  ("finetune.ramp_steps", 9, {"finetune.terms.entropy.weight": 1.0}),
+  ("strong.gamma_scale", 0.1, {"finetune.terms.entropy.weight": 1.0}),
+  ("finetune.terms.pseudo.threshold", 0.5, {"finetune.terms.pseudo.weight": 1.0}),
+  (
+    "finetune.terms.consistency.passes",
+    2,
+    {
+      "finetune.terms.consistency.weight": 1.0,
+      "finetune.terms.consistency.max_entropy": 0.5,
+      "finetune.ema_decay": 0.9,
+    },
+  ),
   ("evaluate.nsd_tolerance_mm", 1.0, {"evaluate.metrics": ("dice", "nsd")}),
 ]
 # A config in which as little as possible is read.

@@ -14,7 +14,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.evaluation import cases, gallery, metrics, predict, results
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import evaluate, prepare
+from rndpo_jax.stages import evaluate, phases, prepare
 from rndpo_jax.training import checkpoint
 
 NAMES = ("dice", "iou", "hd95", "assd", "nsd")
@@ -55,7 +55,9 @@ def _write_checkpoints(config, workdir):
 
 def open_evaluation(config, workdir):
   dataset = dataset_lib.open_dataset(config, workdir)
-  params = evaluate.params_of_step(workdir, dataset)
+  params = evaluate.params_of_step(
+    workdir, dataset, {step: place for step, *place in phases.checkpoints(config, workdir)}
+  )
   return predict.open_evaluation(config, dataset, workdir / "evaluate", params)
 
 

@@ -1,4 +1,4 @@
-"""The fine-tuning loss: references, anchors, weights and region options act as they say."""
+"""The fine-tuning loss: references, terms, weights and region options act as they say."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import accumulation, loss_fns, train_step
+from rndpo_jax.training import accumulation, image_terms, loss_fns, pair_terms, train_step
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -46,18 +46,20 @@ def draw():
   return params, reference, batch, masks
 
 
-def loss_fn(objective="rn_dpo", beta=2.0, **options):
-  return loss_fns.make_loss_fn(
-    segmenter(),
-    num_classes=CLASSES,
-    size=SIZE,
-    objective_options={"objective": objective, "beta": beta},
-    **options,
+def loss_fn(objective="rn_dpo", beta=2.0, terms=None, dice_weight=0.7, **options):
+  apply = segmenter().apply
+  pairs = pair_terms.Settings(
+    apply, CLASSES, SIZE, {"objective": objective, "beta": beta}, dice_weight=dice_weight, **options
   )
+  images = image_terms.Settings(apply, CLASSES, dice_weight, False, None, {})
+  terms = {"preference": {"weight": 1.0}, **(terms or {})}
+  return loss_fns.make_loss_fn(pairs, images, terms, weak={})
 
 
 def value_and_grad(function, params, batch, **inputs):
   inputs = types.StepInputs(jax.random.key(0), **inputs)
+  if isinstance(batch, types.PairBatch):
+    batch = types.FinetuneBatch(pairs=batch)
   (value, metrics), gradient = jax.value_and_grad(
     lambda p: function(p, batch, inputs), has_aux=True
   )(params)
@@ -118,29 +120,37 @@ def test_without_reference_the_margins_stand_alone():
   np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_anchors_add_their_cross_entropy():
+def test_chosen_masks_and_labelled_images_add_their_supervised_loss():
   params, _, batch, masks = draw()
   plain, _, _ = value_and_grad(loss_fn(), params, batch)
   logits = batch.images @ params
-  entropies = [losses.cross_entropy(logits, masks[0][:, pair]) for pair in range(3)]
-  expected = np.sum(np.stack(entropies, 1) * batch.weight) / np.sum(batch.weight)
-  value, _, metrics = value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), params, batch)
+  each = [
+    losses.cross_entropy(logits, masks[0][:, pair])
+    + 0.7 * losses.soft_dice_loss(logits, masks[0][:, pair])
+    for pair in range(3)
+  ]
+  expected = np.sum(np.stack(each, 1) * batch.weight) / np.sum(batch.weight)
+  chosen = {"chosen": {"weight": 0.5}}
+  value, _, metrics = value_and_grad(loss_fn(terms=chosen), params, batch)
   np.testing.assert_allclose(value, plain + 0.5 * expected, rtol=1e-5)
-  np.testing.assert_allclose(metrics["anchor"], expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["chosen"], expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["preference"], plain, rtol=1e-6)
   labelled = {"image": batch.images[::-1], "label": masks[1][:, 0]}
   supervised, _ = losses.supervised_loss(logits[::-1], labelled["label"], dice_weight=0.7)
   value, _, _ = value_and_grad(
-    loss_fn(anchor="labelled", anchor_weight=2.0, dice_weight=0.7),
+    loss_fn(terms={"labelled": {"weight": 2.0}}),
     params,
-    batch._replace(labelled=labelled),
+    types.FinetuneBatch(pairs=batch, labelled=labelled),
   )
   np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
 
 
-def test_parts_of_a_batch_add_up_where_a_pair_of_an_anchor_is_empty():
+def test_parts_of_a_batch_add_up_if_a_pair_of_a_chosen_mask_is_empty():
   params, _, batch, _ = draw()
   batch = batch._replace(rejected=batch.rejected.at[0, 0].set(batch.chosen[0, 0]))
-  gradient = jax.value_and_grad(loss_fn(anchor="chosen", anchor_weight=0.5), has_aux=True)
+  batch = types.FinetuneBatch(pairs=batch)
+  function = loss_fn(terms={"chosen": {"weight": 0.5}})
+  gradient = jax.value_and_grad(function, has_aux=True)
   inputs = types.StepInputs(jax.random.key(0))
   (value, _), whole = gradient(params, batch, inputs)
   in_parts = accumulation.in_micro_batches(gradient, 2)
@@ -188,11 +198,11 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
       changes["finetune__label_smoothing"] = 0.1
     config = tiny_config(**changes)
     config_checks.validate(config)
-    function = loss_fns.make_loss_fn(
-      segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
-    )
+    config.data.size = SIZE
+    function = finetune.make_loss_fn(config, segmenter().apply, num_classes=CLASSES)
     inputs = types.StepInputs(jax.random.key(0))
-    assert jnp.isfinite(function(params, batch, inputs)[0]), objective
+    loss, _ = function(params, types.FinetuneBatch(pairs=batch), inputs)
+    assert jnp.isfinite(loss), objective
 
 
 @pytest.mark.parametrize(
@@ -203,8 +213,6 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"normalization": "none"}, "normalization: found 'none', which nothing reads"),
     ({"power_exponent": 0.3}, "power_exponent: found 0.3, which nothing reads"),
     ({"discopop_temperature": 0.3}, "discopop_temperature: found 0.3"),
-    ({"anchor": "chosen"}, "anchor_weight: found 0.0"),
-    ({"anchor_weight": 1.0}, "anchor_weight: found 1.0, which nothing reads"),
     ({"region_classes": (5,)}, "region_classes: found class id 5"),
     ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
     ({"objective": "bco_pair", "accumulate_steps": 2}, "found 2, but objective bco_pair reads"),
@@ -228,13 +236,11 @@ def test_one_program_serves_every_step(tiny_run):
   dataset = dataset_lib.open_dataset(config, workdir)
   mesh = sharding.make_mesh()
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
-  function = loss_fns.make_loss_fn(
-    segmenter, num_classes=2, size=dataset.size, **finetune.loss_options(config)
-  )
+  function = finetune.make_loss_fn(config, segmenter.apply, num_classes=2)
   optimizer = finetune.optimizer(config.finetune)
   step = train_step.make_train_step(function, optimizer, mesh)
   state = train_step.make_state(base.load(workdir, dataset), optimizer, mesh)
-  stream = pair_batches.on_devices(config, workdir, dataset, mesh)(0)
+  stream = pair_batches.on_devices(config, workdir / "pairs", dataset, mesh)(0)
   for _ in range(3):
     state, _ = step(state, next(stream), jax.random.key(0))
   assert step._cache_size() == 1 and int(state.step) == 3

@@ -16,8 +16,8 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import hlo
 from rndpo_jax.runtime import files, sharding
-from rndpo_jax.stages import base
-from rndpo_jax.training import checkpoint, loss_fns, metric_writer, train_step, validation
+from rndpo_jax.stages import base, finetune
+from rndpo_jax.training import checkpoint, metric_writer, train_step, validation
 
 BATCH, PAIRS, CLASSES = 4, 2, 3
 PLANE, VOLUME = (16, 16), (12, 44, 2)
@@ -53,8 +53,8 @@ def problem(size):
     reference_log_prob=np.full((BATCH, PAIRS), -9.0, np.float32),
     weight=weight,
     voxel_volume=np.ones(BATCH, np.float32),
-    labelled={"image": images, "label": masks[0][:, 0]},
   )
+  batch = types.FinetuneBatch(pairs=batch, labelled={"image": images, "label": masks[0][:, 0]})
   shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), images)
 
   def draw(x):
@@ -69,13 +69,10 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
   segmenter = network(len(size))
   segmenter = segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh))
   if kind == "finetune":
-    loss_fn = loss_fns.make_loss_fn(
-      segmenter,
-      num_classes=CLASSES,
-      size=size,
-      objective_options={"objective": "rn_dpo", "beta": 10.0},
-      reference="online" if size == PLANE else "cached",
-    )
+    config = base_config()
+    config.data.size = size
+    config.finetune.reference = "online" if size == PLANE else "cached"
+    loss_fn = finetune.make_loss_fn(config, segmenter.apply, num_classes=CLASSES)
   else:
     batch = batch.labelled
     options = base_config().augment.to_dict()
@@ -244,9 +241,9 @@ def test_no_device_gets_more_of_a_batch_than_its_part():
   placed, validated = sharding.put_batch((batch, labelled), mesh_of(2, 1, 2))
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
   for array, shape in (
-    (placed.images, (2, 6, 44, 2, 1)),
-    (placed.chosen, (2, PAIRS, 2, 132)),
-    (placed.weight, (2, PAIRS)),
+    (placed.pairs.images, (2, 6, 44, 2, 1)),
+    (placed.pairs.chosen, (2, PAIRS, 2, 132)),
+    (placed.pairs.weight, (2, PAIRS)),
     (placed.labelled["image"], (2, 6, 44, 2, 1)),
     (placed.labelled["label"], (2, 6, 44, 2)),
     (validated.images, (2, 6, 44, 2, 1)),

@@ -138,13 +138,14 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
   dataset = dataset_lib.open_dataset(tiny_config(), workdir)
   mesh = sharding.make_mesh()
   here, there = (
-    pair_batches.on_devices(tiny_config(data__num_workers=n), workdir, dataset, mesh)(5)
+    pair_batches.on_devices(tiny_config(data__num_workers=n), workdir / "pairs", dataset, mesh)(5)
     for n in (0, 2)
   )
   seen = []
   for _ in range(3):
     one, two = next(here), next(there)
-    assert one.labelled is None
+    assert one.labelled is None and one.unlabelled is None and one.pairs.consensus is None
+    one, two = one.pairs, two.pairs
     for name, here_array, there_array in zip(one._fields[:-1], one[:-1], two[:-1], strict=True):
       np.testing.assert_array_equal(here_array, there_array, err_msg=name)
     seen.append(np.asarray(one.images).tobytes())

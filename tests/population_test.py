@@ -15,7 +15,7 @@ from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
 from rndpo_jax.sweep import population
-from rndpo_jax.training import loss_fns, train_step, validation
+from rndpo_jax.training import train_step, validation
 
 SIZE, CLASSES, ROWS, STEPS = (6, 4), 3, 8, 4
 BETAS, RATES, SEEDS = (0.5, 20.0), (0.01, 0.1), (3, 4)
@@ -52,7 +52,7 @@ def batch_of(seed, step):
   masks = rng.integers(0, CLASSES, (2, ROWS, 2, *SIZE)).astype(np.uint8)
   image = rng.normal(size=(ROWS, *SIZE, 1)).astype(np.float32)
   frozen = segmenter().apply(params(), image)
-  return types.PairBatch(
+  pairs = types.PairBatch(
     images=image,
     chosen=np.asarray(bit_planes.pack(masks[0], CLASSES, 2)),
     rejected=np.asarray(bit_planes.pack(masks[1], CLASSES, 2)),
@@ -60,21 +60,22 @@ def batch_of(seed, step):
     reference_log_prob=np.asarray(losses.pair_log_prob(frozen, *masks)),
     weight=rng.integers(0, 2, (ROWS, 2)).astype(np.float32),
     voxel_volume=np.ones(ROWS, np.float32),
-    labelled={"image": image[::-1], "label": masks[0, :, 0]},
   )
+  return types.FinetuneBatch(pairs=pairs, unlabelled={"image": image[::-1]})
 
 
-def options(**changes):
+def options(chosen=0.0, weak_to_strong=0.0, **changes):
   config = base_config()
+  config.finetune.terms.chosen.weight = chosen
+  config.finetune.terms.weak_to_strong.weight = weak_to_strong
   config.augment.turn = 0.0  # a quarter needs H = W
+  config.data.size = SIZE
   config.finetune.update({"num_steps": STEPS, "weight_decay": 0.1, "clip_norm": 0.5, **changes})
   return config
 
 
 def loss_fn(config):
-  return loss_fns.make_loss_fn(
-    segmenter(), num_classes=CLASSES, size=SIZE, **finetune.loss_options(config)
-  )
+  return finetune.make_loss_fn(config, segmenter().apply, num_classes=CLASSES)
 
 
 def key_of(seed):
@@ -125,9 +126,10 @@ def trained(form, devices, settings=None, spoilt=None, **changes):
   for number in range(STEPS):
     rows = [batch_of(seed, number) for seed in SEEDS]
     if spoilt is not None and spoilt[1] == number:
-      image = rows[spoilt[0]].images.copy()
+      row = rows[spoilt[0]]
+      image = row.pairs.images.copy()
       image[0, 0, 0] = np.nan
-      rows[spoilt[0]] = rows[spoilt[0]]._replace(images=image)
+      rows[spoilt[0]] = row._replace(pairs=row.pairs._replace(images=image))
     batches = population.put_batches(dict(enumerate(rows)), len(rows), mesh)
     before = state
     state, aux = step(state, batches, keys, settings, reference_of(config))
@@ -169,15 +171,17 @@ def test_a_member_is_the_run_of_its_seed_beta_and_rate(alone, form, devices):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"accumulate_steps": 2, "ema_decay": 0.5, "anchor": "labelled", "anchor_weight": 0.5},
+    {"accumulate_steps": 2, "ema_decay": 0.5, "chosen": 0.5},
+    {"ema_decay": 0.5, "weak_to_strong": 0.5},
     {"reference": "online", "augment": True, "objective": "apo_zero", "schedule": "constant"},
   ],
-  ids=["accumulated", "augmented"],
+  ids=["accumulated", "taught", "augmented"],
 )
 def test_options_act_on_members_as_on_a_run(alone, changes):
   settings = population.grid(BETAS[1:], RATES[:1])
   expected = [[ordinary(seed, BETAS[1], RATES[0], **changes)] for seed in SEEDS]
-  assert all(("anchor" in aux) == ("anchor" in changes) for ((_, aux),) in expected)
+  for name in ("chosen", "weak_to_strong"):
+    assert all((name in aux) == (name in changes) for ((_, aux),) in expected)
   # They do act: what is kept of the run is another than without them.
   kept, plain = (runs[0][j][0].evaluated() for runs, j in ((expected, 0), (alone, 2)))
   assert np.abs(kept["out"] - plain["out"]).max() > 1e-3

@@ -33,7 +33,7 @@ def run(options: Options, peers: Any | None) -> list[dict[str, Any]]:
   with tempfile.TemporaryDirectory() as workdir:
     config = make_workdir(options, workdir)
     dataset = dataset_lib.open_dataset(config, workdir)
-    stream = pair_batches.on_devices(config, workdir, dataset, mesh)(0)
+    stream = pair_batches.on_devices(config, os.path.join(workdir, "pairs"), dataset, mesh)(0)
     segmenter, params = network.make(options)
     batch = next(stream)
     make = functools.partial(

@@ -20,7 +20,7 @@ from rndpo_jax.benchmark.options import Options
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import finetune
-from rndpo_jax.training import loss_fns, train_step
+from rndpo_jax.training import train_step
 
 NUM_BATCHES = 8
 SUPERVISED = "supervised, cross-entropy"
@@ -98,7 +98,7 @@ def copy_of_64_mib() -> timing.Variant:
 
 def make_batches(
   key: jax.Array, options: Options, pairs: int, mesh
-) -> list[dict[str, jax.Array]] | list[types.PairBatch]:
+) -> list[dict[str, jax.Array]] | list[types.FinetuneBatch]:
   """Random batches on the devices: of labels without `pairs`, else as `stages.finetune` takes them.
 
   Masks are bit-packed, as they travel.
@@ -114,7 +114,7 @@ def make_batches(
       return {"image": image, "label": labels}
     masks = loss.draw_pair(pair_key, (batch, pairs), space, options.classes, options.disagreement)
     chosen, rejected = (bit_planes.pack(mask, options.classes, len(space)) for mask in masks)
-    return types.PairBatch(
+    pair_batch = types.PairBatch(
       images=image,
       chosen=chosen,
       rejected=rejected,
@@ -123,6 +123,7 @@ def make_batches(
       weight=jnp.ones((batch, pairs)),
       voxel_volume=jnp.ones(batch),
     )
+    return types.FinetuneBatch(pairs=pair_batch)
 
   draw = jax.jit(draw, out_shardings=sharding.batch_sharding(mesh))
   return [draw(jax.random.fold_in(key, number)) for number in range(NUM_BATCHES)]
@@ -145,12 +146,7 @@ def preference_loss_fn(
   """The loss of the stage `finetune`, its metrics among it, with the default objective."""
   config = network.make_config(options)
   config.finetune.reference = reference
-  return loss_fns.make_loss_fn(
-    segmenter,
-    num_classes=options.classes,
-    size=tuple(options.shape[1:]),
-    **finetune.loss_options(config),
-  )
+  return finetune.make_loss_fn(config, segmenter.apply, num_classes=options.classes)
 
 
 def step_variant(

@@ -222,11 +222,12 @@ def step_variant(
 
 
 def _to_torch(
-  batch: dict[str, jax.Array] | types.PairBatch, options: Options
+  batch: dict[str, jax.Array] | types.FinetuneBatch, options: Options
 ) -> tuple[torch.Tensor, ...]:
   """(images, labels), or (images, chosen u8[B, P, *S], rejected, reference margin f32[B, P])."""
-  if not isinstance(batch, types.PairBatch):
+  if not isinstance(batch, types.FinetuneBatch):
     return from_jax(batch["image"]), torch_losses.from_jax(batch["label"])
+  batch = batch.pairs
   unpack = jax.jit(lambda mask: bit_planes.unpack(mask, options.shape[1:], options.classes))
   arrays = (unpack(batch.chosen), unpack(batch.rejected), batch.reference_margin)
   return from_jax(batch.images), *(torch_losses.from_jax(array) for array in arrays)

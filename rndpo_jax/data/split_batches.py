@@ -1,4 +1,4 @@
-"""Batches of the labelled and the validation split."""
+"""Batches of the labelled, the unlabelled and the validation split."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ def labelled_batches(
   config, dataset, mesh: Mesh, *, batch_size: int, seed: int
 ) -> Callable[[int], Iterator[dict]]:
   """Start step -> endless batches {"image", "label", "index"} of the labelled split, on device."""
-  stream = labelled_stream(config, dataset, batch_size)
+  stream = stream_of_split(config, dataset, "labelled", batch_size)
   return lambda start_step: loader.prefetch(
     stream(seed, start_step), lambda batch: sharding.put_batch(batch, mesh), config.data.prefetch
   )
 
 
-def labelled_stream(
-  config, dataset, batch_size: int, whole: bool = False
+def stream_of_split(
+  config, dataset, split: str, batch_size: int, whole: bool = False
 ) -> Callable[[int, int], Iterator[dict]]:
-  """(seed, start step) -> the same on the host: this process's rows, or the `whole` batches."""
+  """(seed, start step) -> batches of a split on the host: this process's rows, or the `whole` ones.
+
+  The unlabelled split comes without "label".
+  """
   part = part_of_batches(whole)
 
   @loader.cached
   def load(index):
-    return dataset_lib.load_example(dataset, index, with_labels=True)
+    with_labels = split != "unlabelled"
+    example = dataset_lib.load_example(dataset, index, with_labels=with_labels)
+    return {name: x for name, x in example.items() if with_labels or name != "label"}
 
   def stream(seed: int, start_step: int):
     return loader.stream(
-      dataset.splits["labelled"],
+      dataset.splits[split],
       load,
       batch_size=batch_size,
       seed=seed,

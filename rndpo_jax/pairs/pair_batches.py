@@ -1,4 +1,4 @@
-"""What fine-tuning reads: images with their mined pairs, weighed, in endless batches."""
+"""What fine-tuning reads: images with their mined pairs, labelled and unlabelled images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
+from rndpo_jax.training import image_terms
 
 
-def on_devices(config, workdir, dataset, mesh: Mesh) -> Callable[[int], Iterator[types.PairBatch]]:
-  """Start step -> endless batches of images with their pairs."""
-  stream = stream_of(config, workdir, dataset)
+def on_devices(
+  config, directory, dataset, mesh: Mesh
+) -> Callable[[int], Iterator[types.FinetuneBatch]]:
+  """Start step -> endless batches."""
+  stream = stream_of(config, directory, dataset)
   return lambda start_step: loader.prefetch(
     stream(config.seed, start_step),
     lambda batch: sharding.put_batch(batch, mesh),
@@ -27,15 +31,50 @@ def on_devices(config, workdir, dataset, mesh: Mesh) -> Callable[[int], Iterator
 
 
 def stream_of(
-  config, workdir, dataset, whole: bool = False
+  config, directory, dataset, whole: bool = False
+) -> Callable[[int, int], Iterator[types.FinetuneBatch]]:
+  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones.
+
+  Args:
+    config: the whole config; the terms of fine-tuning say which parts a batch has.
+    directory: `pairs/`.
+    dataset: the prepared data.
+    whole: see above.
+  """
+  read = image_terms.reads(config_lib.active_terms(config))
+  options = config.finetune
+  # Name -> (stream, its order).
+  parts = {}
+  if "pairs" in read:
+    parts["pairs"] = (_pairs_of(config, directory, dataset, whole), seeds.pairs_order)
+  if "labelled" in read:
+    stream = split_batches.stream_of_split(
+      config, dataset, "labelled", options.labelled_batch_size, whole
+    )
+    parts["labelled"] = (stream, seeds.labelled_order)
+  if "unlabelled" in read:
+    stream = split_batches.stream_of_split(
+      config, dataset, "unlabelled", options.unlabelled_batch_size, whole
+    )
+    parts["unlabelled"] = (stream, seeds.unlabelled_order)
+
+  def together(seed: int, start_step: int):
+    streams = [stream(order(seed), start_step) for stream, order in parts.values()]
+    for batches in zip(*streams, strict=True):
+      yield types.FinetuneBatch(**dict(zip(parts, batches, strict=True)))
+
+  return together
+
+
+def _pairs_of(
+  config, directory, dataset, whole: bool
 ) -> Callable[[int, int], Iterator[types.PairBatch]]:
-  """(seed, start step) -> endless batches on the host: this process's rows, or the `whole` ones."""
+  """(order, start step) -> endless batches of images with pairs."""
   part = split_batches.part_of_batches(whole)
-  directory = epath.Path(workdir) / "pairs"
+  directory = epath.Path(directory)
   table = shards.read(directory)
   weigh = weights_by_gap(config, directory)
   volume = voxel_volumes(config, dataset)
-  labelled = split_batches.labelled_stream(config, dataset, config.finetune.batch_size, whole)
 
   @loader.cached
   def load(row: int) -> dict:
@@ -58,10 +97,7 @@ def stream_of(
       num_workers=config.data.num_workers,
       **part,
     )
-    if config.finetune.anchor != "labelled":
-      return (types.PairBatch(**batch) for batch in shown)
-    both = zip(shown, labelled(seeds.anchor_order(seed), start_step), strict=False)
-    return (types.PairBatch(**batch, labelled=extra) for batch, extra in both)
+    return (types.PairBatch(**batch) for batch in shown)
 
   return stream
 

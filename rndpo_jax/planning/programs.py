@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
@@ -26,7 +27,7 @@ from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
 from rndpo_jax.planning import chips
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import base, finetune, measure_judges, train_judge
-from rndpo_jax.training import loss_fns, train_step, validation
+from rndpo_jax.training import image_terms, train_step, validation
 
 # Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
 _ENVIRONMENT = {
@@ -207,20 +208,15 @@ def _judge_step(config, problem, mesh, params, batch):
 
 
 def _finetune_step(config, problem, mesh, segmenter, params, batch):
-  options = finetune.loss_options(config)
-  loss_fn = loss_fns.make_loss_fn(
-    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
-    num_classes=problem.num_classes,
-    size=problem.size,
-    **options,
-  )
+  apply = sharding.data_parallel(segmenter.apply, mesh)
+  loss_fn = finetune.make_loss_fn(config, apply, num_classes=problem.num_classes)
   pairs = (batch.index.shape[0], config.mine.pairs_per_image)
   masks = jax.ShapeDtypeStruct((*pairs, *problem.size), jnp.uint8)
   packed = jax.eval_shape(
     lambda x: bit_planes.pack(x, problem.num_classes, problem.spatial_dims), masks
   )
   number = jax.ShapeDtypeStruct(pairs, jnp.float32)
-  arrays = types.PairBatch(
+  on_pairs = types.PairBatch(
     images=batch.images,
     chosen=packed,
     rejected=packed,
@@ -229,14 +225,25 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
   )
-  if options["anchor"] == "labelled":
-    labelled = {"image": batch.images, "label": batch.labels, "index": batch.index}
-    arrays = arrays._replace(labelled=labelled)
+  read = image_terms.reads(config_lib.active_terms(config))
+  labelled = _rows(config.finetune.labelled_batch_size, problem)
+  unlabelled = _rows(config.finetune.unlabelled_batch_size, problem)
+  del unlabelled["label"]
+  parts = {"pairs": on_pairs, "labelled": labelled, "unlabelled": unlabelled}
+  arrays = types.FinetuneBatch(**{name: part for name, part in parts.items() if name in read})
   arrays = _placed(arrays, sharding.batch_shardings(arrays, mesh))
-  reference = _placed_params(config, params, mesh) if options["reference"] == "online" else None
+  reference = _placed_params(config, params, mesh) if finetune.needs_base(config) else None
+  if "partner" in read:
+    params = types.Partners(params, params)
   optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
   ema_decay, every = config.finetune.ema_decay, config.finetune.log_every_steps
   return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay, every, reference)
+
+
+def _rows(count: int, problem: Problem) -> dict:
+  """`count` labelled images of a batch of fine-tuning."""
+  rows = _batch(problem, count)
+  return {"image": rows.images, "label": rows.labels, "index": rows.index}
 
 
 def _validate(config, problem, mesh, segmenter, params, batch):

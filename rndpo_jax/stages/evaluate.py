@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from etils import epath
 
-from rndpo_jax import errors, types
+from rndpo_jax import types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import gallery, metrics, predict, results
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
-from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import checkpoint, train_loop
+from rndpo_jax.stages import base, finetune, phases
+from rndpo_jax.training import checkpoint
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -35,20 +35,13 @@ def run(config, workdir: os.PathLike) -> None:
     checkpoint.CheckpointError: if a checkpoint cannot be read.
   """
   workdir = epath.Path(workdir)
-  tuned = checkpoint.steps(workdir / "finetune" / "params")
-  expected = train_loop.kept_steps(config.finetune.num_steps, config.finetune.eval_every_steps)
-  if not tuned:
-    raise errors.DataError(
-      f"{workdir / 'finetune' / 'params'}: no checkpoint; run the stage 'finetune' first"
-    )
-  if tuned != expected:
-    raise errors.CheckpointError(
-      f"{workdir / 'finetune' / 'params'}: found checkpoints of steps {tuned}, expected "
-      f"{expected}; delete the folder {workdir / 'finetune'} and run the same command again"
-    )
+  places = {step: place for step, *place in phases.checkpoints(config, workdir)}
+  tuned = list(places)
   dataset = dataset_lib.open_dataset(config, workdir)
-  params = params_of_step(workdir, dataset)
-  finetune.check_made_of(workdir / "finetune", "done.json", dataset, params(0))
+  params = params_of_step(workdir, dataset, places)
+  for own, folder, _ in phases.of_job(config, workdir):
+    start = phases.start(own, workdir, dataset)
+    finetune.check_made_of(folder / "finetune", "done.json", dataset, start)
   evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params)
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
@@ -76,15 +69,23 @@ def run(config, workdir: os.PathLike) -> None:
   files.write_json(workdir / "results.json", results.plain(content))
 
 
-def params_of_step(workdir: epath.Path, dataset) -> Callable[[int], types.Params]:
-  """Step of fine-tuning -> its parameters; step 0 is the base, which is read once."""
+def params_of_step(
+  workdir: epath.Path, dataset, places: Mapping[int, tuple[epath.Path, int]]
+) -> Callable[[int], types.Params]:
+  """Step of fine-tuning, over all phases -> its parameters; step 0 is the base, read once.
+
+  Args:
+    workdir: of the job.
+    dataset: the prepared data.
+    places: step -> `finetune/` of its phase, and the step in it; see `phases.checkpoints`.
+  """
   base_params = base.load(workdir, dataset)
-  directory = workdir / "finetune"
 
   def params(step: int) -> types.Params:
     if step == 0:
       return base_params
-    return checkpoint.restore_params(directory / "params", step, stage_directory=directory)
+    directory, own = places[step]
+    return checkpoint.restore_params(directory / "params", own, stage_directory=directory)
 
   return params
 

@@ -1,4 +1,4 @@
-"""Stage `finetune`: preference fine-tuning of the base segmenter on mined pairs.
+"""Stage `finetune`: training on mined pairs, labelled and unlabelled images, from the base on.
 
 The reference is one margin a pair, read from the pair files, so no reference network runs; with
 augmentation on, a frozen second parameter tree gives the margin of the augmented image.
@@ -7,6 +7,7 @@ augmentation on, a frozen second parameter tree gives the margin of the augmente
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import optax
 from etils import epath
@@ -16,44 +17,52 @@ from rndpo_jax import models, provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, sharding
-from rndpo_jax.stages import base
+from rndpo_jax.stages import base, phases
 from rndpo_jax.training import (
   checkpoint_manager,
+  image_terms,
   loss_fns,
   metric_writer,
+  pair_terms,
   train_loop,
   train_step,
 )
 
 
-def run(config, workdir: os.PathLike) -> None:
+def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
   """Fine-tunes to `config.finetune.num_steps`; writes `finetune/`, `done.json` last.
+
+  Args:
+    config: of the phase, see `phases`.
+    workdir: with the data, the base and the phases before.
+    folder: with the phase's `pairs/`, where `finetune/` is written; None for the work directory.
 
   Raises:
     training.TrainingError, checkpoint.CheckpointError, pairs.PairsError, config.ConfigError.
   """
-  directory = epath.Path(workdir) / "finetune"
+  folder = epath.Path(workdir if folder is None else folder)
+  directory, pairs = folder / "finetune", folder / "pairs"
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   dataset = dataset_lib.open_dataset(config, workdir)
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  params = base.load(workdir, dataset)
-  shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
+  params = phases.start(config, workdir, dataset)
+  if "pairs" in image_terms.reads(config_lib.active_terms(config)):
+    shards.check_made_of(pairs, dataset, params)
   if multihost.broadcast((directory / "done.json").exists):
     check_made_of(directory, "done.json", dataset, params)
     return
   fingerprints = provenance.of_finetuning(dataset, params)
-  loss_fn = loss_fns.make_loss_fn(
-    segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
+  loss_fn = make_loss_fn(
+    config,
+    sharding.data_parallel(segmenter.apply, mesh),
     num_classes=dataset.num_classes,
-    size=dataset.size,
     has_ignored=dataset.has_ignored,
-    **loss_options(config),
   )
   transformation, min_size = optimizer(config.finetune), config.mesh.fsdp_min_size
   reference = None
-  if config.finetune.reference == "online":
+  if needs_base(config):
     reference = sharding.put_params(params, mesh, min_size)
   step = train_step.make_train_step(
     loss_fn,
@@ -66,10 +75,16 @@ def run(config, workdir: os.PathLike) -> None:
   )
   train_loop.fit(
     lambda state, batch, key: step(state, batch, key, reference),
-    train_step.make_state(params, transformation, mesh, config.finetune.ema_decay > 0, min_size),
-    pair_batches.on_devices(config, workdir, dataset, mesh),
+    train_step.make_state(
+      with_partner(config, workdir, dataset, params),
+      transformation,
+      mesh,
+      config.finetune.ema_decay > 0,
+      min_size,
+    ),
+    pair_batches.on_devices(config, pairs, dataset, mesh),
     schedule(config.finetune),
-    key=seeds.finetuning_key(config.seed),
+    key=seeds.finetuning_key(config.seed, config_lib.num_phases(config)),
     checkpoints=checkpoint_manager.CheckpointManager(
       directory,
       description="finetune",
@@ -103,11 +118,24 @@ def check_made_of(directory: epath.Path, name: str, dataset, params: types.Param
   provenance.check(directory, there.get("fingerprints"), here, remedy)
 
 
-def loss_options(config) -> dict:
-  """Keyword arguments of `make_loss_fn` that the config gives."""
-  options = config.finetune
-  return {
-    "objective_options": {
+def make_loss_fn(
+  config, apply: Callable, *, num_classes: int, has_ignored: bool = False
+) -> train_step.LossFn:
+  """That of the config's terms.
+
+  Args:
+    config: the whole config.
+    apply: of the segmenter, (params, images, key=None) -> logits.
+    num_classes: C.
+    has_ignored: whether labels may hold `types.IGNORED`.
+  """
+  options, dice_weight = config.finetune, config.base.dice_weight
+  weak, strong = config.augment.to_dict(), config.strong.to_dict()
+  pairs = pair_terms.Settings(
+    apply=apply,
+    num_classes=num_classes,
+    size=tuple(config.data.size),
+    objective={
       "objective": options.objective,
       "objective_weights": tuple(options.objective_weights),
       "beta": options.beta,
@@ -117,13 +145,37 @@ def loss_options(config) -> dict:
       "label_smoothing": options.label_smoothing,
       "temperature": options.discopop_temperature,
     },
-    "region_classes": config_lib.region_classes(config),
-    "reference": options.reference,
-    "augment_options": config.augment.to_dict() if options.augment else None,
-    "anchor": options.anchor,
-    "anchor_weight": options.anchor_weight,
-    "dice_weight": config.base.dice_weight,
-  }
+    region_classes=config_lib.region_classes(config),
+    reference=options.reference,
+    augment=weak if options.augment else None,
+    strong=strong if options.strong else None,
+    dropout=options.dropout,
+    dice_weight=dice_weight,
+  )
+  images = image_terms.Settings(
+    apply=apply,
+    num_classes=num_classes,
+    dice_weight=dice_weight,
+    has_ignored=has_ignored,
+    augment=weak if config.base.augment else None,
+    strong=strong,
+  )
+  terms = config_lib.active_terms(config)
+  return loss_fns.make_loss_fn(pairs, images, terms, weak=weak, ramp_steps=options.ramp_steps)
+
+
+def needs_base(config) -> bool:
+  """Whether a step of fine-tuning runs the frozen base."""
+  terms = config_lib.active_terms(config)
+  online = "preference" in terms and config.finetune.reference == "online"
+  return online or "base" in image_terms.reads(terms)
+
+
+def with_partner(config, workdir, dataset, params: types.Params) -> types.Params | types.Partners:
+  """The parameters to train: the policy's, with the base's second member if a term needs it."""
+  if "partner" not in image_terms.reads(config_lib.active_terms(config)):
+    return params
+  return types.Partners(params, base.load(workdir, dataset, member=1))
 
 
 def schedule(options) -> train_loop.Schedule:

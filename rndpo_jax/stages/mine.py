@@ -32,13 +32,18 @@ from rndpo_jax.mining.program import (
 )
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import multihost, preemption, progress, sharding
-from rndpo_jax.stages import base, measure_judges, prepare, train_judge
+from rndpo_jax.stages import base, measure_judges, phases, prepare, train_judge
 
 _KEPT = "mine: finished shards are kept"
 
 
-def run(config, workdir: os.PathLike) -> None:
+def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
   """Mines the unlabelled split; writes `pairs/`.
+
+  Args:
+    config: of the phase, see `phases`.
+    workdir: with the data, the base and the phases before.
+    folder: where `pairs/` is written; None for the work directory.
 
   Finished shards are kept, so an interrupted run goes on, with any number of processes: shard i is
   of process i mod N, and process 0 writes all that is not a shard. First the judges are measured
@@ -49,7 +54,7 @@ def run(config, workdir: os.PathLike) -> None:
     errors.MiningError: if no pair is left, naming the filters that took them.
     errors.DataError: if the judge needs truth that unlabelled images lack.
   """
-  directory = epath.Path(workdir) / "pairs"
+  directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
   dataset = dataset_lib.open_dataset(config, workdir)
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
@@ -100,8 +105,9 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   Returns:
     (weights, score): `score` from `make_score`.
   """
-  members = [base.load(workdir, dataset, n) for n in range(config.base.num_members)]
-  weights = {"policy": members[0], "ensemble": members[1:], "learned": None}
+  others = [base.load(workdir, dataset, n) for n in range(1, config.base.num_members)]
+  policy = phases.start(config, workdir, dataset)
+  weights = {"policy": policy, "ensemble": others, "learned": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):
     learned_apply, weights["learned"] = train_judge.train(config, workdir, dataset)

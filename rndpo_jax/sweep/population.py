@@ -190,7 +190,9 @@ def local_seeds(num_seeds: int, mesh: Mesh) -> list[int]:
   return sorted({place for (part,) in parts for place in range(num_seeds)[part]})
 
 
-def put_batches(batches: dict[int, types.PairBatch], num_seeds: int, mesh: Mesh) -> types.PairBatch:
+def put_batches(
+  batches: dict[int, types.FinetuneBatch], num_seeds: int, mesh: Mesh
+) -> types.FinetuneBatch:
   """Batches on the host -> leaves [N, B, ...], each seed's where its members are.
 
   Args:

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import models, provenance, types
 from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
@@ -26,12 +27,12 @@ from rndpo_jax.data import loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
-from rndpo_jax.stages import base, finetune
+from rndpo_jax.stages import base, finetune, phases
 from rndpo_jax.sweep import population, sweep_results
 from rndpo_jax.training import (
   checkpoint,
   checkpoint_manager,
-  loss_fns,
+  image_terms,
   metric_writer,
   train_loop,
 )
@@ -73,6 +74,7 @@ def run(
     checkpoint.CheckpointError, pairs.PairsError.
   """
   grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
+  config = config_lib.of_phase(config)
   check(config, grid)
   directory = epath.Path(workdir) / "sweep"
   if multihost.is_first():
@@ -82,7 +84,7 @@ def run(
     files.refresh(directory)
     _claim(directory, grid)
   dataset = dataset_lib.open_dataset(config, workdir)
-  params = base.load(workdir, dataset)
+  params = phases.start(config, workdir, dataset)
   if multihost.broadcast((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
     progress.say("[sweep] done before")
@@ -160,18 +162,23 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
 def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
   options = config.finetune
-  shards.check_made_of(epath.Path(workdir) / "pairs", dataset, params)
-  state, step, validate = _make(config, dataset, params, grid, mesh, form)
+  pairs = epath.Path(workdir) / "pairs"
+  if "pairs" in image_terms.reads(config_lib.active_terms(config)):
+    shards.check_made_of(pairs, dataset, params)
+  trained = finetune.with_partner(config, workdir, dataset, params)
+  state, step, validate = _make(config, dataset, trained, grid, mesh, form)
   settings = population.grid(grid["betas"], grid["learning_rates"])
   reference = None
-  if options.reference == "online":
+  if finetune.needs_base(config):
     reference = jax.device_put(params, sharding.replicated(mesh))
   state = train_loop.fit(
     lambda state, batch, keys: step(state, batch, keys, settings, reference),
     state,
-    _batches(config, workdir, dataset, grid["seeds"], mesh),
+    _batches(config, pairs, dataset, grid["seeds"], mesh),
     finetune.schedule(options),
-    key=jnp.stack([seeds_lib.finetuning_key(seed) for seed in grid["seeds"]]),
+    key=jnp.stack(
+      [seeds_lib.finetuning_key(seed, config_lib.num_phases(config)) for seed in grid["seeds"]]
+    ),
     checkpoints=checkpoint_manager.CheckpointManager(
       directory,
       description="sweep",
@@ -192,12 +199,8 @@ def _make(config, dataset, params, grid, mesh, form):
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  loss_fn = loss_fns.make_loss_fn(
-    segmenter,
-    num_classes=dataset.num_classes,
-    size=dataset.size,
-    has_ignored=dataset.has_ignored,
-    **finetune.loss_options(config),
+  loss_fn = finetune.make_loss_fn(
+    config, segmenter.apply, num_classes=dataset.num_classes, has_ignored=dataset.has_ignored
   )
   unit = options.copy_and_resolve_references()
   unit.learning_rate = 1.0
@@ -222,9 +225,11 @@ def _make(config, dataset, params, grid, mesh, form):
   return state, train_step, validate
 
 
-def _batches(config, workdir, dataset, seeds, mesh) -> Callable[[int], Iterator[types.PairBatch]]:
+def _batches(
+  config, directory, dataset, seeds, mesh
+) -> Callable[[int], Iterator[types.FinetuneBatch]]:
   """Start step -> every seed's batches, on the devices."""
-  stream = pair_batches.stream_of(config, workdir, dataset, whole=True)
+  stream = pair_batches.stream_of(config, directory, dataset, whole=True)
   own = population.local_seeds(len(seeds), mesh)
 
   def put(batches):

@@ -1,147 +1,112 @@
-"""The loss of fine-tuning: a preference objective on mined pairs, with an anchor if asked."""
+"""The loss of fine-tuning: a weighted sum of terms on pairs, labelled and unlabelled images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import losses, types
+from rndpo_jax import types
 from rndpo_jax.data import augment
-from rndpo_jax.losses import bit_planes, objectives
+from rndpo_jax.training import image_terms, pair_terms
+
+# What is drawn from a step's key beside the view of the pairs, which takes the places from 0 up.
+_FIRST_PLACE = 2**31
+_PLACES = ("weak", "strong", "student", "pair_view", "pair_dropout", *image_terms.TERMS)
 
 
 def make_loss_fn(
-  segmenter: types.Segmenter,
+  pairs: pair_terms.Settings,
+  images: image_terms.Settings,
+  terms: Mapping[str, Mapping[str, Any]],
   *,
-  num_classes: int,
-  size: tuple[int, ...],
-  objective_options: dict,
-  region_classes: tuple[int, ...] | None = None,
-  reference: str = "cached",
-  augment_options: dict | None = None,
-  anchor: str = "none",
-  anchor_weight: float = 0.0,
-  dice_weight: float = 0.0,
-  has_ignored: bool = False,
+  weak: Mapping[str, float],
+  ramp_steps: int = 0,
 ):
-  """(params, types.PairBatch, types.StepInputs) -> (loss f32[], metrics of f32[]).
+  """(params, types.FinetuneBatch, types.StepInputs) -> (loss f32[], metrics of f32[]).
 
-  Dropout is off, so h is 0 at step 0. Log-ratios cost a logsumexp a pixel: where the objective does
-  not read them they are computed at logged steps alone, and their metrics are NaN at the others.
+      loss = sum over the terms of weight * rise(step) * term,
+      rise(t) = exp(-5 (1 - min(1, t / ramp_steps))^2)   for terms on the model's own predictions,
+
+  1 for the others and with ramp_steps 0 (Laine and Aila, "Temporal Ensembling", ICLR 2017). Each
+  term is in the metrics under its name. A term that is not in `terms` costs nothing.
 
   Args:
-    segmenter: of the policy, and of the reference where it is online.
-    num_classes: C.
-    size: S, the model's grid.
-    objective_options: keyword arguments of `preference.preference_loss`; the beta of the inputs
-      takes the place of the one here.
-    region_classes: see `margins.region`.
-    reference: "cached" (margins in the batch), "online" (parameters in the inputs) or "none" (a
-      reference margin of 0).
-    augment_options: of `augment.augment`, or None.
-    anchor: "none", "chosen" (adds cross-entropy against the chosen masks) or "labelled" (adds the
-      supervised loss on labelled images).
-    anchor_weight: factor of the anchor.
-    dice_weight: of the supervised loss on labelled images.
-    has_ignored: of the same, see `segmentation.cross_entropy`.
+    pairs: settings of the terms on pairs.
+    images: settings of the terms on images.
+    terms: name -> its options, "weight" above 0 among them; names of `image_terms.TERMS`.
+    weak: options of `augment.augment` that make the weak view of unlabelled images.
+    ramp_steps: see above.
+
+  The params are those of the policy, or `types.Partners`.
   """
-  region_options = {"classes": region_classes}
-  read_reference = _make_reference(reference, segmenter.apply, region_options)
-  add_anchor = _make_anchor(anchor, segmenter.apply, dice_weight, has_ignored)
-  reads_log_ratios = bool(objectives.readers(objective_options["objective"], "log_ratios"))
+  read = image_terms.reads(terms)
+  on_pairs = {name: terms[name] for name in terms if image_terms.TERMS[name].loss is None}
+  of_pairs = pair_terms.make(pairs, on_pairs)
 
-  def loss_fn(params, batch: types.PairBatch, inputs: types.StepInputs):
-    images, masks = _images_and_masks(batch, inputs.key, size, num_classes, augment_options)
-    logits = segmenter.apply(params, images)
-    reference_margin, frozen_log_prob = read_reference(batch, images, masks, inputs.reference)
-    margin, region_size = losses.margin_and_size(logits, *masks, **region_options)
-
-    def log_probs(logits):
-      return losses.pair_log_prob(logits, *masks, **region_options), frozen_log_prob()
-
-    if reads_log_ratios:
-      policy_log_prob, reference_log_prob = log_probs(logits)
-    else:
-      policy_log_prob, reference_log_prob = _if_logged(log_probs, logits, inputs, margin)
-    beta = {} if inputs.beta is None else {"beta": inputs.beta}
-    loss, metrics = losses.preference_loss(
-      margin,
-      reference_margin,
-      region_size,
-      weight=batch.weight,
-      policy_log_prob=policy_log_prob,
-      reference_log_prob=reference_log_prob,
-      voxel_volume=batch.voxel_volume[:, None],
-      **{**objective_options, **beta},
-    )
-    if add_anchor is not None:
-      # Of the pairs that the loss is a mean of, so that parts of a batch add up.
-      weight = batch.weight * (region_size > 0)
-      metrics["anchor"] = add_anchor(params, batch, logits, masks[0], weight)
-      loss = loss + anchor_weight * metrics["anchor"]
+  def loss_fn(params, batch: types.FinetuneBatch, inputs: types.StepInputs):
+    keys = dict(zip(_PLACES, _keys(inputs.key), strict=True))
+    found, metrics = {}, {}
+    if on_pairs:
+      found, metrics = of_pairs(
+        types.policy_of(params), batch.pairs, inputs, keys["pair_view"], keys["pair_dropout"]
+      )
+    if len(on_pairs) < len(terms):
+      shared = _shared_inputs(images, params, batch, inputs, keys, read, weak)
+      for name in terms:
+        if name not in on_pairs:
+          own = shared._replace(key=keys[name])
+          found[name], more = image_terms.TERMS[name].loss(own, terms[name])
+          metrics |= {f"{name}_{what}": value for what, value in more.items()}
+    if len(terms) > 1 or not on_pairs:
+      metrics |= found
+    rise = _rise(inputs.step, ramp_steps)
+    loss = sum(_weighted(name, value, terms[name]["weight"], rise) for name, value in found.items())
     return loss, metrics
 
   return loss_fn
 
 
-def _images_and_masks(batch: types.PairBatch, key, size, num_classes, augment_options):
-  """(images f32[B, *S, I], [chosen, rejected] u8[B, P, *S]), augmented together."""
-  masks = [bit_planes.unpack(mask, size, num_classes) for mask in (batch.chosen, batch.rejected)]
-  if augment_options is None:
-    return batch.images, masks
-  images, both = augment.augment(
-    key, batch.images, jnp.concatenate(masks, axis=1), **augment_options
+def _keys(key) -> list[jax.Array]:
+  return [jax.random.fold_in(key, _FIRST_PLACE + n) for n in range(len(_PLACES))]
+
+
+def _rise(step, ramp_steps: int):
+  """In 0..1, or None if no weight rises."""
+  if not ramp_steps:
+    return None
+  done = jnp.minimum(jnp.asarray(step, jnp.float32) / ramp_steps, 1.0)
+  return jnp.exp(-5.0 * jnp.square(1.0 - done))
+
+
+def _weighted(name: str, value, weight: float, rise):
+  """A weight of 1 leaves the value as it is, to the last bit."""
+  value = value if weight == 1 else weight * value
+  return value * rise if rise is not None and image_terms.TERMS[name].rises else value
+
+
+def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> image_terms.Inputs:
+  """What terms on images read, their own key left out."""
+  weak_view = strong = student = None
+  policy = types.policy_of(params)
+  if "unlabelled" in read:
+    shown = batch.unlabelled["image"]
+    masks = jnp.zeros((shown.shape[0], 0, *shown.shape[1:-1]), jnp.uint8)
+    weak_view = augment.augment(keys["weak"], shown, masks, **weak)[0]
+    strong = image_terms.strong_view(keys["strong"], weak_view, settings.strong)
+  if "student" in read:
+    student = settings.apply(policy, strong, keys["student"])
+  return image_terms.Inputs(
+    settings=settings,
+    params=policy,
+    partner=params.partner if isinstance(params, types.Partners) else None,
+    teacher=None if inputs.teacher is None else types.policy_of(inputs.teacher),
+    base=inputs.reference,
+    labelled=batch.labelled,
+    weak=weak_view,
+    strong=strong,
+    student_logits=student,
+    key=inputs.key,
   )
-  return images, jnp.split(both, 2, axis=1)
-
-
-def _make_reference(kind: str, apply: Callable, region_options: dict) -> Callable:
-  """(batch, images, masks, params or None) -> (margin f32[B, P], () -> log-prob f32[B, P])."""
-
-  def cached(batch, images, masks, params):
-    del images, masks, params
-    return batch.reference_margin, lambda: batch.reference_log_prob
-
-  def online(batch, images, masks, params):
-    del batch
-    logits = apply(params, images)
-    margin = losses.pair_margin(logits, *masks, **region_options)
-    return margin, lambda: losses.pair_log_prob(logits, *masks, **region_options)
-
-  def none(batch, images, masks, params):
-    del images, masks, params
-    zeros = jnp.zeros(batch.reference_margin.shape)
-    return zeros, lambda: zeros
-
-  return {"cached": cached, "online": online, "none": none}[kind]
-
-
-def _if_logged(log_probs: Callable, logits, inputs: types.StepInputs, margin):
-  """Both log-probabilities, without gradient, where the step is logged; else NaN for both."""
-  logits = jax.lax.stop_gradient(logits)
-  if inputs.is_logged is True:
-    return log_probs(logits)
-  unknown = jnp.full(margin.shape, jnp.nan)
-  return jax.lax.cond(inputs.is_logged, log_probs, lambda _: (unknown, unknown), logits)
-
-
-def _make_anchor(
-  kind: str, apply: Callable, dice_weight: float, has_ignored: bool
-) -> Callable | None:
-  """(params, batch, logits, chosen, weight f32[B, P]) -> f32[], or None without an anchor."""
-
-  def chosen_masks(params, batch, logits, chosen, weight):
-    """Mean over pairs and pixels of -log softmax(z_p)[y+_p]."""
-    del params, batch
-    entropy = jax.vmap(losses.cross_entropy, in_axes=(None, 1), out_axes=1)(logits, chosen)
-    return jnp.sum(entropy * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
-
-  def labelled_images(params, batch, logits, chosen, weight):
-    del logits, chosen, weight
-    logits = apply(params, batch.labelled["image"])
-    labels, options = batch.labelled["label"], {"dice_weight": dice_weight}
-    return losses.supervised_loss(logits, labels, **options, has_ignored=has_ignored)[0]
-
-  return {"none": None, "chosen": chosen_masks, "labelled": labelled_images}[kind]

@@ -30,8 +30,8 @@ class TrainState(NamedTuple):
   ema: types.Params | None = None
 
   def evaluated(self) -> types.Params:
-    """The parameters that are validated and kept: the average where there is one."""
-    return self.params if self.ema is None else self.ema
+    """The policy's parameters that are validated and kept: the average if there is one."""
+    return types.policy_of(self.params if self.ema is None else self.ema)
 
 
 def make_state(
@@ -110,8 +110,8 @@ def make_update(
 
   Returns:
     update(state, batch, key, reference=None, beta=None) -> (state, metrics, loss and grad_norm
-    among them). `key` is the same at every step and folded with the step's number; `reference` and
-    `beta` are handed to the loss.
+    among them). `key` is the same at every step and folded with the step's number; `reference`,
+    `beta` and the average, as the teacher, are handed to the loss.
   """
 
   def gradient(params, batch, inputs):
@@ -124,7 +124,7 @@ def make_update(
   def update(state: TrainState, batch, key, reference=None, beta=None):
     is_logged = log_every_steps == 1 or (state.step + 1) % log_every_steps == 0
     step_key = jax.random.fold_in(key, state.step)
-    inputs = types.StepInputs(step_key, reference, beta, is_logged)
+    inputs = types.StepInputs(step_key, reference, beta, is_logged, state.ema, state.step)
     (loss, aux), grads = gradient(state.params, batch, inputs)
     aux.pop("weight", None)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

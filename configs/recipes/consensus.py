@@ -1,0 +1,10 @@
+"""The mean of the proposals' probabilities as a soft label, on strong views."""
+
+from configs.recipes import without_pairs
+
+
+def apply(config):
+  without_pairs(config)
+  config.finetune.augment = True
+  config.finetune.strong = True
+  config.finetune.terms.consensus.weight = 1.0

@@ -1,0 +1,10 @@
+"""The judge's top proposal as a label, on strong views, beside the labelled images."""
+
+from configs.recipes import without_pairs
+
+
+def apply(config):
+  without_pairs(config)
+  config.finetune.augment = True
+  config.finetune.strong = True
+  config.finetune.terms.chosen.weight = 1.0

@@ -1,0 +1,92 @@
+"""Phases: fine-tunings one after another, each from the result of the one before.
+
+Phase n starts from the last parameters of phase n - 1, the first from the base; they are its
+reference too, and its pairs are mined by them. The last phase is in the work directory itself,
+`pairs/` and `finetune/`; phase n before it in `phase-n/`. See `config.of_phase` for their configs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import errors, types
+from rndpo_jax.stages import base
+from rndpo_jax.training import checkpoint, train_loop
+
+
+class Phase(NamedTuple):
+  """A phase of a job.
+
+  Attributes:
+    config: the job's with what the phase changes.
+    folder: where its `pairs/` and `finetune/` are.
+    steps: of all phases before it.
+  """
+
+  config: object
+  folder: epath.Path
+  steps: int
+
+
+def of_job(config, workdir: os.PathLike) -> list[Phase]:
+  """The phases of a job, in their order."""
+  count, steps, found = config_lib.num_phases(config), 0, []
+  for number in range(1, count + 1):
+    own = config_lib.of_phase(config, number)
+    folder = epath.Path(workdir) if number == count else _folder(workdir, number)
+    found.append(Phase(own, folder, steps))
+    steps += own.finetune.num_steps
+  return found
+
+
+def start(config, workdir: os.PathLike, dataset) -> types.Params:
+  """The parameters that a phase starts from, a numpy tree.
+
+  Args:
+    config: of the phase, as `config.of_phase` gives it.
+    workdir: of the job.
+    dataset: the prepared data.
+
+  Raises:
+    errors.CheckpointError: if they cannot be read.
+    errors.ProvenanceError: if the base was trained on other data.
+  """
+  number = config_lib.num_phases(config)
+  if number == 1:
+    return base.load(workdir, dataset)
+  before = config_lib.of_phase(config, number - 1)
+  directory = _folder(workdir, number - 1) / "finetune"
+  step = before.finetune.num_steps
+  return checkpoint.restore_params(directory / "params", step, stage_directory=directory)
+
+
+def checkpoints(config, workdir: os.PathLike) -> Iterator[tuple[int, epath.Path, int]]:
+  """(step counted over all phases, `finetune/` of its phase, step in it), of every checkpoint.
+
+  Raises:
+    errors.DataError: if there is none.
+    errors.CheckpointError: if they are not those that the config says.
+  """
+  for own, folder, steps in of_job(config, workdir):
+    directory = folder / "finetune"
+    found = checkpoint.steps(directory / "params")
+    expected = train_loop.kept_steps(own.finetune.num_steps, own.finetune.eval_every_steps)
+    if not found:
+      raise errors.DataError(
+        f"{directory / 'params'}: no checkpoint; run the stage 'finetune' first"
+      )
+    if found != expected:
+      raise errors.CheckpointError(
+        f"{directory / 'params'}: found checkpoints of steps {found}, expected {expected}; delete "
+        f"the folder {directory} and run the same command again"
+      )
+    yield from ((steps + step, directory, step) for step in found)
+
+
+def _folder(workdir: os.PathLike, number: int) -> epath.Path:
+  return epath.Path(workdir) / f"phase-{number}"
