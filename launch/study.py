@@ -1,11 +1,14 @@
 """Runs a study: a grid of jobs on shared bases, its records, tables and figures.
 
-  python -m launch.study --study=configs/studies/main.py --workdir=DIR --records=configs/results/main \
-      --roots=ph2=DIR_OF_PH2,acdc=DIR_OF_ACDC [--dry_run] [--only=SUBSTRING] [--report]
+  python -m launch.study --study=configs/studies/main.py --records=configs/results/main \
+      --workdir=DIR --roots=ph2=DIR_OF_PH2,acdc=DIR_OF_ACDC [--dry_run] [--only=SUBSTRING]
+  python -m launch.study --study=configs/studies/main.py --records=configs/results/main --report
 
 The same command goes on after an end of any kind, and further processes that are started with it
 share the cells that are left. See rndpo_jax/study/README.md.
 """
+
+import pathlib
 
 from absl import app, flags
 
@@ -29,18 +32,32 @@ def main(argv):
   from configs import recipes
   from rndpo_jax.errors import ConfigError
   from rndpo_jax.runtime import progress
-  from rndpo_jax.study import grid, study_loop
+  from rndpo_jax.study import grid, study_loop, study_page, study_plan
 
   with common.one_line_errors():
     study = grid.load_file(_STUDY.value, "get_study")()
     cells = grid.expand(study, recipes.apply, roots(), _ONLY.value)
-    if not _WORKDIR.value:
-      raise ConfigError("--workdir: is needed to run cells")
+    name = pathlib.Path(_STUDY.value).stem
+    if _REPORT.value:
+      study_page.write(_RECORDS.value, name, cells)
+      progress.say(f"{_RECORDS.value}/study.md, study.csv and study.html are written")
+      return
     study_loop.check(cells)
+    if _DRY_RUN.value:
+      lines = study_plan.describe(cells, _WORKDIR.value, _RECORDS.value)
+      progress.say("\n".join(lines))
+      return
+    if not _WORKDIR.value:
+      raise ConfigError("--workdir: found none, expected a folder for bases and cells at work")
     common.take_signals()
     cache_flag.use()
     failed = study_loop.run(cells, _WORKDIR.value, _RECORDS.value, _KEEP.value)
     progress.say(f"\n{len(cells) - len(failed)} of {len(cells)} cells have a record")
+    for key in failed:
+      progress.say(f"failed: {key}; see {_RECORDS.value}/failures.jsonl")
+    if len(failed) < len(cells):
+      everything = grid.expand(study, recipes.apply, roots())
+      study_page.write(_RECORDS.value, name, everything)
 
 
 def roots():

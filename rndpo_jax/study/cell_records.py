@@ -123,6 +123,7 @@ def make(
     "device": jax.devices()[0].device_kind,
     "time": now(),
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    "mb": {"base": _megabytes(base_workdir), "cell": _megabytes(workdir)},
     "steps": last,
     "base": {split: _round(results["base"][split]["dice"]) for split in splits},
     "curve": _curve(results["curve"], splits, _val_kl(workdir)),
@@ -209,6 +210,12 @@ def _case_dice(path: epath.Path) -> dict[str, float]:
     for entry in entries
     if entry["split"] == "test"
   }
+
+
+def _megabytes(folder: epath.Path) -> float:
+  """What the files of a folder take."""
+  files_of = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+  return round(sum(map(os.path.getsize, files_of)) / 1e6, 1)
 
 
 def _round(value: float) -> float:

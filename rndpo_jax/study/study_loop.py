@@ -119,11 +119,11 @@ def _try_cell(cell, workdir, records, keep, note: str) -> bool:
   base_workdir = workdir / "bases" / cell.base_key
   folder = workdir / "cells" / cell.key
   try:
-    if not _has_base(base_workdir):
+    if not has_base(base_workdir):
       with _claim(workdir, cell.base_key) as mine:
         if not mine:
           return False
-        if not _has_base(base_workdir):
+        if not has_base(base_workdir):
           _make_base(cell, base_workdir)
     with _claim(workdir, cell.key) as mine:
       if not mine:
@@ -160,7 +160,8 @@ def _claim(workdir: epath.Path, key: str) -> Iterator[bool]:
     yield True
 
 
-def _has_base(base_workdir: epath.Path) -> bool:
+def has_base(base_workdir: epath.Path) -> bool:
+  """Whether a base is whole."""
   return (base_workdir / "seconds.json").exists() and pipeline.is_done("base", base_workdir)
 
 
