@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -34,9 +35,9 @@ RN, DPO = "rn_dpo", "dpo"
 def study(**changes):
   """Two recipes and two seeds on the tiny phantom."""
   return {
-    "data": {"tiny": {"config": TINY, "set": {"data.num_val": 4}}},
+    "data": {"tiny": {"config": TINY, "set": {"data.num_val": 3}}},
     "seeds": (0, 1),
-    "set": {"finetune.num_steps": 4, "finetune.eval_every_steps": 2, "finetune.batch_size": 8},
+    "set": {"finetune.batch_size": 8},
     "arms": [{"recipes": (RN, DPO)}],
     **changes,
   }
@@ -148,7 +149,8 @@ def test_a_cell_is_what_its_arm_says_and_shares_its_base():
     "recipes": (RN,), "seeds": (3,),
     "axes": {"finetune.beta": (3.0, 30.0), "judge": {"o": {"judge.name": "oracle"}}},
   }  # fmt: skip
-  cells = expand(study(arms=[arm, {"recipes": (DPO,), "seeds": (3, 4)}, arm]))
+  arms = [arm, {"recipes": (DPO,), "seeds": (3, 4)}, arm]
+  cells = expand(study(arms=arms, data={"tiny": {"config": TINY, "set": {"data.num_val": 5}}}))
   assert len(cells) == len({cell.key for cell in cells}) == 4
   first = next(cell for cell in cells if cell.axes == {"finetune.beta": 3.0, "judge": "o"})
   assert (first.config.finetune.beta, first.config.judge.name, first.config.seed) == (
@@ -157,7 +159,7 @@ def test_a_cell_is_what_its_arm_says_and_shares_its_base():
     3,
   )
   assert first.key.startswith("tiny-n4-d0-s3-rn_dpo-finetune.beta=3-judge=o-")
-  assert first.config.finetune.num_steps == 4 and first.config.data.num_val == 4
+  assert first.config.finetune.batch_size == 8 and first.config.data.num_val == 5
   assert len({cell.base_key for cell in cells}) == 2  # of the two seeds
   assert [cell.key for cell in expand(study(), only="s1-dpo")] == [expand(study())[3].key]
   # What makes a base another one: the model, not the recipe, nor the folder of the files.
@@ -188,8 +190,11 @@ def test_a_grid_with_a_cell_that_cannot_run_is_refused_by_name(content, message)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-  """(cells, work directory, records) of a study in which one cell fails."""
+def ran(tiny_run, tmp_path_factory):
+  """(cells, work directory, records) of a study in which one cell fails.
+
+  One of the two bases is there before, as after an end of the study.
+  """
   arms = [
     {"recipes": (RN,), "seeds": (0,), "axes": {"mine.min_score_gap": (9.0,)}},  # leaves no pair
     {"recipes": (RN,)},
@@ -198,6 +203,12 @@ def ran(tmp_path_factory):
   cells = expand(study(arms=arms))
   folder = tmp_path_factory.mktemp("study")
   study_loop.check(cells)
+  for name in ("base", "data"):
+    shutil.copytree(tiny_run[1] / name, folder / "work" / "bases" / cells[0].base_key / name)
+  for name in ("config.json", "splits.json"):
+    shutil.copy(tiny_run[1] / name, folder / "work" / "bases" / cells[0].base_key / name)
+  times = folder / "work" / "bases" / cells[0].base_key / "seconds.json"
+  files.write_json(times, {"prepare": 1.0, "base": 2.0})
   failed = study_loop.run(cells, folder / "work", folder / "records", keep=["all"])
   assert [key for key in failed if "gap=9" in key] == failed and len(failed) == 1
   return cells, folder / "work", folder / "records"
@@ -211,8 +222,8 @@ def test_records_hold_what_tables_need_and_a_failed_cell_stops_nothing(ran):
   assert "MiningError" in failure["error"] and os.fspath(workdir) not in failure["error"]
   for key, line in found.items():
     results = files.read_json(workdir / "cells" / key / "results.json")
-    assert line["config"]["finetune.num_steps"] == 4
-    assert line["curve"]["step"] == [0, 2, 4] and line["seconds"].keys() > {"base", "finetune"}
+    assert line["config"]["finetune.num_steps"] == 8
+    assert line["curve"]["step"] == [0, 4, 8] and line["seconds"].keys() > {"base", "finetune"}
     assert line["base"]["val"] == pytest.approx(results["base"]["val"]["dice"], abs=6e-5)
     assert line["test"]["last"] == pytest.approx(results["finetuned"]["test"]["dice"], abs=6e-5)
     means = {name: np.mean(line["cases"][name]) for name in ("base", "last", "sustained")}
@@ -247,7 +258,6 @@ def test_a_rerun_makes_what_is_missing_alone(ran, capsys):
   assert study_loop.run(cells, workdir, folder) == []
   assert "[cell]" not in capsys.readouterr().out and path.read_bytes() == before
   path.write_bytes(b"".join(lines[1:]))
-  study_loop._clean(epath.Path(workdir / "cells" / json.loads(lines[0])["key"]), ["results.json"])
   study_loop.run(cells, workdir, folder)
   out = capsys.readouterr().out
   assert out.count("[cell]") == 1 and "[prepare]" not in out
@@ -258,6 +268,24 @@ def test_a_rerun_makes_what_is_missing_alone(ran, capsys):
     "seconds": "",
     "mb": "",
   }
+
+
+def test_a_finished_cell_leaves_what_is_asked_for_and_a_stale_one_nothing(tmp_path):
+  folder = epath.Path(tmp_path / "cell")
+  for name in ("finetune/params/4", "results.json", "pairs/x"):
+    files.write_text(folder / name, "")
+  study_loop._clean(folder, ["all"])
+  study_loop._clean(folder, ["finetune", "results.json"])
+  assert sorted(path.name for path in folder.iterdir()) == ["finetune", "results.json"]
+  config = get_config()
+  files.write_json(folder / "config.json", {"config": json.loads(config.to_json_best_effort())})
+  study_loop._drop_stale(config, folder)
+  assert folder.exists()
+  study_loop._drop_stale(get_config(finetune__beta=3.0), folder)
+  assert not folder.exists()
+  files.write_text(folder / "results.json", "")
+  study_loop._clean(folder, [])
+  assert not folder.exists()
 
 
 def test_a_cell_that_another_run_holds_is_left_to_it(ran, monkeypatch):
@@ -316,9 +344,9 @@ def test_the_plan_counts_what_is_left(ran):
   own = [record(RN, 0, 0, (0.6, 0.8))]
   cell = more[0]._replace(data="tiny")
   assert study_plan.cell_seconds(cell, own) == (4.0, "records of the same recipe")
-  assert study_plan.cell_seconds(more[1], own) == (4.0, "steps of other recipes")
+  assert study_plan.cell_seconds(more[1], own) == (8.0, "steps of other recipes")
   assert study_plan.base_seconds(cell, own) == 5.0
-  assert study_plan.cell_seconds(cell, []) == (1.2, "a default of 90 s for 300 steps")
+  assert study_plan.cell_seconds(cell, []) == (2.4, "a default of 90 s for 300 steps")
 
 
 def test_the_studies_of_this_folder_can_be_expanded():

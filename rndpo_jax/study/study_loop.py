@@ -194,12 +194,13 @@ def _timed(config, folder: epath.Path, stages: Sequence[str]) -> dict[str, float
 
 
 def _drop_stale(config, folder: epath.Path) -> None:
-  """Deletes what an interrupted run left that had another config, such as an older default."""
+  """Deletes what is left of a run that had another config, such as an older default."""
+  if not folder.exists():
+    return
   path = folder / "config.json"
-  if path.exists():
-    there = files.read_json(path, config=dict)["config"]
-    if there != json.loads(config.to_json_best_effort()):
-      folder.rmtree()
+  there = files.read_json(path, config=dict)["config"] if path.exists() else None
+  if there != json.loads(config.to_json_best_effort()):
+    folder.rmtree()
 
 
 def _clean(folder: epath.Path, keep: Sequence[str]) -> None:
