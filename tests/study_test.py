@@ -141,6 +141,26 @@ def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
 
 
+def test_validation_chooses_the_point_of_a_recipe_not_test():
+  def point(recipe, beta, val, dice, **axes):
+    held = {"last": val, "last_third_mean": val}
+    return record(recipe, 0, 0, dice, axes={"finetune.beta": beta, **axes}, val=held)
+
+  records = [
+    point(RN, 3.0, 0.7, (0.6, 0.8)), point(RN, 10.0, 0.6, (0.8, 0.9)),
+    point(RN, 3.0, 0.9, (0.9, 0.9), judge="oracle"), point(DPO, 0.1, 0.5, (0.5, 0.7)),
+  ]  # fmt: skip
+  (group,) = study_tables.groups(records)
+  best = study_tables.chosen(group).arms
+  assert sorted(best) == [
+    "dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "rn_dpo, finetune.beta=3, judge=oracle",
+  ]  # fmt: skip
+  rows = study_tables.chosen_pair_table(group).rows
+  assert ["dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "1"] in [row[:3] for row in rows]
+  assert study_tables.pair_table(group).rows == []  # all are points of an axis
+  assert study_tables.chosen(study_tables.groups(records[3:])[0]).arms == {}
+
+
 # The grid.
 
 
@@ -286,6 +306,19 @@ def test_a_finished_cell_leaves_what_is_asked_for_and_a_stale_one_nothing(tmp_pa
   files.write_text(folder / "results.json", "")
   study_loop._clean(folder, [])
   assert not folder.exists()
+
+
+def test_a_cell_with_the_config_of_another_takes_its_record(ran, capsys):
+  cells, workdir, folder = ran
+  arm = {"recipes": (RN,), "seeds": (0,), "axes": {"finetune.beta": (10.0,)}}
+  (same,) = expand(study(arms=[arm]))
+  assert study_loop.run([same], workdir, folder) == [] and "[cell]" not in capsys.readouterr().out
+  found = cell_records.read(folder / "records.jsonl")
+  first, second = found[cells[1].key], found[same.key]
+  assert second["axes"] == {"finetune.beta": 10.0}
+  names = ("key", "axes")
+  assert {**first, **{k: second[k] for k in names}} == second and first["axes"] == {}
+  assert cell_records.twin(same._replace(tuning=True), found) is None
 
 
 def test_a_cell_that_another_run_holds_is_left_to_it(ran, monkeypatch):

@@ -138,9 +138,22 @@ def make(
   if not cell.tuning:
     record["test"] = _sustained([point["test_dice"] for point in results["curve"]])
     record |= _per_case(workdir, base_workdir, last, tail)
-    if "delivered" in results:
-      record["delivered"] = results["delivered"]
+    if "delivered" in results:  # without its table: the curve is here
+      entries = results["delivered"].items()
+      record["delivered"] = {k: v for k, v in entries if not isinstance(v, list)}
   return results_lib.plain(_rounded(record))
+
+
+def twin(cell: grid.Cell, records: Mapping[str, Mapping]) -> dict[str, Any] | None:
+  """The record of a cell, from that of another one with the same config; None if there is none.
+
+  A point of an axis may be what a recipe is anyway.
+  """
+  config = grid.changed(cell)
+  for record in records.values():
+    if record["config"] == config and record["tuning"] == cell.tuning:
+      return {**record, **_identity(cell)}
+  return None
 
 
 def _identity(cell: grid.Cell) -> dict[str, Any]:

@@ -128,7 +128,11 @@ def _try_cell(cell, workdir, records, keep, note: str) -> bool:
     with _claim(workdir, cell.key) as mine:
       if not mine:
         return False
-      if cell.key in cell_records.read(records / cell_records.FILE):
+      found = cell_records.read(records / cell_records.FILE)
+      if cell.key in found:
+        return True
+      if (record := cell_records.twin(cell, found)) is not None:
+        cell_records.add(records, record)
         return True
       progress.say(f"\n[cell] {cell.key}")
       seconds = _run_cell(cell, folder, base_workdir)

@@ -109,9 +109,10 @@ def main_table(group: Group) -> Table:
 
 
 def pair_table(group: Group) -> Table:
-  """A row each two arms that share runs."""
+  """A row each two arms that share runs; points of an axis of numbers are left to the CSV."""
   rows = []
-  for first, second in itertools.combinations(sorted(group.arms), 2):
+  plain = [label for label, records in group.arms.items() if not _numbers(records[0]["axes"])]
+  for first, second in itertools.combinations(sorted(plain), 2):
     found = difference(group.arms[first], group.arms[second])
     if found is not None:
       row = [first, second, str(found.num_runs), _with_interval(found), found.claim]
@@ -119,6 +120,45 @@ def pair_table(group: Group) -> Table:
   head = ["recipe", "against", "shared runs", "difference, sustained", "the first is"]
   note = "Over the runs that both have, on the same bases and cases; 95% intervals."
   return Table(f"Differences: {group.title}", note, head, [row for _, row in sorted(rows)])
+
+
+def chosen(group: Group) -> Group:
+  """Of each recipe the point of its axes of numbers with the best validation, as a group.
+
+  The mean sustained validation Dice chooses, among points with as many runs as any has. Named
+  points, such as judges, stay apart: they are no setting of a recipe. Empty if nothing was chosen.
+  """
+  found: dict[str, dict[str, list[Record]]] = {}
+  for label, records in group.arms.items():
+    axes = records[0]["axes"]
+    named = {axis: value for axis, value in axes.items() if axis not in _numbers(axes)}
+    found.setdefault(grid.label(records[0]["recipe"], named), {})[label] = records
+  arms = {}
+  for points in found.values():
+    most = max(map(len, points.values()))
+    best = max(
+      (label for label in points if len(points[label]) == most),
+      key=lambda label: np.mean([r["val"]["last_third_mean"] for r in points[label]]),
+    )
+    arms[best] = points[best]
+  several = any(len(points) > 1 for points in found.values())
+  return group._replace(arms=arms if several else {})
+
+
+def chosen_table(group: Group) -> Table:
+  """The main table of what validation chose."""
+  table = main_table(chosen(group))
+  note = "Of each recipe the point of its axes of numbers that is best on validation. " + table.note
+  return table._replace(title=f"Chosen on validation: {group.title}", note=note)
+
+
+def chosen_pair_table(group: Group) -> Table:
+  """Differences of what validation chose, each named without its axes."""
+  arms = chosen(group).arms
+  table = pair_table(group._replace(
+    arms={label: [{**record, "axes": {}} for record in records] for label, records in arms.items()}
+  ))  # fmt: skip
+  return table._replace(title=f"Differences, each chosen on validation: {group.title}")
 
 
 def stability_table(group: Group) -> Table:
@@ -147,7 +187,7 @@ def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Int
   found: dict[tuple[str, str], dict[float, list[Record]]] = {}
   for record in itertools.chain(*group.arms.values()):
     for axis, value in record["axes"].items():
-      if isinstance(value, (int, float)) and not isinstance(value, bool):
+      if axis in _numbers(record["axes"]):
         others = {name: other for name, other in record["axes"].items() if name != axis}
         points = found.setdefault((grid.label(record["recipe"], others), axis), {})
         points.setdefault(value, []).append(record)
@@ -155,6 +195,15 @@ def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Int
     key: {value: gain(points[value]) for value in sorted(points)}
     for key, points in found.items()
     if len(points) > 1
+  }
+
+
+def _numbers(axes: Mapping[str, Any]) -> set[str]:
+  """The axes whose values are numbers."""
+  return {
+    axis
+    for axis, value in axes.items()
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
   }
 
 
@@ -179,7 +228,8 @@ def tuning_table(group: Group) -> Table:
 def all_tables(records: Iterable[Record]) -> list[Table]:
   """Every table that has a row."""
   records = list(records)
-  made = [(main_table, False), (pair_table, False), (stability_table, False), (tuning_table, True)]
+  made = [(main_table, False), (pair_table, False), (chosen_table, False),
+          (chosen_pair_table, False), (stability_table, False), (tuning_table, True)]  # fmt: skip
   found = [make(group) for make, tuning in made for group in groups(records, tuning=tuning)]
   return [table for table in found if table.rows]
 
