@@ -1,0 +1,1 @@
+"""Grids of `launch.study`: one file a study, with get_study()."""

@@ -1,0 +1,1 @@
+"""Studies: a grid of jobs on shared bases, their records, and tables with intervals from these."""

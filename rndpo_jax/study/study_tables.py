@@ -1,0 +1,296 @@
+"""Records of a study -> rows of its tables; pure. A claim is made only where an interval allows it.
+
+All gains and differences are of the sustained test Dice, the mean over the checkpoints of the last
+third, unless a column says otherwise, and are paired: the same draw, seed, base and case.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rndpo_jax.report import tables as report_tables
+from rndpo_jax.study import bootstrap, grid
+
+Record = Mapping[str, Any]
+_SIGNED = report_tables.signed
+
+
+class Group(NamedTuple):
+  """What is compared: the runs of one data set and label budget, by recipe and axes."""
+
+  data: str
+  budget: int
+  arms: dict[str, list[Record]]
+
+  @property
+  def title(self) -> str:
+    return f"{self.data}, {self.budget} labelled"
+
+
+class Table(NamedTuple):
+  """A table as all forms show it: cells are text."""
+
+  title: str
+  note: str
+  head: list[str]
+  rows: list[list[str]]
+
+
+def groups(records: Iterable[Record], *, tuning: bool = False) -> list[Group]:
+  """Records by data set and budget, then by recipe and axes; those of tuning apart."""
+  found: dict[tuple[str, int], dict[str, list[Record]]] = {}
+  for record in sorted(records, key=lambda record: record["key"]):
+    if record["tuning"] == tuning:
+      arms = found.setdefault((record["data"], record["budget"]), {})
+      arms.setdefault(grid.label(record["recipe"], record["axes"]), []).append(record)
+  return [Group(*key, found[key]) for key in sorted(found)]
+
+
+def gain(records: Sequence[Record], what: str = "sustained") -> bootstrap.Interval:
+  """Gain over the base, of 'sustained' or 'last', on the test cases."""
+  return bootstrap.interval([_run(record, _cases(record, what, "base")) for record in records])
+
+
+def difference(first: Sequence[Record], second: Sequence[Record]) -> bootstrap.Interval | None:
+  """Sustained Dice of the first minus the second, over runs of the same draw, seed and cases."""
+  others = {_pairing(record): record for record in second}
+  runs = []
+  for record in first:
+    other = others.get(_pairing(record))
+    if other is not None:
+      values = np.subtract(record["cases"]["sustained"], other["cases"]["sustained"])
+      runs.append(_run(record, values))
+  return bootstrap.interval(runs) if runs else None
+
+
+def _pairing(record: Record) -> tuple:
+  return record["draw"], record["seed"], record["cases"]["ids"]
+
+
+def _cases(record: Record, first: str, second: str) -> np.ndarray:
+  return np.subtract(record["cases"][first], record["cases"][second])
+
+
+def _run(record: Record, values: np.ndarray) -> bootstrap.Run:
+  patients = np.array(record["cases"]["patient"])
+  return bootstrap.Run(record["draw"], record["seed"], values, patients)
+
+
+def main_table(group: Group) -> Table:
+  """A row an arm, best first, the base of the same runs beside it."""
+  rows = []
+  for label, records in group.arms.items():
+    held, last = gain(records), gain(records, "last")
+    test = [record["test"] for record in records]
+    bases = [record["base"]["test"] for record in records]
+    worst = min(t["last_third_mean"] - base for t, base in zip(test, bases, strict=True))
+    row = [
+      label, str(len(records)), _mean(bases), _mean(t["last_third_mean"] for t in test),
+      _with_interval(held), held.claim, _with_interval(last), _mean(t["peak"] for t in test),
+      _mean(t["drop"] for t in test), _SIGNED(worst), _judged(records), _delivered(records),
+    ]  # fmt: skip
+    rows.append((-held.mean, row))
+  head = [
+    "recipe", "runs", "base", "sustained", "gain, sustained", "against the base", "gain, last",
+    "peak", "drop", "worst run", "pairs right", "delivered",
+  ]  # fmt: skip
+  note = (
+    "Test Dice, mean over runs. Sustained is the mean of the last third of the checkpoints; gains "
+    "with 95% intervals; worst run is the lowest sustained gain of a single run; pairs right is "
+    "the used judge's on validation."
+  )
+  return Table(f"Recipes: {group.title}", note, head, [row for _, row in sorted(rows)])
+
+
+def pair_table(group: Group) -> Table:
+  """A row each two arms that share runs; points of an axis of numbers are left to the CSV."""
+  rows = []
+  plain = [label for label, records in group.arms.items() if not _numbers(records[0]["axes"])]
+  for first, second in itertools.combinations(sorted(plain), 2):
+    found = difference(group.arms[first], group.arms[second])
+    if found is not None:
+      row = [first, second, str(found.num_runs), _with_interval(found), found.claim]
+      rows.append((-abs(found.mean), row))
+  head = ["recipe", "against", "shared runs", "difference, sustained", "the first is"]
+  note = "Over the runs that both have, on the same bases and cases; 95% intervals."
+  return Table(f"Differences: {group.title}", note, head, [row for _, row in sorted(rows)])
+
+
+def chosen(group: Group) -> Group:
+  """Of each recipe the point of its axes of numbers with the best validation, as a group.
+
+  The mean sustained validation Dice chooses, among points with as many runs as any has. Named
+  points, such as judges, stay apart: they are no setting of a recipe. Empty if nothing was chosen.
+  """
+  found: dict[str, dict[str, list[Record]]] = {}
+  for label, records in group.arms.items():
+    axes = records[0]["axes"]
+    named = {axis: value for axis, value in axes.items() if axis not in _numbers(axes)}
+    found.setdefault(grid.label(records[0]["recipe"], named), {})[label] = records
+  arms = {}
+  for points in found.values():
+    most = max(map(len, points.values()))
+    best = max(
+      (label for label in points if len(points[label]) == most),
+      key=lambda label: np.mean([r["val"]["last_third_mean"] for r in points[label]]),
+    )
+    arms[best] = points[best]
+  several = any(len(points) > 1 for points in found.values())
+  return group._replace(arms=arms if several else {})
+
+
+def chosen_table(group: Group) -> Table:
+  """The main table of what validation chose."""
+  table = main_table(chosen(group))
+  note = "Of each recipe the point of its axes of numbers that is best on validation. " + table.note
+  return table._replace(title=f"Chosen on validation: {group.title}", note=note)
+
+
+def chosen_pair_table(group: Group) -> Table:
+  """Differences of what validation chose, each named without its axes."""
+  arms = chosen(group).arms
+  table = pair_table(group._replace(
+    arms={label: [{**record, "axes": {}} for record in records] for label, records in arms.items()}
+  ))  # fmt: skip
+  return table._replace(title=f"Differences, each chosen on validation: {group.title}")
+
+
+def stability_table(group: Group) -> Table:
+  """A row a recipe and axis of numbers: its best and its worst value."""
+  rows = []
+  for (recipe, axis), points in axis_points(group).items():
+    values = sorted(points, key=lambda value: points[value].mean)
+    worst, best = values[0], values[-1]
+    spread = points[best].mean - points[worst].mean
+    row = [recipe, axis, str(len(points))]
+    for value in (best, worst):
+      row += [f"{value:g}", _with_interval(points[value])]
+    rows.append([*row, report_tables.show(spread)])
+  head = ["recipe", "axis", "values", "best at", "its gain", "worst at", "its gain", "spread"]
+  note = (
+    "Sustained gain over the base at each value of an axis; the test split chooses nothing here."
+  )
+  return Table(f"Stability: {group.title}", note, head, rows)
+
+
+def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Interval]]:
+  """(recipe, axis) -> value -> sustained gain, of axes of two numbers and more.
+
+  A recipe with further axes is there once for each of their points, and named with it.
+  """
+  found: dict[tuple[str, str], dict[float, list[Record]]] = {}
+  for record in itertools.chain(*group.arms.values()):
+    for axis, value in record["axes"].items():
+      if axis in _numbers(record["axes"]):
+        others = {name: other for name, other in record["axes"].items() if name != axis}
+        points = found.setdefault((grid.label(record["recipe"], others), axis), {})
+        points.setdefault(value, []).append(record)
+  return {
+    key: {value: gain(points[value]) for value in sorted(points)}
+    for key, points in found.items()
+    if len(points) > 1
+  }
+
+
+def _numbers(axes: Mapping[str, Any]) -> set[str]:
+  """The axes whose values are numbers."""
+  return {
+    axis
+    for axis, value in axes.items()
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+  }
+
+
+def tuning_table(group: Group) -> Table:
+  """A row an arm of tuning, by validation alone; the best of each recipe is marked."""
+  rows = []
+  for label, records in group.arms.items():
+    held = [record["val"]["last_third_mean"] for record in records]
+    bases = [record["base"]["val"] for record in records]
+    last = _mean(record["val"]["last"] for record in records)
+    rows.append((records[0]["recipe"], float(np.mean(held)), label, len(records), bases, last))
+  best = {recipe: max(row[1] for row in rows if row[0] == recipe) for recipe, *_ in rows}
+  shown = [
+    [label, str(count), _mean(bases), report_tables.show(held), last,
+     "best" if held == best[recipe] else ""]
+    for recipe, held, label, count, bases, last in sorted(rows, key=lambda row: (row[0], -row[1]))
+  ]  # fmt: skip
+  head = ["recipe", "runs", "base", "sustained", "last", ""]
+  return Table(f"Tuning: {group.title}", "Validation Dice; test was not looked at.", head, shown)
+
+
+def all_tables(records: Iterable[Record]) -> list[Table]:
+  """Every table that has a row."""
+  records = list(records)
+  made = [(main_table, False), (pair_table, False), (chosen_table, False),
+          (chosen_pair_table, False), (stability_table, False), (tuning_table, True)]  # fmt: skip
+  found = [make(group) for make, tuning in made for group in groups(records, tuning=tuning)]
+  return [table for table in found if table.rows]
+
+
+def markdown(title: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
+  """The tables as a Markdown page."""
+  lines = [f"# {title}", "", *itertools.chain(*((note, "") for note in notes))]
+  for table in tables:
+    lines += [f"## {table.title}", "", table.note, "", _line(table.head)]
+    lines += [_line(["---"] * len(table.head)), *map(_line, table.rows), ""]
+  return "\n".join(lines)
+
+
+def csv_text(records: Iterable[Record]) -> str:
+  """Every gain and difference as numbers, a line each; `against` is 'base' or another recipe."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(
+    ["data", "budget", "recipe", "against", "of", "mean", "low", "high", "runs", "claim"]
+  )
+  for group in groups(records):
+    rows = [
+      (label, "base", what, gain(runs, what))
+      for label, runs in group.arms.items()
+      for what in ("sustained", "last")
+    ]
+    rows += [
+      (first, second, "sustained", difference(group.arms[first], group.arms[second]))
+      for first, second in itertools.combinations(sorted(group.arms), 2)
+    ]
+    for *names, found in rows:
+      if found is not None:
+        numbers = [f"{value:.5f}" for value in (found.mean, found.low, found.high)]
+        writer.writerow([group.data, group.budget, *names, *numbers, found.num_runs, found.claim])
+  return text.getvalue()
+
+
+def _line(cells: Sequence[str]) -> str:
+  return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _mean(values: Iterable[float]) -> str:
+  return report_tables.show(float(np.mean(list(values))))
+
+
+def _with_interval(found: bootstrap.Interval) -> str:
+  return f"{_SIGNED(found.mean)} ({_SIGNED(found.low)} to {_SIGNED(found.high)})"
+
+
+def _judged(records: Sequence[Record]) -> str:
+  known = [record["judge"].get("pair_accuracy") for record in records]
+  known = [value for value in known if value is not None]
+  return f"{np.mean(known):.2f}" if known else ""
+
+
+def _delivered(records: Sequence[Record]) -> str:
+  """Mean gain of the delivered models over their bases, and the worst."""
+  gains = []
+  for record in records:
+    test = (record.get("delivered") or {}).get("test")
+    dice = test.get("dice") if isinstance(test, Mapping) else None
+    if dice is not None:
+      gains.append(dice - record["base"]["test"])
+  return f"{_SIGNED(float(np.mean(gains)))}, worst {_SIGNED(min(gains))}" if gains else ""
