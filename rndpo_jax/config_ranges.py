@@ -76,7 +76,8 @@ RANGES = {
   "finetune.weight_decay": _FROM_0, "finetune.clip_norm": _FROM_0, "finetune.ema_decay": _RATE,
   "finetune.log_every_steps": _STEPS, "finetune.eval_every_steps": _STEPS,
   "finetune.keep_checkpoints": _KEPT, "finetune.checkpoint_minutes": _FROM_0,
-  "evaluate.batch_size": _BATCH, "evaluate.nsd_tolerance_mm": _FROM_0,
+  "evaluate.batch_size": _BATCH, "evaluate.delivered_min_probability": _SHARE,
+  "evaluate.nsd_tolerance_mm": _FROM_0,
 }  # fmt: skip
 # What the entries of a tuple are.
 ITEMS = {

@@ -39,8 +39,16 @@ DONE = {
 # with these, of which each is made again if it is lost.
 ALSO = {
   "mine": ("pairs/judges.json", "pairs/proposals.json", "pairs/examples.npz"),
-  "evaluate": ("evaluate/gallery.npz",),
+  "evaluate": ("evaluate/gallery.npz", "delivered/delivered.json"),
 }
+
+
+SUMMARY_ROWS = (
+  ("base", "base"),
+  ("fine-tuned (last)", "finetuned"),
+  ("selected on val", "selected"),
+  ("delivered", "delivered"),
+)
 
 
 def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_lib.STAGES) -> None:
@@ -194,10 +202,10 @@ def summary(workdir: os.PathLike) -> str:
   """The result table that a run ends with, from `results.json` and the mining manifest."""
   results = files.read_json(epath.Path(workdir) / "results.json", base=dict, finetuned=dict)
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
-  rows = (("base", "base"), ("fine-tuned (last)", "finetuned"), ("selected on val", "selected"))
-  for label, key in rows:
+  for label, key in SUMMARY_ROWS:
     scores = results[key]
-    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}")
+    note = f"  {_what_is_delivered(scores)}" if key == "delivered" else ""
+    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}{note}")
   for name, judge in results["judges"].items():
     accuracy = judge["pair_accuracy"]
     shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
@@ -209,5 +217,10 @@ def summary(workdir: os.PathLike) -> str:
     f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
     f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
   )
+  lines.append(results["delivered"]["reason"])
   lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
+
+
+def _what_is_delivered(delivered) -> str:
+  return "<- the base" if delivered["is_base"] else f"<- step {delivered['step']}"

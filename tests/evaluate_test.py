@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import types as python_types
 
 import jax
@@ -129,7 +130,7 @@ def test_results_hold_the_contract(run):
   assert found["dataset"] == "phantom" and found["seed"] == 0
   assert found["objective"] == "rn_dpo" and found["judge"] == "agreement"
   assert found["num_labelled_cases"] == 2 and not found["study"]
-  for model in ("base", "finetuned", "selected"):
+  for model in ("base", "finetuned", "selected", "delivered"):
     for split in ("val", "test"):
       assert list(found[model][split]) == list(NAMES)
   assert [point["step"] for point in found["curve"]] == [0, 2, 4]
@@ -146,11 +147,38 @@ def test_results_hold_the_contract(run):
   assert found["empty_masks"]["base"]["test"]["total"] == 7 * 3
 
 
+def _delivered_dice(config, workdir, step):
+  """Mean test Dice of the parameters in `delivered/`, by hand."""
+  folder = workdir / "delivered"
+  params = checkpoint.restore_params(folder / "params", step, stage_directory=folder)
+  dataset = dataset_lib.open_dataset(config, workdir)
+  evaluation = predict.open_evaluation(config, dataset, workdir / "again", lambda _: params)
+  return results.mean_metrics(cases.overlap_cases(evaluation, 9), "test", ["dice"])["dice"]
+
+
+@pytest.mark.parametrize("asked", [0.9, 0.0])
+def test_delivered_holds_the_model_that_results_name(run, tmp_path, asked):
+  """Of 3 cases nothing is shown at 0.9: the base; 0 takes the last."""
+  shutil.copytree(run[1], tmp_path / "run")
+  config, workdir = _config(), tmp_path / "run"
+  config.evaluate.delivered_min_probability = asked
+  (workdir / "results.json").unlink()
+  evaluate.run(config, workdir)
+  found = files.read_json(workdir / "results.json")["delivered"]
+  content = files.read_json(workdir / "delivered" / "delivered.json")
+  passing = [c["step"] for c in content["checkpoints"] if c["probability"] >= asked]
+  assert found["step"] == content["step"] == max(passing, default=0)
+  assert found["is_base"] == (asked == 0.9) and found["reason"] == content["reason"]
+  assert checkpoint.steps(workdir / "delivered" / "params") == [found["step"]]
+  assert _delivered_dice(config, workdir, found["step"]) == found["test"]["dice"]
+  assert content["fingerprints"].keys() == {"data", "base", "params"}
+
+
 def test_cases_csv_averages_to_the_results(run):
   _, workdir, found = run
   with (workdir / "evaluate" / "cases.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
-  assert len(rows) == 3 * (3 + 7) * 3  # models, cases, classes
+  assert len(rows) == 4 * (3 + 7) * 3  # models, cases, classes
   for model in ("base", "finetuned", "selected"):
     for split in ("val", "test"):
       some = [row for row in rows if row["model"] == model and row["split"] == split]
@@ -183,6 +211,7 @@ def test_gallery_shows_the_masks_that_were_measured(run):
 def test_rerun_after_any_loss_gives_equal_files(run):
   config, workdir, _ = run
   names = ("results.json", "evaluate/cases.csv", "evaluate/curve-2.json")
+  names += ("delivered/delivered.json",)
   want = [(workdir / name).read_bytes() for name in names]
   folder = workdir / "evaluate"
   (folder / "curve-0.json").unlink()
@@ -192,6 +221,8 @@ def test_rerun_after_any_loss_gives_equal_files(run):
   stale["cases"][0]["surface"][0]["hd95"] = 1e6
   (folder / "surface-4.json").write_text(json.dumps(stale))
   (workdir / "results.json").unlink()
+  kept = next((workdir / "delivered" / "params").glob("*/d/*"))
+  kept.write_bytes(b"lost")
   evaluate.run(config, workdir)
   assert [(workdir / name).read_bytes() for name in names] == want
 

@@ -97,6 +97,7 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
         "change": signed(change, digits),
         "kind": _kind(-change if metric.distance else change),
         "selected": show(results["selected"][split][name], digits),
+        "delivered": show(results["delivered"][split][name], digits),
       }
     )
   return rows
@@ -124,6 +125,16 @@ def result_text(results: Mapping) -> str:
     f"Fine-tuning {word} test Dice {change} at its last checkpoint, which nobody chose. The "
     "'selected' one is the best on validation, and needs validation labels to be found."
   )
+
+
+def delivered_text(results: Mapping) -> str:
+  """What `delivered/` holds and why, and what that gives on test."""
+  found = results["delivered"]["difference"]["test"]
+  interval = ""
+  if found["ci"]:
+    interval = f", 95% interval over cases {' to '.join(signed(x) for x in found['ci'])}"
+  gain = f"On test it is {signed(found['mean'])} Dice from the base{interval}; test chose nothing."
+  return results["delivered"]["reason"] + ("" if results["delivered"]["is_base"] else f" {gain}")
 
 
 def empty_text(results: Mapping) -> str:

@@ -1,10 +1,10 @@
 """Stage 'evaluate': base and fine-tuned checkpoints on validation and test -> `results.json`.
 
-Every checkpoint is measured by Dice for the curve; the base, the last and the selected one by
-all of `config.evaluate.metrics`. Logits are brought to each case's own grid before the argmax,
-and the slices of a case count together. What is known of a checkpoint is kept in `evaluate/`,
-so that an interrupted run goes on. Of several processes each measures some checkpoints on its own
-first device, and process 0 writes what all of them share.
+Every checkpoint is measured by Dice for the curve; the base, the last, the selected and the
+delivered one by all of `config.evaluate.metrics`. Logits are brought to each case's own grid before
+the argmax, and the slices of a case count together. What is known of a checkpoint is kept in
+`evaluate/`, so that an interrupted run goes on. Of several processes each measures some checkpoints
+on its own first device, and process 0 writes what all of them share.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 
-from rndpo_jax import errors, types
+from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.evaluation import gallery, metrics, predict, results
+from rndpo_jax.evaluation import delivered, gallery, metrics, predict, results
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
@@ -28,7 +29,7 @@ from rndpo_jax.training import checkpoint, train_loop
 
 
 def run(config, workdir: os.PathLike) -> None:
-  """Measures every checkpoint and writes `evaluate/` and `results.json`.
+  """Measures every checkpoint and writes `evaluate/`, `delivered/` and, last, `results.json`.
 
   Raises:
     records.DataError: if an earlier stage's file is missing, naming the stage to run.
@@ -57,10 +58,18 @@ def run(config, workdir: os.PathLike) -> None:
     cases = {step: overlap_cases(evaluation, step) for step in shown}
   if not multihost.is_first():
     return
+  made_of = provenance.of_finetuning(dataset, params(0))
   # What the other processes measured is read from their files.
   cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
+  chosen = delivered.choose(
+    steps,
+    np.array([results.split_dice(cases[step], "val") for step in steps]),
+    min_probability=config.evaluate.delivered_min_probability,
+  )
+  delivered.write(workdir, results.plain(chosen), params(chosen["step"]), made_of)
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
+  reported["delivered"] = chosen["step"]
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
@@ -72,8 +81,18 @@ def run(config, workdir: os.PathLike) -> None:
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
   content |= _measured(models, reported, curve, names)
+  content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def _delivered(chosen: dict, models) -> dict:
+  """What `results.json` says of the delivered model besides its metrics."""
+  test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
+  difference = {"val": {key: chosen[key] for key in ("mean", "ci", "probability")}}
+  difference["test"] = delivered.paired(test[0] - test[1])
+  names = ("step", "is_base", "rule", "reason", "min_probability")
+  return {**{name: chosen[name] for name in names}, "difference": difference}
 
 
 def params_of_step(workdir: epath.Path, dataset) -> Callable[[int], types.Params]:
