@@ -23,7 +23,7 @@ ALWAYS = (
   "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
   "data.prefetch",
   "proposals.mix",
-  "judge.name", "judge.compare", "judge.num_bootstrap",
+  "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "finetune.objective", "finetune.beta", "finetune.region_unit", "finetune.region_classes",
   "finetune.pair_weight", "finetune.anchor", "finetune.reference", "finetune.augment",
   "finetune.num_steps", "finetune.batch_size", "finetune.accumulate_steps",
@@ -77,6 +77,10 @@ def readers(config) -> Readers:
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
     **_of_rows(
       "evaluate", metrics.METRICS, set(config.evaluate.metrics), "in config.evaluate.metrics"
+    ),
+    "judge.gate.min_accuracy": (
+      config.judge.gate.action != "off",
+      "config.judge.gate.action 'refuse' or 'warn'",
     ),
     **_of_augmentation(config, used_judges),
     **_of_finetuning(config.finetune),

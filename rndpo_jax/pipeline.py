@@ -14,6 +14,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
+from rndpo_jax.mining.program import used_judges
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, evaluate, finetune, mine, prepare, report
 
@@ -38,7 +39,12 @@ DONE = {
 }
 # with these, of which each is made again if it is lost.
 ALSO = {
-  "mine": ("pairs/judges.json", "pairs/proposals.json", "pairs/examples.npz"),
+  "mine": (
+    "pairs/judges.json",
+    "pairs/proposals.json",
+    "pairs/validation.npz",
+    "pairs/examples.npz",
+  ),
   "evaluate": ("evaluate/gallery.npz", "delivered/delivered.json"),
 }
 
@@ -145,7 +151,7 @@ def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> N
     errors.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
       judge of the user's own that cannot be imported.
   """
-  names = {config.judge.name, *config.judge.compare}
+  names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
   if config.base.workdir:
     trained = [name for name in trained if name != "base"]

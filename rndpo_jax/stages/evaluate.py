@@ -22,6 +22,7 @@ from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import delivered, gallery, metrics, predict, results
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
+from rndpo_jax.mining import judge_gate
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
 from rndpo_jax.stages import base, finetune
@@ -82,7 +83,7 @@ def run(config, workdir: os.PathLike) -> None:
   content = _context(config, workdir, evaluation.dataset)
   content |= _measured(models, reported, curve, names)
   content["delivered"] |= _delivered(chosen, models)
-  content["warnings"] = results.warnings(content)
+  content["warnings"] = results.warnings(content) + _gate_warning(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
 
 
@@ -155,9 +156,17 @@ def _measured(models, steps, curve, names) -> dict:
   }
 
 
+def _gate_warning(config, content) -> list[str]:
+  """What the gate has to say of the judge, where a run went on in spite of it."""
+  found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
+  return [f"{found[0].upper()}{found[1:]}."] if found else []
+
+
 def _context(config, workdir, dataset) -> dict:
   """The part of `results.json` that says what was measured, and what earlier stages found."""
-  judges = files.read_json(workdir / "pairs" / "judges.json", **{config.judge.name: dict})
+  path = workdir / "pairs" / "judges.json"
+  judge = judge_gate.used(files.read_json(path), config.judge.name)
+  judges = files.read_json(path, **{judge: dict})
   pairs = files.read_json(
     workdir / "pairs" / "manifest.json", num_pairs=int, dropped=dict, region_size=dict
   )
@@ -171,8 +180,8 @@ def _context(config, workdir, dataset) -> dict:
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
-    "judge": config.judge.name,
-    "study": judges_lib.needs(config.judge.name, "labels"),
+    "judge": judge,
+    "study": judges_lib.needs(judge, "labels"),
     "rule": config.mine.rule,
     "num_labelled_cases": cases["labelled"],
     "num_cases": cases,
