@@ -45,7 +45,7 @@ ALSO = {
     "pairs/validation.npz",
     "pairs/examples.npz",
   ),
-  "evaluate": ("evaluate/gallery.npz", "delivered/delivered.json"),
+  "evaluate": ("evaluate/gallery.npz", "evaluate/harm.json", "delivered/delivered.json"),
 }
 
 

@@ -20,13 +20,25 @@ from etils import epath
 
 from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.evaluation import delivered, gallery, metrics, predict, results
+from rndpo_jax.evaluation import (
+  delivered,
+  gallery,
+  harm,
+  metrics,
+  predict,
+  results,
+  validation_pairs,
+)
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
+from rndpo_jax.losses import objectives
+from rndpo_jax.losses.preference import REGION_SIZE_EDGES
 from rndpo_jax.mining import judge_gate
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
-from rndpo_jax.stages import base, finetune
+from rndpo_jax.stages import base, finetune, measure_judges
 from rndpo_jax.training import checkpoint, train_loop
+
+HARM = "harm.json"  # in `evaluate/`
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -81,6 +93,10 @@ def run(config, workdir: os.PathLike) -> None:
   files.write_text(evaluation.folder / "cases.csv", table)
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
+  found = _harm(config, workdir, evaluation, steps, content["judges"][content["judge"]])
+  files.write_json(evaluation.folder / HARM, results.plain(found))
+  content["harm"] = {name: value for name, value in found.items() if name != "curve"}
+  content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content) + _gate_warning(config, content)
@@ -94,6 +110,26 @@ def _delivered(chosen: dict, models) -> dict:
   difference["test"] = delivered.paired(test[0] - test[1])
   names = ("step", "is_base", "rule", "reason", "min_probability")
   return {**{name: chosen[name] for name in names}, "difference": difference}
+
+
+def _harm(config, workdir, evaluation, steps, judge) -> dict:
+  """What `harm.account` says of the validation pairs of the judge that mines."""
+  pairs = validation_pairs.read(workdir / "pairs" / validation_pairs.FILE)
+  margins = validation_pairs.margins(config, evaluation, pairs, steps)
+  options = config.finetune
+  row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
+  found = harm.account(
+    steps,
+    margins - margins[0],
+    pairs["region_size"],
+    validation_pairs.gain(pairs),
+    measure_judges.pair_worth(config, pairs["score_gap"], pairs["valid"], judge),
+    edges=REGION_SIZE_EDGES,
+    beta=options.beta,
+    normalization=options.normalization or row.normalization,
+    exponent=options.power_exponent,
+  )
+  return {"split": "val", **found}
 
 
 def params_of_step(workdir: epath.Path, dataset) -> Callable[[int], types.Params]:

@@ -11,13 +11,13 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import errors, types
+from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.mining import judge_gate, judges, proposals, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files
 
 NUM_EXAMPLES = 6
-VALIDATION = "validation.npz"
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
 # says little about unlabelled images, and is kept apart.
 SPLITS = ("val", "labelled")
@@ -129,7 +129,13 @@ def write_reliability(
     judge = judge_gate.best(table, config.judge.compare)
   for name, entry in table.items():
     entry["used"] = name == judge
-  write_validation(directory / VALIDATION, indices["val"], measured["val"], judge)
+  validation_pairs.write(
+    directory / validation_pairs.FILE,
+    indices["val"],
+    measured["val"]["packed"],
+    truth,
+    measured["val"]["mined"][judge],
+  )
   files.write_json(directory / "judges.json", table)
 
 
@@ -154,25 +160,23 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
     floor=options.power_floor,
     voxel_volume=np.array([volume(int(index)) for index in indices], np.float64)[:, None],
   )
-  if options.pair_weight == "score_gap":
-    mass = mass * mined.score_gap
-  elif options.pair_weight == "reliability":
-    mass = mass * reliability.worth_of_gap(entry["calibration"], mined.score_gap)
-  return np.where(mined.valid, mass, 0.0)
+  return mass * pair_worth(config, mined.score_gap, mined.valid, entry)
 
 
-def write_validation(path: epath.Path, indices: np.ndarray, measured: Mapping, judge: str) -> None:
-  """Writes the validation split's proposals and the pairs of the judge that mines, as .npz.
+def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
+  """`config.finetune.pair_weight` of each pair, f64[N, P]; 0 where a slot has none.
 
-  `index` i32[N] (of records), `masks` u8[N, K, bits, bytes] (see `bit_planes`), `truth` f32[N, K],
-  and of `types.Pairs`, each [N, P]: `chosen`, `rejected`, `score_gap`, `region_size`, `valid`.
+  Args:
+    config: the whole config.
+    score_gap: f32[N, P]. valid: bool[N, P].
+    entry: of `judges.json`, for its calibration.
   """
-  pairs = measured["mined"][judge]._asdict()
-  pairs.pop("dropped")
-  arrays = {"index": np.asarray(indices, np.int32), "masks": measured["packed"]}
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, **arrays, truth=measured["truth"], **pairs)
-  files.write_bytes(path, buffer.getvalue())
+  worth = {
+    "none": lambda: 1.0,
+    "score_gap": lambda: score_gap.astype(np.float64),
+    "reliability": lambda: reliability.worth_of_gap(entry["calibration"], score_gap),
+  }
+  return np.where(valid, worth[config.finetune.pair_weight](), 0.0)
 
 
 def check_foreground(found: np.ndarray) -> None:

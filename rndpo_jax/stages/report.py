@@ -35,12 +35,16 @@ def run(config, workdir: os.PathLike) -> None:
     workdir / "pairs" / "manifest.json", region_size=dict, score_gap=dict, proposals=dict, mix=str
   )
   made = _read_made(workdir)
+  harm = files.read_json(workdir / "evaluate" / "harm.json", bins=list, curve=list, beta=dict)
   context = {
     "results": results,
     "study": results["study"],
     **tables.headline(results),
     **_result_part(results),
     **_mining_part(results, manifest),
+    "harm_rows": tables.harm_rows(harm),
+    "harm_text": tables.harm_text(harm) if harm["num_pairs"] else None,
+    "harm_chart": charts.harm_chart(harm),
     "training_charts": charts.training_charts(workdir),
     **pictures.examples(workdir / "pairs" / "examples.npz"),
     **pictures.cases(workdir / "evaluate" / "gallery.npz", results["class_names"]),
