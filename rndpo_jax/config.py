@@ -118,12 +118,15 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
-  judge.name = "agreement"  # a name of mining.judges.JUDGES, or package.module:function
+  judge.name = "agreement"  # of mining.judges.JUDGES, package.module:function, or auto: of compare
   judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
   judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
   judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score
   judge.border = 3  # entropy: pixels around the mask that count too
   judge.num_bootstrap = 1000  # resamples of cases for intervals
+  judge.gate = gate = ml_collections.ConfigDict()
+  gate.min_accuracy = 0.5  # share of the mined pairs right, lower bound of 95%; 0.5 breaks even
+  gate.action = "refuse"  # refuse | warn | off, for a judge below it
   judge.learned = learned = ml_collections.ConfigDict()
   learned.width = 8  # channels of the first level; depth and dropout are the model's
   learned.num_steps = 300  # optimiser steps
@@ -197,6 +200,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
+  evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
   evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels where the spacing is unknown
   # fmt: on
   return config

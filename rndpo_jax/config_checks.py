@@ -11,7 +11,7 @@ from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
-from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.mining import judge_gate, judges, pair_rules, proposals
 from rndpo_jax.training import image_terms
 
 MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
@@ -169,6 +169,7 @@ def _check_choices(config) -> None:
     "model.norm": ("group", "instance"),
     "model.dtype": ("float32", "bfloat16"),
     "base.select": ("best", "last"),
+    "judge.gate.action": judge_gate.ACTIONS,
     "mine.rule": pair_rules.RULES,
     "finetune.schedule": ("cosine", "constant"),
     "finetune.reference": ("cached", "online", "none"),
@@ -183,13 +184,7 @@ def _check_choices(config) -> None:
       raise ConfigError(
         f"config.{key}: found {values[key]!r}, expected one of {', '.join(map(str, allowed))}"
       )
-  if "noisy_oracle" in config.judge.compare:
-    raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
-  for name in (config.judge.name, *config.judge.compare):
-    try:
-      judges.check_name(name)
-    except JudgeError as error:
-      raise ConfigError(f"config.judge: {error}") from error
+  _check_judges(config.judge)
   for name in config.evaluate.metrics:
     if name not in metrics.METRICS:
       raise ConfigError(
@@ -197,6 +192,25 @@ def _check_choices(config) -> None:
       )
   if "dice" not in config.evaluate.metrics:
     raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
+
+
+def _check_judges(options) -> None:
+  """Checks the names of judges, and that `auto` has some to take one of."""
+  if "noisy_oracle" in options.compare:
+    raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
+  if options.name == judges.AUTO:
+    reading = [name for name in options.compare if judges.needs(name, "labels")]
+    if reading or not options.compare:
+      found = f"{reading[0]!r}, which reads labels" if reading else "none"
+      raise ConfigError(
+        f"config.judge.compare: found {found}; judge.name='auto' takes one of these judges: name "
+        "some that read no labels"
+      )
+  for name in {options.name, *options.compare} - {judges.AUTO}:
+    try:
+      judges.check_name(name)
+    except JudgeError as error:
+      raise ConfigError(f"config.judge: {error}") from error
 
 
 def _check_counts(config) -> None:

@@ -64,7 +64,7 @@ RANGES = {
   "proposals.temperature_low": _ABOVE_0, "proposals.temperature_high": _ABOVE_0,
   "proposals.threshold_shift": _FROM_0,
   "judge.flip_rate": _SHARE, "judge.noise_level": _FROM_0, "judge.border": Range(0, 256),
-  "judge.num_bootstrap": Range(1, 10**5),
+  "judge.num_bootstrap": Range(1, 10**5), "judge.gate.min_accuracy": _SHARE,
   "judge.learned.width": _WIDTH, "judge.learned.num_steps": _STEPS,
   "judge.learned.batch_size": _BATCH, "judge.learned.masks_per_image": Range(1, 1024),
   "judge.learned.learning_rate": _ABOVE_0,
@@ -85,7 +85,8 @@ RANGES = {
   "finetune.weight_decay": _FROM_0, "finetune.clip_norm": _FROM_0, "finetune.ema_decay": _RATE,
   "finetune.log_every_steps": _STEPS, "finetune.eval_every_steps": _STEPS,
   "finetune.keep_checkpoints": _KEPT, "finetune.checkpoint_minutes": _FROM_0,
-  "evaluate.batch_size": _BATCH, "evaluate.nsd_tolerance_mm": _FROM_0,
+  "evaluate.batch_size": _BATCH, "evaluate.delivered_min_probability": _SHARE,
+  "evaluate.nsd_tolerance_mm": _FROM_0,
 }  # fmt: skip
 # What the entries of a tuple are.
 ITEMS = {

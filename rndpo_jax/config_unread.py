@@ -24,13 +24,13 @@ ALWAYS = (
   "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
   "data.prefetch",
   "proposals.mix",
-  "judge.name", "judge.compare", "judge.num_bootstrap",
+  "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
   "finetune.accumulate_steps",
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
   "finetune.ema_decay", "finetune.log_every_steps", "finetune.eval_every_steps",
   "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
-  "evaluate.batch_size", "evaluate.metrics",
+  "evaluate.batch_size", "evaluate.metrics", "evaluate.delivered_min_probability",
 )  # fmt: skip
 # The files in `configs/` set these, so that a split file beside them is no error: it is said.
 SAID = (
@@ -81,6 +81,10 @@ def readers(config) -> Readers:
     **_of_rows(
       "evaluate", metrics.METRICS, set(config.evaluate.metrics), "in config.evaluate.metrics"
     ),
+    "judge.gate.min_accuracy": (
+      config.judge.gate.action != "off",
+      "config.judge.gate.action 'refuse' or 'warn'",
+    ),
     **_of_augmentation(config, used_judges),
     **_of_terms(config),
     **_of_finetuning(config.finetune),
@@ -102,7 +106,7 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
   options = config.augment
   on = config.base.augment or config.finetune.augment or "learned" in used_judges
-  on = on or "unlabelled" in image_terms.reads(config_lib.active_terms(config))
+  on = on or "unlabelled" in image_terms.reads_of(config)
   where = (
     "config.base.augment, config.finetune.augment, the judge 'learned' or a term of fine-tuning on "
     "unlabelled images"

@@ -14,6 +14,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
+from rndpo_jax.mining.program import used_judges
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, evaluate, finetune, mine, phases, prepare, report
 from rndpo_jax.training import image_terms
@@ -39,9 +40,22 @@ DONE = {
 }
 # with these, of which each is made again if it is lost.
 ALSO = {
-  "mine": ("pairs/judges.json", "pairs/proposals.json", "pairs/examples.npz"),
-  "evaluate": ("evaluate/gallery.npz",),
+  "mine": (
+    "pairs/judges.json",
+    "pairs/proposals.json",
+    "pairs/validation.npz",
+    "pairs/examples.npz",
+  ),
+  "evaluate": ("evaluate/gallery.npz", "evaluate/harm.json", "delivered/delivered.json"),
 }
+
+
+SUMMARY_ROWS = (
+  ("base", "base"),
+  ("fine-tuned (last)", "finetuned"),
+  ("selected on val", "selected"),
+  ("delivered", "delivered"),
+)
 
 
 def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_lib.STAGES) -> None:
@@ -170,13 +184,13 @@ def _check_phase_here(config, stages) -> None:
     errors.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
       judge of the user's own that cannot be imported.
   """
-  names = {config.judge.name, *config.judge.compare}
+  names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
   if config.base.workdir:
     trained = [name for name in trained if name != "base"]
   sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
   if "finetune" in trained:
-    for name in {"labelled", "unlabelled"} & image_terms.reads(config_lib.active_terms(config)):
+    for name in {"labelled", "unlabelled"} & image_terms.reads_of(config):
       key = f"{name}_batch_size"
       sizes[f"finetune.{key}"] = config.finetune[key]
   if "mine" in stages and "learned" in names:
@@ -231,10 +245,10 @@ def summary(workdir: os.PathLike) -> str:
   """The result table that a run ends with, from `results.json` and the mining manifest."""
   results = files.read_json(epath.Path(workdir) / "results.json", base=dict, finetuned=dict)
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
-  rows = (("base", "base"), ("fine-tuned (last)", "finetuned"), ("selected on val", "selected"))
-  for label, key in rows:
+  for label, key in SUMMARY_ROWS:
     scores = results[key]
-    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}")
+    note = f"  {_what_is_delivered(scores)}" if key == "delivered" else ""
+    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}{note}")
   for name, judge in results["judges"].items():
     accuracy = judge["pair_accuracy"]
     shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
@@ -242,9 +256,15 @@ def summary(workdir: os.PathLike) -> str:
     lines.append(f"judge {name:18}{shown:>10} of pairs right on {judge['split']}{used}")
   pairs = results["pairs"]
   size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]
-  lines.append(
-    f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
-    f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
-  )
+  if pairs["count"]:
+    lines.append(
+      f"{pairs['count']} pairs of {size:.0f} bytes, {pairs['dropped_identical']} dropped as "
+      f"identical, median region size {pairs['region_size']['p50']:.0f} pixels"
+    )
+  lines.append(results["delivered"]["reason"])
   lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
+
+
+def _what_is_delivered(delivered) -> str:
+  return "<- the base" if delivered["is_base"] else f"<- step {delivered['step']}"

@@ -28,7 +28,8 @@ PACKAGES = (
 # is among them once the data are prepared.
 OPERATIONAL = (
   "mesh", "data.num_workers", "data.prefetch", "data.root", "base.keep_checkpoints",
-  "base.checkpoint_minutes", "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
+  "base.checkpoint_minutes", "judge.gate", "finetune.keep_checkpoints",
+  "finetune.checkpoint_minutes",
 )  # fmt: skip
 # Also what another job may have otherwise that takes its data and base from a work directory.
 _OF_THE_OTHER_JOB = ("base.workdir", "base.num_members", "model.remat", "model.lanes")

@@ -31,6 +31,8 @@ WRONG = [
   ("judge.name", "magic", "unknown judge 'magic'"),
   ("judge.name", "noisy_oracle", "flip_rate"),
   ("judge.flip_rate", 0.2, "noisy_oracle"),
+  ("judge.gate.action", "maybe", "found 'maybe', expected one of refuse, warn, off"),
+  ("judge.gate.min_accuracy", 1.5, "config.judge.gate.min_accuracy: found 1.5, expected 0..1"),
   ("mine.rule", "magic", "config.mine.rule"),
   ("mine.rule", "top_vs_rest", "set it to 7"),
   ("mine.pairs_per_image", 8, "at most K - 1 = 7"),
@@ -237,6 +239,18 @@ def test_every_config_is_valid_but_for_the_place_of_its_data(name):
   config_checks.validate(config)
   assert config.is_locked
   assert not config.data.root
+
+
+@pytest.mark.parametrize(
+  "compare,found", [((), "none"), (("entropy", "oracle"), "'oracle', which")]
+)
+def test_auto_takes_one_of_some_judges_that_read_no_labels(compare, found):
+  config = config_lib.base_config()
+  config.judge.name = "auto"
+  config_checks.validate(config)
+  config.judge.compare = compare
+  with pytest.raises(errors.ConfigError, match=f"config.judge.compare: found {found}"):
+    config_checks.validate(config)
 
 
 def test_unknown_key_and_wrong_type_raise():

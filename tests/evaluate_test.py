@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import types as python_types
 
 import jax
@@ -12,7 +13,9 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors, models, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.evaluation import cases, gallery, metrics, predict, results
+from rndpo_jax.evaluation import cases, gallery, metrics, predict, results, validation_pairs
+from rndpo_jax.losses import bit_planes
+from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import evaluate, phases, prepare
 from rndpo_jax.training import checkpoint
@@ -61,7 +64,7 @@ def open_evaluation(config, workdir):
   return predict.open_evaluation(config, dataset, workdir / "evaluate", params)
 
 
-def _write_pairs(workdir):
+def _write_pairs(config, workdir):
   judge = {"pair_accuracy": 0.7, "kendall_tau": None, "top1_regret": 0.1, "split": "val"}
   files.write_json(workdir / "pairs" / "judges.json", {"agreement": judge | {"used": True}})
   manifest = {
@@ -70,6 +73,24 @@ def _write_pairs(workdir):
     "region_size": {"p5": 1.0, "p50": 2.0, "p95": 8.0, "histogram": {"edges": [], "counts": []}},
   }
   files.write_json(workdir / "pairs" / "manifest.json", manifest)
+  # Of each of 3 validation images 3 proposals, the first being the truth, and 2 pairs.
+  dataset = dataset_lib.open_dataset(config, workdir)
+  index = dataset.splits["val"]
+  labels = [dataset_lib.load_example(dataset, i, with_labels=True)["label"] for i in index]
+  masks = np.stack([[label, np.roll(label, 1, 0), np.roll(label, 3, 1)] for label in labels])
+  truth = np.asarray(judges.true_scores(masks, np.stack(labels), 4))
+  pairs = types.Pairs(
+    chosen=np.array([[0, 2], [0, 1], [1, 0]]),
+    rejected=np.array([[1, 0], [2, 0], [0, 0]]),
+    score_gap=np.ones((3, 2), np.float32),
+    region_size=np.array(
+      [[(a != b).sum() for a, b in ((m[0], m[1]), (m[2], m[0]))] for m in masks]
+    ),
+    valid=np.array([[True, True], [True, True], [True, False]]),
+    dropped=None,
+  )
+  packed = bit_planes.pack(masks, 4, 2)
+  validation_pairs.write(workdir / "pairs" / "validation.npz", index, packed, truth, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +99,7 @@ def run(tmp_path_factory):
   config, workdir = _config(), tmp_path_factory.mktemp("evaluate")
   prepare.run(config, workdir)
   _write_checkpoints(config, workdir)
-  _write_pairs(workdir)
+  _write_pairs(config, workdir)
   evaluate.run(config, workdir)
   return config, workdir, files.read_json(workdir / "results.json")
 
@@ -131,7 +152,7 @@ def test_results_hold_the_contract(run):
   assert found["dataset"] == "phantom" and found["seed"] == 0
   assert found["objective"] == "rn_dpo" and found["judge"] == "agreement"
   assert found["num_labelled_cases"] == 2 and not found["study"]
-  for model in ("base", "finetuned", "selected"):
+  for model in ("base", "finetuned", "selected", "delivered"):
     for split in ("val", "test"):
       assert list(found[model][split]) == list(NAMES)
   assert [point["step"] for point in found["curve"]] == [0, 2, 4]
@@ -148,11 +169,62 @@ def test_results_hold_the_contract(run):
   assert found["empty_masks"]["base"]["test"]["total"] == 7 * 3
 
 
+def _delivered_dice(config, workdir, step):
+  """Mean test Dice of the parameters in `delivered/`, by hand."""
+  folder = workdir / "delivered"
+  params = checkpoint.restore_params(folder / "params", step, stage_directory=folder)
+  dataset = dataset_lib.open_dataset(config, workdir)
+  evaluation = predict.open_evaluation(config, dataset, workdir / "again", lambda _: params)
+  return results.mean_metrics(cases.overlap_cases(evaluation, 9), "test", ["dice"])["dice"]
+
+
+@pytest.mark.parametrize("asked", [0.9, 0.0])
+def test_delivered_holds_the_model_that_results_name(run, tmp_path, asked):
+  """Of 3 cases nothing is shown at 0.9: the base; 0 takes the last."""
+  shutil.copytree(run[1], tmp_path / "run")
+  config, workdir = _config(), tmp_path / "run"
+  config.evaluate.delivered_min_probability = asked
+  (workdir / "results.json").unlink()
+  evaluate.run(config, workdir)
+  found = files.read_json(workdir / "results.json")["delivered"]
+  content = files.read_json(workdir / "delivered" / "delivered.json")
+  passing = [c["step"] for c in content["checkpoints"] if c["probability"] >= asked]
+  assert found["step"] == content["step"] == max(passing, default=0)
+  assert found["is_base"] == (asked == 0.9) and found["reason"] == content["reason"]
+  assert checkpoint.steps(workdir / "delivered" / "params") == [found["step"]]
+  assert _delivered_dice(config, workdir, found["step"]) == found["test"]["dice"]
+  assert content["fingerprints"].keys() == {"data", "base", "params"}
+
+
+def test_margins_of_validation_pairs_follow_the_definition(run):
+  """sum_{p in D} (z_p[y+_p] - z_p[y-_p]) of each pair, one image at a time."""
+  config, workdir, found = run
+  pairs = validation_pairs.read(workdir / "pairs" / "validation.npz")
+  evaluation = open_evaluation(config, workdir)
+  got = validation_pairs.margins(config, evaluation, pairs, [0, 4])
+  segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
+  for step, rows in zip((0, 4), got, strict=True):
+    for n, index in enumerate(pairs["index"]):
+      image = dataset_lib.load_example(evaluation.dataset, index, with_labels=False)["image"]
+      z = np.float64(segmenter.apply(evaluation.params(step), image[None]))[0]
+      masks = np.asarray(bit_planes.unpack(pairs["masks"][n], (16, 16), 4)).astype(np.int64)
+      of = [np.take_along_axis(z, m[..., None], -1).sum() for m in masks]
+      want = [of[a] - of[b] for a, b in zip(pairs["chosen"][n], pairs["rejected"][n], strict=True)]
+      np.testing.assert_allclose(rows[n], want, rtol=1e-4, atol=1e-4)
+  assert np.abs(got[1] - got[0]).max() > 1
+  # Image 0: right, wrong; 1: right, wrong; 2: wrong.
+  assert found["harm"]["num_pairs"] == 5 and found["harm"]["wrong_share"] == pytest.approx(3 / 5)
+  content = files.read_json(workdir / "evaluate" / "harm.json")
+  assert content["curve"][0] == found["harm"]["first"] and len(content["curve"]) == 3
+  assert content["curve"][0]["h_per_pixel"] == {"right": 0.0, "wrong": 0.0}
+  assert content["curve"][0]["region"]["wrong_mass"] == pytest.approx(3 / 5)
+
+
 def test_cases_csv_averages_to_the_results(run):
   _, workdir, found = run
   with (workdir / "evaluate" / "cases.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
-  assert len(rows) == 3 * (3 + 7) * 3  # models, cases, classes
+  assert len(rows) == 4 * (3 + 7) * 3  # models, cases, classes
   for model in ("base", "finetuned", "selected"):
     for split in ("val", "test"):
       some = [row for row in rows if row["model"] == model and row["split"] == split]
@@ -185,6 +257,7 @@ def test_gallery_shows_the_masks_that_were_measured(run):
 def test_rerun_after_any_loss_gives_equal_files(run):
   config, workdir, _ = run
   names = ("results.json", "evaluate/cases.csv", "evaluate/curve-2.json")
+  names += ("delivered/delivered.json", "evaluate/harm.json")
   want = [(workdir / name).read_bytes() for name in names]
   folder = workdir / "evaluate"
   (folder / "curve-0.json").unlink()
@@ -194,6 +267,8 @@ def test_rerun_after_any_loss_gives_equal_files(run):
   stale["cases"][0]["surface"][0]["hd95"] = 1e6
   (folder / "surface-4.json").write_text(json.dumps(stale))
   (workdir / "results.json").unlink()
+  kept = next((workdir / "delivered" / "params").glob("*/d/*"))
+  kept.write_bytes(b"lost")
   evaluate.run(config, workdir)
   assert [(workdir / name).read_bytes() for name in names] == want
 

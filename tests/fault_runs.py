@@ -16,7 +16,8 @@ STAGES = ("prepare", "base", "mine", "finetune", "evaluate", "report")
 # What each stage writes; removing all from a stage on makes a run that stands before it.
 WRITES = {
   "prepare": ("data", "splits.json"), "base": ("base",), "mine": ("pairs",),
-  "finetune": ("finetune",), "evaluate": ("evaluate", "results.json"), "report": ("report.html",),
+  "finetune": ("finetune",), "evaluate": ("evaluate", "delivered", "results.json"),
+  "report": ("report.html",),
 }  # fmt: skip
 # What must be the same after a fault: results, what they were chosen by, and every pair.
 SAME = (

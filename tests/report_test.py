@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import image as matplotlib_image
 
+from rndpo_jax.evaluation import harm
 from rndpo_jax.evaluation import results as results_lib
 from rndpo_jax.report import figures, pictures, tables
 from rndpo_jax.runtime import files
@@ -50,6 +51,14 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
     "base": {"val": metrics, "test": metrics},
     "finetuned": {"val": final, "test": final, "step": 300},
     "selected": {"val": final, "test": final, "step": 200, "rule": "validation"},
+    "delivered": {
+      "val": final,
+      "test": final,
+      "step": 300,
+      "is_base": False,
+      "reason": "The checkpoint of step 300 is delivered.",
+      "difference": {"test": {"mean": 0.045, "ci": [0.01, 0.08], "probability": 1.0}},
+    },
     "curve": [
       {"step": 100 * i, "val_dice": d - 0.01, "test_dice": d} for i, d in enumerate(test_dice)
     ],
@@ -128,7 +137,16 @@ def _save(path, arrays):
   files.write_bytes(path, content.getvalue())
 
 
+def _harm():
+  """Of six pairs, one of them wrong and large."""
+  size, gain = np.array([4, 4, 10, 10, 20, 500]), np.array([0.1, 0.1, 0.1, 0.1, 0.1, -0.1])
+  h = np.array([np.zeros(6), 0.1 * size])
+  options = {"edges": (16, 64), "beta": 10.0, "normalization": "region"}
+  return harm.account([0, 50], h, size, gain, np.ones(6), **options)
+
+
 def make_workdir(workdir, results, *, shape=(20, 24), channels=1):
+  files.write_json(workdir / "evaluate" / "harm.json", _harm())
   files.write_json(workdir / "results.json", results)
   files.write_json(workdir / "pairs" / "manifest.json", MANIFEST)
   _save(workdir / "pairs" / "examples.npz", _examples(shape, channels))
@@ -201,6 +219,8 @@ def test_page_says_what_a_reader_needs(page):
     "0.930 (0.900 to 0.960)", "It is optimistic, for the base was trained on them",
     "mm, lower is better", "within 2 mm", "3 were empty where the truth is not",
     "taken: masks identical", "29", "+0.040", "0.830", "score 1.000", "chosen", "rejected",
+    "16 to 63", "0.912 of 0.912", "0.912 of 1", "0.167 of 1", "0.100 nats a pixel on right pairs",
+    "The checkpoint of step 300 is delivered. On test it is +0.045 Dice from the base,",
     "best change", "Dice 0.900 (+0.100)", "1.2.3", "step 300", "step 200", "440",
   ):  # fmt: skip
     assert text in parsed.text, text
@@ -218,7 +238,7 @@ def test_pictures_are_all_there(page):
   charts = [a for a in parsed.addresses if a.startswith("data:image/svg")]
   # 2 examples of an image and 4 proposals, 1 pair, 2 test cases of 4 pictures.
   assert len(tiles) == 2 * 5 + 1 + 2 * 4
-  assert len(charts) == 1 + 4 + 1 + 1  # curve, training, judges, region sizes
+  assert len(charts) == 1 + 4 + 1 + 1 + 1  # curve, training, judges, harm, region sizes
 
 
 def test_study_judge_and_lost_gain_are_flagged(tmp_path):

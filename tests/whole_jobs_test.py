@@ -34,6 +34,7 @@ TINY = {
   "finetune.batch_size": 8,
   "finetune.eval_every_steps": 3,
   "evaluate.batch_size": 8,
+  "judge.gate.action": "off",
 }
 
 

@@ -67,6 +67,7 @@ def make_workdir(options: Options, workdir: os.PathLike) -> Any:
   config.mine.pairs_per_image = options.pairs
   config.mine.batch_size = config.finetune.batch_size = options.shape[0]
   config.judge.compare = (config.judge.name,)
+  config.judge.gate.action = "off"  # the base is random
   prepare.run(config, workdir)
   data = dataset_lib.open_dataset(config, workdir).fingerprint
   network.save_as_base(network.make(options)[1], workdir, data)

@@ -48,6 +48,11 @@ def case_dice(case: Case) -> float:
   return float(np.mean(case_values(case, ["dice"])["dice"]))
 
 
+def split_dice(cases: Sequence[Case], split: str) -> np.ndarray:
+  """`case_dice` of the cases of a split, f64[n], in their order."""
+  return np.array([case_dice(case) for case in cases if case.split == split])
+
+
 def mean_metrics(cases: Sequence[Case], split: str, names: Sequence[str]) -> dict[str, float]:
   """Mean over the split's cases of the mean over foreground classes; empty masks stay in."""
   rows = [case_values(case, names) for case in cases if case.split == split]

@@ -17,6 +17,9 @@ from rndpo_jax import errors, types
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.mining import overlap, user_judges
 
+# No judge, but the one of `config.judge.compare` that has most of the mined pairs right.
+AUTO = "auto"
+
 
 class Context(NamedTuple):
   """What a judge may need besides images and proposals; None if there is none.

@@ -31,8 +31,9 @@ class Scored(NamedTuple):
 
 
 def used_judges(config) -> tuple[str, ...]:
-  """Names of the judges that the config measures, the one that mines first."""
-  return tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
+  """Names of the judges that the config measures; the one that mines first, if it is known."""
+  names = dict.fromkeys((config.judge.name, *config.judge.compare))
+  return tuple(name for name in names if name != judges.AUTO)
 
 
 def host_judges(config, dataset) -> dict[str, str]:
@@ -150,8 +151,8 @@ def make_mine_scored(config, dataset) -> Callable:
   return mine_scored
 
 
-def _make_pairs_of(config, dataset) -> Callable:
-  """(keys, masks, base_logits, scores) -> what `make_mine_batch` says."""
+def make_rule(config, dataset) -> Callable:
+  """(keys [b, 3], masks, scores) -> `types.Pairs`, by `config.mine`."""
   options = {
     "num_classes": dataset.num_classes,
     "rule": config.mine.rule,
@@ -161,10 +162,26 @@ def _make_pairs_of(config, dataset) -> Callable:
     "max_region_size": config.mine.max_region_size,
     "region_classes": config_lib.region_classes(config),
   }
-  region_options = {"classes": options["region_classes"]}
+
+  def rule(keys, masks, scores) -> types.Pairs:
+    return pair_rules.mine(scores, masks, keys[:, 2], **options)
+
+  return rule
+
+
+def make_rule_scored(config, dataset) -> Callable:
+  """(None, keys, Scored) -> `types.Pairs`: the rule, for a judge on the host."""
+  rule = make_rule(config, dataset)
+  return lambda weights, keys, scored: rule(keys, scored.masks, scored.scores)
+
+
+def _make_pairs_of(config, dataset) -> Callable:
+  """(keys, masks, base_logits, scores) -> what `make_mine_batch` says."""
+  rule = make_rule(config, dataset)
+  region_options = {"classes": config_lib.region_classes(config)}
 
   def pairs_of(keys, masks, base_logits, scores):
-    mined = pair_rules.mine(scores, masks, keys[:, 2], **options)
+    mined = rule(keys, masks, scores)
     take = jax.vmap(lambda masks, places: masks[places])
     chosen, rejected = take(masks, mined.chosen), take(masks, mined.rejected)
 

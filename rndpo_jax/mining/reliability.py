@@ -66,6 +66,98 @@ def reliability(
   return result
 
 
+def mined(
+  truth: np.ndarray,
+  chosen: np.ndarray,
+  rejected: np.ndarray,
+  weight: np.ndarray,
+  case_ids: Sequence[str],
+  *,
+  num_bootstrap: int,
+  seed: int,
+) -> dict:
+  """How many pairs of the kind that mining makes are right: their chosen mask is truly better.
+
+  A pair whose masks are equally good is neither right nor wrong, and left out. Both figures are
+  ratios of sums over all pairs, as the training loss is a mean over pairs: sum of w over the right
+  pairs / sum of w, with w = 1 (`pair_accuracy`) and w the weight (`weighted_accuracy`).
+
+  Args:
+    truth: f[N, K], the true scores; finite.
+    chosen: i[N, P], which of the K proposals. rejected: likewise.
+    weight: f[N, P] >= 0, such as `gradient_mass`; 0 where a slot has no pair.
+    case_ids: N, the case of each image.
+    num_bootstrap: resamples of cases.
+    seed: of the resampling.
+
+  Returns:
+    {"pair_accuracy", "pair_accuracy_ci": [low, high], "weighted_accuracy", "weighted_accuracy_ci",
+    "num_pairs", "num_cases"}, percentile intervals of 95%. Without a pair the figures are None, and
+    with fewer than two cases that have pairs the intervals.
+  """
+  truth, weight = np.asarray(truth, np.float64), np.asarray(weight, np.float64)
+  gain = np.take_along_axis(truth, chosen, 1) - np.take_along_axis(truth, rejected, 1)
+  counted = (weight > 0) & (gain != 0)
+  cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
+
+  def per_case(values):
+    return np.bincount(case_index, weights=values.sum(axis=1), minlength=len(cases))
+
+  informative = per_case(1.0 * counted) > 0
+  result = {}
+  for name, share in (("pair_accuracy", 1.0), ("weighted_accuracy", weight)):
+    whole = per_case(share * counted)[informative]
+    right = per_case(share * (counted & (gain > 0)))[informative]
+    result[name] = float(right.sum() / whole.sum()) if len(whole) else None
+    result[f"{name}_ci"] = None
+    if len(whole) > 1:
+      draws = _draws(len(whole), num_bootstrap, seed)
+      ratios = right[draws].sum(axis=1) / whole[draws].sum(axis=1)
+      result[f"{name}_ci"] = np.percentile(ratios, [2.5, 97.5]).tolist()
+  return {**result, "num_pairs": int(counted.sum()), "num_cases": int(informative.sum())}
+
+
+def gradient_mass(
+  size: np.ndarray,
+  *,
+  normalizations: Sequence[str],
+  weights: Sequence[float],
+  exponent: float,
+  floor: float,
+  voxel_volume: np.ndarray | float = 1.0,
+) -> np.ndarray:
+  """L1 mass of a pair's gradient on the logits at step 0, up to a factor that all pairs share.
+
+  There h = 0, so an objective has one slope d loss / d(s h) for every pair, and the gradient is
+  that times s on each of the |D| pixels: mass = s |D|, which is |D| under none, 1 under region and
+  |D| / max(|D|, floor)^exponent under power. Of several objectives it is the sum of their weights
+  times theirs, their slopes taken as equal.
+
+  Args:
+    size: i[...], |D| in pixels.
+    normalizations: of each objective, names of `objectives.NORMALIZATIONS`.
+    weights: of each objective.
+    exponent: of power. floor: of power, in the unit of size * voxel_volume.
+    voxel_volume: f, broadcastable to `size`; what a pixel stands for.
+
+  Returns:
+    f64, like `size`; 0 where |D| = 0.
+  """
+  size = np.asarray(size, np.float64) * voxel_volume
+  mass = {
+    "none": size,
+    "region": (size > 0).astype(np.float64),
+    "power": size / np.maximum(size, floor) ** exponent,
+  }
+  return sum(w * mass[name] for name, w in zip(normalizations, weights, strict=True))
+
+
+def worth_of_gap(found: dict, gap: np.ndarray) -> np.ndarray:
+  """2 a - 1 of each score gap, a the share right at such a gap by `calibration`; 0 at least."""
+  worth = np.maximum(2.0 * np.array(found["accuracy"]) - 1.0, 0.0)
+  return worth[np.searchsorted(np.array(found["gap_edges"]), gap)]
+
+
 def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> dict:
   """How often a judge is right, by the gap between its two scores.
 
@@ -125,6 +217,11 @@ def _interval(per_case, num_bootstrap, seed):
   """95% percentile bootstrap interval of the mean over cases."""
   if len(per_case) < 2:
     return None
-  draws = np.random.default_rng(seed).integers(0, len(per_case), (num_bootstrap, len(per_case)))
+  draws = _draws(len(per_case), num_bootstrap, seed)
   low, high = np.percentile(per_case[draws].mean(axis=1), [2.5, 97.5])
   return [float(low), float(high)]
+
+
+def _draws(count, num_bootstrap, seed):
+  """Resamples of `count` cases, i64[num_bootstrap, count]."""
+  return np.random.default_rng(seed).integers(0, count, (num_bootstrap, count))

@@ -104,20 +104,40 @@ def write_manifest(config, directory: epath.Path) -> None:
   edges = np.append(edges, edges[-1] + 1)
   histogram, _ = np.histogram(sizes, bins=edges, weights=counts)
   num_pairs = int(counts.sum())
+  found = {
+    "shards": entries,
+    "num_images": num_images,
+    "num_pairs": num_pairs,
+    "num_bytes": num_bytes,
+    "bytes_per_pair": num_bytes / num_pairs,
+    "dropped": dict(dropped),
+    "region_size": {
+      **quantiles(sizes, counts),
+      "histogram": {"edges": edges.tolist(), "counts": histogram.tolist()},
+    },
+    "score_gap": quantiles(*_sorted(gaps)),
+  }
+  _write(config, directory, found)
+
+
+def write_empty(config, directory: epath.Path) -> None:
+  """The manifest of a run whose fine-tuning reads no pairs: no shard, and zeros for all figures."""
+  zeros = dict.fromkeys(("p5", "p50", "p95"), 0.0)
+  found = dict.fromkeys(("num_images", "num_pairs", "num_bytes"), 0) | {
+    "shards": [],
+    "bytes_per_pair": 0.0,
+    "dropped": dict.fromkeys(pair_rules.FILTERS, 0),
+    "region_size": {**zeros, "histogram": {"edges": [1, 2], "counts": [0]}},
+    "score_gap": zeros,
+  }
+  _write(config, directory, found)
+
+
+def _write(config, directory: epath.Path, found: dict) -> None:
   files.write_json(
     directory / "manifest.json",
     {
-      "shards": entries,
-      "num_images": num_images,
-      "num_pairs": num_pairs,
-      "num_bytes": num_bytes,
-      "bytes_per_pair": num_bytes / num_pairs,
-      "dropped": dict(dropped),
-      "region_size": {
-        **quantiles(sizes, counts),
-        "histogram": {"edges": edges.tolist(), "counts": histogram.tolist()},
-      },
-      "score_gap": quantiles(*_sorted(gaps)),
+      **found,
       "rule": config.mine.rule,
       "judge": config.judge.name,
       "mix": config.proposals.mix,

@@ -8,11 +8,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.mining import judge_gate, reliability
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.training import image_terms
@@ -41,7 +41,7 @@ def stream_of(
     dataset: the prepared data.
     whole: see above.
   """
-  read = image_terms.reads(config_lib.active_terms(config))
+  read = image_terms.reads_of(config)
   options = config.finetune
   # Name -> (stream, its order).
   parts = {}
@@ -114,17 +114,17 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
   how = config.finetune.pair_weight
   if how != "reliability":
     return np.ones_like if how == "none" else np.asarray
-  judges = files.read_json(directory / "judges.json", **{config.judge.name: dict})
-  calibration = judges[config.judge.name]["calibration"]
-  worth = np.maximum(2.0 * np.array(calibration["accuracy"]) - 1.0, 0.0)
-  if not worth.any():
+  table = files.read_json(directory / "judges.json")
+  name = judge_gate.used(table, config.judge.name)
+  table = files.read_json(directory / "judges.json", **{name: dict})
+  calibration = table[name]["calibration"]
+  if max(calibration["accuracy"]) <= 0.5:
     raise ConfigError(
       f"config.finetune.pair_weight: 'reliability' gives every pair the weight 0, for the judge "
-      f"{config.judge.name!r} has at no gap more than half of the pairs right on validation; take "
+      f"{name!r} has at no gap more than half of the pairs right on validation; take "
       "another judge"
     )
-  edges = np.array(calibration["gap_edges"])
-  return lambda gap: worth[np.searchsorted(edges, gap)]
+  return lambda gap: reliability.worth_of_gap(calibration, gap)
 
 
 def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:

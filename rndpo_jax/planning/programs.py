@@ -18,12 +18,18 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining.program import make_mine_batch, make_score, with_keys
+from rndpo_jax.mining import judge_gate
+from rndpo_jax.mining.program import (
+  make_mine_batch,
+  make_rule,
+  make_score,
+  used_judges,
+  with_keys,
+)
 from rndpo_jax.planning import chips
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import base, finetune, measure_judges, train_judge
@@ -151,12 +157,14 @@ def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
 
 
 def _mine(config, problem, score):
+  # Which judge `auto` takes is not known yet.
+  config = judge_gate.with_judge(config, used_judges(config)[0])
   return make_mine_batch(config, problem, score)
 
 
 def _measure(config, problem, score):
-  names = tuple(dict.fromkeys((config.judge.name, *config.judge.compare)))
-  return measure_judges.make_measure(score, names, problem.num_classes)
+  rule = make_rule(config, problem)
+  return measure_judges.make_measure(score, used_judges(config), problem, rule)
 
 
 def _on_own_images(config, problem, mesh, params, batch, make):
@@ -225,7 +233,7 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
   )
-  read = image_terms.reads(config_lib.active_terms(config))
+  read = image_terms.reads_of(config)
   labelled = _rows(config.finetune.labelled_batch_size, problem)
   unlabelled = _rows(config.finetune.unlabelled_batch_size, problem)
   del unlabelled["label"]

@@ -35,6 +35,29 @@ def curve_chart(results: Mapping) -> str:
   return figures.lines(series, ylabel="mean Dice over cases", marks=marks, wide=True)
 
 
+def harm_chart(harm: Mapping) -> str | None:
+  """Share of the gradient that comes from wrong pairs, over steps; None without pairs."""
+  if not harm["num_pairs"]:
+    return None
+  steps = [point["step"] for point in harm["curve"]]
+  kinds = {"RN-DPO": ("region", figures.BLUE), "DPO at matched beta": ("none", figures.RED)}
+  series = {
+    label: (
+      steps,
+      [np.nan if (x := point[kind]["wrong_mass"]) is None else x for point in harm["curve"]],
+      {"color": color, "marker": "."},
+    )
+    for label, (kind, color) in kinds.items()
+  }
+  dashed = {"color": figures.GREY, "linestyle": "--", "linewidth": 1.2}
+  series["share of pairs that are wrong"] = (
+    [steps[0], steps[-1]],
+    [harm["wrong_share"]] * 2,
+    dashed,
+  )
+  return figures.lines(series, ylabel="share of gradient from wrong pairs")
+
+
 def training_charts(workdir: epath.Path) -> list[dict[str, str]]:
   """Charts of base training and of fine-tuning, from their `metrics.jsonl`."""
   tuned, checked = (_rows(workdir / "finetune", kind) for kind in ("train", "val"))

@@ -97,6 +97,7 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
         "change": signed(change, digits),
         "kind": _kind(-change if metric.distance else change),
         "selected": show(results["selected"][split][name], digits),
+        "delivered": show(results["delivered"][split][name], digits),
       }
     )
   return rows
@@ -124,6 +125,16 @@ def result_text(results: Mapping) -> str:
     f"Fine-tuning {word} test Dice {change} at its last checkpoint, which nobody chose. The "
     "'selected' one is the best on validation, and needs validation labels to be found."
   )
+
+
+def delivered_text(results: Mapping) -> str:
+  """What `delivered/` holds and why, and what that gives on test."""
+  found = results["delivered"]["difference"]["test"]
+  interval = ""
+  if found["ci"]:
+    interval = f", 95% interval over cases {' to '.join(signed(x) for x in found['ci'])}"
+  gain = f"On test it is {signed(found['mean'])} Dice from the base{interval}; test chose nothing."
+  return results["delivered"]["reason"] + ("" if results["delivered"]["is_base"] else f" {gain}")
 
 
 def empty_text(results: Mapping) -> str:
@@ -194,3 +205,36 @@ def pair_rows(manifest: Mapping) -> list[tuple[str, str]]:
   rows = [(f"Found by the rule {manifest['rule']}", str(total))]
   rows += [(DROPPED.get(name, name), str(count)) for name, count in dropped.items()]
   return [*rows, (f"Kept, from {manifest['num_images']} images", str(manifest["num_pairs"]))]
+
+
+def harm_rows(harm: Mapping) -> list[tuple[str, ...]]:
+  """Rows by region size: pairs, share wrong, and each kind's share of the gradient at step 0."""
+  start = harm["curve"][0]
+  rows = []
+  for place, entry in enumerate(harm["bins"]):
+    if not entry["num_pairs"]:
+      continue
+    end = "and more" if entry["below"] is None else f"to {entry['below'] - 1}"
+    shares = [start[kind]["bins"][place] for kind in ("region", "none")]
+    cells = [f"{show(s['wrong_mass'])} of {show(s['mass'])}" for s in shares]
+    rows.append(
+      (f"{entry['from']} {end}", str(entry["num_pairs"]), show(entry["wrong_share"]), *cells)
+    )
+  whole = [f"{show(start[kind]['wrong_mass'])} of 1" for kind in ("region", "none")]
+  return [*rows, ("all", str(harm["num_pairs"]), show(harm["wrong_share"]), *whole)]
+
+
+def harm_text(harm: Mapping) -> str:
+  """What was counted, in words."""
+  last = harm["curve"][-1]
+  moved = last["h_per_pixel"]
+  return (
+    f"Of the validation images' pairs, mined as those of the unlabelled images, "
+    f"{show(harm['wrong_share'])} are the wrong way round. Their share of the gradient (L1 on the "
+    "logits) is shown for RN-DPO, which divides by the region size, and for DPO at the beta that "
+    f"does the same to a pair of the median size ({show(harm['median_region_size'], 0)} pixels). "
+    f"At step {last['step']} it is {show(last['region']['wrong_mass'])} and "
+    f"{show(last['none']['wrong_mass'])}. By then h, the margin gained, is "
+    f"{show(moved['right'])} nats a pixel on right pairs and {show(moved['wrong'])} on wrong ones; "
+    "above 0 on wrong pairs means that errors are learned."
+  )

@@ -1,10 +1,10 @@
 """Stage 'evaluate': base and fine-tuned checkpoints on validation and test -> `results.json`.
 
-Every checkpoint is measured by Dice for the curve; the base, the last and the selected one by
-all of `config.evaluate.metrics`. Logits are brought to each case's own grid before the argmax,
-and the slices of a case count together. What is known of a checkpoint is kept in `evaluate/`,
-so that an interrupted run goes on. Of several processes each measures some checkpoints on its own
-first device, and process 0 writes what all of them share.
+Every checkpoint is measured by Dice for the curve; the base, the last, the selected and the
+delivered one by all of `config.evaluate.metrics`. Logits are brought to each case's own grid before
+the argmax, and the slices of a case count together. What is known of a checkpoint is kept in
+`evaluate/`, so that an interrupted run goes on. Of several processes each measures some checkpoints
+on its own first device, and process 0 writes what all of them share.
 """
 
 from __future__ import annotations
@@ -15,20 +15,34 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 
-from rndpo_jax import types
+from rndpo_jax import provenance, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.evaluation import gallery, metrics, predict, results
+from rndpo_jax.evaluation import (
+  delivered,
+  gallery,
+  harm,
+  metrics,
+  predict,
+  results,
+  validation_pairs,
+)
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
+from rndpo_jax.losses import objectives
+from rndpo_jax.losses.preference import REGION_SIZE_EDGES
+from rndpo_jax.mining import judge_gate
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress
-from rndpo_jax.stages import base, finetune, phases
-from rndpo_jax.training import checkpoint
+from rndpo_jax.stages import base, finetune, measure_judges, phases
+from rndpo_jax.training import checkpoint, image_terms
+
+HARM = "harm.json"  # in `evaluate/`
 
 
 def run(config, workdir: os.PathLike) -> None:
-  """Measures every checkpoint and writes `evaluate/` and `results.json`.
+  """Measures every checkpoint and writes `evaluate/`, `delivered/` and, last, `results.json`.
 
   Raises:
     records.DataError: if an earlier stage's file is missing, naming the stage to run.
@@ -50,10 +64,18 @@ def run(config, workdir: os.PathLike) -> None:
     cases = {step: overlap_cases(evaluation, step) for step in shown}
   if not multihost.is_first():
     return
+  made_of = provenance.of_finetuning(dataset, params(0))
   # What the other processes measured is read from their files.
   cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
+  chosen = delivered.choose(
+    steps,
+    np.array([results.split_dice(cases[step], "val") for step in steps]),
+    min_probability=config.evaluate.delivered_min_probability,
+  )
+  delivered.write(workdir, results.plain(chosen), params(chosen["step"]), made_of)
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
+  reported["delivered"] = chosen["step"]
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
@@ -64,9 +86,48 @@ def run(config, workdir: os.PathLike) -> None:
   files.write_text(evaluation.folder / "cases.csv", table)
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
+  # Of the last phase, whose start is the reference of its pairs.
+  first = phases.of_job(config, workdir)[-1].steps
+  own = [step for step in steps if step >= first]
+  found = _harm(config, workdir, evaluation, own, content["judges"][content["judge"]])
+  files.write_json(evaluation.folder / HARM, results.plain(found))
+  content["harm"] = {name: value for name, value in found.items() if name != "curve"}
+  content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
+  content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
+  if "pairs" in image_terms.reads_of(config):
+    content["warnings"] += _gate_warning(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def _delivered(chosen: dict, models) -> dict:
+  """What `results.json` says of the delivered model besides its metrics."""
+  test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
+  difference = {"val": {key: chosen[key] for key in ("mean", "ci", "probability")}}
+  difference["test"] = delivered.paired(test[0] - test[1])
+  names = ("step", "is_base", "rule", "reason", "min_probability")
+  return {**{name: chosen[name] for name in names}, "difference": difference}
+
+
+def _harm(config, workdir, evaluation, steps, judge) -> dict:
+  """What `harm.account` says of the validation pairs of the judge that mines."""
+  pairs = validation_pairs.read(workdir / "pairs" / validation_pairs.FILE)
+  margins = validation_pairs.margins(config, evaluation, pairs, steps)
+  options = config.finetune
+  row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
+  found = harm.account(
+    steps,
+    margins - margins[0],
+    pairs["region_size"],
+    validation_pairs.gain(pairs),
+    measure_judges.pair_worth(config, pairs["score_gap"], pairs["valid"], judge),
+    edges=REGION_SIZE_EDGES,
+    beta=options.beta,
+    normalization=options.normalization or row.normalization,
+    exponent=options.power_exponent,
+  )
+  return {"split": "val", **found}
 
 
 def params_of_step(
@@ -137,9 +198,17 @@ def _measured(models, steps, curve, names) -> dict:
   }
 
 
+def _gate_warning(config, content) -> list[str]:
+  """What the gate has to say of the judge, where a run went on in spite of it."""
+  found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
+  return [f"{found[0].upper()}{found[1:]}."] if found else []
+
+
 def _context(config, workdir, dataset) -> dict:
   """The part of `results.json` that says what was measured, and what earlier stages found."""
-  judges = files.read_json(workdir / "pairs" / "judges.json", **{config.judge.name: dict})
+  path = workdir / "pairs" / "judges.json"
+  judge = judge_gate.used(files.read_json(path), config.judge.name)
+  judges = files.read_json(path, **{judge: dict})
   pairs = files.read_json(
     workdir / "pairs" / "manifest.json", num_pairs=int, dropped=dict, region_size=dict
   )
@@ -153,8 +222,8 @@ def _context(config, workdir, dataset) -> dict:
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
-    "judge": config.judge.name,
-    "study": judges_lib.needs(config.judge.name, "labels"),
+    "judge": judge,
+    "study": judges_lib.needs(judge, "labels"),
     "rule": config.mine.rule,
     "num_labelled_cases": cases["labelled"],
     "num_cases": cases,

@@ -48,7 +48,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   params = phases.start(config, workdir, dataset)
-  if "pairs" in image_terms.reads(config_lib.active_terms(config)):
+  if "pairs" in image_terms.reads_of(config):
     shards.check_made_of(pairs, dataset, params)
   if multihost.broadcast((directory / "done.json").exists):
     check_made_of(directory, "done.json", dataset, params)
@@ -173,7 +173,7 @@ def needs_base(config) -> bool:
 
 def with_partner(config, workdir, dataset, params: types.Params) -> types.Params | types.Partners:
   """The parameters to train: the policy's, with the base's second member if a term needs it."""
-  if "partner" not in image_terms.reads(config_lib.active_terms(config)):
+  if "partner" not in image_terms.reads_of(config):
     return params
   return types.Partners(params, base.load(workdir, dataset, member=1))
 

@@ -11,7 +11,10 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import errors, types
-from rndpo_jax.mining import judges, proposals, reliability
+from rndpo_jax.evaluation import validation_pairs
+from rndpo_jax.losses import bit_planes, objectives
+from rndpo_jax.mining import judge_gate, judges, proposals, reliability
+from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files
 
 NUM_EXAMPLES = 6
@@ -21,16 +24,19 @@ SPLITS = ("val", "labelled")
 
 
 def make_measure(
-  score: Callable, names: tuple[str, ...], num_classes: int, with_proposals: bool = False
+  score: Callable, names: tuple[str, ...], dataset, rule: Callable, with_proposals: bool = False
 ) -> Callable:
-  """(weights, keys, batch) -> each judge's scores f32[b, K], the truth, and the proposals' worth.
+  """(weights, keys, batch) -> each judge's scores f32[b, K] and pairs, the truth, the proposals.
 
   Args:
     score: from `mine.make_scorer`.
     names: of the judges.
-    num_classes: C.
+    dataset: num_classes and spatial_dims are read.
+    rule: from `program.make_rule`.
     with_proposals: whether `masks` and `probs` come out too, for judges that run on the host.
   """
+
+  num_classes = dataset.num_classes
 
   def measure(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, names)
@@ -39,6 +45,8 @@ def make_measure(
     return {
       **(proposed if with_proposals else {}),
       "scores": scores,
+      "mined": {name: rule(keys, sampled.masks, scores[name]) for name in names},
+      "packed": bit_planes.pack(sampled.masks, num_classes, dataset.spatial_dims),
       # Whether any pixel is labelled: where all are ignored, every proposal would be perfect.
       "known": jnp.any(batch.labels != types.IGNORED, axis=tuple(range(1, batch.labels.ndim))),
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
@@ -53,10 +61,12 @@ def make_measure(
 def write_reliability(
   config, directory: epath.Path, dataset, outputs: Mapping[str, Iterable]
 ) -> None:
-  """Writes `proposals.json` (diversity, headroom) and `judges.json` (reliability of each judge).
+  """Writes `proposals.json`, `validation.npz` and, last, `judges.json`, all of validation.
 
-  Both are of the validation split; a judge's entry holds, as "labelled", its figures on the
-  labelled split too.
+  They hold the proposals' diversity and headroom, the pairs of the judge that mines, and the
+  reliability of each judge: in general, as "mined" of the kind of pairs that mining makes, and as
+  "labelled" on the labelled split. "used" marks the judge that mines, which is chosen here if
+  `config.judge.name` is auto.
 
   Raises:
     MiningError: if the base finds no foreground in the validation split.
@@ -65,13 +75,13 @@ def write_reliability(
     directory: `pairs/`.
     outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
   """
-  measured, case_ids = {}, {}
+  measured, case_ids, indices = {}, {}, {}
   for split in SPLITS:
     whole = _whole(outputs[split])
-    known = whole.pop("known")
+    known = whole["known"]
     measured[split] = jax.tree.map(lambda x, known=known: x[known], whole)
-    indices = dataset.splits[split][known]
-    case_ids[split] = [dataset.records[index]["case_id"] for index in indices]
+    indices[split] = dataset.splits[split][known]
+    case_ids[split] = [dataset.records[index]["case_id"] for index in indices[split]]
   check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
   files.write_json(
@@ -99,12 +109,74 @@ def write_reliability(
       **figures(name, "val"),
       "calibration": reliability.calibration(measured["val"]["scores"][name], truth),
       "split": "val",
-      "used": name == config.judge.name,
       "labelled": figures(name, "labelled"),
     }
     for name in sorted(measured["val"]["scores"])
   }
+  for name, entry in table.items():
+    weight = pair_weights(config, dataset, indices["val"], measured["val"]["mined"][name], entry)
+    entry["mined"] = reliability.mined(
+      truth,
+      measured["val"]["mined"][name].chosen,
+      measured["val"]["mined"][name].rejected,
+      weight,
+      case_ids["val"],
+      num_bootstrap=config.judge.num_bootstrap,
+      seed=config.seed,
+    )
+  judge = config.judge.name
+  if judge == judges.AUTO:
+    judge = judge_gate.best(table, config.judge.compare)
+  for name, entry in table.items():
+    entry["used"] = name == judge
+  validation_pairs.write(
+    directory / validation_pairs.FILE,
+    indices["val"],
+    measured["val"]["packed"],
+    truth,
+    measured["val"]["mined"][judge],
+  )
   files.write_json(directory / "judges.json", table)
+
+
+def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -> np.ndarray:
+  """What share of the gradient each pair gets at step 0, f64[N, P]; 0 where a slot has none.
+
+  Args:
+    config: the whole config; the objective's normalization and the pairs' weights are read.
+    dataset: the prepared data.
+    indices: i64[N], records of the images.
+    mined: their pairs.
+    entry: of `judges.json`, for its calibration.
+  """
+  options = config.finetune
+  rows = [objectives.OBJECTIVES[name] for name in objectives.parse(options.objective)]
+  volume = pair_batches.voxel_volumes(config, dataset)
+  mass = reliability.gradient_mass(
+    mined.region_size,
+    normalizations=[options.normalization or row.normalization for row in rows],
+    weights=tuple(options.objective_weights) or (1.0,) * len(rows),
+    exponent=options.power_exponent,
+    floor=options.power_floor,
+    voxel_volume=np.array([volume(int(index)) for index in indices], np.float64)[:, None],
+  )
+  return mass * pair_worth(config, mined.score_gap, mined.valid, entry)
+
+
+def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
+  """`config.finetune.pair_weight` of each pair, f64[N, P]; 0 where a slot has none.
+
+  Args:
+    config: the whole config.
+    score_gap: f32[N, P]. valid: bool[N, P].
+    entry: of `judges.json`, for its calibration.
+  """
+  worth = {
+    "none": lambda: 1.0,
+    "score_gap": lambda: score_gap.astype(np.float64),
+    "reliability": lambda: reliability.worth_of_gap(entry["calibration"], score_gap),
+  }
+  return np.where(valid, worth[config.finetune.pair_weight](), 0.0)
 
 
 def check_foreground(found: np.ndarray) -> None:

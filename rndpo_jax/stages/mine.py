@@ -19,20 +19,23 @@ from etils import epath
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.mining import judges, user_judges
+from rndpo_jax.mining import judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
   host_judges,
   make_mine_batch,
   make_mine_scored,
   make_propose_batch,
+  make_rule,
+  make_rule_scored,
   make_score,
   used_judges,
   with_keys,
 )
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.runtime import multihost, preemption, progress, sharding
+from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, measure_judges, phases, prepare, train_judge
+from rndpo_jax.training import image_terms
 
 _KEPT = "mine: finished shards are kept"
 
@@ -48,10 +51,11 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   Finished shards are kept, so an interrupted run goes on, with any number of processes: shard i is
   of process i mod N, and process 0 writes all that is not a shard. First the judges are measured
   against the truth of the validation and the labelled split (`judges.json`); `manifest.json`
-  comes last.
+  comes last. If no term of fine-tuning reads pairs, no more is done than that.
 
   Raises:
-    errors.MiningError: if no pair is left, naming the filters that took them.
+    errors.MiningError: if no pair is left, naming the filters that took them, or if the judge does
+      not pass `config.judge.gate`.
     errors.DataError: if the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
@@ -65,20 +69,26 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   if multihost.is_first():
     for name, reason in hosted.items():
       progress.say(f"judge {name!r} runs on the host, which is slower: {reason}")
-  measured = (directory / "judges.json", directory / "proposals.json")
-  if multihost.is_first() and not all(path.exists() for path in measured):
-    measure = _measure_program(config, dataset, weights, score, hosted)
-    outputs = {
-      split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
-      for split in measure_judges.SPLITS
-    }
-    measure_judges.write_reliability(config, directory, dataset, outputs)
+  measured = [directory / name for name in ("judges.json", "proposals.json", "validation.npz")]
+  with preemption.together(_KEPT):
+    if multihost.is_first() and not all(path.exists() for path in measured):
+      measure = _measure_program(config, dataset, weights, score, hosted)
+      outputs = {
+        split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
+        for split in measure_judges.SPLITS
+      }
+      measure_judges.write_reliability(config, directory, dataset, outputs)
+  config = pass_gate(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted)
   with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
     outputs = mined(measure_judges.example_indices(dataset))
     measure_judges.write_examples(directory / "examples.npz", dataset, outputs)
+  if "pairs" not in image_terms.reads_of(config):
+    if multihost.is_first():
+      manifest.write_empty(config, directory)
+    return
   indices = dataset.splits["unlabelled"]
   with preemption.together(_KEPT):
     for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
@@ -88,6 +98,31 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
         manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
   if multihost.is_first():
     manifest.write_manifest(config, directory)
+
+
+def pass_gate(config, directory: epath.Path):
+  """The config with the judge that mines, which `judges.json` says where it is auto.
+
+  Raises:
+    errors.MiningError: on process 0, if the judge does not pass `config.judge.gate`.
+  """
+  names = used_judges(config)
+
+  def look() -> int:
+    table = files.read_json(directory / "judges.json")
+    name = judge_gate.used(table, config.judge.name)
+    table = files.read_json(directory / "judges.json", **{name: dict})
+    action = config.judge.gate.action if "pairs" in image_terms.reads_of(config) else "off"
+    found = judge_gate.check(
+      table, name, min_accuracy=config.judge.gate.min_accuracy, action=action
+    )
+    if config.judge.name == judges.AUTO:
+      progress.say(f"judge auto: {name!r}, with {judge_gate.shown(table[name]['mined'])} right")
+    if found:
+      progress.say(f"warning: {found}")
+    return names.index(name)
+
+  return judge_gate.with_judge(config, names[multihost.broadcast(look)])
 
 
 def _fingerprints(dataset, weights) -> dict[str, str]:
@@ -116,19 +151,23 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
 
 def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
   """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
-  names = used_judges(config)
+  names, rule = used_judges(config), make_rule(config, dataset)
   here = [name for name in names if name in hosted]
   there = tuple(name for name in names if name not in hosted)
-  function = measure_judges.make_measure(score, there, dataset.num_classes, bool(here))
+  function = measure_judges.make_measure(score, there, dataset, rule, bool(here))
   measure = on_local_devices(function, weights)
   if not here:
     return measure
+  finish = on_local_devices(make_rule_scored(config, dataset), None)
 
   def program(key, batch: types.Batch):
     out = dict(measure(key, batch))
     proposed = out.pop("masks"), out.pop("probs")
     scores = {name: _score_on_host(name, batch.images, *proposed) for name in here}
-    return {**out, "scores": {**out["scores"], **scores}}
+    mined = {
+      name: finish(key, Scored(batch.index, proposed[0], None, scores[name])) for name in here
+    }
+    return {**out, "scores": {**out["scores"], **scores}, "mined": {**out["mined"], **mined}}
 
   return program
 

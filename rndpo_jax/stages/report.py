@@ -14,6 +14,8 @@ from etils import epath
 from rndpo_jax.report import charts, figures, pictures, tables
 from rndpo_jax.runtime import files
 
+# Entries of `results.json` that are tables of their own.
+RESULTS = ("base", "finetuned", "selected", "delivered", "sustained", "judges", "pairs")
 TEMPLATE = pathlib.Path(__file__).parents[1] / "report" / "report.html.j2"
 
 
@@ -25,7 +27,7 @@ def run(config, workdir: os.PathLike) -> None:
   """
   del config  # the resolved one stands in `config.json`
   workdir = epath.Path(workdir)
-  kinds = dict.fromkeys(("base", "finetuned", "selected", "sustained", "judges", "pairs"), dict)
+  kinds = dict.fromkeys(RESULTS, dict)
   results = files.read_json(
     workdir / "results.json", study=bool, curve=list, class_names=list, **kinds
   )
@@ -33,12 +35,16 @@ def run(config, workdir: os.PathLike) -> None:
     workdir / "pairs" / "manifest.json", region_size=dict, score_gap=dict, proposals=dict, mix=str
   )
   made = _read_made(workdir)
+  harm = files.read_json(workdir / "evaluate" / "harm.json", bins=list, curve=list, beta=dict)
   context = {
     "results": results,
     "study": results["study"],
     **tables.headline(results),
     **_result_part(results),
     **_mining_part(results, manifest),
+    "harm_rows": tables.harm_rows(harm),
+    "harm_text": tables.harm_text(harm) if harm["num_pairs"] else None,
+    "harm_chart": charts.harm_chart(harm),
     "training_charts": charts.training_charts(workdir),
     **pictures.examples(workdir / "pairs" / "examples.npz"),
     **pictures.cases(workdir / "evaluate" / "gallery.npz", results["class_names"]),
@@ -67,7 +73,8 @@ def _result_part(results) -> dict[str, Any]:
     "tiles": tables.tiles(results),
     "results_text": tables.result_text(results),
     "result_groups": tables.result_groups(results),
-    "steps": {name: results[name]["step"] for name in ("finetuned", "selected")},
+    "steps": {name: results[name]["step"] for name in ("finetuned", "selected", "delivered")},
+    "delivered_text": tables.delivered_text(results),
     "foreground": f"the foreground classes ({names})",
     "empty_text": tables.empty_text(results),
     "sustained_rows": tables.sustained_rows(results),

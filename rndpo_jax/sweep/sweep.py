@@ -163,7 +163,7 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
   options = config.finetune
   pairs = epath.Path(workdir) / "pairs"
-  if "pairs" in image_terms.reads(config_lib.active_terms(config)):
+  if "pairs" in image_terms.reads_of(config):
     shards.check_made_of(pairs, dataset, params)
   trained = finetune.with_partner(config, workdir, dataset, params)
   state, step, validate = _make(config, dataset, trained, grid, mesh, form)

@@ -44,10 +44,11 @@ class Writer:
   """Writes the checkpoints of one folder in the background, one at a time.
 
   The arrays are on the host when `save` returns, so the caller may donate them. Call `close`,
-  which waits for the last one.
+  which waits for the last one. With `alone` this process writes all, and waits for
+  no other.
   """
 
-  def __init__(self, directory: epath.PathLike):
+  def __init__(self, directory: epath.PathLike, alone: bool = False):
     self._directory = epath.Path(directory).resolve()
     self._path = self._directory
     if self._directory.exists() and multihost.is_first():
@@ -57,9 +58,9 @@ class Writer:
     prefix = f"{self._directory.parent.name}_{self._directory.name}"
     self._checkpointer = ocp.StandardCheckpointer(
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
-      multiprocessing_options=ocp.options.MultiprocessingOptions(
-        primary_host=0, barrier_sync_key_prefix=prefix
-      ),
+      multiprocessing_options=_alone(prefix)
+      if alone
+      else ocp.options.MultiprocessingOptions(primary_host=0, barrier_sync_key_prefix=prefix),
     )
 
   def save(self, step: int, tree: Any) -> None:
@@ -90,9 +91,9 @@ class Writer:
     files.write_json(written / _SUMS, _sums(written))
 
 
-def save(directory: epath.PathLike, step: int, tree: Any) -> None:
-  """Writes `directory`/`step` and waits for it; raises as `Writer.save` does."""
-  writer = Writer(directory)
+def save(directory: epath.PathLike, step: int, tree: Any, alone: bool = False) -> None:
+  """Writes `directory`/`step` and waits for it; arguments as of `Writer`, raises as its `save`."""
+  writer = Writer(directory, alone)
   try:
     writer.save(step, tree)
   finally:
@@ -229,10 +230,12 @@ def _read(path: epath.Path, like: Any) -> Any:
     return checkpointer.restore(path, target)
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-  """For reading: one that raises must not leave the others waiting at Orbax's barriers."""
+def _alone(prefix: str | None = None) -> ocp.options.MultiprocessingOptions:
+  """No other process is waited for: one that raises must not leave them at Orbax's barriers."""
   index = jax.process_index()
-  return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+  return ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}, barrier_sync_key_prefix=prefix
+  )
 
 
 def _path(directory: epath.PathLike, step: int) -> epath.Path:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses, types
 from rndpo_jax.data import augment, components, mixing
 from rndpo_jax.losses import consistency as losses_without_labels
@@ -281,6 +282,11 @@ TERMS = {
   "copy_paste": Term(copy_paste, ("labelled", "unlabelled", "teacher")),
   "entropy": Term(entropy, ("unlabelled", "student")),
 }
+
+
+def reads_of(config) -> set[str]:
+  """What the terms of a config read; see `reads`."""
+  return reads(config_lib.active_terms(config))
 
 
 def reads(terms: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -1,0 +1,161 @@
+"""Which model a run hands over: the last checkpoint that is shown not to be below the base.
+
+The rule, on validation Dice alone. With d_i the difference checkpoint - base of case i of n:
+
+    q = share of bootstrap resamples of the cases whose mean of d is >= 0
+    p = min(T_{n-1}(z(q) sqrt((n - 1) / n)), 1 - 2^-n)        probability of not being below
+
+z is the normal quantile and T_{n-1} Student's distribution: the percentile bootstrap (Efron and
+Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; of pairs, so that what is hard in
+a case is hard for both) is too sure with few cases, and this widens it as Hesterberg's expanded
+percentile interval does ("What Teachers Should Know About the Bootstrap", 2015). 1 - 2^-n is what n
+cases can show at most: all n are better by chance once in 2^n times. Delivered is the last
+checkpoint with p >= `min_probability`; without one, the base. Deterministic: the seed is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from rndpo_jax import errors, provenance, types
+from rndpo_jax.runtime import files
+from rndpo_jax.training import checkpoint
+
+FOLDER = "delivered"
+FILE = "delivered.json"
+RULE = "the last checkpoint whose validation Dice is not below the base's, by a paired bootstrap"
+NUM_RESAMPLES = 10_000
+_SEED = 0
+
+
+def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+  """What the differences of cases say about the mean difference.
+
+  Args:
+    difference: f64[n], one a case, n >= 1; in the unit of the metric.
+    num_resamples: of the cases.
+
+  Returns:
+    {"mean", "ci": [low, high], a 95% percentile interval, or None for a single case,
+    "probability": p as above}.
+  """
+  difference = np.asarray(difference, np.float64)
+  count = len(difference)
+  draws = np.random.default_rng(_SEED).integers(0, count, (num_resamples, count))
+  means = difference[draws].mean(axis=1)
+  low, high = np.percentile(means, [2.5, 97.5])
+  share = np.mean(means >= 0)
+  probability = share
+  if count > 1:
+    expanded = stats.norm.ppf(share) * np.sqrt((count - 1) / count)
+    probability = stats.t.cdf(expanded, count - 1)
+  return {
+    "mean": float(difference.mean()),
+    "ci": [float(low), float(high)] if count > 1 else None,
+    "probability": float(min(probability, 1 - 2.0**-count)),
+  }
+
+
+def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) -> dict[str, Any]:
+  """Applies the rule.
+
+  Args:
+    steps: of the rows of `dice`, rising; the first is the base.
+    dice: f64[len(steps), n], validation Dice of each case.
+    min_probability: p that a checkpoint needs; 0 takes the last, 1 the base.
+
+  Returns:
+    {"step", "is_base", "rule", "reason" (a sentence), "val_dice", "base_val_dice", "mean", "ci" and
+    "probability" of `paired` (of the base: 0, [0, 0], 1), "min_probability", "num_cases",
+    "checkpoints": [{"step", "val_dice", "mean", "ci", "probability"}, ...] without the base}.
+
+  Raises:
+    ValueError: shapes that do not fit, or Dice that is not finite.
+  """
+  dice = np.asarray(dice, np.float64)
+  if dice.ndim != 2 or len(dice) != len(steps) or not dice.size or not np.isfinite(dice).all():
+    raise ValueError(f"dice {dice.shape} of {len(steps)} steps: expected finite [steps, cases]")
+  checkpoints = [
+    {"step": int(step), "val_dice": float(row.mean()), **paired(row - dice[0])}
+    for step, row in zip(steps[1:], dice[1:], strict=True)
+  ]
+  base = {"step": int(steps[0]), "val_dice": float(dice[0].mean())}
+  base |= {"mean": 0.0, "ci": [0.0, 0.0], "probability": 1.0}
+  passing = [entry for entry in checkpoints if entry["probability"] >= min_probability]
+  taken = passing[-1] if passing else base
+  figures = {"base_val_dice": base["val_dice"], "num_cases": dice.shape[1]}
+  figures["min_probability"] = min_probability
+  return {
+    **taken,
+    "is_base": not passing,
+    "rule": RULE,
+    "reason": _reason(taken, checkpoints, figures, not passing),
+    **figures,
+    "checkpoints": checkpoints,
+  }
+
+
+def _reason(taken, checkpoints, figures, is_base) -> str:
+  """One sentence."""
+  count, asked = figures["num_cases"], figures["min_probability"]
+  most = 1 - 2.0**-count
+  if is_base and most < asked:
+    return (
+      f"The base is delivered: {count} validation cases show with probability {most:.3g} at most "
+      f"that a checkpoint is not below it, and {asked:g} is asked."
+    )
+  if is_base and not checkpoints:
+    return "The base is delivered: there is no checkpoint."
+  shown = max(checkpoints, key=lambda entry: entry["probability"]) if is_base else taken
+  compared = (
+    f"{shown['val_dice']:.4f} against {figures['base_val_dice']:.4f} over {count} cases, "
+    f"probability {shown['probability']:.3f} of not being below, {asked:g} asked"
+  )
+  if is_base:
+    return (
+      "The base is delivered: no checkpoint is shown to be as good on validation (the nearest, "
+      f"step {shown['step']}: Dice {compared})."
+    )
+  return (
+    f"The checkpoint of step {shown['step']} is delivered, the last whose validation Dice is not "
+    f"below the base's ({compared})."
+  )
+
+
+def write(
+  workdir: epath.Path, content: dict[str, Any], params: types.Params, made_of: dict[str, str]
+) -> None:
+  """Writes `delivered/params/STEP` and then `delivered/delivered.json`; what is there may stay.
+
+  Process 0 calls it alone.
+
+  Args:
+    workdir: of the run.
+    content: from `choose`.
+    params: of the step in it.
+    made_of: fingerprints of the data and the base.
+  """
+  folder = epath.Path(workdir) / FOLDER
+  content = {**content, "fingerprints": {**made_of, "params": provenance.fingerprint(params)}}
+  if not _is_there(folder, content):
+    # First: it must never stand beside the parameters of another step.
+    (folder / FILE).unlink(missing_ok=True)
+    checkpoint.save(folder / "params", content["step"], params, alone=True)
+    checkpoint.keep_only(folder / "params", [content["step"]])
+  files.write_json(folder / FILE, content)
+
+
+def _is_there(folder: epath.Path, content: dict[str, Any]) -> bool:
+  """Whether the parameters that `content` names are there, whole, and no others."""
+  if checkpoint.steps(folder / "params") != [content["step"]]:
+    return False
+  try:
+    kept = checkpoint.restore_params(folder / "params", content["step"], stage_directory=folder)
+  except errors.CheckpointError:
+    return False
+  return provenance.fingerprint(kept) == content["fingerprints"]["params"]

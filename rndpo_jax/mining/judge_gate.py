@@ -1,0 +1,117 @@
+"""Whether a judge's pairs may be trained on: the gate before fine-tuning, and the judge `auto`.
+
+The figure is `reliability.mined`'s share of right pairs, weighted by the gradient that each pair
+gets; what is asked is that the lower bound of its 95% interval reaches `judge.gate.min_accuracy`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rndpo_jax import errors
+from rndpo_jax.mining import judges
+
+ACTIONS = ("refuse", "warn", "off")
+
+
+def lower_bound(entry: Mapping[str, Any]) -> float:
+  """Of a judge's entry in `judges.json`; minus infinity where there is no interval."""
+  interval = entry.get("mined", {}).get("weighted_accuracy_ci")
+  return interval[0] if interval else -math.inf
+
+
+def best(table: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
+  """Of `names`, the judge with the highest lower bound; the first of equals."""
+  return max(names, key=lambda name: lower_bound(table[name]))
+
+
+def used(table: Mapping[str, Mapping[str, Any]], name: str) -> str:
+  """The judge that mines: `name`, or what `auto` took, by `judges.json`.
+
+  Raises:
+    FileError: if no entry is marked as used.
+  """
+  if name != judges.AUTO:
+    return name
+  found = [one for one, entry in table.items() if isinstance(entry, dict) and entry.get("used")]
+  if not found:
+    raise errors.FileError(
+      "judges.json: no judge is marked as used, though config.judge.name is 'auto'; it is not what "
+      "the program wrote; delete it and run the same command again"
+    )
+  return found[0]
+
+
+def with_judge(config, name: str):
+  """The config with `judge.name`; the same one if it has it."""
+  if config.judge.name == name:
+    return config
+  config = copy.deepcopy(config)
+  with config.unlocked():
+    config.judge.name = name
+  return config
+
+
+def finding(
+  table: Mapping[str, Mapping[str, Any]], name: str, *, min_accuracy: float, action: str
+) -> str | None:
+  """What is wrong with the judge `name`, in one line; None if it passes or the gate is off.
+
+  A judge that is handed the truth as it is, `oracle`, passes.
+
+  Args:
+    table: `judges.json`, name -> entry with "mined".
+    name: of the judge that mines.
+    min_accuracy: `config.judge.gate.min_accuracy`.
+    action: of ACTIONS.
+  """
+  entry = table[name]
+  if action == "off" or name == "oracle" or lower_bound(entry) >= min_accuracy:
+    return None
+  others = [
+    other
+    for other, found in table.items()
+    if other != name and not judges.needs(other, "labels") and lower_bound(found) >= min_accuracy
+  ]
+  remedy = "no other judge of config.judge.compare passes"
+  if others:
+    other = best(table, others)
+    remedy = f"the judge {other!r} passes with {shown(table[other]['mined'])}"
+  return (
+    f"the judge {name!r} has {shown(entry.get('mined', {}))} of the pairs right that mining makes "
+    "on validation, by the gradient that each gets; config.judge.gate.min_accuracy="
+    f"{min_accuracy:g} is asked of the lower bound, for below it training makes a model worse; "
+    f"{remedy}"
+  )
+
+
+def check(
+  table: Mapping[str, Mapping[str, Any]], name: str, *, min_accuracy: float, action: str
+) -> str | None:
+  """`finding`, for who goes on in spite of it.
+
+  Raises:
+    MiningError: if there is one and the action is `refuse`.
+  """
+  found = finding(table, name, min_accuracy=min_accuracy, action=action)
+  if found and action == "refuse":
+    raise errors.MiningError(
+      f"{found}. Take another judge (config.judge.name, or 'auto'), a base trained longer or on "
+      "more labels, or more validation cases, in a new --workdir (--config.base.workdir keeps the "
+      "base); --config.judge.gate.action=warn goes on all the same"
+    )
+  return found
+
+
+def shown(mined: Mapping[str, Any]) -> str:
+  """'0.640 (0.580 to 0.700)', as a share with its interval."""
+  if mined.get("weighted_accuracy") is None:
+    return "an unknown share"
+  interval = mined["weighted_accuracy_ci"]
+  text = f"{mined['weighted_accuracy']:.3f}"
+  if not interval:
+    return f"{text} (one case gives no interval)"
+  return f"{text} ({interval[0]:.3f} to {interval[1]:.3f})"

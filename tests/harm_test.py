@@ -1,0 +1,79 @@
+"""How much of the gradient comes from wrong pairs: by hand, and against the gradient itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rndpo_jax import losses
+from rndpo_jax.evaluation import harm
+
+SIZE = np.array([[4, 100], [4, 9], [16, 7]])
+GAIN = np.array([[0.1, -0.2], [0.3, 0.0], [-0.1, 0.5]])  # right, wrong; right, tie; wrong, no pair
+WEIGHT = np.array([[1.0, 1.0], [1.0, 1.0], [2.0, 0.0]])
+OPTIONS = {"edges": (16, 64), "beta": 10.0, "normalization": "region"}
+
+
+def _account(h, **changes):
+  return harm.account([0, 50], np.stack([0 * h, h]), SIZE, GAIN, WEIGHT, **OPTIONS | changes)
+
+
+def test_shares_at_step_0_by_hand():
+  """Sizes 4, 100 (wrong), 4, 16 (wrong, weight 2): of the region form 3 / 5, of DPO 132 / 140."""
+  found = _account(np.zeros((3, 2)))
+  assert found["num_pairs"] == 4 and found["wrong_share"] == 0.5
+  assert found["median_region_size"] == 10 and found["beta"] == {"region": 10.0, "none": 1.0}
+  assert [entry["num_pairs"] for entry in found["bins"]] == [2, 1, 1]
+  assert [entry["wrong_share"] for entry in found["bins"]] == [0, 1, 1]
+  assert [(entry["from"], entry["below"]) for entry in found["bins"]] == [
+    (0, 16),
+    (16, 64),
+    (64, None),
+  ]
+  start = found["curve"][0]
+  assert start["region"]["wrong_mass"] == pytest.approx(3 / 5)
+  assert start["none"]["wrong_mass"] == pytest.approx(132 / 140)
+  assert [b["wrong_mass"] for b in start["none"]["bins"]] == pytest.approx([0, 32 / 140, 100 / 140])
+  assert [b["mass"] for b in start["region"]["bins"]] == pytest.approx([2 / 5, 2 / 5, 1 / 5])
+
+
+def test_a_wrong_pair_that_is_learned_loses_its_mass():
+  """h of +1000 nats on wrong pairs: S(-beta h / |D|) is 0, and right ones have all the mass."""
+  found = _account(np.where(GAIN < 0, 1000.0, 0.0))["curve"][1]
+  assert found["region"]["wrong_mass"] < 1e-9 and found["none"]["wrong_mass"] < 1e-9
+  assert found["h_per_pixel"] == {"right": 0.0, "wrong": pytest.approx((10 + 62.5) / 2)}
+  # And -1000 gives no overflow: all the mass but what right pairs have at h = 0.
+  found = _account(np.where(GAIN < 0, -1000.0, 0.0))["curve"][1]
+  assert found["region"]["wrong_mass"] == pytest.approx(3 / (3 + 1))
+
+
+def test_without_a_pair_nothing_is_claimed():
+  found = harm.account([0], np.zeros((1, 1)), np.array([5]), np.zeros(1), np.ones(1), **OPTIONS)
+  assert found["num_pairs"] == 0 and found["wrong_share"] is None
+  assert found["curve"][0]["none"]["wrong_mass"] is None
+
+
+@pytest.mark.parametrize("kind,objective", [("region", "rn_dpo"), ("none", "dpo")])
+def test_mass_is_the_l1_norm_of_the_gradient_on_the_logits(kind, objective):
+  keys = jax.random.split(jax.random.key(0), 4)
+  logits, reference = (jax.random.normal(k, (5, 6, 7, 2)) for k in keys[:2])
+  chosen, rejected = (jax.random.bernoulli(k, 0.5, (5, 6, 7)).astype(jnp.uint8) for k in keys[2:])
+  before = losses.pair_margin(reference, chosen, rejected)
+  margin, size = losses.margin_and_size(logits, chosen, rejected)
+
+  def loss(logits):
+    margin, size = losses.margin_and_size(logits, chosen, rejected)
+    return losses.preference_loss(margin, before, size, objective=objective, beta=0.7)[0]
+
+  want = np.abs(jax.grad(loss)(logits)).sum(axis=(1, 2, 3))
+  got = harm.gradient_mass(np.float64(margin - before), np.asarray(size), 0.7, kind)
+  np.testing.assert_allclose(got / got.sum(), want / want.sum(), rtol=1e-5)
+
+
+def test_matched_betas_act_alike_on_a_pair_of_the_median_size():
+  for normalization in ("none", "region", "power"):
+    betas = harm.matched_betas(3.0, normalization, 0.5, 25.0)
+    masses = [harm.gradient_mass(2.0, 25.0, betas[kind], kind) for kind in harm.KINDS]
+    assert masses[0] == pytest.approx(masses[1])
+  assert harm.matched_betas(3.0, "none", 0.5, 25.0) == {"none": 3.0, "region": 75.0}
+  assert harm.matched_betas(3.0, "power", 0.5, 25.0)["none"] == pytest.approx(3.0 / 5)
