@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("judge,gate", [("reversed", "refuses"), ("large", "passes")])
 def test_a_judge_that_makes_the_model_worse_does_not_reach_the_user(base, tmp_path, judge, gate):
-  """The second is right in most pairs, so that the gate lets it through, and biased all the same."""
+  """The second is right in most pairs, so that the gate lets it through, but biased."""
   changes = {"num_steps": 24, "eval_every_steps": 12, "batch_size": 8, "learning_rate": 3e-3}
   changes = {f"finetune__{name}": value for name, value in changes.items()}
   cell = campaign.run_cell(base, tmp_path / judge, judge, **changes)
