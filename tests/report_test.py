@@ -31,6 +31,7 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
   for key, value in (("pair_accuracy", 0.71), ("kendall_tau", 0.4), ("top1_regret", 0.03)):
     entry |= {key: value, f"{key}_ci": [value - 0.05, value + 0.05]}
   entry["labelled"] = {"pair_accuracy": 0.93, "pair_accuracy_ci": [0.9, 0.96], "num_cases": 5}
+  entry["mined"] = {"weighted_accuracy": 0.72, "weighted_accuracy_ci": [0.64, 0.8]}
   unknown = {"pair_accuracy": None, "kendall_tau": None, "top1_regret": None, "split": "val"}
   content = {
     "dataset": "hearts & <b>lungs</b>",
@@ -215,7 +216,8 @@ def test_ids_names_and_config_are_escaped(page):
 def test_page_says_what_a_reader_needs(page):
   _, parsed = page
   for text in (
-    "RN-DPO", "from 0.850 to 0.895 (+0.045)", "0.710 (0.660 to 0.760)", "unknown",
+    "RN-DPO", "from 0.850 to 0.895 (+0.045)", "0.710 (0.660 to 0.760) 0.720 (0.640 to 0.800)",
+    "unknown",
     "0.930 (0.900 to 0.960)", "It is optimistic, for the base was trained on them",
     "mm, lower is better", "within 2 mm", "3 were empty where the truth is not",
     "taken: masks identical", "29", "+0.040", "0.830", "score 1.000", "chosen", "rejected",

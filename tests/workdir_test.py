@@ -1,6 +1,7 @@
 """workdir: which configs go on with a work directory, and with the base of another one."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -53,10 +54,13 @@ def test_keys_that_cannot_change_results_may_differ_and_are_written(claimed, tin
     "data.root": "/moved",
     "base.keep_checkpoints": 1,
     "base.checkpoint_minutes": 5.0,
+    "judge.gate.action": "warn",
     "finetune.keep_checkpoints": 3,
     "finetune.checkpoint_minutes": 0.5,
   }
-  assert set(workdir.OPERATIONAL) == {name.replace("mesh.fsdp", "mesh") for name in today}
+  assert set(workdir.OPERATIONAL) == {
+    re.sub(r"(mesh|judge.gate)\..*", r"\1", name) for name in today
+  }
   before = files.read_json(claimed / "config.json")
   config = tiny_config(**{name.replace(".", "__"): value for name, value in today.items()})
   workdir.claim(config, claimed, started=True, prepared=True)

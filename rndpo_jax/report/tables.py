@@ -170,8 +170,10 @@ def judge_rows(results: Mapping) -> list[tuple[str, ...]]:
     used = " (this run's)" if name == results["judge"] else ""
     keys = ("pair_accuracy", "kendall_tau", "top1_regret")
     figures = [with_interval(entry, key) for key in keys]
+    mined = with_interval(entry.get("mined", {}), "weighted_accuracy")
     labelled = with_interval(entry.get("labelled", {}), "pair_accuracy")
-    rows.append((f"{name}{used}", *figures, str(entry.get("num_cases") or "unknown"), labelled))
+    count = str(entry.get("num_cases") or "unknown")
+    rows.append((f"{name}{used}", figures[0], mined, *figures[1:], count, labelled))
   return rows
 
 
