@@ -320,6 +320,7 @@ def test_a_cell_with_the_config_of_another_takes_its_record(ran, capsys):
   names = ("key", "axes")
   assert {**first, **{k: second[k] for k in names}} == second and first["axes"] == {}
   assert cell_records.twin(same._replace(tuning=True), found) is None
+  assert cell_records.twin(same._replace(data="another"), found) is None
 
 
 def test_a_cell_that_another_run_holds_is_left_to_it(ran, monkeypatch):
