@@ -20,6 +20,7 @@ from rndpo_jax.study import (
   bootstrap,
   cell_records,
   grid,
+  study_groups,
   study_loop,
   study_page,
   study_plan,
@@ -113,9 +114,9 @@ def record(recipe, draw, seed, sustained, base=(0.5, 0.7), **more):
 def test_gains_and_differences_are_paired_by_draw_and_seed():
   winner = [record(RN, 0, 0, (0.6, 0.8)), record(RN, 1, 0, (0.6, 0.8))]
   loser = [record(DPO, 0, 0, (0.4, 0.6)), record(DPO, 2, 0, (0.9, 0.9))]
-  (group,) = study_tables.groups(winner + loser)
-  assert study_tables.gain(winner).mean == pytest.approx(0.1)
-  found = study_tables.difference(winner, loser)
+  (group,) = study_groups.groups(winner + loser)
+  assert study_groups.gain(winner).mean == pytest.approx(0.1)
+  found = study_groups.difference(winner, loser)
   assert found.num_runs == 1 and found.mean == pytest.approx(0.2)
   table = study_tables.main_table(group)
   rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
@@ -128,13 +129,13 @@ def test_gains_and_differences_are_paired_by_draw_and_seed():
   assert pair[:3] == [DPO, RN, "1"] and pair[4] == "worse"
   # Runs that share no cases are not compared.
   other = [record(DPO, 0, 0, (0.4, 0.6), cases={**loser[0]["cases"], "ids": "others"})]
-  assert study_tables.difference(winner, other) is None
+  assert study_groups.difference(winner, other) is None
 
 
 def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   levels = {3.0: (0.5, 0.7), 10.0: (0.6, 0.8), 30.0: (0.3, 0.5)}
   records = [record(RN, 0, 0, dice, axes={"finetune.beta": b}) for b, dice in levels.items()]
-  (group,) = study_tables.groups(records)
+  (group,) = study_groups.groups(records)
   (row,) = study_tables.stability_table(group).rows
   assert row[:4] == [RN, "finetune.beta", "3", "10"] and row[5] == "30" and row[-1] == "0.300"
   text = study_tables.csv_text(records)
@@ -150,15 +151,15 @@ def test_validation_chooses_the_point_of_a_recipe_not_test():
     point(RN, 3.0, 0.7, (0.6, 0.8)), point(RN, 10.0, 0.6, (0.8, 0.9)),
     point(RN, 3.0, 0.9, (0.9, 0.9), judge="oracle"), point(DPO, 0.1, 0.5, (0.5, 0.7)),
   ]  # fmt: skip
-  (group,) = study_tables.groups(records)
-  best = study_tables.chosen(group).arms
+  (group,) = study_groups.groups(records)
+  best = study_groups.chosen(group).arms
   assert sorted(best) == [
     "dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "rn_dpo, finetune.beta=3, judge=oracle",
   ]  # fmt: skip
   rows = study_tables.chosen_pair_table(group).rows
   assert ["dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "1"] in [row[:3] for row in rows]
   assert study_tables.pair_table(group).rows == []  # all are points of an axis
-  assert study_tables.chosen(study_tables.groups(records[3:])[0]).arms == {}
+  assert study_groups.chosen(study_groups.groups(records[3:])[0]).arms == {}
 
 
 # The grid.
@@ -265,7 +266,7 @@ def test_a_record_of_tuning_holds_no_test_figure(ran):
   assert "test" not in json.dumps(line)
   assert line["val"] == cell_records.read(folder / "records.jsonl")[cell.key]["val"]
   assert (
-    study_tables.tuning_table(study_tables.groups([line], tuning=True)[0]).rows[0][-1] == "best"
+    study_tables.tuning_table(study_groups.groups([line], tuning=True)[0]).rows[0][-1] == "best"
   )
 
 
@@ -319,6 +320,7 @@ def test_a_cell_with_the_config_of_another_takes_its_record(ran, capsys):
   names = ("key", "axes")
   assert {**first, **{k: second[k] for k in names}} == second and first["axes"] == {}
   assert cell_records.twin(same._replace(tuning=True), found) is None
+  assert cell_records.twin(same._replace(data="another"), found) is None
 
 
 def test_a_cell_that_another_run_holds_is_left_to_it(ran, monkeypatch):
@@ -394,3 +396,20 @@ def test_changed_keys_hold_no_path_of_this_machine():
   cell = expand(study())[0]._replace(config=config)
   assert "/" not in json.dumps(grid.changed(cell))
   assert config_lib.base_config().finetune.beta == 10.0  # the default that no line repeats
+
+
+def test_the_program_says_what_is_left_and_names_a_cell_that_cannot_run(tmp_path):
+  path = tmp_path / "ph2_study.py"
+  content = {"data": {"ph2": {"config": PH2}}, "arms": [{"recipes": (RN,)}]}
+  path.write_text(f"def get_study():\n  return {content!r}\n")
+  done = [
+    subprocess.run(
+      [sys.executable, "-m", "launch.study", f"--study={study_file}", "--dry_run",
+       f"--records={tmp_path / 'records'}"],
+      cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )
+    for study_file in ("configs/studies/quick.py", path)
+  ]  # fmt: skip
+  assert done[0].returncode == 0 and "cells: 4, with a record 0, left 4" in done[0].stdout
+  assert done[1].returncode == 1 and done[1].stderr.startswith("error: cell ph2-n10-d0-s0-rn_dpo-")
+  assert "Traceback" not in done[1].stderr and not (tmp_path / "records").exists()

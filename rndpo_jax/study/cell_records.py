@@ -149,9 +149,9 @@ def twin(cell: grid.Cell, records: Mapping[str, Mapping]) -> dict[str, Any] | No
 
   A point of an axis may be what a recipe is anyway.
   """
-  config = grid.changed(cell)
+  here = (cell.data, cell.tuning, grid.changed(cell))  # two data sets may differ by root alone
   for record in records.values():
-    if record["config"] == config and record["tuning"] == cell.tuning:
+    if (record["data"], record["tuning"], record["config"]) == here:
       return {**record, **_identity(cell)}
   return None
 

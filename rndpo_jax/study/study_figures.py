@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rndpo_jax.report import figures
-from rndpo_jax.study import bootstrap, study_tables
+from rndpo_jax.study import bootstrap, study_groups
 
 _COLORS = (*figures.CLASS_COLORS[:4], figures.BLUE, figures.RED, figures.GREY)
 _DASHES = ("-", "--", ":", "-.")
@@ -22,7 +22,7 @@ _STYLE = {
 }  # fmt: skip
 
 
-def all_figures(groups: Sequence[study_tables.Group]) -> list[dict[str, str]]:
+def all_figures(groups: Sequence[study_groups.Group]) -> list[dict[str, str]]:
   """{"title", "note", "image"} of each figure that the records can give."""
   found = []
   for group in groups:
@@ -36,7 +36,8 @@ def all_figures(groups: Sequence[study_tables.Group]) -> list[dict[str, str]]:
     for axis, points in _by_axis(group).items():
       found.append(_entry(
         f"Stability over {axis}: {group.title}",
-        "Sustained gain over the base, with 95% intervals.", over_axis(axis, points),
+        "Sustained gain over the base, with 95% intervals.",
+        over_axis(axis, points, _styles(group)),
       ))  # fmt: skip
     if (image := over_judge(group)) is not None:
       found.append(_entry(
@@ -46,16 +47,17 @@ def all_figures(groups: Sequence[study_tables.Group]) -> list[dict[str, str]]:
   return found
 
 
-def curves(group: study_tables.Group) -> str:
+def curves(group: study_groups.Group) -> str:
   """Gain on test over steps, a line an arm without axes (with them where there is no other)."""
   arms = {k: v for k, v in group.arms.items() if not v[0]["axes"]} or group.arms
+  styles = _styles(group)
 
   def draw(axes):
-    for number, (label, records) in enumerate(arms.items()):
+    for label, records in arms.items():
       steps = records[0]["curve"]["step"]
       rows = [r["curve"]["test"] for r in records if r["curve"]["step"] == steps]
       rows = np.array([np.subtract(row, row[0]) for row in rows])
-      style = _line_style(number)
+      style = styles[label]
       axes.plot(steps, rows.mean(axis=0), label=label, linewidth=1.8, **style)
       axes.fill_between(
         steps, rows.min(axis=0), rows.max(axis=0), color=style["color"], alpha=0.1, linewidth=0
@@ -67,19 +69,19 @@ def curves(group: study_tables.Group) -> str:
   return _drawn(draw, 5.2)
 
 
-def gains(group: study_tables.Group) -> str:
+def gains(group: study_groups.Group) -> str:
   """A row an arm, best first."""
-  found = {label: study_tables.gain(records) for label, records in group.arms.items()}
+  found = {label: study_groups.gain(records) for label, records in group.arms.items()}
   rows = [(label, *found[label][:3]) for label in sorted(found, key=lambda k: -found[k].mean)]
   return figures.intervals(rows, chance=0.0, label="sustained gain of test Dice")
 
 
-def over_axis(axis: str, points: Mapping[str, Mapping[float, bootstrap.Interval]]) -> str:
+def over_axis(axis: str, points: Mapping[str, Mapping[float, bootstrap.Interval]], styles) -> str:
   """Gains with intervals over the values of an axis, a line a recipe."""
 
   def draw(axes):
-    for number, (recipe, found) in enumerate(points.items()):
-      values, style = list(found), _line_style(number)
+    for recipe, found in points.items():
+      values, style = list(found), styles[recipe]
       means, lows, highs = (
         np.array([getattr(found[value], name) for value in values])
         for name in ("mean", "low", "high")
@@ -96,7 +98,7 @@ def over_axis(axis: str, points: Mapping[str, Mapping[float, bootstrap.Interval]
   return _drawn(draw, 4.2)
 
 
-def over_judge(group: study_tables.Group) -> str | None:
+def over_judge(group: study_groups.Group) -> str | None:
   """A point a run; None where no judge's accuracy is known."""
   points: dict[str, list[tuple[float, float]]] = {}
   for records in group.arms.values():
@@ -107,10 +109,11 @@ def over_judge(group: study_tables.Group) -> str | None:
         points.setdefault(record["recipe"], []).append((accuracy, change))
   if not points:
     return None
+  styles = _styles(group)
 
   def draw(axes):
-    for number, (recipe, found) in enumerate(points.items()):
-      color = _COLORS[number % len(_COLORS)]
+    for recipe, found in points.items():
+      color = styles[recipe]["color"]
       axes.plot(*zip(*found, strict=True), "o", label=recipe, color=color, alpha=0.7)
     axes.axhline(0.0, color=figures.GREY, linewidth=1)
     axes.set_xlabel("pairs right, share on validation")
@@ -121,7 +124,7 @@ def over_judge(group: study_tables.Group) -> str | None:
 
 def _by_axis(group) -> dict[str, dict[str, dict[float, bootstrap.Interval]]]:
   found: dict[str, dict] = {}
-  for (recipe, axis), points in study_tables.axis_points(group).items():
+  for (recipe, axis), points in study_groups.axis_points(group).items():
     found.setdefault(axis, {})[recipe] = points
   return found
 
@@ -130,9 +133,18 @@ def _entry(title: str, note: str, image: str) -> dict[str, str]:
   return {"title": title, "note": note, "image": image}
 
 
-def _line_style(number: int) -> dict[str, str]:
-  color = _COLORS[number % len(_COLORS)]
-  return {"color": color, "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
+def _styles(group: study_groups.Group) -> dict[str, dict[str, str]]:
+  """Label -> line: a colour a recipe, the same in every figure, and a dash for each of its arms."""
+  styles = {}
+  recipes = sorted({records[0]["recipe"] for records in group.arms.values()})
+  for number, recipe in enumerate(recipes):
+    arms = {label for label, records in group.arms.items() if records[0]["recipe"] == recipe}
+    arms |= {label for label, _ in study_groups.axis_records(group)}
+    own = sorted(label for label in arms if label.partition(",")[0] == recipe)
+    for place, label in enumerate(dict.fromkeys([recipe, *own])):
+      dash = _DASHES[(number // len(_COLORS) + place) % len(_DASHES)]
+      styles[label] = {"color": _COLORS[number % len(_COLORS)], "linestyle": dash}
+  return styles
 
 
 def _drawn(draw: Callable, height: float) -> str:

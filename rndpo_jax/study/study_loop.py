@@ -27,7 +27,7 @@ from rndpo_jax.study import cell_records, grid
 BASE_STAGES = ("prepare", "base")
 # Of a cell the stage base copies the base that it shares.
 CELL_STAGES = ("base", "mine", "finetune", "evaluate")
-_WAIT_SECONDS = 5.0
+_WAIT_SECONDS = 15.0
 _KEPT = "study: finished cells are kept"
 
 
@@ -91,6 +91,7 @@ def run(
   """
   workdir, records = epath.Path(workdir), epath.Path(records)
   start = cell_records.now()
+  broken: dict[str, str] = {}
   while True:
     left = _left(cells, records, start)
     if not left:
@@ -99,8 +100,9 @@ def run(
     for cell in left:
       preemption.check(_KEPT)
       if cell.key in {c.key for c in _left([cell], records, start)}:
-        worked |= _try_cell(cell, workdir, records, keep, f"{len(cells) - len(left)} done before")
+        worked |= _try_cell(cell, workdir, records, keep, broken)
     if not worked:
+      progress.say(f"waiting for other processes, which are at the {len(left)} cells left")
       time.sleep(_WAIT_SECONDS)  # others are at work on all that is left
   failed = cell_records.read(records / cell_records.FAILURES)
   return [cell.key for cell in cells if cell.key in failed]
@@ -114,11 +116,16 @@ def _left(cells, records: epath.Path, start: str) -> list[grid.Cell]:
   return [cell for cell in cells if cell.key not in done]
 
 
-def _try_cell(cell, workdir, records, keep, note: str) -> bool:
-  """Runs a cell, and its base if that is missing; False if another process is at either."""
+def _try_cell(cell, workdir, records, keep, broken: dict[str, str]) -> bool:
+  """Runs a cell, and its base if that is missing; False if another process is at either.
+
+  A base that failed is put into `broken` with its error, and not tried again for the next cell.
+  """
   base_workdir = workdir / "bases" / cell.base_key
   folder = workdir / "cells" / cell.key
   try:
+    if cell.base_key in broken:
+      raise errors.TrainingError(broken[cell.base_key])
     if not has_base(base_workdir):
       with _claim(workdir, cell.base_key) as mine:
         if not mine:
@@ -146,6 +153,8 @@ def _try_cell(cell, workdir, records, keep, note: str) -> bool:
     message = f"{type(error).__name__}: {error}".replace(os.fspath(workdir), "WORKDIR")
     progress.say(f"[cell] {cell.key} failed: {message}")
     cell_records.add_failure(records, cell, message)
+    if not has_base(base_workdir):
+      broken.setdefault(cell.base_key, f"its base failed: {error}")
   finally:
     jax.clear_caches()  # programs of a cell are not met again; on disk they are kept
     gc.collect()

@@ -11,7 +11,7 @@ from etils import epath
 
 from rndpo_jax import errors
 from rndpo_jax.runtime import files
-from rndpo_jax.study import cell_records, grid, study_figures, study_tables
+from rndpo_jax.study import cell_records, grid, study_figures, study_groups, study_tables
 
 _TEMPLATE = pathlib.Path(__file__).parent / "study.html.j2"
 
@@ -41,7 +41,7 @@ def write(records: os.PathLike, name: str, cells: Sequence[grid.Cell]) -> None:
   title = f"Study {name}"
   notes = _notes(used, failed, len(keys), len(found) - len(used))
   tables = study_tables.all_tables(used)
-  pictures = study_figures.all_figures(study_tables.groups(used))
+  pictures = study_figures.all_figures(study_groups.groups(used))
   files.write_text(records / "study.md", study_tables.markdown(title, tables, notes))
   files.write_text(records / "study.csv", study_tables.csv_text(used))
   environment = jinja2.Environment(

@@ -10,27 +10,15 @@ import csv
 import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from rndpo_jax.report import tables as report_tables
-from rndpo_jax.study import bootstrap, grid
+from rndpo_jax.study import bootstrap, study_groups
 
-Record = Mapping[str, Any]
+Record = study_groups.Record
 _SIGNED = report_tables.signed
-
-
-class Group(NamedTuple):
-  """What is compared: the runs of one data set and label budget, by recipe and axes."""
-
-  data: str
-  budget: int
-  arms: dict[str, list[Record]]
-
-  @property
-  def title(self) -> str:
-    return f"{self.data}, {self.budget} labelled"
 
 
 class Table(NamedTuple):
@@ -42,51 +30,11 @@ class Table(NamedTuple):
   rows: list[list[str]]
 
 
-def groups(records: Iterable[Record], *, tuning: bool = False) -> list[Group]:
-  """Records by data set and budget, then by recipe and axes; those of tuning apart."""
-  found: dict[tuple[str, int], dict[str, list[Record]]] = {}
-  for record in sorted(records, key=lambda record: record["key"]):
-    if record["tuning"] == tuning:
-      arms = found.setdefault((record["data"], record["budget"]), {})
-      arms.setdefault(grid.label(record["recipe"], record["axes"]), []).append(record)
-  return [Group(*key, found[key]) for key in sorted(found)]
-
-
-def gain(records: Sequence[Record], what: str = "sustained") -> bootstrap.Interval:
-  """Gain over the base, of 'sustained' or 'last', on the test cases."""
-  return bootstrap.interval([_run(record, _cases(record, what, "base")) for record in records])
-
-
-def difference(first: Sequence[Record], second: Sequence[Record]) -> bootstrap.Interval | None:
-  """Sustained Dice of the first minus the second, over runs of the same draw, seed and cases."""
-  others = {_pairing(record): record for record in second}
-  runs = []
-  for record in first:
-    other = others.get(_pairing(record))
-    if other is not None:
-      values = np.subtract(record["cases"]["sustained"], other["cases"]["sustained"])
-      runs.append(_run(record, values))
-  return bootstrap.interval(runs) if runs else None
-
-
-def _pairing(record: Record) -> tuple:
-  return record["draw"], record["seed"], record["cases"]["ids"]
-
-
-def _cases(record: Record, first: str, second: str) -> np.ndarray:
-  return np.subtract(record["cases"][first], record["cases"][second])
-
-
-def _run(record: Record, values: np.ndarray) -> bootstrap.Run:
-  patients = np.array(record["cases"]["patient"])
-  return bootstrap.Run(record["draw"], record["seed"], values, patients)
-
-
-def main_table(group: Group) -> Table:
+def main_table(group: study_groups.Group) -> Table:
   """A row an arm, best first, the base of the same runs beside it."""
   rows = []
   for label, records in group.arms.items():
-    held, last = gain(records), gain(records, "last")
+    held, last = study_groups.gain(records), study_groups.gain(records, "last")
     test = [record["test"] for record in records]
     bases = [record["base"]["test"] for record in records]
     worst = min(t["last_third_mean"] - base for t, base in zip(test, bases, strict=True))
@@ -108,12 +56,14 @@ def main_table(group: Group) -> Table:
   return Table(f"Recipes: {group.title}", note, head, [row for _, row in sorted(rows)])
 
 
-def pair_table(group: Group) -> Table:
+def pair_table(group: study_groups.Group) -> Table:
   """A row each two arms that share runs; points of an axis of numbers are left to the CSV."""
   rows = []
-  plain = [label for label, records in group.arms.items() if not _numbers(records[0]["axes"])]
+  plain = [
+    label for label, records in group.arms.items() if not study_groups.numbers(records[0]["axes"])
+  ]
   for first, second in itertools.combinations(sorted(plain), 2):
-    found = difference(group.arms[first], group.arms[second])
+    found = study_groups.difference(group.arms[first], group.arms[second])
     if found is not None:
       row = [first, second, str(found.num_runs), _with_interval(found), found.claim]
       rows.append((-abs(found.mean), row))
@@ -122,49 +72,26 @@ def pair_table(group: Group) -> Table:
   return Table(f"Differences: {group.title}", note, head, [row for _, row in sorted(rows)])
 
 
-def chosen(group: Group) -> Group:
-  """Of each recipe the point of its axes of numbers with the best validation, as a group.
-
-  The mean sustained validation Dice chooses, among points with as many runs as any has. Named
-  points, such as judges, stay apart: they are no setting of a recipe. Empty if nothing was chosen.
-  """
-  found: dict[str, dict[str, list[Record]]] = {}
-  for label, records in group.arms.items():
-    axes = records[0]["axes"]
-    named = {axis: value for axis, value in axes.items() if axis not in _numbers(axes)}
-    found.setdefault(grid.label(records[0]["recipe"], named), {})[label] = records
-  arms = {}
-  for points in found.values():
-    most = max(map(len, points.values()))
-    best = max(
-      (label for label in points if len(points[label]) == most),
-      key=lambda label: np.mean([r["val"]["last_third_mean"] for r in points[label]]),
-    )
-    arms[best] = points[best]
-  several = any(len(points) > 1 for points in found.values())
-  return group._replace(arms=arms if several else {})
-
-
-def chosen_table(group: Group) -> Table:
+def chosen_table(group: study_groups.Group) -> Table:
   """The main table of what validation chose."""
-  table = main_table(chosen(group))
+  table = main_table(study_groups.chosen(group))
   note = "Of each recipe the point of its axes of numbers that is best on validation. " + table.note
   return table._replace(title=f"Chosen on validation: {group.title}", note=note)
 
 
-def chosen_pair_table(group: Group) -> Table:
+def chosen_pair_table(group: study_groups.Group) -> Table:
   """Differences of what validation chose, each named without its axes."""
-  arms = chosen(group).arms
+  arms = study_groups.chosen(group).arms
   table = pair_table(group._replace(
     arms={label: [{**record, "axes": {}} for record in records] for label, records in arms.items()}
   ))  # fmt: skip
   return table._replace(title=f"Differences, each chosen on validation: {group.title}")
 
 
-def stability_table(group: Group) -> Table:
+def stability_table(group: study_groups.Group) -> Table:
   """A row a recipe and axis of numbers: its best and its worst value."""
   rows = []
-  for (recipe, axis), points in axis_points(group).items():
+  for (recipe, axis), points in study_groups.axis_points(group).items():
     values = sorted(points, key=lambda value: points[value].mean)
     worst, best = values[0], values[-1]
     spread = points[best].mean - points[worst].mean
@@ -179,35 +106,7 @@ def stability_table(group: Group) -> Table:
   return Table(f"Stability: {group.title}", note, head, rows)
 
 
-def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Interval]]:
-  """(recipe, axis) -> value -> sustained gain, of axes of two numbers and more.
-
-  A recipe with further axes is there once for each of their points, and named with it.
-  """
-  found: dict[tuple[str, str], dict[float, list[Record]]] = {}
-  for record in itertools.chain(*group.arms.values()):
-    for axis, value in record["axes"].items():
-      if axis in _numbers(record["axes"]):
-        others = {name: other for name, other in record["axes"].items() if name != axis}
-        points = found.setdefault((grid.label(record["recipe"], others), axis), {})
-        points.setdefault(value, []).append(record)
-  return {
-    key: {value: gain(points[value]) for value in sorted(points)}
-    for key, points in found.items()
-    if len(points) > 1
-  }
-
-
-def _numbers(axes: Mapping[str, Any]) -> set[str]:
-  """The axes whose values are numbers."""
-  return {
-    axis
-    for axis, value in axes.items()
-    if isinstance(value, (int, float)) and not isinstance(value, bool)
-  }
-
-
-def tuning_table(group: Group) -> Table:
+def tuning_table(group: study_groups.Group) -> Table:
   """A row an arm of tuning, by validation alone; the best of each recipe is marked."""
   rows = []
   for label, records in group.arms.items():
@@ -230,7 +129,9 @@ def all_tables(records: Iterable[Record]) -> list[Table]:
   records = list(records)
   made = [(main_table, False), (pair_table, False), (chosen_table, False),
           (chosen_pair_table, False), (stability_table, False), (tuning_table, True)]  # fmt: skip
-  found = [make(group) for make, tuning in made for group in groups(records, tuning=tuning)]
+  found = [
+    make(group) for make, tuning in made for group in study_groups.groups(records, tuning=tuning)
+  ]
   return [table for table in found if table.rows]
 
 
@@ -250,14 +151,14 @@ def csv_text(records: Iterable[Record]) -> str:
   writer.writerow(
     ["data", "budget", "recipe", "against", "of", "mean", "low", "high", "runs", "claim"]
   )
-  for group in groups(records):
+  for group in study_groups.groups(records):
     rows = [
-      (label, "base", what, gain(runs, what))
+      (label, "base", what, study_groups.gain(runs, what))
       for label, runs in group.arms.items()
       for what in ("sustained", "last")
     ]
     rows += [
-      (first, second, "sustained", difference(group.arms[first], group.arms[second]))
+      (first, second, "sustained", study_groups.difference(group.arms[first], group.arms[second]))
       for first, second in itertools.combinations(sorted(group.arms), 2)
     ]
     for *names, found in rows:

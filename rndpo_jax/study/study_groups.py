@@ -1,0 +1,124 @@
+"""Records of a study -> groups, and the gains and differences of their runs; pure.
+
+All are of the sustained test Dice, the mean over the checkpoints of the last third, unless another
+is asked for, and are paired: the same draw, seed, base and case.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rndpo_jax.study import bootstrap, grid
+
+Record = Mapping[str, Any]
+
+
+class Group(NamedTuple):
+  """What is compared: the runs of one data set and label budget, by recipe and axes."""
+
+  data: str
+  budget: int
+  arms: dict[str, list[Record]]
+
+  @property
+  def title(self) -> str:
+    return f"{self.data}, {self.budget} labelled"
+
+
+def groups(records: Iterable[Record], *, tuning: bool = False) -> list[Group]:
+  """Records by data set and budget, then by recipe and axes; those of tuning apart."""
+  found: dict[tuple[str, int], dict[str, list[Record]]] = {}
+  for record in sorted(records, key=lambda record: record["key"]):
+    if record["tuning"] == tuning:
+      arms = found.setdefault((record["data"], record["budget"]), {})
+      arms.setdefault(grid.label(record["recipe"], record["axes"]), []).append(record)
+  return [Group(*key, found[key]) for key in sorted(found)]
+
+
+def gain(records: Sequence[Record], what: str = "sustained") -> bootstrap.Interval:
+  """Gain over the base, of 'sustained' or 'last', on the test cases."""
+  return bootstrap.interval([_run(record, _cases(record, what, "base")) for record in records])
+
+
+def difference(first: Sequence[Record], second: Sequence[Record]) -> bootstrap.Interval | None:
+  """Sustained Dice of the first minus the second, over runs of the same draw, seed and cases."""
+  others = {_pairing(record): record for record in second}
+  runs = []
+  for record in first:
+    other = others.get(_pairing(record))
+    if other is not None:
+      values = np.subtract(record["cases"]["sustained"], other["cases"]["sustained"])
+      runs.append(_run(record, values))
+  return bootstrap.interval(runs) if runs else None
+
+
+def _pairing(record: Record) -> tuple:
+  return record["draw"], record["seed"], record["cases"]["ids"]
+
+
+def _cases(record: Record, first: str, second: str) -> np.ndarray:
+  return np.subtract(record["cases"][first], record["cases"][second])
+
+
+def _run(record: Record, values: np.ndarray) -> bootstrap.Run:
+  patients = np.array(record["cases"]["patient"])
+  return bootstrap.Run(record["draw"], record["seed"], values, patients)
+
+
+def chosen(group: Group) -> Group:
+  """Of each recipe the point of its axes of numbers with the best validation, as a group.
+
+  The mean sustained validation Dice chooses, among points with as many runs as any has. Named
+  points, such as judges, stay apart: they are no setting of a recipe. Empty if nothing was chosen.
+  """
+  found: dict[str, dict[str, list[Record]]] = {}
+  for label, records in group.arms.items():
+    axes = records[0]["axes"]
+    named = {axis: value for axis, value in axes.items() if axis not in numbers(axes)}
+    found.setdefault(grid.label(records[0]["recipe"], named), {})[label] = records
+  arms = {}
+  for points in found.values():
+    most = max(map(len, points.values()))
+    best = max(
+      (label for label in points if len(points[label]) == most),
+      key=lambda label: np.mean([r["val"]["last_third_mean"] for r in points[label]]),
+    )
+    arms[best] = points[best]
+  several = any(len(points) > 1 for points in found.values())
+  return group._replace(arms=arms if several else {})
+
+
+def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Interval]]:
+  """(recipe, axis) -> value -> sustained gain: see `axis_records`."""
+  return {
+    key: {value: gain(points[value]) for value in sorted(points)}
+    for key, points in axis_records(group).items()
+  }
+
+
+def axis_records(group: Group) -> dict[tuple[str, str], dict[float, list[Record]]]:
+  """(recipe, axis) -> value -> records, of axes of two numbers and more.
+
+  A recipe with further axes is there once for each of their points, and named with it.
+  """
+  found: dict[tuple[str, str], dict[float, list[Record]]] = {}
+  for record in itertools.chain(*group.arms.values()):
+    for axis, value in record["axes"].items():
+      if axis in numbers(record["axes"]):
+        others = {name: other for name, other in record["axes"].items() if name != axis}
+        points = found.setdefault((grid.label(record["recipe"], others), axis), {})
+        points.setdefault(value, []).append(record)
+  return {key: points for key, points in found.items() if len(points) > 1}
+
+
+def numbers(axes: Mapping[str, Any]) -> set[str]:
+  """The axes whose values are numbers."""
+  return {
+    axis
+    for axis, value in axes.items()
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+  }
