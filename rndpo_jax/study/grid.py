@@ -34,6 +34,7 @@ import ml_collections
 from rndpo_jax import config as config_lib
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.training import image_terms
 
 # Keys of each level of a study, with the type of the value.
 _STUDY = {"data": Mapping, "draws": Sequence, "seeds": Sequence, "set": Mapping, "arms": Sequence}
@@ -104,7 +105,9 @@ def expand(
   roots: Mapping[str, str],
   only: str = "",
 ) -> list[Cell]:
-  """The cells of a study, those of a base one after another; a cell of two arms is there once.
+  """The cells of a study, arm after arm, in each those of a draw and seed one after another.
+
+  A cell of two arms is there once.
 
   Args:
     study: as this file's docstring says.
@@ -127,13 +130,13 @@ def expand(
   cells: dict[str, Cell] = {}
   for number, arm in enumerate(study["arms"]):
     _check(arm, _ARM, f"study: arms[{number}]", ("recipes",))
-    for cell in _cells(study, arm, apply_recipe, roots):
+    own = _cells(study, arm, apply_recipe, roots)
+    for cell in sorted(own, key=lambda cell: (cell.draw, cell.seed)):
       cells.setdefault(cell.key, cell)
   found = [cell for cell in cells.values() if only in cell.key]
   if not found:
     raise ConfigError(f"--only: no cell of {len(cells)} has {only!r} in its key")
-  order = {name: place for place, name in enumerate(dict.fromkeys(c.base_key for c in found))}
-  return sorted(found, key=lambda cell: order[cell.base_key])
+  return found
 
 
 def _cells(study, arm, apply_recipe, roots) -> Iterator[Cell]:
@@ -182,6 +185,14 @@ def _points(axes: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str,
   for point in itertools.product(*options):
     overrides = {key: value for *_, part in point for key, value in part.items()}
     yield {axis: value for axis, value, _ in point}, overrides
+
+
+def phase_key(cell: Cell, number: int) -> str:
+  """What the phases up to `number` of a cell are made by, as a short digest."""
+  own = config_lib.of_phase(cell.config, number)
+  unread = () if "pairs" in image_terms.reads_of(own) else ("judge.", "mine.", "proposals.")
+  found = {key: value for key, value in _changed(own).items() if not key.startswith(unread)}
+  return _digest(found)
 
 
 def changed(cell: Cell) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors, pipeline
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError
@@ -190,8 +192,29 @@ def _run_cell(cell: grid.Cell, folder: epath.Path, base_workdir: epath.Path) -> 
   config.base.workdir = os.fspath(base_workdir)
   _drop_stale(config, folder)
   seconds = files.read_json(base_workdir / "seconds.json")
+  shared = _shared_phases(cell, base_workdir)
+  for name, path in shared.items():
+    if not (path / "finetune" / "done.json").exists():
+      break
+    if not (folder / name).exists():
+      shutil.copytree(path, folder / name)
+  alone = base_workdir / "phases" / grid.phase_key(cell, 1) / "finetune"
+  if not shared and (alone / "done.json").exists() and not (folder / "finetune").exists():
+    shutil.copytree(alone, folder / "finetune")
   own = _timed(config, folder, CELL_STAGES)
+  for name, path in shared.items():
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).rename(path)
   return {**own, **seconds}
+
+
+def _shared_phases(cell: grid.Cell, base_workdir: epath.Path) -> dict[str, epath.Path]:
+  """phase-N of a cell -> where it is kept for other cells that have the same phases up to it."""
+  numbers = range(1, config_lib.num_phases(cell.config))
+  return {
+    f"phase-{number}": base_workdir / "phases" / grid.phase_key(cell, number) for number in numbers
+  }
 
 
 def _timed(config, folder: epath.Path, stages: Sequence[str]) -> dict[str, float]:
