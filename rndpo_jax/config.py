@@ -183,6 +183,8 @@ def base_config() -> ml_collections.ConfigDict:
   for name in ("preference", "chosen", "consensus", "labelled", "cross_pseudo", "entropy"):
     terms[name] = ml_collections.ConfigDict({"weight": 0.0})
   terms.preference.weight = 1.0  # `objective` on the mined pairs
+  # Of a softmax over scores that weighs the proposals of an image; 0 weighs them equally.
+  terms.consensus.temperature = 0.0
   terms.pseudo = ml_collections.ConfigDict({"weight": 0.0})
   terms.pseudo.teacher = "base"  # base | average: whose classes are learned
   terms.pseudo.threshold = 0.0  # least probability of a class that is learned

@@ -20,14 +20,16 @@ class Scored(NamedTuple):
   Attributes:
     index: i32[b], as in `types.Batch`.
     masks: u8[b, K, *S].
-    base_logits: f32[b, *S, C].
+    base_logits: f32[b, *S, C]; None for `make_rule_scored`.
     scores: f32[b, K].
+    probs: f32[b, K, *S, C]; None likewise.
   """
 
   index: types.Array
   masks: types.Array
-  base_logits: types.Array
+  base_logits: types.Array | None
   scores: types.Array
+  probs: types.Array | None = None
 
 
 def used_judges(config) -> tuple[str, ...]:
@@ -124,7 +126,8 @@ def make_mine_batch(config, dataset, score) -> Callable:
 
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))
-    return pairs_of(keys, sampled.masks, sampled.base_logits, scores[name])
+    probs = jax.nn.softmax(sampled.logits, axis=-1)
+    return pairs_of(keys, sampled.masks, sampled.base_logits, scores[name], probs)
 
   return mine_batch
 
@@ -146,7 +149,7 @@ def make_mine_scored(config, dataset) -> Callable:
 
   def mine_scored(weights, keys, scored: Scored):
     del weights
-    return pairs_of(keys, scored.masks, scored.base_logits, scored.scores)
+    return pairs_of(keys, *scored[1:])
 
   return mine_scored
 
@@ -176,11 +179,12 @@ def make_rule_scored(config, dataset) -> Callable:
 
 
 def _make_pairs_of(config, dataset) -> Callable:
-  """(keys, masks, base_logits, scores) -> what `make_mine_batch` says."""
+  """(keys, masks, base_logits, scores, probs) -> what `make_mine_batch` says."""
+  consensus = config.finetune.terms.consensus
   rule = make_rule(config, dataset)
   region_options = {"classes": config_lib.region_classes(config)}
 
-  def pairs_of(keys, masks, base_logits, scores):
+  def pairs_of(keys, masks, base_logits, scores, probs):
     mined = rule(keys, masks, scores)
     take = jax.vmap(lambda masks, places: masks[places])
     chosen, rejected = take(masks, mined.chosen), take(masks, mined.rejected)
@@ -188,7 +192,11 @@ def _make_pairs_of(config, dataset) -> Callable:
     def pack(masks):
       return bit_planes.pack(masks, dataset.num_classes, dataset.spatial_dims)
 
+    more = {}
+    if consensus.weight > 0:
+      more["consensus"] = mean_probs(scores, probs, consensus.temperature)
     return {
+      **more,
       "masks": masks,
       "scores": scores,
       "pairs": mined,
@@ -199,6 +207,25 @@ def _make_pairs_of(config, dataset) -> Callable:
     }
 
   return pairs_of
+
+
+def mean_probs(scores: jax.Array, probs: jax.Array, temperature: float) -> jax.Array:
+  """The consensus of an image's proposals: the mean of their probabilities, in 255ths.
+
+  Args:
+    scores: f32[b, K]; one that is not finite weighs nothing.
+    probs: f32[b, K, *S, C].
+    temperature: T of the weights softmax(score / T) of the proposals; 0 weighs them equally.
+
+  Returns:
+    u8[b, *S, C].
+  """
+  ranked = jnp.where(jnp.isfinite(scores), scores, -jnp.inf)
+  weight = jax.nn.softmax(ranked / temperature) if temperature > 0 else jnp.ones_like(scores)
+  weight = weight / jnp.sum(weight, axis=1, keepdims=True)
+  weight = weight.reshape(*weight.shape, *(1,) * (probs.ndim - 2))
+  mean = jnp.sum(jnp.where(weight > 0, weight * probs, 0.0), axis=1)
+  return jnp.round(255 * mean).astype(jnp.uint8)
 
 
 def with_keys(function: Callable) -> Callable:

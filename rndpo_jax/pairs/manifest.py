@@ -58,7 +58,8 @@ def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarra
     "valid": mined.valid.astype(np.float32),
     "score_gap": mined.score_gap,
   }
-  return {name: values[name] if name in values else out[name][row] for name in shards.FIELDS}
+  names = [*shards.FIELDS, *({shards.CONSENSUS} & out.keys())]
+  return {name: values[name] if name in values else out[name][row] for name in names}
 
 
 def _count(summary, mined: types.Pairs) -> None:

@@ -75,14 +75,17 @@ def _pairs_of(
   table = shards.read(directory)
   weigh = weights_by_gap(config, directory)
   volume = voxel_volumes(config, dataset)
+  with_consensus = config.finetune.terms.consensus.weight > 0
 
   @loader.cached
   def load(row: int) -> dict:
     record = table[row]
+    more = {shards.CONSENSUS: record[shards.CONSENSUS]} if with_consensus else {}
     index = int(record["index"])
     return {
       "images": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
       **{name: record[name] for name in shards.TRAINING_FIELDS},
+      **more,
       "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
       "voxel_volume": volume(index),
     }

@@ -182,7 +182,7 @@ def _mine_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
   def program(key, batch: types.Batch):
     out = propose(key, batch)
     scores = _score_on_host(config.judge.name, batch.images, out["masks"], out["probs"])
-    return finish(key, Scored(batch.index, out["masks"], out["base_logits"], scores))
+    return finish(key, Scored(batch.index, out["masks"], out["base_logits"], scores, out["probs"]))
 
   return program
 
