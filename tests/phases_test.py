@@ -1,0 +1,131 @@
+"""Phases: each starts from the result of the one before; a job of them resumes and is evaluated."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import acdc, folder, ph2, quickstart, recipes
+from rndpo_jax import config as config_lib
+from rndpo_jax import config_checks, pipeline
+from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.errors import ConfigError
+from rndpo_jax.runtime import files
+from rndpo_jax.stages import phases
+from rndpo_jax.training import checkpoint
+
+FIRST = {
+  "finetune.terms.preference.weight": 0.0,
+  "finetune.terms.labelled.weight": 1.0,
+  "finetune.terms.weak_to_strong.weight": 1.0,
+  "finetune.ema_decay": 0.5,
+  "finetune.num_steps": 3,
+}
+
+
+def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
+  config = config_lib.base_config()
+  config.finetune.beta = 7.0
+  config.phases = ({"finetune.beta": 1.0}, {}, {"finetune.num_steps": 9})
+  config.finetune.rounds = 2
+  assert config_lib.num_phases(config) == 4
+  found = [config_lib.of_phase(config, n) for n in (1, 2, 3, 4)]
+  assert [own.finetune.beta for own in found] == [1.0, 7.0, 7.0, 7.0]
+  assert [own.finetune.num_steps for own in found] == [300, 300, 9, 9]
+  assert [config_lib.num_phases(own) for own in found] == [1, 2, 3, 4]
+  # Those before can be had from a phase's own config, which has overwritten the job's values.
+  assert config_lib.of_phase(found[3], 1).finetune.num_steps == 300
+  assert config_lib.of_phase(found[3]).to_json() == found[3].to_json()
+  assert config_lib.of_phase(config).to_json() == found[3].to_json()
+
+
+@pytest.mark.parametrize(
+  "phase,message",
+  [
+    ({"finetune.betas": 1.0}, r"phases\[1\]: found key 'finetune.betas'"),
+    ({"data.num_val": 3}, r"phases\[1\]: found key 'data.num_val', expected a key of augment"),
+    ({"finetune.rounds": 2}, r"phases\[1\]: found key 'finetune.rounds'"),
+    ({"finetune.beta": "a"}, r"phases\[1\]: finetune.beta"),
+    ({"finetune.beta": -1.0}, "finetune.beta: found -1.0"),
+    ({"finetune.terms.preference.weight": 0.0}, "terms: every weight is 0"),
+    ({"finetune.terms.preference.weight": -1.0}, "preference.weight: found -1.0"),
+    ({"finetune.terms.consistency.weight": 1.0}, "ema_decay: found 0.0.*consistency learns"),
+    ({"finetune.terms.cross_pseudo.weight": 1.0}, "num_members: found 1.*cross_pseudo trains"),
+    (
+      {"finetune.terms.labelled.weight": 1.0, "finetune.accumulate_steps": 2},
+      "accumulate_steps: found 2, but the terms",
+    ),
+    (
+      {
+        "finetune.terms.copy_paste.weight": 1.0,
+        "finetune.ema_decay": 0.9,
+        "finetune.labelled_batch_size": 4,
+      },
+      "labelled_batch_size: found 4.*unlabelled_batch_size=8",
+    ),
+    ({"finetune.strong": True}, "reference: changed images need an 'online' reference"),
+    ({"finetune.terms.pseudo.threshold": 0.4}, "threshold: found 0.4, which nothing reads"),
+  ],
+)
+def test_a_phase_that_cannot_work_is_refused_by_key(phase, message):
+  config = config_lib.base_config()
+  config.phases = ({}, phase)
+  with pytest.raises(ConfigError, match=message):
+    config_checks.validate(config)
+
+
+def test_every_recipe_is_of_use_on_every_data_set():
+  for name in recipes.names():
+    for module in (quickstart, ph2, acdc, folder):
+      config = module.get_config(name)
+      if config.data.source != "phantom":
+        config.data.root = "/data"
+      config_checks.validate(config)
+  with pytest.raises(ConfigError, match="unknown recipe 'rn_dop'; known: consensus, copy_paste"):
+    ph2.get_config("rn_dop")
+
+
+def read_phase(config, workdir, number, dataset):
+  own = config_lib.of_phase(config, number)
+  return phases.start(own, workdir, dataset)
+
+
+def test_a_job_of_two_phases(tiny_run, tiny_config, tmp_path):
+  base_workdir = tiny_run[1]
+  config = tiny_config(
+    base__workdir=str(base_workdir),
+    finetune__num_steps=4,
+    finetune__eval_every_steps=2,
+    judge__gate__action="off",
+  )
+  config.phases = (FIRST, {})
+  pipeline.run(config, tmp_path, ("base", "mine", "finetune", "evaluate", "report"))
+  workdir = epath.Path(tmp_path)
+  assert not (workdir / "phase-1" / "pairs").exists()  # none of its terms reads pairs
+  results = files.read_json(workdir / "results.json")
+  assert [point["step"] for point in results["curve"]] == [0, 2, 3, 5, 7]
+  assert results["finetuned"]["step"] == 7 and results["delivered"]["step"] in (0, 2, 3, 5, 7)
+  dataset = dataset_lib.open_dataset(config, workdir)
+  starts = [read_phase(config, workdir, number, dataset) for number in (1, 2)]
+  folder = workdir / "phase-1" / "finetune"
+  last = checkpoint.restore_params(folder / "params", 3, stage_directory=folder)
+  jax.tree.map(np.testing.assert_array_equal, starts[1], last)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *starts)
+  assert max(jax.tree.leaves(moved)) > 0
+  # The second is mined by the first one's result, and says so; its h starts at 0.
+  made = files.read_json(workdir / "pairs" / "fingerprints.json")
+  assert made["base"] != files.read_json(base_workdir / "pairs" / "fingerprints.json")["base"]
+  harm = files.read_json(workdir / "evaluate" / "harm.json")
+  assert [point["step"] for point in harm["curve"]] == [3, 5, 7]
+  # A lost second phase is made again from the first, which stays, bit for bit.
+  kept = (workdir / "phase-1" / "finetune" / "done.json").stat().mtime
+  before = checkpoint.restore_params(
+    workdir / "finetune" / "params", 4, stage_directory=workdir / "finetune"
+  )
+  (workdir / "finetune").rmtree()
+  pipeline.run(config, tmp_path, ("mine", "finetune"))
+  after = checkpoint.restore_params(
+    workdir / "finetune" / "params", 4, stage_directory=workdir / "finetune"
+  )
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  assert (workdir / "phase-1" / "finetune" / "done.json").stat().mtime == kept
