@@ -71,7 +71,7 @@ def main(argv):
 
 
 def integers(name):
-  """The numbers of a list flag, or None where it is left out."""
+  """The numbers of a list flag, or None if it is left out."""
   from rndpo_jax.errors import BenchmarkError
 
   values = _OPTIONS[name].value

@@ -152,7 +152,7 @@ def one_line(error):
     return processes.failed_collective(str(error).splitlines()[0][:200])
   if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
     return (
-      f"error: a process that loads images was ended from outside ({error}); where memory ran out, "
+      f"error: a process that loads images was ended from outside ({error}); if memory ran out, "
       "take fewer of them (config.data.num_workers); the same command goes on from what is finished"
     )
   if not isinstance(error, OSError):

@@ -203,7 +203,7 @@ def base_config() -> ml_collections.ConfigDict:
   evaluate.batch_size = 16  # records of a process, shared by its devices
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
-  evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels where the spacing is unknown
+  evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels if the spacing is unknown
   # fmt: on
   return config
 

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     labels: u8[B, *S] class ids, or IGNORED; all zero when read without labels.
     index: i32[B], position of the record in the prepared data set. Random keys are folded
       from it, so that no result depends on how images are batched.
-    valid: bool[B], False where the entry only pads the batch.
+    valid: bool[B], False if the entry only pads the batch.
   """
 
   images: Array
@@ -61,8 +61,8 @@ class Pairs(NamedTuple):
   Attributes:
     chosen: i32[B, P], index of the chosen proposal among the K.
     rejected: i32[B, P], likewise.
-    score_gap: f32[B, P], score of chosen minus score of rejected, > 0 where valid.
-    region_size: i32[B, P], |D|, > 0 where valid; see `margins.region`.
+    score_gap: f32[B, P], score of chosen minus score of rejected, > 0 if valid.
+    region_size: i32[B, P], |D|, > 0 if valid; see `margins.region`.
     valid: bool[B, P].
     dropped: i32[B, filters], candidate pairs of the rule that a filter took, in the order of
       `pair_rules.FILTERS`.
@@ -85,7 +85,7 @@ class StepInputs(NamedTuple):
     beta: f32[] in place of the config's, or None.
     is_logged: whether this step's metrics are looked at; what only they need is left out where
       this is False, a bool or bool[].
-    teacher: the moving average of the parameters, or None where none is kept.
+    teacher: the moving average of the parameters, or None if none is kept.
     step: steps taken before this one, i32[]; weights that rise read it.
   """
 
@@ -106,7 +106,7 @@ class PairBatch(NamedTuple):
     rejected: likewise.
     reference_margin: f32[B, P], the base segmenter's on the image as it was mined.
     reference_log_prob: f32[B, P], likewise, of the chosen mask on D.
-    weight: f32[B, P], 0 where a slot has no pair.
+    weight: f32[B, P], 0 if a slot has no pair.
     voxel_volume: f32[B], what a pixel of the model's grid stands for.
     consensus: u8[B, *S, C], the mean of the proposals' probabilities in 255ths; None if no term
       reads it.

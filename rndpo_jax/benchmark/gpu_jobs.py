@@ -112,7 +112,7 @@ def smoke(report: gpu_parts.Report, platform: str, flags: tuple[str, ...] = ()) 
 
 
 def job(report: gpu_parts.Report, size: int, width: int, flags: tuple[str, ...] = ()) -> None:
-  """The whole job on PH2, or on a phantom of as many images where its folder is not given."""
+  """The whole job on PH2, or on a phantom of as many images if its folder is not given."""
   flags = [f"--config.data.size=({size},{size})", f"--config.model.width={width}", *flags]
   if report.ph2:
     flags = ["--config=configs/ph2.py", f"--config.data.root={os.path.abspath(report.ph2)}", *flags]

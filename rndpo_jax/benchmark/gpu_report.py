@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the parts asked for; 0 where all ran, 1 where one failed or, if asked for, was left out.
+  """Runs the parts asked for; 0 if all ran, 1 if one failed or, if asked for, was left out.
 
   Ends with code 2 and one line on an unknown part, where there is no GPU, or where OUT cannot be
   written.

@@ -18,7 +18,7 @@ class Part(NamedTuple):
     tiny: those that differ in a rehearsal.
     goals: figure -> (sign, value), the goals that issue 17 sets.
     essential: whether it is among those of which a first call must give the figures.
-    same_code_as: a part whose rehearsal is this one's too; "" where there is none.
+    same_code_as: a part whose rehearsal is this one's too; "" if there is none.
   """
 
   name: str

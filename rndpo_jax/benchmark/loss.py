@@ -91,7 +91,7 @@ def run_at(options: Options, peers: Any | None, slow: dict[str, str]) -> list[di
 def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]:
   """Random (logits, chosen, rejected, reference margin) to rotate through, over all devices.
 
-  Logits are normal, f[B, *S, C]; masks u8[B, *S], or [B, P, *S] where P > 1, see `draw_pair`.
+  Logits are normal, f[B, *S, C]; masks u8[B, *S], or [B, P, *S] if P > 1, see `draw_pair`.
   """
   mesh = sharding.make_mesh()
   sharding.check_batch_size("--shape", options.shape[0], mesh.size)
@@ -112,7 +112,7 @@ def make_inputs(key: jax.Array, options: Options) -> list[tuple[jax.Array, ...]]
 def draw_pair(
   key: jax.Array, lead: Sequence[int], space: Sequence[int], classes: int, disagreement: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Masks u8[*lead, *space], uniform over the classes (two where there is one logit).
+  """Masks u8[*lead, *space], uniform over the classes (two if there is one logit).
 
   They differ on a random fraction `disagreement` of the pixels, and on the first one always, so
   that no pair is empty.
@@ -205,7 +205,7 @@ def check_agreement(variants, dtype: str, peers: Any | None) -> None:
 
 
 def _too_large(options: Options) -> str | None:
-  """Why inputs, outputs and temporaries of this shape would not fit; None where they do.
+  """Why inputs, outputs and temporaries of this shape would not fit; None if they do.
 
   Inputs are rotated, doubled for a peer, and the float32 temporaries of the log-softmax form are
   several times the logits.

@@ -170,7 +170,7 @@ def step_variant(
     loss_fn: as `train_step.make_train_step` takes it.
     batch_of: (turn) -> the batch of that step, on the devices.
     options: for the work of a step.
-    pairs: of each image, 0 where there are none.
+    pairs: of each image, 0 if there are none.
     optimizer: of the step.
     mesh: from `sharding.make_mesh`.
     params: to start from.

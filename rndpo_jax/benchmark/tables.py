@@ -76,7 +76,7 @@ def _processor() -> str | None:
 
 
 def write(path: os.PathLike, content: dict[str, Any]) -> list[str]:
-  """Writes the JSON file and, where the loss was timed, a plot beside it; returns the paths."""
+  """Writes the JSON file and, if the loss was timed, a plot beside it; returns the paths."""
   files.write_json(path, content)
   written = [str(path)]
   rows = [r for r in content["results"] if r["benchmark"] == "loss" and r["status"] == "ok"]

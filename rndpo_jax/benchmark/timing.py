@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
   Attributes:
     images: images gone through.
-    pairs: preference pairs, 0 where there are none.
+    pairs: preference pairs, 0 if there are none.
     pixels: pixels or voxels of those images, each counted once.
     bytes_at_least: bytes that any program for it must move to and from memory.
   """
@@ -56,10 +56,10 @@ class Variant(NamedTuple):
     work: of a call.
     run: (turn) -> outputs, perhaps before they are computed; the turn picks the input.
     wait: (outputs) -> None, when they are there.
-    compile_seconds: tracing and compiling, None where nothing is compiled.
+    compile_seconds: tracing and compiling, None if nothing is compiled.
     peak_bytes: memory of one call, inputs and outputs among it, on one device; None if unknown.
     peak_source: what told `peak_bytes`.
-    flops: floating-point operations of a call on all devices, None where nobody counts them.
+    flops: floating-point operations of a call on all devices, None if nobody counts them.
     settle: called before each sample, not timed.
   """
 

@@ -70,7 +70,7 @@ def variant(
     work: of a call.
     run: (turn) -> outputs.
     input_bytes: of one call's inputs.
-    compiled: whether the first call compiles; where that fails, the variant is missing.
+    compiled: whether the first call compiles; if that fails, the variant is missing.
   """
   before = _reset_peak()
   start = time.perf_counter()

@@ -151,7 +151,7 @@ def from_jax(images: jax.Array) -> torch.Tensor:
 
 
 def precision(options: Options, device_type: str) -> contextlib.AbstractContextManager:
-  """Autocast to bfloat16 where that is the dtype of the computation."""
+  """Autocast to bfloat16 if that is the dtype of the computation."""
   enabled = options.dtype == "bfloat16"
   return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -243,7 +243,7 @@ def _loss(net: UNet, options: Options, images: torch.Tensor, *targets) -> torch.
 
 
 def _compile(function: Callable, compiled: bool) -> tuple[Callable, str]:
-  """The function, compiled where asked for, and the word for it."""
+  """The function, compiled if asked for, and the word for it."""
   if not compiled:
     return function, "eager"
   torch.compiler.reset()

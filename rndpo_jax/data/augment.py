@@ -68,7 +68,7 @@ def augment(
 
 
 def _turn(key, image, mask, probability):
-  """k quarter turns, as numpy.rot90: a transpose where k is odd, then mirrored axes."""
+  """k quarter turns, as numpy.rot90: a transpose if k is odd, then mirrored axes."""
   happens, quarters = jax.random.split(key)
   k = jax.random.randint(quarters, (), 1, 4)
   k = jnp.where(jax.random.bernoulli(happens, probability), k, 0)

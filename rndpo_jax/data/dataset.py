@@ -22,7 +22,7 @@ class Dataset(NamedTuple):
     class_names: one a class, background first.
     num_channels: I.
     spatial_dims: 2 or 3.
-    spacing_unit: 'mm', or 'voxel' where the spacing is unknown.
+    spacing_unit: 'mm', or 'voxel' if the spacing is unknown.
     records: entries of `records.json`; their positions are the record indices used everywhere.
     fingerprint: SHA-256 of the records, their pixels and the splits.
     splits: name -> sorted i64 record indices.
@@ -98,7 +98,7 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
 
   Returns:
     image uint8 or float32 [*S, I]; label u8[*S] or None; spacing, one mm an axis, or None;
-    affine f32[4, 4], voxel indices to world, the identity where unknown.
+    affine f32[4, 4], voxel indices to world, the identity if unknown.
 
   Raises:
     records.DataError: if labels are asked of a record without mask.

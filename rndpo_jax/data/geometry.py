@@ -75,13 +75,13 @@ def resize_classes(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 def _overlap(count: int, crop: int) -> tuple[slice, slice]:
   """Where an axis of `count` pixels and its centre crop meet: (slice of it, slice of the crop)."""
-  start = (count - crop) // 2  # below 0 where the axis is padded
+  start = (count - crop) // 2  # below 0 if the axis is padded
   low, high = max(start, 0), min(start + crop, count)
   return slice(low, high), slice(low - start, high - start)
 
 
 def center_crop(array: np.ndarray, crop: Sequence[int], fill) -> np.ndarray:
-  """Centre crop of the leading axes, padded with `fill` where the array is smaller.
+  """Centre crop of the leading axes, padded with `fill` if the array is smaller.
 
   Args:
     array: [*S, ...].

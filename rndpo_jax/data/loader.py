@@ -63,7 +63,7 @@ def stream(
     Dictionaries of arrays with leading axis batch_size // process_count.
 
   Raises:
-    ValueError: without items, or where process_count does not divide batch_size.
+    ValueError: without items, or if process_count does not divide batch_size.
   """
   if not len(items):
     raise ValueError("stream: no items, expected at least one")

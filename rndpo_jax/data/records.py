@@ -37,8 +37,8 @@ class Pixels(NamedTuple):
 
   Attributes:
     image: uint8 or float32 [*S, I], as it came.
-    mask: u8[*S] class ids or `types.IGNORED`, or None where the image has no mask.
-    affine: f[4, 4], voxel indices to world; the identity where unknown.
+    mask: u8[*S] class ids or `types.IGNORED`, or None if the image has no mask.
+    affine: f[4, 4], voxel indices to world; the identity if unknown.
     image_path: the image's file, for messages.
     mask_path: the mask's file, likewise.
   """
@@ -59,8 +59,8 @@ class Source(NamedTuple):
     class_names: one a class, background first.
     num_channels: I.
     spatial_dims: 2 or 3.
-    spacing_unit: 'mm', or 'voxel' where the spacing of any record is unknown.
-    dtype: of the images, 'uint8' where all of them are and 'float32' otherwise.
+    spacing_unit: 'mm', or 'voxel' if the spacing of any record is unknown.
+    dtype: of the images, 'uint8' if all of them are and 'float32' otherwise.
     records: one `record(...)` each, in the order of `read`.
     read: start -> iterator of Pixels, one a record from that place on.
     fingerprint: place -> what changes when the pixels of that record do, without reading them.
@@ -123,7 +123,7 @@ def num_bytes(source: Source, entry: dict[str, Any]) -> int:
 
 
 def extract(pattern: str, text: str, key: str) -> str:
-  """Group 1 of `pattern` found in `text`, or the whole text where the pattern is empty.
+  """Group 1 of `pattern` found in `text`, or the whole text if the pattern is empty.
 
   Raises:
     DataError: if the pattern is not found; `key` is the config key that it came from.
@@ -243,7 +243,7 @@ def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
   """What a `Table` holds, for JSON.
 
   Returns:
-    `record_id`; `case_id` and `group_id`, None where all are those of the column before; `slice`;
+    `record_id`; `case_id` and `group_id`, None if all are those of the column before; `slice`;
     `has_mask`, 0 or 1; `grid`, each a place in `grids`, the different {shape, spacing,
     slice_spacing}.
   """

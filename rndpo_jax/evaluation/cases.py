@@ -93,7 +93,7 @@ def stack_slices(slices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def case_spacing(dataset, group: Sequence[int]) -> tuple[float, ...] | None:
-  """Size of a voxel of the stacked case in mm; None, that is voxels, where any is unknown."""
+  """Size of a voxel of the stacked case in mm; None, that is voxels, if any is unknown."""
   spacing = dataset.records[group[0]]["spacing"]
   if dataset.spacing_unit != "mm" or spacing is None:
     return None

@@ -64,7 +64,7 @@ def account(
     size: i[...], |D| in pixels.
     gain: f[...], true Dice of the chosen mask minus that of the rejected one; pairs with 0 are
       neither right nor wrong, and left out.
-    weight: f[...] >= 0, w; 0 where a slot has no pair.
+    weight: f[...] >= 0, w; 0 if a slot has no pair.
     edges: region sizes between bins, rising.
     beta: of the run. normalization, exponent: of its objective.
 

@@ -29,7 +29,7 @@ _SLACK = 1e-6
 
 
 class Metric(NamedTuple):
-  """A row of the table; what computes it is `overlap`, or `surface_metrics` where `surface`.
+  """A row of the table; what computes it is `overlap`, or `surface_metrics` if `surface`.
 
   Attributes:
     title: in tables.
@@ -68,7 +68,7 @@ def dice(masks: Array, labels: Array, num_classes: int, spatial_dims: int) -> ja
     spatial_dims: how many trailing axes are S.
 
   Returns:
-    f32[..., C - 1] in 0..1; 1 where both are empty, 0 where exactly one is.
+    f32[..., C - 1] in 0..1; 1 if both are empty, 0 if exactly one is.
   """
   intersection, total = _overlap(masks, labels, num_classes, spatial_dims)
   return jnp.where(total > 0, 2 * intersection / jnp.maximum(total, 1), 1).astype(jnp.float32)
@@ -79,7 +79,7 @@ def iou(masks: Array, labels: Array, num_classes: int, spatial_dims: int) -> jax
 
   Source: Jaccard, "The Distribution of the Flora in the Alpine Zone", 1912.
 
-  Args and returns: as `dice`, and likewise 1 where both are empty, 0 where exactly one is.
+  Args and returns: as `dice`, and likewise 1 if both are empty, 0 if exactly one is.
   """
   intersection, total = _overlap(masks, labels, num_classes, spatial_dims)
   union = total - intersection
@@ -172,7 +172,7 @@ def overlap(counts: np.ndarray) -> dict[str, np.ndarray]:
     counts: i64[3, C], of one image, or summed over the slices of a case.
 
   Returns:
-    "dice" and "iou" f64[C - 1] (1 where both are empty, 0 where exactly one is), and
+    "dice" and "iou" f64[C - 1] (1 if both are empty, 0 if exactly one is), and
     "mask_empty" and "label_empty" bool[C - 1].
   """
   intersection, mask, label = counts[:, 1:]

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     split: 'val' or 'test'.
     case_id: of the case; its slices count together.
     counts: i64[3, C] of `metrics.pixel_counts`, summed over the case.
-    surface: `metrics.surface_metrics` of each foreground class, or None where not asked for.
+    surface: `metrics.surface_metrics` of each foreground class, or None if not asked for.
   """
 
   split: str

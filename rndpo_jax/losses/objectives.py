@@ -158,7 +158,7 @@ def discopop(h, chosen, rejected, options):
   """(1 - m) -log sigmoid(beta h) + m exp(-beta h), m = sigmoid(beta h / temperature).
 
   Lu et al., "Discovering Preference Optimization Algorithms with and for LLMs", NeurIPS 2024.
-  m exp(-x) is computed as exp(log m - x), finite for every x where temperature < 1.
+  m exp(-x) is computed as exp(log m - x), finite for every x if temperature < 1.
   """
   del chosen, rejected
   x = options.beta * h

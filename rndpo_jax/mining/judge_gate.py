@@ -18,7 +18,7 @@ ACTIONS = ("refuse", "warn", "off")
 
 
 def lower_bound(entry: Mapping[str, Any]) -> float:
-  """Of a judge's entry in `judges.json`; minus infinity where there is no interval."""
+  """Of a judge's entry in `judges.json`; minus infinity if there is no interval."""
   interval = entry.get("mined", {}).get("weighted_accuracy_ci")
   return interval[0] if interval else -math.inf
 

@@ -116,7 +116,7 @@ def _select(candidate, priority, gap, size, *, pairs_per_image):
 
 
 # A rule: (scores f32[K] with -inf for unusable ones, key) -> (candidate bool[K, K], priority
-# f32[K, K]), finite where candidate; higher priority is wanted first.
+# f32[K, K]), finite if candidate; higher priority is wanted first.
 
 
 def top_vs_random(scores, key):

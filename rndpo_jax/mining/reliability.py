@@ -26,7 +26,7 @@ def reliability(
     way; a pair it ties, or scores not finitely, counts one half. What preference learning
     consumes. Undefined for an image whose proposals are all equally good.
   kendall_tau: tau-b (Kendall 1945), (agreeing - disagreeing pairs) / sqrt(pairs untied in truth
-    * pairs untied in score); 0 where the judge ties all pairs, undefined as above.
+    * pairs untied in score); 0 if the judge ties all pairs, undefined as above.
   top1_regret: best truth of the image minus the truth of the judge's top proposal, the lowest
     index on ties, as in mining.
 
@@ -85,7 +85,7 @@ def mined(
   Args:
     truth: f[N, K], the true scores; finite.
     chosen: i[N, P], which of the K proposals. rejected: likewise.
-    weight: f[N, P] >= 0, such as `gradient_mass`; 0 where a slot has no pair.
+    weight: f[N, P] >= 0, such as `gradient_mass`; 0 if a slot has no pair.
     case_ids: N, the case of each image.
     num_bootstrap: resamples of cases.
     seed: of the resampling.
@@ -166,7 +166,7 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   Args:
     scores: f[N, K], the judge's.
     truth: f[N, K], the true scores.
-    num_bins: wanted; fewer where there are fewer distinct gaps.
+    num_bins: wanted; fewer if there are fewer distinct gaps.
 
   Returns:
     {"gap_edges": the inner edges, ascending, "accuracy": share of pairs right of each bin, one
@@ -190,7 +190,7 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
 
 
 def _pair_figures(scores, truth):
-  """Pair accuracy and tau-b f[N] of each image, NaN where no pair differs in truth."""
+  """Pair accuracy and tau-b f[N] of each image, NaN if no pair differs in truth."""
   first, second = np.triu_indices(scores.shape[1], 1)
   usable = np.isfinite(scores[:, first]) & np.isfinite(scores[:, second])
   clean = np.where(np.isfinite(scores), scores, 0.0)

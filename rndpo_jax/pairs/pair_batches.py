@@ -109,7 +109,7 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
   """Score gaps f32[P] -> weights f32[P] of the pairs, by `config.finetune.pair_weight`.
 
   `score_gap` is the gap itself. `reliability` is 2 a - 1, a the share of pairs with such a gap
-  that the judge had right on validation (`judges.json`), and 0 where that is not above one half.
+  that the judge had right on validation (`judges.json`), and 0 if that is not above one half.
 
   Raises:
     ConfigError: if no pair would weigh anything.

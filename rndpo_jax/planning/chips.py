@@ -53,7 +53,7 @@ def all_reduce_seconds(chip: Chip, topology: str, num_bytes: float, count: int) 
   """Time of `count` all-reduces of `num_bytes` in all, over every chip of a slice.
 
   A reduce-scatter and an all-gather each move (n - 1) / n of the bytes through a chip. Pessimistic:
-  one axis at a time is in use, by its two links where it is a ring and by one where it is a line;
+  one axis at a time is in use, by its two links if it is a ring and by one if it is a line;
   each all-reduce waits for a message to go along every axis, forth and back.
 
   Args:

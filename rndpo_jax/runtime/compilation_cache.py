@@ -111,7 +111,7 @@ def _why_not(folder: epath.Path) -> str | None:
 
 
 def _write(probe: epath.Path) -> str | None:
-  """Makes the folder, private where it is new (who may write it may run code), and writes."""
+  """Makes the folder, private if it is new (who may write it may run code), and writes."""
   if os.fspath(probe).startswith("~"):
     return "no home directory; --compilation_cache=DIR names a folder"
   try:

@@ -26,7 +26,7 @@ from rndpo_jax.training import (
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, cosine decay to zero, clipped where clip_norm is above 0."""
+  """AdamW with linear warm-up, cosine decay to zero, clipped if clip_norm is above 0."""
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,

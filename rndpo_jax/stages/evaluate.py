@@ -199,7 +199,7 @@ def _measured(models, steps, curve, names) -> dict:
 
 
 def _gate_warning(config, content) -> list[str]:
-  """What the gate has to say of the judge, where a run went on in spite of it."""
+  """What the gate has to say of the judge, if a run went on in spite of it."""
   found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
   return [f"{found[0].upper()}{found[1:]}."] if found else []
 

@@ -140,7 +140,7 @@ def write_reliability(
 
 
 def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -> np.ndarray:
-  """What share of the gradient each pair gets at step 0, f64[N, P]; 0 where a slot has none.
+  """What share of the gradient each pair gets at step 0, f64[N, P]; 0 if a slot has none.
 
   Args:
     config: the whole config; the objective's normalization and the pairs' weights are read.
@@ -164,7 +164,7 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
 
 
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
-  """`config.finetune.pair_weight` of each pair, f64[N, P]; 0 where a slot has none.
+  """`config.finetune.pair_weight` of each pair, f64[N, P]; 0 if a slot has none.
 
   Args:
     config: the whole config.

@@ -101,7 +101,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
 
 
 def pass_gate(config, directory: epath.Path):
-  """The config with the judge that mines, which `judges.json` says where it is auto.
+  """The config with the judge that mines, which `judges.json` says if it is auto.
 
   Raises:
     errors.MiningError: on process 0, if the judge does not pass `config.judge.gate`.

@@ -16,7 +16,7 @@ from rndpo_jax.runtime import files, multihost, progress
 
 
 def run(config, workdir: epath.PathLike) -> None:
-  """Prepares the data; returns at once where that is done.
+  """Prepares the data; returns at once if that is done.
 
   Headers and splits are checked before a pixel is read, and every pixel before anything
   counts as prepared: `splits.json`, then `data/records.json` are written last, by rename. A run

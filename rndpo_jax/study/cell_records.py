@@ -29,7 +29,7 @@ _KL_DIGITS = 6
 
 
 def read(path: os.PathLike) -> dict[str, dict[str, Any]]:
-  """Records by key; nothing where there is no file.
+  """Records by key; nothing if there is no file.
 
   Raises:
     FileError: if a line is no JSON object with a key.
@@ -162,7 +162,7 @@ def _identity(cell: grid.Cell) -> dict[str, Any]:
 
 
 def _curve(points, splits, val_kl: Mapping[int, float]) -> dict[str, list]:
-  """Columns of the curve: steps, Dice of each split, KL where it is known."""
+  """Columns of the curve: steps, Dice of each split, KL if it is known."""
   curve = {"step": [point["step"] for point in points]}
   curve |= {split: [_round(point[f"{split}_dice"]) for point in points] for split in splits}
   if val_kl:

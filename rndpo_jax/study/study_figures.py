@@ -99,7 +99,7 @@ def over_axis(axis: str, points: Mapping[str, Mapping[float, bootstrap.Interval]
 
 
 def over_judge(group: study_groups.Group) -> str | None:
-  """A point a run; None where no judge's accuracy is known."""
+  """A point a run; None if no judge's accuracy is known."""
   points: dict[str, list[tuple[float, float]]] = {}
   for records in group.arms.values():
     for record in records:

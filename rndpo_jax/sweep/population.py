@@ -47,7 +47,7 @@ class State(NamedTuple):
 
   Attributes:
     train: step i32[], all other leaves with leading axes [N, R].
-    diverged: i32[N, R], the first step whose loss or gradient was not finite, 0 where there is
+    diverged: i32[N, R], the first step whose loss or gradient was not finite, 0 if there is
       none. From it on the member stays as it was before that step.
   """
 

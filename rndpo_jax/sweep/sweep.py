@@ -160,7 +160,7 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
 
 
 def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
-  """Trains all members; returns the step at which each diverged, i32[N, R], 0 where it did not."""
+  """Trains all members; returns the step at which each diverged, i32[N, R], 0 if it did not."""
   options = config.finetune
   pairs = epath.Path(workdir) / "pairs"
   if "pairs" in image_terms.reads_of(config):

@@ -31,15 +31,15 @@ def results(
   Args:
     grid: betas, learning_rates and seeds.
     directory: `sweep/`.
-    diverged: the step at which each member diverged, i32[N, R], 0 where it did not.
+    diverged: the step at which each member diverged, i32[N, R], 0 if it did not.
     steps: that were validated.
 
   Returns:
     grid; split, "val"; members, one row each: seed, beta, learning_rate, curve of step and
-    val_dice, last (its last value, None where the member diverged), diverged (the step, or None);
+    val_dice, last (its last value, None if the member diverged), diverged (the step, or None);
     settings, one row for each beta and learning rate: last, the mean over the seeds, and num_seeds,
     num_diverged; a setting with a member that diverged has no mean; best: the setting of the
-    highest mean at the LAST step, the first of equals, or None where every one diverged.
+    highest mean at the LAST step, the first of equals, or None if every one diverged.
 
   Raises:
     files.FileError: if a member that did not diverge lacks a validation.

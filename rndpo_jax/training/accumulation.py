@@ -12,7 +12,7 @@ def in_micro_batches(gradient: Callable, count: int) -> Callable:
   """The gradient of a whole batch from those of its `count` parts, one after another.
 
   With losses l_i that are means over weights w_i, the loss is sum_i w_i l_i / sum_i w_i, which is
-  that of the whole batch; gradients likewise. w_i is the metric "weight", 1 where there is none.
+  that of the whole batch; gradients likewise. w_i is the metric "weight", 1 if there is none.
   Metrics whose name starts with "num_" are added up, all others averaged as the loss is. Part i
   holds the rows i, i + count, ..., so that every device has its share of each, and has its own
   key: random augmentation and dropout are other ones than those of the whole batch.

@@ -29,7 +29,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, OSError, AttributeError)
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-  """Steps with a whole checkpoint in `directory`, ascending; [] where there is none."""
+  """Steps with a whole checkpoint in `directory`, ascending; [] if there is none."""
   directory = epath.Path(directory)
   if not directory.exists():
     return []
@@ -67,7 +67,7 @@ class Writer:
     """Starts to write a pytree of arrays as `directory`/`step`; replaces one that is there.
 
     Raises:
-      OSError: with ENOSPC, where the disk was too full for this one or the one before.
+      OSError: with ENOSPC, if the disk was too full for this one or the one before.
       CheckpointError: if it cannot be written for another reason, or not in time.
     """
     self.wait()
@@ -108,10 +108,10 @@ def restore_latest(directory: epath.PathLike, like: Any) -> tuple[int, Any] | No
   read are deleted, since the run writes them again.
 
   Returns:
-    (step, tree), or None where there is no checkpoint.
+    (step, tree), or None if there is no checkpoint.
 
   Raises:
-    CheckpointError: on every process where there are checkpoints and none can be read by all;
+    CheckpointError: on every process if there are checkpoints and none can be read by all;
       nothing is deleted then.
   """
   there = multihost.broadcast_list(lambda: steps(directory))
@@ -248,7 +248,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _by(unable: list[int]) -> str:
-  """' by process 1, 3' where there are several processes."""
+  """' by process 1, 3' if there are several processes."""
   return f" by process {', '.join(map(str, unable))}" if jax.process_count() > 1 else ""
 
 

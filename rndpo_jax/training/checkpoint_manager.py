@@ -35,7 +35,7 @@ class CheckpointManager:
     keep_params: str = "all",
     minutes: float = 0.0,
   ):
-    """Opens a folder, made where it is missing.
+    """Opens a folder, made if it is missing.
 
     Args:
       directory: of the training.
@@ -58,7 +58,7 @@ class CheckpointManager:
     self._last = time.monotonic()
 
   def resume(self, state: Any) -> tuple[int, Any]:
-    """(step, state) of the latest checkpoint that can be read; (0, `state`) where none is."""
+    """(step, state) of the latest checkpoint that can be read; (0, `state`) if none is."""
     found = checkpoint.restore_latest(self.folders["state"], self._content(state))
     if found is None:
       return 0, state

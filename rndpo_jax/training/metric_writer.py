@@ -81,7 +81,7 @@ class MetricWriter:
     Args:
       start: the step that training goes on from.
       validated: the steps up to it that were validated: a row that is lost may have been the best.
-        None where that is not looked at.
+        None if that is not looked at.
 
     Raises:
       files.FileError: if a line cannot be read, or a validation is missing, naming the file and

@@ -158,7 +158,7 @@ def _make_reference(kind: str, apply: Callable, region_options: dict) -> Callabl
 
 
 def _if_logged(log_probs: Callable, logits, inputs: types.StepInputs, margin):
-  """Both log-probabilities, without gradient, where the step is logged; else NaN for both."""
+  """Both log-probabilities, without gradient, if the step is logged; else NaN for both."""
   logits = jax.lax.stop_gradient(logits)
   if inputs.is_logged is True:
     return log_probs(logits)

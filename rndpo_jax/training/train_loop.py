@@ -119,7 +119,7 @@ def _add_steps(metrics, pending, log_every_steps, checkpoints) -> None:
     last = f"step {saved[-1]} in {checkpoints.folders['params']}" if saved else "none yet"
     raise errors.TrainingError(
       f"{checkpoints.description}: {error}. The last good checkpoint is kept ({last}). Lower the "
-      "learning rate or set a clip_norm, in a new --workdir (with --config.base.workdir where the "
+      "learning rate or set a clip_norm, in a new --workdir (with --config.base.workdir if the "
       "base is done), or check the input for extreme values"
     ) from error
   pending.clear()

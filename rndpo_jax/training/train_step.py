@@ -21,7 +21,7 @@ LossFn = Callable[[types.Params, Any, types.StepInputs], tuple[jax.Array, dict[s
 class TrainState(NamedTuple):
   """What a step reads and replaces: step i32[], params, opt_state. No reference network.
 
-  `ema`, None where it is off, is the exponential moving average of the parameters.
+  `ema`, None if it is off, is the exponential moving average of the parameters.
   """
 
   step: jax.Array

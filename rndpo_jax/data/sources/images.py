@@ -1,7 +1,7 @@
 """Reading PNG, JPEG and TIFF: what is taken, how, and what is refused.
 
 Images, by Pillow's mode: L and 1 are grey, RGB is colour, 8 bits each; I;16, I and F are grey
-and become float32. A palette image becomes RGB. An alpha channel is dropped where it is opaque
+and become float32. A palette image becomes RGB. An alpha channel is dropped if it is opaque
 everywhere and refused otherwise. Masks: grey values, palette indices (not their colours), or
 RGB whose three channels are equal. Pixels are taken as they are stored; an EXIF orientation is
 not applied, except for TIFF's own, which Pillow applies.

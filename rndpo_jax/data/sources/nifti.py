@@ -139,7 +139,7 @@ def _check_grid(path, image, shape, first, affine, expected) -> None:
   words = [f"{here} against {there}" for here, there in pairs if here != there]
   raise errors.DataError(
     f"{path}: its header places voxels up to {shift:.3g} voxels away from where {first} places "
-    f"them ({', '.join(words)}), expected the same; {remedy}, or, where the voxels do match and "
+    f"them ({', '.join(words)}), expected the same; {remedy}, or, if the voxels do match and "
     "one header is wrong, copy the affine of the right one"
   )
 
@@ -210,7 +210,7 @@ def read_case(
 
 
 def _voxels(path: pathlib.Path, case: Case) -> np.ndarray:
-  """Scaled voxels: uint8 where the whole case is, float32 otherwise."""
+  """Scaled voxels: uint8 if the whole case is, float32 otherwise."""
   image, _ = _open(path)
   try:
     if case.eight_bit and image.get_data_dtype() == np.uint8:
