@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import config_unread
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.training import image_terms
@@ -190,8 +191,15 @@ def _points(axes: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str,
 def phase_key(cell: Cell, number: int) -> str:
   """What the phases up to `number` of a cell are made by, as a short digest."""
   own = config_lib.of_phase(cell.config, number)
-  unread = () if "pairs" in image_terms.reads_of(own) else ("judge.", "mine.", "proposals.")
-  found = {key: value for key, value in _changed(own).items() if not key.startswith(unread)}
+  table = config_unread.readers(own)
+  for section in () if "pairs" in image_terms.reads_of(own) else ("judge", "mine", "proposals"):
+    table = {name: entry for name, entry in table.items() if not name.startswith(section)}
+    table[section] = (False, "")
+  found = {
+    key: value
+    for key, value in _changed(own).items()
+    if (config_unread.find(table, key) or (True, ""))[0]
+  }
   return _digest(found)
 
 

@@ -1,0 +1,39 @@
+"""What makes preferences worth more after a strong base: one change at a time, on the first draw.
+
+  python -m launch.study --study=configs/studies/second_phase.py \
+      --records=configs/results/second_phase --workdir=DIR --roots=ph2=DIR,acdc=DIR
+
+With the workdir of configs/studies/main.py bases and first phases are those of that study.
+"""
+
+VARIANTS = {
+  "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
+  "random_pair": {"mine.rule": "random_pair"},
+  "reliability": {"finetune.pair_weight": "reliability"},
+  "dropout_proposals": {
+    "proposals.mix": "base:1,tta+mc_dropout+logit_noise:7",
+    "proposals.noise_scale": 1.0,
+  },
+  "entropy": {"judge.name": "entropy"},
+  "confidence": {"judge.name": "confidence"},
+  "strong": {"finetune.strong": True, "finetune.dropout": True},
+  "beta 1": {"finetune.beta": 1.0},
+  "beta 3": {"finetune.beta": 3.0},
+  "beta 30": {"finetune.beta": 30.0},
+}
+
+
+def get_study():
+  return {
+    "data": {
+      "ph2": {"config": "configs/ph2.py", "budgets": (10,)},
+      "acdc": {"config": "configs/acdc.py", "budgets": (5,)},
+    },
+    "draws": (0,),
+    "seeds": (0, 1),
+    "set": {"judge.gate.action": "warn"},
+    "arms": [
+      {"recipes": ("weak_to_strong_beside_rn_dpo",)},
+      {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
+    ],
+  }
