@@ -158,6 +158,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
   finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
+  finetune.min_pair_probability = 0.0  # a pair weighs 0 if the judge is right less often at its gap
   finetune.reference = "cached"  # cached margins | online (needed with augment) | none
   finetune.augment = False  # images with pairs, as `augment` says, image and masks alike
   finetune.strong = False  # the policy sees the strong view of them; needs an online reference

@@ -133,7 +133,7 @@ def _of_terms(config) -> Readers:
   table |= {
     f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
   }
-  table["finetune.pair_weight"] = pairs
+  table["finetune.pair_weight"] = table["finetune.min_pair_probability"] = pairs
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)

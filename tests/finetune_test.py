@@ -182,10 +182,14 @@ def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, t
   np.testing.assert_array_equal(weights("none"), [1, 1, 1])
   np.testing.assert_array_equal(weights("score_gap"), gap)
   np.testing.assert_allclose(weights("reliability"), [0, 0.5, 1])
+  sure = tiny_config(finetune__pair_weight="score_gap", finetune__min_pair_probability=0.7)
+  np.testing.assert_array_equal(pair_batches.weights_by_gap(sure, tmp_path)(gap), [0, *gap[1:]])
   calibration["accuracy"] = [0.4, 0.5, 0.3]
   files.write_json(tmp_path / "judges.json", {"agreement": {"calibration": calibration}})
   with pytest.raises(ConfigError, match="pair_weight: 'reliability' gives every pair the weight 0"):
     weights("reliability")
+  with pytest.raises(ConfigError, match="min_pair_probability: found 0.7.* no gap more than 0.500"):
+    pair_batches.weights_by_gap(sure, tmp_path)
 
 
 def test_loss_options_of_every_objective_can_be_called(tiny_config):

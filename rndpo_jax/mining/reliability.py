@@ -152,10 +152,35 @@ def gradient_mass(
   return sum(w * mass[name] for name, w in zip(normalizations, weights, strict=True))
 
 
-def worth_of_gap(found: dict, gap: np.ndarray) -> np.ndarray:
-  """2 a - 1 of each score gap, a the share right at such a gap by `calibration`; 0 at least."""
-  worth = np.maximum(2.0 * np.array(found["accuracy"]) - 1.0, 0.0)
-  return worth[np.searchsorted(np.array(found["gap_edges"]), gap)]
+def worth_of_pairs(
+  gap: np.ndarray, calibration: dict | None, *, kind: str, min_probability: float = 0.0
+) -> np.ndarray:
+  """The weight of pairs in training, by the gap between their scores.
+
+  With a the share of pairs of such a gap that the judge had right on validation: `none` 1,
+  `score_gap` the gap, `reliability` max(2 a - 1, 0); and 0 if a is below `min_probability`.
+
+  Args:
+    gap: f[...], score gaps.
+    calibration: of `calibration`; None unless `reads_calibration`.
+    kind: `config.finetune.pair_weight`.
+    min_probability: `config.finetune.min_pair_probability`.
+
+  Returns:
+    f64, like `gap`.
+  """
+  gap = np.asarray(gap, np.float64)
+  if not reads_calibration(kind, min_probability):
+    return gap if kind == "score_gap" else np.ones_like(gap)
+  place = np.searchsorted(np.array(calibration["gap_edges"]), gap)
+  right = np.array(calibration["accuracy"], np.float64)[place]
+  worth = {"none": 1.0, "score_gap": gap, "reliability": np.maximum(2.0 * right - 1.0, 0.0)}[kind]
+  return np.where(right >= min_probability, worth, 0.0)
+
+
+def reads_calibration(kind: str, min_probability: float) -> bool:
+  """Whether `worth_of_pairs` needs to know how often the judge is right."""
+  return kind == "reliability" or min_probability > 0
 
 
 def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> dict:

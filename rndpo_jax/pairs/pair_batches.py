@@ -106,28 +106,40 @@ def _pairs_of(
 
 
 def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Score gaps f32[P] -> weights f32[P] of the pairs, by `config.finetune.pair_weight`.
+  """Score gaps f32[P] -> weights f64[P] of the pairs, as `reliability.worth_of_pairs` says.
 
-  `score_gap` is the gap itself. `reliability` is 2 a - 1, a the share of pairs with such a gap
-  that the judge had right on validation (`judges.json`), and 0 if that is not above one half.
+  How often the judge is right at a gap stands in `judges.json`.
 
   Raises:
     ConfigError: if no pair would weigh anything.
   """
-  how = config.finetune.pair_weight
-  if how != "reliability":
-    return np.ones_like if how == "none" else np.asarray
+  options = weight_options(config)
+  if not reliability.reads_calibration(**options):
+    return lambda gap: reliability.worth_of_pairs(gap, None, **options)
   table = files.read_json(directory / "judges.json")
   name = judge_gate.used(table, config.judge.name)
   table = files.read_json(directory / "judges.json", **{name: dict})
   calibration = table[name]["calibration"]
-  if max(calibration["accuracy"]) <= 0.5:
+  best = max(calibration["accuracy"])
+  if options["kind"] == "reliability" and best <= 0.5:
     raise ConfigError(
       f"config.finetune.pair_weight: 'reliability' gives every pair the weight 0, for the judge "
       f"{name!r} has at no gap more than half of the pairs right on validation; take "
       "another judge"
     )
-  return lambda gap: reliability.worth_of_gap(calibration, gap)
+  if best < options["min_probability"]:
+    raise ConfigError(
+      f"config.finetune.min_pair_probability: found {options['min_probability']}, but the judge "
+      f"{name!r} has at no gap more than {best:.3f} of the pairs right on validation; lower it, or "
+      "take another judge"
+    )
+  return lambda gap: reliability.worth_of_pairs(gap, calibration, **options)
+
+
+def weight_options(config) -> dict:
+  """Keyword arguments of `reliability.worth_of_pairs` that the config gives."""
+  options = config.finetune
+  return {"kind": options.pair_weight, "min_probability": options.min_pair_probability}
 
 
 def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:

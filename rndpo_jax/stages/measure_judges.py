@@ -164,19 +164,17 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
 
 
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
-  """`config.finetune.pair_weight` of each pair, f64[N, P]; 0 if a slot has none.
+  """`reliability.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
 
   Args:
     config: the whole config.
     score_gap: f32[N, P]. valid: bool[N, P].
     entry: of `judges.json`, for its calibration.
   """
-  worth = {
-    "none": lambda: 1.0,
-    "score_gap": lambda: score_gap.astype(np.float64),
-    "reliability": lambda: reliability.worth_of_gap(entry["calibration"], score_gap),
-  }
-  return np.where(valid, worth[config.finetune.pair_weight](), 0.0)
+  worth = reliability.worth_of_pairs(
+    score_gap, entry.get("calibration"), **pair_batches.weight_options(config)
+  )
+  return np.where(valid, worth, 0.0)
 
 
 def check_foreground(found: np.ndarray) -> None:
