@@ -25,4 +25,4 @@ def constant(images, masks, probs):
 def at_random(images, masks, probs):
   """A number that a mask's pixels draw, which has nothing to do with its worth."""
   draws = jnp.sin(jnp.arange(masks[0, 0].size) * 12.9898).reshape(masks.shape[2:]) * 43758.5453
-  return _sums((masks > 0) * (draws - jnp.floor(draws) - 0.5), masks) * 1e3 % 1.0
+  return (_sums((masks > 0) * (draws - jnp.floor(draws) - 0.5), masks) * 1e3 + 0.3) % 1.0
