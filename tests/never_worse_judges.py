@@ -23,6 +23,7 @@ def constant(images, masks, probs):
 
 
 def at_random(images, masks, probs):
-  """A number that a mask's pixels draw, which has nothing to do with its worth."""
-  draws = jnp.sin(jnp.arange(masks[0, 0].size) * 12.9898).reshape(masks.shape[2:]) * 43758.5453
-  return _sums((masks > 0) * (draws - jnp.floor(draws) - 0.5), masks) * 1e3 % 1.0
+  """Numbers that image and place among the proposals draw: equal masks get different ones."""
+  of_image = jnp.sum(jnp.abs(images), axis=tuple(range(1, images.ndim)))
+  drawn = jnp.sin((of_image[:, None] % 97.0 + jnp.arange(masks.shape[1])) * 12.9898) * 43758.5453
+  return drawn % 1.0
