@@ -46,6 +46,7 @@ def main(argv):
   logging.set_verbosity(logging.ERROR)
   import jax
 
+  from rndpo_jax import config as config_lib
   from rndpo_jax import config_checks
   from rndpo_jax.errors import ConfigError
   from rndpo_jax.planning import programs
@@ -59,10 +60,11 @@ def main(argv):
     sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
     config_checks.validate(_CONFIG.value)
-    check_micro_batches(_CONFIG.value, _BATCH.value)
-    problem = programs.problem_of(_CONFIG.value, _CHANNELS.value, _CLASSES.value)
+    config = config_lib.of_phase(_CONFIG.value)
+    check_micro_batches(config, _BATCH.value)
+    problem = programs.problem_of(config, _CHANNELS.value, _CLASSES.value)
     for topology in _TOPOLOGY.value:
-      show(topology, problem)
+      show(config, topology, problem)
   except ConfigError as error:
     sys.exit(f"error: {error}")
 
@@ -85,14 +87,14 @@ def check_micro_batches(config, batch):
       )
 
 
-def show(topology, problem):
+def show(config, topology, problem):
   """Prints the programs of one slice."""
   import jax
 
   from rndpo_jax.planning import programs, roofline
   from rndpo_jax.runtime import sharding
 
-  axes = _CONFIG.value.mesh
+  axes = config.mesh
   chip, mesh = programs.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
   batch = _BATCH.value
   of_chips = (
@@ -101,7 +103,7 @@ def show(topology, problem):
   print(f"{topology}, {batch} images {of_chips} of {problem.size}, {problem.num_classes} classes")
   sharers = sharding.num_batch_parts(mesh)
   totals = {name: batch * (mesh.size if name in APART else sharers) for name in _PROGRAMS.value}
-  lowered = programs.programs(_CONFIG.value, problem, mesh, totals)
+  lowered = programs.programs(config, problem, mesh, totals)
   for name in _PROGRAMS.value:
     if name == "loss":
       show_losses(mesh)
@@ -113,7 +115,7 @@ def show(topology, problem):
         raise
       print(f"{name:9} does not fit: {str(error).splitlines()[0][:200]}", flush=True)
       continue
-    report = roofline.measure(compiled, accumulate_steps(_CONFIG.value, name))
+    report = roofline.measure(compiled, accumulate_steps(config, name))
     if name in APART and report.collectives:
       sys.exit(f"error: the program {name!r} communicates: {report.collectives}")
     per_chip = batch if name in APART else batch / axes.space

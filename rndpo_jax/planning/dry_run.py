@@ -18,6 +18,7 @@ from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, models, pipeline, types
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.data import builder, reader, records, sources, splits
@@ -62,6 +63,10 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   config_checks.validate(config)
   workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
+  earlier = [
+    config_lib.of_phase(config, number) for number in range(1, config_lib.num_phases(config))
+  ]
+  config = config_lib.of_phase(config)
   data = describe_data(config, workdir)
   if num_unlabelled:
     data = _with_unlabelled(data, num_unlabelled)
@@ -88,12 +93,22 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     *_table(config, data, trials, host, limit),
     *_foot(config, data, record, planned, left, free),
     *_preparing(data, files.is_remote(workdir)),
+    *_phases(earlier),
   ]
   progress.say("\n".join(lines))
   refused = refusals(config, trials, limit, left, free)
   if refused:
     raise ConfigError("\n".join(refused))
   return lines
+
+
+def _phases(earlier) -> list[str]:
+  if not earlier:
+    return []
+  steps = " and ".join(f"{own.finetune.num_steps:,}" for own in earlier)
+  return [
+    f"phases    mining and fine-tuning are of the last one; those before it have {steps} steps"
+  ]
 
 
 def describe_data(config, workdir: os.PathLike) -> Data:

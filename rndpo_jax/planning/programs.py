@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -234,8 +235,9 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
   )
   read = image_terms.reads_of(config)
-  labelled = _rows(config.finetune.labelled_batch_size, problem)
-  unlabelled = _rows(config.finetune.unlabelled_batch_size, problem)
+  labelled, unlabelled = (
+    _rows(_share(config, name, pairs[0], mesh), problem) for name in ("labelled", "unlabelled")
+  )
   del unlabelled["label"]
   parts = {"pairs": on_pairs, "labelled": labelled, "unlabelled": unlabelled}
   arrays = types.FinetuneBatch(**{name: part for name, part in parts.items() if name in read})
@@ -246,6 +248,16 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
   optimizer, parts = finetune.optimizer(config.finetune), config.finetune.accumulate_steps
   ema_decay, every = config.finetune.ema_decay, config.finetune.log_every_steps
   return _step(config, parts, loss_fn, optimizer, mesh, params, arrays, ema_decay, every, reference)
+
+
+def _share(config, name: str, images: int, mesh: Mesh) -> int:
+  """Images of a part of a batch beside `images` with pairs, as many more or fewer as in the config.
+
+  Rounded up to what the devices can share.
+  """
+  options, parts = config.finetune, sharding.num_batch_parts(mesh)
+  count = images * options[f"{name}_batch_size"] / options.batch_size
+  return parts * math.ceil(count / parts)
 
 
 def _rows(count: int, problem: Problem) -> dict:
