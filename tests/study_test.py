@@ -38,7 +38,7 @@ def study(**changes):
   return {
     "data": {"tiny": {"config": TINY, "set": {"data.num_val": 3}}},
     "seeds": (0, 1),
-    "set": {"finetune.batch_size": 8},
+    "set": {"finetune.batch_size": 8, "finetune.num_steps": 8},
     "arms": [{"recipes": (RN, DPO)}],
     **changes,
   }
@@ -413,3 +413,32 @@ def test_the_program_says_what_is_left_and_names_a_cell_that_cannot_run(tmp_path
   assert done[0].returncode == 0 and "cells: 4, with a record 0, left 4" in done[0].stdout
   assert done[1].returncode == 1 and done[1].stderr.startswith("error: cell ph2-n10-d0-s0-rn_dpo-")
   assert "Traceback" not in done[1].stderr and not (tmp_path / "records").exists()
+
+
+def test_cells_share_their_first_phase(tiny_run, tmp_path):
+  """weak_to_strong alone, and as the first phase of two others: trained once."""
+  first = {
+    "finetune.num_steps": 2, "finetune.eval_every_steps": 1, "finetune.ema_decay": 0.5,
+    "finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0,
+  }  # fmt: skip
+  second = {"finetune.terms.preference.weight": 1.0, "finetune.terms.labelled.weight": 0.0}
+  two = {**first, "phases": ({}, second)}
+  points = {"two": two, "other": {**two, "finetune.beta": 3.0}, "one": first}
+  arms = [{"recipes": ("",), "axes": {"phase": points}, "seeds": (0,)}]
+  cells = expand(study(arms=arms, set={}))
+  assert len({grid.phase_key(cell, 1) for cell in cells}) == 1
+  base = tmp_path / "work" / "bases" / cells[0].base_key
+  for name in ("data", "base"):
+    shutil.copytree(tiny_run[1] / name, base / name)
+  for name in ("splits.json", "config.json"):
+    shutil.copy(tiny_run[1] / name, base)
+  files.write_json(epath.Path(base) / "seconds.json", {"base": 1.0})
+  assert study_loop.run(cells, tmp_path / "work", tmp_path / "records", ["all"]) == []
+  kept = list((base / "phases").iterdir())
+  assert [path.name for path in kept] == [grid.phase_key(cells[0], 1)]
+  made = [tmp_path / "work" / "cells" / cell.key for cell in cells]
+  trained = (kept[0] / "finetune" / "metrics.jsonl").read_text()
+  assert (made[2] / "finetune" / "metrics.jsonl").read_text() == trained
+  found = cell_records.read(epath.Path(tmp_path) / "records" / cell_records.FILE)
+  steps = [[point["step"] for point in found[cell.key]["curve"]] for cell in cells]
+  assert steps == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2]]

@@ -198,10 +198,12 @@ def _run_cell(cell: grid.Cell, folder: epath.Path, base_workdir: epath.Path) -> 
       break
     if not (folder / name).exists():
       shutil.copytree(path, folder / name)
+  own = _timed(config, folder, CELL_STAGES[:2])
+  # A job of one phase may be what others begin with.
   alone = base_workdir / "phases" / grid.phase_key(cell, 1) / "finetune"
   if not shared and (alone / "done.json").exists() and not (folder / "finetune").exists():
     shutil.copytree(alone, folder / "finetune")
-  own = _timed(config, folder, CELL_STAGES)
+  own |= _timed(config, folder, CELL_STAGES[2:])
   for name, path in shared.items():
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
