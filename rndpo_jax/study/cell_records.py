@@ -126,7 +126,7 @@ def make(
     "mb": {"base": _megabytes(base_workdir), "cell": _megabytes(workdir)},
     "steps": last,
     "base": {split: _round(results["base"][split]["dice"]) for split in splits},
-    "curve": _curve(results["curve"], splits, _val_kl(workdir)),
+    "curve": _curve(results["curve"], splits, _val_kl(workdir, results["curve"][-1]["step"])),
     "val": _sustained([point["val_dice"] for point in results["curve"]]),
     "pairs": _pairs(results),
   }
@@ -172,11 +172,15 @@ def _curve(points, splits, val_kl: Mapping[int, float]) -> dict[str, list]:
   return curve
 
 
-def _val_kl(workdir: epath.Path) -> dict[int, float]:
+def _val_kl(workdir: epath.Path, last_step: int) -> dict[int, float]:
   if not (workdir / "finetune" / "metrics.jsonl").exists():
     return {}
   rows = metric_writer.read_rows(workdir / "finetune", "val")
-  return {row["step"]: row["val_kl"] for row in rows if np.isfinite(row.get("val_kl", np.nan))}
+  # Those of the last phase, whose steps are the last ones of the curve.
+  before = last_step - rows[-1]["step"]
+  return {
+    before + row["step"]: row["val_kl"] for row in rows if np.isfinite(row.get("val_kl", np.nan))
+  }
 
 
 def _sustained(dice: list[float]) -> dict[str, float]:

@@ -1,0 +1,34 @@
+"""How weak_to_strong is best set: one change at a time, judged on validation alone.
+
+  python -m launch.study --study=configs/studies/strong_base.py \
+      --records=configs/results/strong_base --workdir=DIR --roots=ph2=DIR,acdc=DIR
+"""
+
+VARIANTS = {
+  "as it is": {},
+  "rate 3e-3": {"finetune.learning_rate": 3e-3},
+  "boxes in all": {"finetune.terms.weak_to_strong.cutmix": 1.0},
+  "stronger views": {
+    "strong.intensity_scale": 0.6, "strong.gamma": 0.8, "strong.gamma_scale": 0.8,
+    "strong.noise_scale": 0.3,
+  },
+  "rate 3e-3, boxes in all": {
+    "finetune.learning_rate": 3e-3, "finetune.terms.weak_to_strong.cutmix": 1.0,
+  },
+  "16 unlabelled": {"finetune.unlabelled_batch_size": 16},
+  "threshold 0.7": {"finetune.terms.weak_to_strong.threshold": 0.7},
+  "second view": {"finetune.terms.weak_to_strong.second_view": True},
+}  # fmt: skip
+
+
+def get_study():
+  return {
+    "data": {
+      "acdc": {"config": "configs/acdc.py", "budgets": (5,)},
+      "ph2": {"config": "configs/ph2.py", "budgets": (10,)},
+    },
+    "draws": (0,),
+    "seeds": (0,),
+    "set": {"judge.gate.action": "off", "finetune.num_steps": 400},
+    "arms": [{"recipes": ("weak_to_strong",), "axes": {"variant": VARIANTS}, "tuning": True}],
+  }
