@@ -128,13 +128,23 @@ def load_example(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str
     records.DataError: as `load_native`.
   """
   native = load_native(dataset, index, with_labels=with_labels)
-  image = geometry.image_to_model(native["image"], dataset.size, dataset.crop)
   if with_labels:
     label = geometry.mask_to_model(native["label"], dataset.size, dataset.crop)
   else:
     label = np.zeros(dataset.size, np.uint8)
   return {
-    "image": geometry.normalize(image, dataset.normalization),
+    "image": to_model(dataset, native["image"]),
     "label": label,
     "index": np.int32(index),
   }
+
+
+def to_model(grid, image: np.ndarray) -> np.ndarray:
+  """An image as it came, uint8 or float32 [*S, I] -> f32[*size, I], as the network takes it.
+
+  Args:
+    grid: a Dataset, or what else has its `size`, `crop` and `normalization`.
+    image: finite values.
+  """
+  on_grid = geometry.image_to_model(image, grid.size, grid.crop)
+  return geometry.normalize(on_grid, grid.normalization)

@@ -16,7 +16,7 @@ from rndpo_jax import models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.runtime import preemption, sharding
-from rndpo_jax.types import Params
+from rndpo_jax.types import Params, Segmenter
 
 SPLITS = ("val", "test")
 _KEEP_BYTES = 2**30  # images and labels are kept between checkpoints up to this size
@@ -61,18 +61,14 @@ def open_evaluation(
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  parts = jax.local_device_count()
   folder.mkdir(parents=True, exist_ok=True)
-  apply = sharding.over_local_devices(segmenter.apply)
-  to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
+  apply, to_masks = programs(segmenter)
 
   def predict_batch(params, images, resize):
-    return to_masks(None, (apply(params, images), resize))
+    return to_masks(apply(params, images), resize)
 
   def batches(indices: tuple[int, ...]):
-    # As many as the devices share.
-    size = parts * -(-config.evaluate.batch_size // parts)
-    return loader.batches(dataset, indices, batch_size=size, with_labels=False)
+    return loader.batches(dataset, indices, batch_size=batch_size(config), with_labels=False)
 
   def label(index: int) -> np.ndarray:
     return dataset_lib.load_native(dataset, index, with_labels=True)["label"]
@@ -92,6 +88,33 @@ def open_evaluation(
     batches=batches,
     label=label,
   )
+
+
+class Programs(NamedTuple):
+  """The two halves of predicting a batch, whose rows the devices of this process share.
+
+  Attributes:
+    apply: (params, images f32[B, *size, I]) -> logits f32[B, *size, C].
+    to_masks: (logits, `resize_matrices`) -> masks u8[B, *N].
+  """
+
+  apply: Callable[..., jax.Array]
+  to_masks: Callable[..., jax.Array]
+
+
+def programs(segmenter: Segmenter) -> Programs:
+  """Of evaluation and of prediction: equal images have equal masks in both, bit for bit."""
+  to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
+  return Programs(
+    apply=sharding.over_local_devices(segmenter.apply),
+    to_masks=lambda logits, resize: to_masks(None, (logits, resize)),
+  )
+
+
+def batch_size(config) -> int:
+  """`config.evaluate.batch_size`, rounded up to what the devices of this process share."""
+  parts = jax.local_device_count()
+  return parts * -(-config.evaluate.batch_size // parts)
 
 
 def group_cases(dataset) -> dict[tuple[str, str], list[int]]:

@@ -38,10 +38,11 @@ _LOOK_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def hold(workdir: os.PathLike) -> Iterator[None]:
+def hold(workdir: os.PathLike, flag: str = "--workdir") -> Iterator[None]:
   """Holds a work directory, made if it is missing; of several processes the first does it for all.
 
   A directory that cannot be written is not held: what goes on to write there says why it cannot.
+  `flag` is the one that names it, for messages.
 
   Raises:
     FileError: naming the run that is at work there.
@@ -51,7 +52,7 @@ def hold(workdir: os.PathLike) -> Iterator[None]:
     yield
     return
   made = not workdir.exists()
-  path = _take(workdir)
+  path = _take(workdir, flag)
   if path is None:
     yield
     return
@@ -74,11 +75,11 @@ def _remove_if_empty(folder: epath.Path) -> None:
     folder.rmdir()
 
 
-def _take(workdir: epath.Path) -> epath.Path | None:
+def _take(workdir: epath.Path, flag: str) -> epath.Path | None:
   """This run's file in a directory that it now holds; None if nothing can be written there."""
   path = workdir / f".lock-{secrets.token_hex(8)}"
   for attempt in itertools.count():
-    _refuse_if_held(workdir)
+    _refuse_if_held(workdir, flag)
     try:
       files.write_text(path, _content(0))
     except OSError as error:
@@ -92,7 +93,7 @@ def _take(workdir: epath.Path) -> epath.Path | None:
     time.sleep(random.uniform(0.0, 1.0))
 
 
-def _refuse_if_held(workdir: epath.Path) -> None:
+def _refuse_if_held(workdir: epath.Path, flag: str) -> None:
   """Deletes the files of runs that are dead; raises FileError if one is alive."""
   for path in _locks(workdir):
     text = _read(path)
@@ -101,8 +102,8 @@ def _refuse_if_held(workdir: epath.Path) -> None:
     owner = _owner(text)
     if _is_alive(path, text, owner, workdir):
       raise errors.FileError(
-        f"--workdir: process {owner.get('pid')} on host {owner.get('host')} has been at work in "
-        f"{workdir} since {owner.get('since')}; wait until it ends, or name another --workdir"
+        f"{flag}: process {owner.get('pid')} on host {owner.get('host')} has been at work in "
+        f"{workdir} since {owner.get('since')}; wait until it ends, or name another {flag}"
       )
     path.unlink(missing_ok=True)
 

@@ -54,3 +54,8 @@ def any_process(value: bool) -> bool:
 def maximum(value: int) -> int:
   """The largest value of any process: an all-gather, which every process must call."""
   return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def total(value: int) -> int:
+  """The sum of the values of all processes: an all-gather, which every process must call."""
+  return int(np.sum(multihost_utils.process_allgather(np.int32(value))))

@@ -12,13 +12,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_order(
+  function: Callable[[Item], Result], items: Iterable[Item], count: int = 0
+) -> Iterator[Result]:
   """Yields `function(item)` for each item, a few of them being worked on ahead.
 
   It pays where most of the work runs without Python's lock, as decoding and hashing do. An error
-  of `function` is raised in the item's place, and what has not begun by then never does.
+  of `function` is raised in the item's place, and what has not begun by then never does. `count` is
+  that of the threads, and so of the items ahead; 0 takes one a processor.
   """
-  count = len(os.sched_getaffinity(0))
+  count = count or len(os.sched_getaffinity(0))
   queue: collections.deque[futures.Future] = collections.deque()
   with futures.ThreadPoolExecutor(count) as pool:
     try:

@@ -1,0 +1,64 @@
+"""Segments new images with what a run has made.
+
+  python -m launch.predict --workdir=OUT --input=DIR --output=MASKS [--checkpoint=delivered]
+
+--input is a folder of images or one file: NIfTI, named ID.nii.gz or as nnU-Net does
+(ID_0000.nii.gz for the first channel), PNG, TIFF or JPEG. --output gets a mask a case, in its
+format and on its own grid, with the class ids of the training data (training masks of 0 and 255
+were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how sure the network is of each
+mask, rank 1 being the one to look at first.
+The same command goes on where it was stopped. Several processes share the work, each started with
+the same command and --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+"""
+
+from absl import app, flags
+
+from launch import cache_flag, common, process_flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run that made the network.")
+_INPUT = flags.DEFINE_string("input", None, "Folder of images, or one file.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the masks; made if it is missing.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "delivered",
+  "Which parameters: delivered, last, best (on validation), base, or a step of fine-tuning.",
+)  # fmt: skip
+_MIRROR = flags.DEFINE_bool(
+  "mirror", False, "Averages the probabilities over flips of all axes: 4 times the work, 8 in 3D."
+)
+_PROBABILITIES = flags.DEFINE_bool(
+  "probabilities", False, "Also writes ID.npz, 'probabilities' float16 [*S, C]."
+)
+_SCORES = flags.DEFINE_bool(
+  "scores", True, "Writes scores.csv, for which each image's proposals are drawn."
+)
+_WORKERS = flags.DEFINE_integer(
+  "workers", 0, "Threads that read, and as many that write; 0 for one a processor.", lower_bound=0
+)
+
+
+def main(argv):
+  common.start(argv)
+  # Libraries that start worker processes read absl flags when imported: import after parsing.
+  from rndpo_jax.predict import output_folder, run, trained
+  from rndpo_jax.runtime import lock
+
+  with common.one_line_errors():
+    end = process_flags.meet()
+  with common.one_line_errors(end):
+    output_folder.check(_INPUT.value, _OUTPUT.value)
+    with lock.hold(_OUTPUT.value, "--output"):
+      common.take_signals()
+      cache_flag.use()
+      network = trained.load(_WORKDIR.value, _CHECKPOINT.value)
+      options = run.Options(
+        mirror=_MIRROR.value,
+        probabilities=_PROBABILITIES.value,
+        scores=_SCORES.value,
+        workers=_WORKERS.value,
+      )
+      run.run(network, _INPUT.value, _OUTPUT.value, options)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir", "input", "output"])
+  app.run(main, flags_parser=common.parse)

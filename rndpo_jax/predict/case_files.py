@@ -1,0 +1,105 @@
+"""What is written of a case: mask, probabilities, and last the file that says it is done."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from rndpo_jax import errors
+from rndpo_jax.predict import inputs
+from rndpo_jax.runtime import files
+
+FOLDER = "scores"  # of the files that say what is done, `ID.json`
+
+
+class Predicted(NamedTuple):
+  """A case, predicted.
+
+  Attributes:
+    source: where it came from.
+    stamp: of its files.
+    mask: u8[*S] class ids on the case's own grid.
+    probabilities: f16[*S, C], or None.
+    scores: name -> number; empty where none are asked for.
+  """
+
+  source: inputs.Input
+  stamp: str
+  mask: np.ndarray
+  probabilities: np.ndarray | None
+  scores: Mapping[str, float]
+
+
+def write(output: epath.Path, case: Predicted) -> None:
+  """Writes a case's files, each by rename."""
+  name = case.source.mask_name
+  encode = _nifti if case.source.is_nifti else _image
+  files.write_bytes(output / name, encode(case.source, case.mask))
+  if case.probabilities is not None:
+    content = io.BytesIO()
+    np.savez_compressed(content, probabilities=case.probabilities)
+    files.write_bytes(output / _npz(case.source), content.getvalue())
+  files.write_json(
+    _done(output, case.source),
+    {
+      "case_id": case.source.case_id,
+      "mask": name,
+      "input": case.stamp,
+      "foreground_pixels": int(np.count_nonzero(case.mask)),
+      "scores": dict(case.scores),
+    },
+  )
+
+
+def is_done(output: epath.Path, source: inputs.Input, *, probabilities: bool) -> bool:
+  """Whether all of a case is written, of the files that it has now."""
+  path = _done(output, source)
+  if not path.exists() or not (output / source.mask_name).exists():
+    return False
+  if probabilities and not (output / _npz(source)).exists():
+    return False
+  try:
+    return files.read_json(path, input=str, scores=dict)["input"] == inputs.stamp(source)
+  except errors.RndpoError:
+    return False  # it is predicted again, or named as gone
+
+
+def read_done(output: epath.Path, source: inputs.Input) -> dict | None:
+  """What `write` said of a case; None if it is not done."""
+  path = _done(output, source)
+  return files.read_json(path, mask=str, scores=dict) if path.exists() else None
+
+
+def _done(output: epath.Path, source: inputs.Input) -> epath.Path:
+  return output / FOLDER / f"{source.case_id}.json"
+
+
+def _npz(source: inputs.Input) -> str:
+  return f"{source.case_id}.npz"
+
+
+def _image(source: inputs.Input, mask: np.ndarray) -> bytes:
+  kind = "TIFF" if pathlib.Path(source.mask_name).suffix.lower() in (".tif", ".tiff") else "PNG"
+  content = io.BytesIO()
+  Image.fromarray(mask).save(content, format=kind)
+  return content.getvalue()
+
+
+def _nifti(source: inputs.Input, mask: np.ndarray) -> bytes:
+  """The mask under the image's own header: affines, codes, units and extensions stay."""
+  image = nibabel.load(source.files[0])
+  header = image.header.copy()
+  header.set_data_dtype(np.uint8)
+  # Of the image's values: a viewer would show the mask black, or scaled.
+  header["scl_slope"], header["scl_inter"] = 1, 0
+  header["cal_min"], header["cal_max"] = 0, 0
+  content = type(image)(mask.reshape(image.shape), None, header).to_bytes()
+  return gzip.compress(content, 1, mtime=0) if source.ending.lower() == ".nii.gz" else content
