@@ -68,7 +68,21 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
   params, batch = problem(size)
   segmenter = network(len(size))
   segmenter = segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh))
-  if kind == "finetune":
+  if kind == "terms":
+    config = base_config()
+    config.data.size = size
+    config.augment.turn = 0.0
+    terms = config.finetune.terms
+    for name in ("pseudo", "weak_to_strong", "consistency", "copy_paste", "entropy", "labelled"):
+      terms[name].weight = 1.0
+    terms.preference.weight = 0.0
+    terms.pseudo.threshold = terms.weak_to_strong.threshold = 0.4
+    terms.consistency.max_entropy = 0.95
+    terms.consistency.passes = 1
+    loss_fn = finetune.make_loss_fn(config, segmenter.apply, num_classes=CLASSES)
+    shown = {"image": batch.pairs.images[::-1]}
+    batch = types.FinetuneBatch(labelled=batch.labelled, unlabelled=shown)
+  elif kind == "finetune":
     config = base_config()
     config.data.size = size
     config.finetune.reference = "online" if size == PLANE else "cached"
@@ -140,6 +154,7 @@ def assert_same(alone, shared, size):
     ("base", PLANE, (2, 2, 2), 1, 4),
     ("base, ignored pixels", PLANE, (2, 2, 2), 1, 4),
     ("base", VOLUME, (2, 2, 2), 1, 4),
+    ("terms", PLANE, (2, 2, 2), 1, 4),
     ("finetune", PLANE, (1, 2, 4), 2, 2),
     ("finetune", PLANE, (2, 2, 1), 1, 2),
     ("finetune", PLANE, (1, 2, 1), 2, 1),
