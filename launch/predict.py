@@ -32,7 +32,7 @@ _SCORES = flags.DEFINE_bool(
   "scores", True, "Writes scores.csv, for which each image's proposals are drawn."
 )
 _WORKERS = flags.DEFINE_integer(
-  "workers", 0, "Threads that read, and as many that write; 0 for one a processor.", lower_bound=0
+  "workers", 0, "Threads that read images; 0 for one a processor.", lower_bound=0
 )
 
 

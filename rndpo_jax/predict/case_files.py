@@ -56,6 +56,7 @@ def write(output: epath.Path, case: Predicted) -> None:
       "foreground_pixels": int(np.count_nonzero(case.mask)),
       "scores": dict(case.scores),
     },
+    flushed=False,  # the mask is: a case whose file a crash has emptied is predicted again
   )
 
 
@@ -72,10 +73,9 @@ def is_done(output: epath.Path, source: inputs.Input, *, probabilities: bool) ->
     return False  # it is predicted again, or named as gone
 
 
-def read_done(output: epath.Path, source: inputs.Input) -> dict | None:
-  """What `write` said of a case; None if it is not done."""
-  path = _done(output, source)
-  return files.read_json(path, mask=str, scores=dict) if path.exists() else None
+def read_done(output: epath.Path, source: inputs.Input) -> dict:
+  """What `write` said of a case that is done."""
+  return files.read_json(_done(output, source), mask=str, scores=dict)
 
 
 def _done(output: epath.Path, source: inputs.Input) -> epath.Path:

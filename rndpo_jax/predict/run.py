@@ -20,6 +20,7 @@ from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 
 _KEPT = "predict: finished cases are kept"
+_WRITERS = 8  # at least: threads that write mostly wait for the disk
 _WAITING_BATCHES = 4  # that records wait for others of their size, in batches
 
 
@@ -30,7 +31,7 @@ class Options(NamedTuple):
     mirror: whether probabilities are averaged over flips.
     probabilities: whether they are written.
     scores: whether `scores.csv` is.
-    workers: threads that read, and as many that write; 0 for one a processor.
+    workers: threads that read; 0 for one a processor.
   """
 
   mirror: bool = False
@@ -85,14 +86,16 @@ def run(trained: trained_lib.Trained, source: str, output: os.PathLike, options:
   predictor = make_predictor(trained, options)
   with preemption.together(_KEPT):
     done = predicted(predictor, read_ahead(trained, left, options.workers, on_broken))
-    written = threads.in_order(functools.partial(case_files.write, output), done, options.workers)
+    write = functools.partial(case_files.write, output)
+    written = threads.in_order(write, done, max(_WRITERS, options.workers))
     total, before = len(own), len(own) - len(left)
     for _ in progress.track(written, total=total, description="predict", unit="cases", done=before):
       pass
   count = multihost.total(len(broken))
   if multihost.is_first() and options.scores:
-    rows = [case_files.read_done(output, one) for one in found]
-    files.write_text(output / score_table.FILE, score_table.text([row for row in rows if row]))
+    files.refresh(output / case_files.FOLDER)
+    rows = [case_files.read_done(output, one) for one in found if is_done(one)]
+    files.write_text(output / score_table.FILE, score_table.text(rows))
   if count:
     raise errors.DataError(
       f"--input: {count} of {len(found)} cases could not be predicted, each is named above; fix or "

@@ -22,13 +22,17 @@ from rndpo_jax import errors
 _OTHER_FILES = 512
 
 
-def write_bytes(path: os.PathLike, content: bytes) -> None:
-  """Writes `content` beside `path`, then renames; makes the folder if it is missing."""
+def write_bytes(path: os.PathLike, content: bytes, *, flushed: bool = True) -> None:
+  """Writes `content` beside `path`, then renames; makes the folder if it is missing.
+
+  Without `flushed` a crash of the host may leave an empty file: for what can be done again.
+  """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.tmp"
   temporary.write_bytes(content)
-  flush(temporary)
+  if flushed:
+    flush(temporary)
   temporary.replace(path)
 
 
@@ -40,14 +44,14 @@ def flush(path: os.PathLike) -> None:
     os.fsync(file.fileno())
 
 
-def write_text(path: os.PathLike, content: str) -> None:
+def write_text(path: os.PathLike, content: str, *, flushed: bool = True) -> None:
   """`write_bytes` of UTF-8 text."""
-  write_bytes(path, content.encode())
+  write_bytes(path, content.encode(), flushed=flushed)
 
 
-def write_json(path: os.PathLike, content: Any) -> None:
+def write_json(path: os.PathLike, content: Any, *, flushed: bool = True) -> None:
   """`write_text` of indented JSON; raises ValueError for NaN and infinity."""
-  write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+  write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", flushed=flushed)
 
 
 def read_json(path: os.PathLike, **expected: type | tuple[type, ...]) -> dict[str, Any]:
