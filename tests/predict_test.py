@@ -30,6 +30,22 @@ def network(tiny_run):
   return trained_lib.load(tiny_run[1], "last")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+  """Equal programs are traced and compiled once for the file."""
+  make, made = run_lib.make_predictor, {}
+
+  def make_once(trained, options):
+    key = (trained.step, trained.spatial_dims, options._replace(workers=0))
+    if key not in made:
+      made[key] = make(trained, options)
+    return made[key]
+
+  run_lib.make_predictor = make_once
+  yield
+  run_lib.make_predictor = make
+
+
 @pytest.fixture(scope="module")
 def truth(tiny_run, network):
   """Record index -> (image as it came, the mask that `evaluate` makes), of the test split."""
@@ -166,7 +182,7 @@ def test_scores_follow_their_definitions(network, truth):
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)
   shown = [image for image, mask in truth.values() if mask.any()][:2]
   images = np.stack([dataset_lib.to_model(network, image) for image in shown])
-  z = np.asarray(segmenter.apply(network.params, images))
+  z = np.asarray(jax.jit(segmenter.apply)(network.params, images))
   rows = (images, z, np.arange(2, dtype=np.uint32))
   got = jax.jit(programs.make_scores(config, segmenter, 2))(network.params, rows)
   moved = [z - shift * np.array([1, 0], np.float32) for shift in (0, -1.5, 1.5)]

@@ -20,7 +20,7 @@ from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 
 _KEPT = "predict: finished cases are kept"
-_WRITERS = 8  # at least: threads that write mostly wait for the disk
+_WRITERS = 4  # at least: threads that write mostly wait for the disk
 _WAITING_BATCHES = 4  # that records wait for others of their size, in batches
 
 
