@@ -1,5 +1,7 @@
 """models.nnunet: the same function as nnU-Net's networks by their definition, in float64."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import nnunet_reference
 import numpy as np
 import pytest
 
+from rndpo_jax import pipeline
 from rndpo_jax.models import nnunet, nnunet_architecture
 from rndpo_jax.nnunet import weights
+from rndpo_jax.pairs import shards
 
 # Kernels and strides that differ by axis and level, as for volumes with thick slices.
 PLAIN = nnunet_architecture.Architecture(
@@ -68,21 +72,24 @@ def test_encoder_and_decoder_apart_give_the_same_logits_and_a_key_changes_nothin
   np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-5 * jnp.abs(whole).max())
 
 
-def test_bfloat16_and_remat():
-  made, space = CASES[0]
-  segmenter, params, images = make(made, space)
-  value, low = (
-    jax.jit(made.apply)(params, images)
-    for made in (segmenter, make(made, space, dtype=jnp.bfloat16)[0])
-  )
+def test_bfloat16_computes_close_to_float32():
+  segmenter, params, images = make(*CASES[0])
+  value = jax.jit(segmenter.apply)(params, images)
+  low = jax.jit(make(*CASES[0], dtype=jnp.bfloat16)[0].apply)(params, images)
   assert low.dtype == jnp.float32 and (low != value).any()
   assert jnp.abs(low - value).mean() < 0.05 * jnp.abs(value).max()
 
-  def gradient(segmenter):
-    return jax.jit(jax.grad(lambda p: jnp.mean(segmenter.apply(p, images) ** 2)))(params)
 
-  again = gradient(make(made, space, remat=True)[0])
-  chex.assert_trees_all_close(again, gradient(segmenter), rtol=1e-3, atol=1e-4)
+def test_remat_gives_the_same_gradient():
+  made = nnunet_architecture.Architecture(
+    False, (2, 3), PLAIN.kernels[:2], PLAIN.strides[:2], encoder_counts=(1, 1), decoder_counts=(1,)
+  )
+  gradients = []
+  for remat in (False, True):
+    segmenter, params, images = make(made, (4, 4), remat=remat)
+    loss = functools.partial(lambda apply, p, x: jnp.mean(apply(p, x) ** 2), segmenter.apply)
+    gradients.append(jax.jit(jax.grad(loss))(params, images))
+  chex.assert_trees_all_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_starts_as_nnunet_does():
@@ -126,3 +133,9 @@ def test_sizes_and_descriptions_that_do_not_fit_raise():
   for changes in ({"features": (2, 3)}, {"decoder_counts": (1,)}, {"strides": ((1,), (2,), (2,))}):
     with pytest.raises(ValueError, match="expected"):
       nnunet.build(PLAIN._replace(**changes), num_classes=3)
+
+
+def test_it_is_a_base_that_is_trained_and_mined_from(tiny_config, tmp_path):
+  config = tiny_config(model__name="nnunet_plain", base__num_steps=50, proposals__mix="tta:4")
+  pipeline.run(config, tmp_path, ["prepare", "base", "mine"])
+  assert len(list(shards.read(tmp_path / "pairs"))) > 10
