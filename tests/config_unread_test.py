@@ -100,6 +100,22 @@ def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, 
   config_checks.validate(make(**bare))
 
 
+@pytest.mark.parametrize(
+  "key,value",
+  [
+    ("finetune.dropout", True),
+    ("finetune.terms.weak_to_strong.dropout_view", True),
+    ("finetune.terms.consistency.max_entropy", 0.5),
+  ],
+)
+def test_dropout_of_a_network_without_it_raises(key, value):
+  on = {f"finetune.terms.{name}.weight": 1.0 for name in ("weak_to_strong", "consistency")}
+  on |= {"finetune.ema_decay": 0.9, "model.name": "nnunet_plain"}
+  config_checks.validate(make(**on))
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .* with a config.model.name that"):
+    config_checks.validate(make(**on, **{key: value}))
+
+
 def test_every_key_is_always_read_or_in_the_table():
   table = config_unread.readers(config_lib.base_config())
   always = dict.fromkeys(config_unread.ALWAYS, (True, ""))
