@@ -74,7 +74,7 @@ def base_config() -> ml_collections.ConfigDict:
   strong.noise_scale = 0.2
 
   config.model = model = ml_collections.ConfigDict()
-  model.name = "unet"  # a name of models.ARCHITECTURES
+  model.name = "unet"  # of models.ARCHITECTURES, or package.module:function
   model.width = 8  # channels of the first level, doubled at each deeper one
   model.depth = 4  # levels; data.size must divide by 2**(depth - 1)
   model.max_width = 256  # channels a level never exceeds

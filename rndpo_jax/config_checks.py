@@ -6,7 +6,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_ranges, config_unread, models, workdir
+from rndpo_jax import config_model, config_ranges, config_unread, workdir
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
@@ -34,6 +34,7 @@ def validate(config) -> None:
 
 def _validate_phase(config) -> None:
   config_ranges.check_ranges(config)
+  config_model.check(config)
   _check_choices(config)
   _check_counts(config)
   _check_grid(config)
@@ -165,9 +166,6 @@ def _check_choices(config) -> None:
   choices = {
     "data.source": sources.SOURCES,
     "data.normalization": ("zscore", "minmax"),
-    "model.name": models.ARCHITECTURES,
-    "model.norm": ("group", "instance"),
-    "model.dtype": ("float32", "bfloat16"),
     "base.select": ("best", "last"),
     "judge.gate.action": judge_gate.ACTIONS,
     "mine.rule": pair_rules.RULES,
@@ -234,6 +232,7 @@ def _check_mix(config, mix) -> None:
   values, table = config_lib.leaves(config), proposals.SAMPLERS
   num_views = len(proposals.views(tuple(config.data.size)))
   fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
+  config_model.check_mix(config, mix)
   for atoms, count in mix:
     name = "+".join(atoms)
     strengths = {sampler: table[sampler].strength for sampler in atoms if table[sampler].strength}
@@ -270,19 +269,7 @@ def _check_grid(config) -> None:
         f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
         f"{MAX_PIXELS:,} pixels in all"
       )
-  step = 2 ** (config.model.depth - 1)
-  if any(s % step for s in size):
-    raise ConfigError(
-      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
-      f"multiples of {step}"
-    )
-  deepest = size[0] // step
-  if deepest % config.mesh.space:
-    divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
-    raise ConfigError(
-      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
-      f"model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
-    )
+  config_model.check_size(config)
   if config.augment.turn > 0 and size[0] != size[1]:
     raise ConfigError(
       f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from rndpo_jax import config as config_lib
+from rndpo_jax import models
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics
@@ -19,7 +20,8 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "model", "base", "mine",
+  "seed", "mesh", "base", "mine",
+  "model.name", "model.width", "model.depth", "model.max_width", "model.dtype", "model.remat",
   "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
   "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
   "data.prefetch",
@@ -36,6 +38,7 @@ ALWAYS = (
 SAID = (
   "data.num_labelled", "data.num_val", "data.num_test", "data.num_unlabelled", "data.split_seed",
 )  # fmt: skip
+_WITH_DROPOUT = "with a config.model.name that has dropout"
 
 Readers = dict[str, tuple[bool, str]]
 
@@ -76,6 +79,7 @@ def readers(config) -> Readers:
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
     **_of_rows(
@@ -101,6 +105,17 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
     f"{section}.{option}": (not set(those).isdisjoint(used), f"{where} {' or '.join(those)}")
     for option, those in names.items()
   }
+
+
+def _of_model(config, used_judges: set[str]) -> Readers:
+  """The learned judge, a U-Net of its own, reads two of the keys as well."""
+  used = {name for name in models.ARCHITECTURES if name == config.model.name}
+  used = used or set(models.ARCHITECTURES)  # a function of one's own may read them all
+  table = _of_rows("model", models.ARCHITECTURES, used, "config.model.name")
+  for key in ("model.dropout", "model.lanes"):
+    is_read, where = table[key]
+    table[key] = (is_read or "learned" in used_judges, f"{where} or the judge 'learned'")
+  return table
 
 
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
@@ -129,7 +144,9 @@ def _of_terms(config) -> Readers:
   preference = ("preference" in terms, "config.finetune.terms.preference")
   strong = "unlabelled" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
-  table = {f"finetune.{name}": pairs for name in ("augment", "strong", "dropout", "batch_size")}
+  has_dropout = models.reads(config.model.name, "dropout")
+  table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
+  table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
   table |= {
     f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
   }
@@ -152,6 +169,9 @@ def _of_terms(config) -> Readers:
         on,
         f"config.finetune.terms.{name}.weight above 0",
       )
+  for key in ("weak_to_strong.dropout_view", "consistency.max_entropy"):
+    is_read, where = table[f"finetune.terms.{key}"]
+    table[f"finetune.terms.{key}"] = (is_read and has_dropout, f"{where} {_WITH_DROPOUT}")
   consistency = config.finetune.terms.consistency
   table["finetune.terms.consistency.passes"] = (
     "consistency" in terms and consistency.max_entropy > 0,

@@ -11,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors
+from rndpo_jax import config_checks, errors, models
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
@@ -182,7 +182,7 @@ def _check_phase_here(config, stages) -> None:
 
   Raises:
     errors.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
-      judge of the user's own that cannot be imported.
+      judge or a network of the user's own that cannot be imported.
   """
   names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
@@ -208,6 +208,12 @@ def _check_phase_here(config, stages) -> None:
         f"{config[name].batch_size} on {sharding.sharers(devices, space)} is no multiple of "
         f"{parts * devices // space}"
       )
+  if config.model.name not in models.ARCHITECTURES:
+    models.build(
+      config.model,
+      num_classes=max(config.data.num_classes, 2),  # 0 is not known yet
+      spatial_dims=config.data.spatial_dims,
+    )
   for name in names:
     if ":" in name and "mine" in stages:
       try:

@@ -210,6 +210,23 @@ def test_a_sampler_needs_what_makes_it_act(key, mix):
     config_checks.validate(config)
 
 
+def test_dropout_is_not_asked_of_a_network_without_it():
+  config = config_lib.base_config()
+  config.model.name = "nnunet_plain"
+  config_checks.validate(config)
+  config.proposals.mix = "base:1,tta+mc_dropout:7"
+  with pytest.raises(errors.ConfigError, match="mix: found 'mc_dropout', but .*'nnunet_plain'"):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize("name", ["unets", "my_networks", "my networks:build", "a:b:c", ""])
+def test_a_name_of_no_network_raises(name):
+  config = config_lib.base_config()
+  config.model.name = name
+  with pytest.raises(errors.ConfigError, match="config.model.name: found .*module:function"):
+    config_checks.validate(config)
+
+
 @pytest.mark.parametrize(
   "size,views", [((64, 64), 7), ((64, 32), 3), ((16, 16, 8), 15), ((16, 8, 8), 7)]
 )

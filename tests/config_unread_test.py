@@ -16,6 +16,10 @@ CONDITIONAL = [
   ("data.phantom.size", (20, 20), {"data.source": "phantom"}),
   ("data.root", "/data", {"data.source": "folder"}),
   ("data.case_pattern", r"(case\d+)_z", {"data.source": "folder"}),
+  ("model.norm", "instance", {"model.name": "unet"}),
+  ("model.dropout", 0.1, {"model.name": "unet"}),
+  ("model.dropout", 0.1, {"judge.name": "learned"}),
+  ("model.lanes", 8, {"model.name": "my_networks:build"}),
   ("augment.flip", 0.1, {"base.augment": True}),
   ("augment.noise_scale", 0.5, {"base.augment": True}),
   ("augment.elastic_smoothing", 2.0, {"base.augment": True, "augment.elastic": 0.5}),
@@ -39,6 +43,17 @@ CONDITIONAL = [
   ("finetune.discopop_temperature", 0.1, {"finetune.objective": "discopop"}),
   ("finetune.labelled_batch_size", 16, {"finetune.terms.labelled.weight": 1.0}),
   ("finetune.unlabelled_batch_size", 16, {"finetune.terms.entropy.weight": 1.0}),
+  ("finetune.dropout", True, {"model.name": "unet"}),
+  (
+    "finetune.terms.consistency.max_entropy",
+    0.5,
+    {"finetune.terms.consistency.weight": 1.0, "finetune.ema_decay": 0.9, "model.name": "unet"},
+  ),
+  (
+    "finetune.terms.weak_to_strong.dropout_view",
+    True,
+    {"finetune.terms.weak_to_strong.weight": 1.0, "finetune.ema_decay": 0.9, "model.name": "unet"},
+  ),
   ("finetune.ramp_steps", 9, {"finetune.terms.entropy.weight": 1.0}),
   ("strong.gamma_scale", 0.1, {"finetune.terms.entropy.weight": 1.0}),
   ("finetune.terms.pseudo.threshold", 0.5, {"finetune.terms.pseudo.weight": 1.0}),
@@ -49,6 +64,7 @@ CONDITIONAL = [
       "finetune.terms.consistency.weight": 1.0,
       "finetune.terms.consistency.max_entropy": 0.5,
       "finetune.ema_decay": 0.9,
+      "model.name": "unet",
     },
   ),
   ("evaluate.nsd_tolerance_mm", 1.0, {"evaluate.metrics": ("dice", "nsd")}),
@@ -58,7 +74,8 @@ BARE = {
   "data.source": "nnunet",
   "base.augment": False,
   "judge.compare": (),
-  "proposals.mix": "tta+mc_dropout:8",
+  "proposals.mix": "tta:7",
+  "model.name": "nnunet_plain",
 }
 
 
@@ -81,6 +98,22 @@ def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, 
     config_checks.validate(make(**{**bare, key: value}))
   config_checks.validate(make(**{**bare, key: value, **reader}))
   config_checks.validate(make(**bare))
+
+
+@pytest.mark.parametrize(
+  "key,value",
+  [
+    ("finetune.dropout", True),
+    ("finetune.terms.weak_to_strong.dropout_view", True),
+    ("finetune.terms.consistency.max_entropy", 0.5),
+  ],
+)
+def test_dropout_of_a_network_without_it_raises(key, value):
+  on = {f"finetune.terms.{name}.weight": 1.0 for name in ("weak_to_strong", "consistency")}
+  on |= {"finetune.ema_decay": 0.9, "model.name": "nnunet_plain"}
+  config_checks.validate(make(**on))
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .* with a config.model.name that"):
+    config_checks.validate(make(**on, **{key: value}))
 
 
 def test_every_key_is_always_read_or_in_the_table():

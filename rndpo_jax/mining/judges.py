@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import errors, types
+from rndpo_jax import errors, types, user_code
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.mining import overlap, user_judges
 
@@ -96,9 +96,7 @@ def check_name(name: str) -> None:
   Raises:
     JudgeError: otherwise.
   """
-  module, colon, function = name.partition(":")
-  parts = [*module.split("."), function]
-  if name not in JUDGES and not (colon and all(part.isidentifier() for part in parts)):
+  if name not in JUDGES and not user_code.is_name(name):
     raise errors.JudgeError(
       f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of your own as "
       "package.module:function"

@@ -9,10 +9,6 @@ wait for itself for ever, and a function that has one is run on the host too.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pathlib
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from rndpo_jax import errors
+from rndpo_jax import errors, user_code
 
 
 def load(name: str) -> Callable:
@@ -31,30 +27,10 @@ def load(name: str) -> Callable:
     JudgeError: naming the judge, if the module cannot be imported or fails, or there is no such
       function, or it cannot be called with three arguments.
   """
-  module, _, function_name = name.partition(":")
   try:
-    function = getattr(importlib.import_module(module), function_name)
-  except (ImportError, AttributeError) as error:
-    raise errors.JudgeError(
-      f"judge {name!r}: {error}; expected package.module:function, importable from here"
-    ) from error
-  except (Exception, SystemExit) as error:
-    raise errors.JudgeError(f"judge {name!r}: importing {module} {_what(error)}") from error
-  if not callable(function):
-    raise errors.JudgeError(
-      f"judge {name!r}: it is of type {type(function).__name__}, expected a function"
-    )
-  try:
-    signature = inspect.signature(function)
-  except ValueError:  # of a function in C
-    return function
-  try:
-    signature.bind(None, None, None)
-  except TypeError as error:
-    raise errors.JudgeError(
-      f"judge {name!r}: it takes {signature}, expected (images, masks, probs)"
-    ) from error
-  return function
+    return user_code.load(name, "(images, masks, probs)", None, None, None)
+  except ValueError as error:
+    raise errors.JudgeError(f"judge {name!r}: {error}") from error
 
 
 def why_on_host(name: str, images, masks, probs) -> str | None:
@@ -76,7 +52,8 @@ def why_on_host(name: str, images, masks, probs) -> str | None:
     raise
   except Exception as error:  # whatever it is, the host shows whether it is the judge's fault
     own = not type(error).__module__.startswith("jax")  # JAX's own text is on tracers
-    return f"JAX cannot trace it ({type(error).__name__}{f': {_line(error)[:80]}' if own else ''})"
+    text = f": {user_code.line(error)[:80]}" if own else ""
+    return f"JAX cannot trace it ({type(error).__name__}{text})"
   return "it calls back to Python" if _has_callback(jaxpr.jaxpr) else None
 
 
@@ -111,7 +88,7 @@ def on_host(name: str) -> Callable[..., np.ndarray]:
       result = function(*(np.array(x) for x in (images, masks, probs)))  # copies can be written to
       scores = _as_numpy(result)
     except Exception as error:
-      raise errors.JudgeError(f"judge {name!r} {_what(error)}") from error
+      raise errors.JudgeError(f"judge {name!r} {user_code.what(error)}") from error
     if scores.dtype.kind not in "biuf":
       raise errors.JudgeError(
         f"judge {name!r} returned {type(result).__name__} of {scores.dtype}, expected numbers of "
@@ -133,20 +110,6 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
     raise errors.JudgeError(
       f"judge {name!r} returned shape {found}, expected (images, proposals) = {expected}"
     )
-
-
-def _what(error: BaseException) -> str:
-  """What was raised and where, in one line."""
-  frames = traceback.extract_tb(error.__traceback__)
-  own = [frame for frame in frames if "importlib" not in frame.filename][-1]
-  where = f"{pathlib.Path(own.filename).name}, line {own.lineno}"
-  return f"raised {type(error).__name__}: {_line(error)[:300]} ({where})"
-
-
-def _line(error: BaseException) -> str:
-  """The line that says what happened; of an error in a callback it is the last."""
-  lines = str(error).strip().splitlines() or [""]
-  return lines[-1 if isinstance(error, jax.errors.JaxRuntimeError) else 0]
 
 
 def _has_callback(jaxpr) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from rndpo_jax import types
-from rndpo_jax.models import unet
+from rndpo_jax import errors, types, user_code
+from rndpo_jax.models import nnunet, nnunet_architecture, unet, user_models
 
 # Channels in a tile of a TPU's memory, and multipliers along a side of v5e's matrix units.
 # Source: the page "System architecture" (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
@@ -28,8 +32,42 @@ def _unet(model_config, *, num_classes: int, spatial_dims: int) -> types.Segment
   )
 
 
-# `config.model.name` -> its builder, called as `build` calls it: a new one is one file and a line.
-ARCHITECTURES = {"unet": _unet}
+def _nnunet(
+  model_config, *, num_classes: int, spatial_dims: int, is_residual: bool
+) -> types.Segmenter:
+  architecture = nnunet_architecture.derive(
+    is_residual=is_residual,
+    spatial_dims=spatial_dims,
+    width=model_config.width,
+    depth=model_config.depth,
+    max_width=model_config.max_width,
+  )
+  return nnunet.build(
+    architecture,
+    num_classes=num_classes,
+    dtype=jnp.dtype(model_config.dtype),
+    remat=model_config.remat,
+  )
+
+
+class Row(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    make: its builder, called as `build` calls it.
+    options: the keys of `config.model` that it reads and other rows may not.
+  """
+
+  make: Callable[..., types.Segmenter]
+  options: tuple[str, ...] = ()
+
+
+# By `config.model.name`: a new one is one file and a line.
+ARCHITECTURES = {
+  "unet": Row(_unet, options=("norm", "dropout", "lanes")),
+  "nnunet_plain": Row(functools.partial(_nnunet, is_residual=False)),
+  "nnunet_residual": Row(functools.partial(_nnunet, is_residual=True)),
+}
 
 
 def build(model_config, *, num_classes: int, spatial_dims: int) -> types.Segmenter:
@@ -42,9 +80,33 @@ def build(model_config, *, num_classes: int, spatial_dims: int) -> types.Segment
 
   Returns:
     A Segmenter; its logits are f32[B, *S, C] whatever the compute dtype.
+
+  Raises:
+    ConfigError: as `user_models.load`, or if the user's function raises or returns something else.
   """
-  make = ARCHITECTURES[model_config.name]
-  return make(model_config, num_classes=num_classes, spatial_dims=spatial_dims)
+  name = model_config.name
+  if name in ARCHITECTURES:
+    make = ARCHITECTURES[name].make
+    return make(model_config, num_classes=num_classes, spatial_dims=spatial_dims)
+  return user_models.build(model_config, num_classes=num_classes, spatial_dims=spatial_dims)
+
+
+def check_name(name: str) -> None:
+  """Checks that a name is of ARCHITECTURES, or reads as `package.module:function`.
+
+  Raises:
+    ConfigError: otherwise.
+  """
+  if name not in ARCHITECTURES and not user_code.is_name(name):
+    raise errors.ConfigError(
+      f"config.model.name: found {name!r}, expected one of {', '.join(ARCHITECTURES)}, or a "
+      "function of your own as package.module:function"
+    )
+
+
+def reads(name: str, option: str) -> bool:
+  """Whether an architecture reads a key of `config.model`; a function of one's own may read all."""
+  return name not in ARCHITECTURES or option in ARCHITECTURES[name].options
 
 
 def lanes(model_config, platform: str | None = None) -> int:

@@ -1,0 +1,58 @@
+"""The checks on `config.model`: its names, the grid that its levels need, and dropout."""
+
+from __future__ import annotations
+
+from rndpo_jax import models
+from rndpo_jax.errors import ConfigError
+
+_CHOICES = {"norm": ("group", "instance"), "dtype": ("float32", "bfloat16")}
+
+
+def check(config) -> None:
+  """Checks the network alone.
+
+  Raises:
+    ConfigError: naming the key, what was found and what is expected.
+  """
+  models.check_name(config.model.name)
+  for key, allowed in _CHOICES.items():
+    if config.model[key] not in allowed:
+      raise ConfigError(
+        f"config.model.{key}: found {config.model[key]!r}, expected one of {', '.join(allowed)}"
+      )
+
+
+def check_mix(config, mix) -> None:
+  """Checks that proposals by dropout are asked of a network that has some.
+
+  Raises:
+    ConfigError: otherwise.
+  """
+  name = config.model.name
+  if any("mc_dropout" in atoms for atoms, _ in mix) and not models.reads(name, "dropout"):
+    raise ConfigError(
+      f"config.proposals.mix: found 'mc_dropout', but config.model.name={name!r} has no dropout: "
+      "its proposals would all be the same; take it out, as in 'base:1,tta+threshold:7'"
+    )
+
+
+def check_size(config) -> None:
+  """Checks that every level has whole pixels, and that devices can share its rows.
+
+  Raises:
+    ConfigError: naming the key, what was found and what is expected.
+  """
+  size = tuple(config.data.size)
+  step = 2 ** (config.model.depth - 1)
+  if any(s % step for s in size):
+    raise ConfigError(
+      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
+      f"multiples of {step}"
+    )
+  deepest = size[0] // step
+  if deepest % config.mesh.space:
+    divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
+    raise ConfigError(
+      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
+      f"model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
+    )
