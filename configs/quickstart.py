@@ -1,6 +1,6 @@
 """Quick start: generated phantom images, 8 of them labelled.
 
-  python -m launch.run --config=configs/quickstart.py:weak_to_strong_rn_dpo --workdir=runs/quickstart
+  python -m launch.run --config=configs/quickstart.py:weak_to_strong_rn_dpo --workdir=DIR
 
 That is what launch/quickstart.sh runs, with half of the recipe's steps. Without a recipe it is
 RN-DPO alone, 300 steps.
