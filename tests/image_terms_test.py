@@ -7,6 +7,7 @@ import pytest
 
 from rndpo_jax import losses, types
 from rndpo_jax.config import base_config
+from rndpo_jax.data import components
 from rndpo_jax.losses import consistency
 from rndpo_jax.stages import finetune
 from rndpo_jax.training import image_terms
@@ -152,8 +153,6 @@ def test_copies_of_an_image_into_itself_change_nothing():
   policy, average, _, _, batch = draw()
   images = batch.unlabelled["image"]
   guess = jnp.argmax(images @ average, -1).astype(jnp.uint8)
-  from rndpo_jax.data import components
-
   labels = components.largest(guess, CLASSES)
   batch = types.FinetuneBatch({}, {"image": images, "label": labels}, {"image": images})
   values = [
