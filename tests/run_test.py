@@ -28,9 +28,9 @@ KILL_AT = """
 import fnmatch, os, pathlib, runpy, signal, sys
 from rndpo_jax.runtime import files
 pattern, write = sys.argv.pop(1), files.write_bytes
-def write_bytes(path, content):
+def write_bytes(path, content, **options):
   if not fnmatch.fnmatch(str(path), pattern):
-    return write(path, content)
+    return write(path, content, **options)
   path = pathlib.Path(path)
   (path.parent / f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
   os.kill(os.getpid(), signal.SIGKILL)
