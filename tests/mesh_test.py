@@ -73,15 +73,15 @@ def compile_step(kind, size, mesh, accumulate_steps=1):
     config.data.size = size
     config.augment.turn = 0.0
     terms = config.finetune.terms
-    for name in ("pseudo", "weak_to_strong", "consistency", "copy_paste", "entropy", "labelled"):
+    for name in ("weak_to_strong", "consistency"):
       terms[name].weight = 1.0
     terms.preference.weight = 0.0
-    terms.pseudo.threshold = terms.weak_to_strong.threshold = 0.4
+    terms.weak_to_strong.threshold = 0.4
     terms.consistency.max_entropy = 0.95
     terms.consistency.passes = 1
     loss_fn = finetune.make_loss_fn(config, segmenter.apply, num_classes=CLASSES)
     shown = {"image": batch.pairs.images[::-1]}
-    batch = types.FinetuneBatch(labelled=batch.labelled, unlabelled=shown)
+    batch = types.FinetuneBatch(unlabelled=shown)
   elif kind == "finetune":
     config = base_config()
     config.data.size = size

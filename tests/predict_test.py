@@ -1,18 +1,19 @@
 """Prediction of new cases: evaluation's masks, in the input's format, whatever is beside them."""
 
 import csv
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import nibabel
 import numpy as np
 import pytest
-from absl import flags
 from etils import epath
 from PIL import Image
 
-from launch import predict as launch_predict
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
@@ -393,16 +394,19 @@ def test_checkpoints_by_name(tiny_run, network, tmp_path):
   assert trained_lib.load(tmp_path / "run", "last").step == 8  # the data are not read
 
 
-def test_the_program_ends_with_one_where_a_file_is_broken(tmp_path, tiny_run, truth, monkeypatch):
+def test_the_program_ends_with_one_if_a_file_is_broken(tmp_path, tiny_run, truth):
   folder = _write_png(tmp_path / "in", truth)
   (folder / "cut.png").write_bytes(b"")
-  monkeypatch.setattr(launch_predict.common, "start", lambda argv: None)
-  monkeypatch.setattr(launch_predict.common, "take_signals", lambda: None)
-  monkeypatch.setattr(launch_predict.cache_flag, "use", lambda: None)
-  values = {"workdir": tiny_run[1], "input": folder, "output": tmp_path / "out"}
-  for name, value in values.items():
-    monkeypatch.setattr(flags.FLAGS[name], "_value", str(value))
-  with pytest.raises(SystemExit, match="1 of 4 cases could not be predicted"):
-    launch_predict.main(["predict"])
+  done = subprocess.run(
+    [
+      sys.executable, "-m", "launch.predict", f"--workdir={tiny_run[1]}", f"--input={folder}",
+      f"--output={tmp_path / 'out'}", "--noscores",
+    ],
+    cwd=pathlib.Path(__file__).parent.parent,
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "1 of 4 cases could not be predicted" in done.stdout + done.stderr
   assert len(list((tmp_path / "out").glob("case*.png"))) == 3
   assert not list((tmp_path / "out").glob(".*"))
