@@ -146,7 +146,7 @@ def base_config() -> ml_collections.ConfigDict:
   # Fine-tunings one after another: what each changes, as in ({"finetune.num_steps": 800}, {}).
   config.phases = ()
   config.finetune = finetune = ml_collections.ConfigDict()
-  finetune.rounds = 1  # times that the last phase is gone through, mining anew each time
+  finetune.rounds = 1  # times that the last phase runs, with pairs mined again each time
   finetune.objective = "rn_dpo"  # a name of losses.objectives.OBJECTIVES, or several: "rn_dpo,ipo"
   finetune.objective_weights = ()  # of several objectives, as in (1.0, 0.2); () ones
   finetune.beta = 10.0  # see losses.preference_loss for its conversion between objectives
