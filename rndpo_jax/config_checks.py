@@ -270,7 +270,8 @@ def _check_grid(config) -> None:
         f"{MAX_PIXELS:,} pixels in all"
       )
   config_model.check_size(config)
-  if config.augment.turn > 0 and size[0] != size[1]:
+  is_turned, _ = config_unread.find(config_unread.readers(config), "augment.turn")
+  if is_turned and config.augment.turn > 0 and size[0] != size[1]:
     raise ConfigError(
       f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
     )
