@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import models
 from rndpo_jax.errors import ConfigError
 
@@ -42,17 +43,18 @@ def check_size(config) -> None:
   Raises:
     ConfigError: naming the key, what was found and what is expected.
   """
-  size = tuple(config.data.size)
+  size = config_lib.input_size(config)
+  key = "patch_size" if config.data.spacing else "size"
   step = 2 ** (config.model.depth - 1)
   if any(s % step for s in size):
     raise ConfigError(
-      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
+      f"config.data.{key}: found {size}, but config.model.depth={config.model.depth} needs "
       f"multiples of {step}"
     )
   deepest = size[0] // step
   if deepest % config.mesh.space:
     divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
     raise ConfigError(
-      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
-      f"model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
+      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.{key}={size} "
+      f"at model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
     )
