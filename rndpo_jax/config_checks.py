@@ -230,7 +230,7 @@ def _check_counts(config) -> None:
 def _check_mix(config, mix) -> None:
   """Checks that no proposal is bound to be given twice."""
   values, table = config_lib.leaves(config), proposals.SAMPLERS
-  size = config_lib.input_size(config)
+  size, key = config_lib.input_size(config), "patch_size" if config.data.spacing else "size"
   num_views = len(proposals.views(size))
   fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
   config_model.check_mix(config, mix)
@@ -250,7 +250,7 @@ def _check_mix(config, mix) -> None:
       )
     if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
-        f"config.proposals.mix: found {name}:{count}, but an input of {size} pixels has "
+        f"config.proposals.mix: found {name}:{count}, but data.{key}={size} has "
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
         f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
       )

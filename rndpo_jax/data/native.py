@@ -8,7 +8,7 @@ box is empty, and their mask the background.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -165,33 +165,24 @@ def on_spacing(
     raise errors.DataError(
       f"{pixels[0].image_path}: config.data.schemes: {error}; choose other schemes"
     ) from error
-  resize = _resizer(native, spacing[:dims], image.shape[:dims])
-  ids = (*range(1, num_classes), types.IGNORED)
+  # A volume is resampled as one, though its slices keep their distance: splines are clipped to what
+  # the volume has.
+  options = {"spacing": tuple(spacing), "new_spacing": (*native.spacing, *spacing[dims:])}
+  new_shape = resample.resampled_shape(image.shape[:-1], **options)
+  image = resample.resample_image(image, new_shape, **options)
   edges = np.array([(s.start, s.stop) for s in box[:dims]], np.int32)
+  options = {"spacing": options["spacing"][:dims], "new_spacing": native.spacing}
+  options["ids"] = (*range(1, num_classes), types.IGNORED)
   found = []
   for number, one in enumerate(pixels):
-    if not sliced:
-      own = image
-    elif box[-1].start <= number < box[-1].stop:
-      own = image[:, :, number - box[-1].start]
-    else:
+    if sliced and not box[-1].start <= number < box[-1].stop:
       found.append(_empty(dims, image.shape[-1], one.mask is not None))
       continue
-    mask = None if one.mask is None else resize(resample.resample_mask, one.mask[box[:dims]], ids)
-    own = np.ascontiguousarray(resize(resample.resample_image, own), np.float32)
-    found.append(records.OnSpacing(own, mask, edges))
+    own, mask = image[:, :, number - box[-1].start] if sliced else image, one.mask
+    if mask is not None:
+      mask = resample.resample_mask(mask[box[:dims]], new_shape[:dims], **options)
+    found.append(records.OnSpacing(np.ascontiguousarray(own, np.float32), mask, edges))
   return found
-
-
-def _resizer(native: records.Native, spacing, shape) -> Callable[..., np.ndarray]:
-  options = {"spacing": tuple(spacing), "new_spacing": native.spacing}
-  new_shape = resample.resampled_shape(shape, **options)
-
-  def resize(function, array, ids=None):
-    more = {} if ids is None else {"ids": ids}
-    return function(array, new_shape, **options, **more)
-
-  return resize
 
 
 def _empty(dims: int, num_channels: int, has_mask: bool) -> records.OnSpacing:

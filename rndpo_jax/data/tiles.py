@@ -8,7 +8,6 @@ there were.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,11 +94,10 @@ def starts(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, ...]]:
   """
   if not all(shape):
     return []
-  axes = [
-    list(sliding_window.positions(n, m, _STEP)) if n > m else [patches.clamp(0, n, m)]
-    for n, m in zip(shape, size, strict=True)
-  ]
-  return list(itertools.product(*axes))
+  padded = [max(n, m) for n, m in zip(shape, size, strict=True)]
+  before = [patches.clamp(0, n, m) for n, m in zip(shape, size, strict=True)]
+  places = sliding_window.positions(padded, size, _STEP)
+  return [tuple(p + b for p, b in zip(place, before, strict=True)) for place in places]
 
 
 def _positions(dataset: dataset_lib.Dataset) -> tuple[np.ndarray, np.ndarray]:
