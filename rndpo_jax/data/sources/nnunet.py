@@ -78,6 +78,7 @@ def open_source(config) -> records.Source:
     class_names=names,
     has_ignored=has_ignored,
     num_channels=num_channels,
+    channel_names=_texts(channel_names),
     spatial_dims=data.spatial_dims,
     spacing_unit="mm" if known else "voxel",
     dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
@@ -85,10 +86,21 @@ def open_source(config) -> records.Source:
     read=read,
     fingerprint=fingerprint,
     notes=(
-      *_notes_of_folder(root, channel_names, data.normalization, has_ignored),
+      *_notes_of_folder(
+        root, channel_names, "" if data.spacing else data.normalization, has_ignored
+      ),
       *nifti.notes_of_headers(list(cases.values())),
     ),
   )
+
+
+def _texts(channel_names) -> tuple[str, ...]:
+  """The names in the order of the channels' numbers."""
+  if isinstance(channel_names, list):
+    return tuple(map(str, channel_names))
+  numbered = all(str(key).isdecimal() for key in channel_names)
+  keys = sorted(channel_names, key=int) if numbered else channel_names
+  return tuple(str(channel_names[key]) for key in keys)
 
 
 def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool) -> Iterator[str]:
@@ -100,7 +112,7 @@ def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool)
     )
   names = channel_names.values() if isinstance(channel_names, dict) else channel_names
   own = [str(name) for name in names if str(name).lower() in _OWN_NORMALIZATION]
-  if own:
+  if own and normalization:  # in the native mode it is done as nnU-Net does
     yield (
       f"{root / 'dataset.json'}: nnU-Net normalises the channel {own[0]!r} in its own way; here "
       f"every channel is normalised by config.data.normalization={normalization!r}"
