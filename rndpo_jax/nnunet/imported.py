@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -10,8 +11,10 @@ from etils import epath
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
+from rndpo_jax.data import intensity
 from rndpo_jax.nnunet import checkpoint_pth, folder
 from rndpo_jax.nnunet import plans as plans_lib
+from rndpo_jax.nnunet.preprocessing import Preprocessing
 from rndpo_jax.runtime import files, progress
 
 KEPT = "nnunet"  # folder of the work directory's `base/` that holds the model as it came
@@ -74,8 +77,21 @@ def _decided(config, plans: plans_lib.Plans) -> dict[str, Any]:
     "model.depth": depth,
     "data.spatial_dims": len(plans.axes),
     "data.num_classes": plans.num_classes,
-    "data.size": images.patch_size,
+    "data.spacing": images.spacing,
+    "data.patch_size": images.patch_size,
+    "data.schemes": images.schemes,
+    "data.statistics": _statistics(images) if "ct" in images.schemes else "",
   }
+
+
+def _statistics(images: Preprocessing) -> str:
+  """What the scheme 'ct' reads, as `config.data.statistics` has it."""
+  return json.dumps(
+    [
+      {name: own[name] for name in intensity.STATISTICS} if scheme == "ct" else None
+      for scheme, own in zip(images.schemes, images.statistics, strict=True)
+    ]
+  )
 
 
 def read(config, fold: str, dataset) -> folder.Model:

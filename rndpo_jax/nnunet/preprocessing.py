@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rndpo_jax.data import intensity
+
 # Class names of nnU-Net's and those of `data.intensity.SCHEMES`.
 _SCHEMES = {
   "ZScoreNormalization": "zscore",
@@ -55,11 +57,20 @@ def read(
     _check_resampling(own, what, order)
   statistics = plans.get("foreground_intensity_properties_per_channel")
   statistics = statistics or plans.get("foreground_intensity_properties_by_modality") or {}
+  schemes = _schemes(own, num_channels)
+  known = tuple(statistics.get(str(n)) for n in range(num_channels))
+  for n, scheme in enumerate(schemes):
+    missing = [name for name in intensity.STATISTICS if name not in (known[n] or {})]
+    if scheme == "ct" and missing:
+      raise ValueError(
+        f"'foreground_intensity_properties_per_channel' lacks {missing[0]!r} of channel {n}, which "
+        "CTNormalization reads"
+      )
   return Preprocessing(
     spacing=_by_axis(own, "spacing", axes, float),
     patch_size=_by_axis(own, "patch_size", axes, int),
-    schemes=_schemes(own, num_channels),
-    statistics=tuple(statistics.get(str(n)) for n in range(num_channels)),
+    schemes=schemes,
+    statistics=known,
   )
 
 
