@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+from typing import Any
 
-from rndpo_jax import errors
-from rndpo_jax.nnunet import checkpoint_writer, folder, imported, weights
+from rndpo_jax import errors, models
+from rndpo_jax.nnunet import checkpoint_writer, imported, new_plans, weights
+from rndpo_jax.nnunet.preprocessing import Preprocessing
 from rndpo_jax.predict.trained import Trained
 
 
@@ -13,26 +16,72 @@ def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
   """The files of the folder.
 
   Of a base that was imported they are those that came, byte by byte, but for the weights of the
-  fold that was the base: what else its checkpoint holds is the training before this one.
+  fold that was the base: what else its checkpoint holds is the training before this one. Of one
+  that was trained here the plans are written, if nnU-Net has words for its network and images.
 
   Raises:
-    errors.ConfigError: if the network or its images are not nnU-Net's.
+    errors.ConfigError: if it has not, naming the key.
     errors.FileError: if a file of `base/nnunet/` cannot be used.
   """
   home = workdir / "base" / imported.KEPT
-  if not home.is_dir():
-    raise errors.ConfigError(
-      f"--format=nnunet: the base of {workdir} is no model of nnU-Net (config.base.nnunet_folder)"
-    )
-  names = [path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()]
-  made = {name: (home / name).read_bytes() for name in sorted(names) if name.endswith(".json")}
-  (fold,) = [path.name.removeprefix("fold_") for path in home.glob("fold_*")]
-  model = folder.read(home, fold, imported.CHECKPOINT)
+  return _as_it_came(trained, home) if home.is_dir() else _new(trained)
+
+
+def _as_it_came(trained: Trained, home: pathlib.Path) -> dict[str, bytes]:
+  model = imported.read_kept(home)
   named = weights.from_params(
     trained.params,
     model.plans.architecture,
     axes=model.plans.axes,
     other_heads=model.other_heads,
   )
-  path = f"fold_{fold}/{imported.CHECKPOINT}"
-  return {**made, path: checkpoint_writer.replaced(home / path, named)}
+  path = f"fold_{imported.kept_fold(home)}/{imported.CHECKPOINT}"
+  return {
+    **{file.name: file.read_bytes() for file in sorted(home.glob("*.json"))},
+    path: checkpoint_writer.replaced(home / path, named),
+  }
+
+
+def _new(trained: Trained) -> dict[str, bytes]:
+  """Our axes are (x, y) and (x, y, z), nnU-Net's of the same files (y, x) and (z, y, x)."""
+  config, native = trained.config, trained.native
+  if not models.reads(config.model.name, "architecture") or ":" in config.model.name:
+    raise errors.ConfigError(
+      f"--format=nnunet: config.model.name={config.model.name!r} is no network of nnU-Net's; train "
+      "'nnunet_plain' or 'nnunet_residual', or take --format=safetensors or stablehlo"
+    )
+  if native is None:
+    raise errors.ConfigError(
+      "--format=nnunet: config.data.spacing is empty, and nnU-Net's plans cannot say that whole "
+      f"images are brought to {trained.size} pixels; train with config.data.spacing and "
+      "config.data.patch_size, or take --format=safetensors or stablehlo"
+    )
+  axes = tuple(reversed(range(trained.spatial_dims)))
+  ours = models.architecture(config.model, spatial_dims=trained.spatial_dims)
+  made = ours.transposed(axes)
+  images = Preprocessing(
+    spacing=native.spacing[::-1],
+    patch_size=trained.size[::-1],
+    schemes=native.schemes,
+    statistics=native.statistics,
+  )
+  configuration = "2d" if trained.spatial_dims == 2 else "3d_fullres"
+  plans = new_plans.plans(config.data.name, configuration, made, images)
+  dataset = new_plans.dataset(trained.class_names, native.schemes, trained.has_ignored)
+  checkpoint = checkpoint_writer.new(
+    weights.from_params(trained.params, made, axes=axes),
+    plans=plans,
+    dataset=dataset,
+    configuration=configuration,
+    fold=0,
+    mirroring_axes=trained.mirror_axes,  # all or none, in any order of axes
+  )
+  return {
+    "dataset.json": _json(dataset),
+    f"fold_0/{imported.CHECKPOINT}": checkpoint,
+    "plans.json": _json(plans),
+  }
+
+
+def _json(content: Any) -> bytes:
+  return (json.dumps(content, indent=2) + "\n").encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -132,6 +133,31 @@ def read(config, fold: str, dataset) -> folder.Model:
       f"({', '.join(plans.class_names)}), by their ids"
     )
   return model
+
+
+def read_kept(home: os.PathLike) -> folder.Model:
+  """The model that `keep` has copied to `base/nnunet/`, of its one fold.
+
+  Raises:
+    errors.FileError: naming the file that cannot be used.
+  """
+  home = pathlib.Path(home)
+  return folder.read(home, kept_fold(home), CHECKPOINT)
+
+
+def kept_fold(home: pathlib.Path) -> str:
+  """The fold in `base/nnunet/`.
+
+  Raises:
+    errors.FileError: if there is not exactly one.
+  """
+  found = [path.name.removeprefix("fold_") for path in home.glob("fold_*")]
+  if len(found) != 1:
+    raise errors.FileError(
+      f"{home}: found {len(found)} folders fold_F, expected one; bring back what the stage 'base' "
+      "copied there"
+    )
+  return found[0]
 
 
 def keep(config, fold: str, directory: epath.Path) -> None:
