@@ -194,28 +194,33 @@ def _empty(dims: int, num_channels: int, has_mask: bool) -> records.OnSpacing:
   )
 
 
-def to_own_grid(
-  values: np.ndarray, box: np.ndarray, entry: dict, native: records.Native, fill
+def to_own_spacing(
+  values: np.ndarray, box: np.ndarray, spacing: Sequence[float], native: records.Native
 ) -> np.ndarray:
-  """Brings values on the model's spacing back to a record's own grid, linearly.
+  """Brings f32[*M, C] on the model's spacing back to a record's box, linearly.
 
   Args:
-    values: f32[*M, C].
-    box: i32[dims, 2] of the record.
-    entry: of the record; shape and spacing are read.
+    values: logits, or an image.
+    box: i32[dims, 2] of the record; it is not empty.
+    spacing: mm a pixel of the record.
     native: of the data set.
-    fill: what stands outside the box, a number or C.
-
-  Returns:
-    f32[*S, C].
   """
-  out = np.empty((*entry["shape"], values.shape[-1]), np.float32)
-  out[...] = fill
-  if is_seen(box):
-    lengths, spacing = (box[:, 1] - box[:, 0]).tolist(), entry["spacing"]
-    out[tuple(slice(*edges) for edges in box)] = resample.resample_logits(
-      values, lengths, spacing=native.spacing, new_spacing=spacing
-    )
+  lengths = (box[:, 1] - box[:, 0]).tolist()
+  return resample.resample_logits(values, lengths, spacing=native.spacing, new_spacing=spacing)
+
+
+def paste(values: np.ndarray | None, box: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """What stands in a record's box, on its own grid [*shape, ...] with zeros around.
+
+  Args:
+    values: [*box, ...], or None where the box is empty: u8 zeros then.
+    box: i32[dims, 2] of the record.
+    shape: S of the record.
+  """
+  if values is None:
+    return np.zeros(tuple(shape), np.uint8)
+  out = np.zeros((*shape, *values.shape[len(box) :]), values.dtype)
+  out[tuple(slice(*edges) for edges in box)] = values
   return out
 
 
