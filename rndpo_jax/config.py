@@ -38,6 +38,9 @@ def base_config() -> ml_collections.ConfigDict:
   data.spacing = ()
   data.patch_size = ()  # pixels of the network's input, with data.spacing
   data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () by the channels' names
+  # Of the scheme 'ct': JSON of {"mean", "std", "percentile_00_5", "percentile_99_5"} or null, one a
+  # channel; "" measures them under the masks of the labelled split.
+  data.statistics = ""
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}

@@ -50,6 +50,7 @@ def _validate_phase(config) -> None:
     )
   workdir.check_path("config.base.workdir", config.base.workdir)
   workdir.check_path("config.data.split_file", config.data.split_file)
+  config_model.check_turns(config)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
 
@@ -278,10 +279,6 @@ def _check_grid(config) -> None:
         f"{MAX_PIXELS:,} pixels in all"
       )
   config_model.check_size(config)
-  if config.augment.turn > 0 and size[0] != size[1]:
-    raise ConfigError(
-      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
-    )
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import models
+from rndpo_jax import config_unread, models
 from rndpo_jax.errors import ConfigError
 
 _CHOICES = {"norm": ("group", "instance"), "dtype": ("float32", "bfloat16")}
@@ -58,4 +58,18 @@ def check_size(config) -> None:
     raise ConfigError(
       f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.{key}={size} "
       f"at model.{made_of} has {deepest} rows; use {', '.join(map(str, divisors))}"
+    )
+
+
+def check_turns(config) -> None:
+  """Checks that what is turned by a quarter is square.
+
+  Raises:
+    ConfigError: otherwise.
+  """
+  size = config_lib.input_size(config)
+  is_turned, _ = config_unread.find(config_unread.readers(config), "augment.turn")
+  if is_turned and config.augment.turn > 0 and size[0] != size[1]:
+    raise ConfigError(
+      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
     )

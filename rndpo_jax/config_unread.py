@@ -102,7 +102,7 @@ def _of_geometry(is_native: bool) -> Readers:
   native = (is_native, "config.data.spacing")
   return {
     **{f"data.{name}": simple for name in ("size", "crop", "normalization")},
-    **{f"data.{name}": native for name in ("patch_size", "schemes")},
+    **{f"data.{name}": native for name in ("patch_size", "schemes", "statistics")},
   }
 
 

@@ -19,8 +19,10 @@ STATISTICS = ("mean", "std", "percentile_00_5", "percentile_99_5")
 def zscore(values: np.ndarray, statistics=None, mask=None) -> np.ndarray:
   """(x - mean) / standard deviation, of the whole image."""
   del statistics, mask
-  mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
-  return _scaled(values, mean, max(std, _SMALLEST))
+  mean = values.mean(dtype=np.float64)
+  # Row by row: `values.std` would make a copy in float64.
+  squares = sum(np.square(row - mean, dtype=np.float64).sum() for row in values)
+  return _scaled(values, mean, max(np.sqrt(squares / values.size), _SMALLEST))
 
 
 def zscore_in_mask(values: np.ndarray, statistics, mask: np.ndarray) -> np.ndarray:
@@ -28,7 +30,7 @@ def zscore_in_mask(values: np.ndarray, statistics, mask: np.ndarray) -> np.ndarr
   del statistics
   out = values.astype(np.float32)
   if mask.any():
-    out[mask] = zscore(values[mask])
+    out[mask] = zscore(values[mask][None])[0]
   return out
 
 

@@ -8,6 +8,7 @@ box is empty, and their mask the background.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -53,8 +54,20 @@ def settings(config, source: records.Source, labelled: Collection[str]) -> recor
   return records.Native(
     spacing=_spacing(config.data.spacing, source.records, labelled),
     schemes=schemes,
-    statistics=_statistics(source, schemes, labelled),
+    statistics=_given(config.data.statistics) or _statistics(source, schemes, labelled),
   )
+
+
+def _given(text: str) -> tuple[dict | None, ...]:
+  """What `config.data.statistics` holds; () if that is empty."""
+  try:
+    content = json.loads(text or "[]")
+    return tuple(None if one is None else {k: float(v) for k, v in one.items()} for one in content)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise errors.DataError(
+      f"config.data.statistics: found {text!r} ({error}), expected a JSON list, an object of "
+      f"{', '.join(intensity.STATISTICS)} or null a channel"
+    ) from error
 
 
 def _spacing(wanted: Sequence[float], entries, labelled: Collection[str]) -> tuple[float, ...]:

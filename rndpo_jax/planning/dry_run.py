@@ -26,6 +26,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics, predict
 from rndpo_jax.mining import proposals
+from rndpo_jax.nnunet import imported
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.planning import cost, programs, storage, timing
 from rndpo_jax.runtime import files, progress, sharding
@@ -60,6 +61,7 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     ConfigError: what cannot work or does not fit; the lines are said before that.
     records.DataError: from the source.
   """
+  config = imported.resolve(config)
   config_checks.validate(config)
   workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
