@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import nibabel
@@ -15,6 +16,9 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import native, tiles
 from rndpo_jax.evaluation import predict, sliding_window
 from rndpo_jax.pairs import shards
+from rndpo_jax.predict import job as predict_job
+from rndpo_jax.predict import native_network, native_run, trained
+from rndpo_jax.predict import run as predict_run
 from rndpo_jax.stages import base
 from tests import native_data
 
@@ -149,6 +153,25 @@ def test_masks_equal_those_of_another_form(job):
     labels = [evaluation.label(index) for index in group]
     own = np.stack(labels, axis=2) if dataset.spatial_dims == 2 else labels[0]
     np.testing.assert_array_equal(own, label)
+
+
+def test_prediction_of_a_run_equals_evaluation_bit_for_bit(job, tmp_path):
+  config, workdir, root = job
+  dataset = dataset_lib.open_dataset(config, workdir)
+  cases = sorted({dataset.records[int(i)]["case_id"] for i in dataset.splits["test"]})
+  for case in cases:
+    shutil.copy(root / "imagesTr" / f"{case}_0000.nii.gz", tmp_path)
+  network = native_network.of_run(trained.load(workdir, "base"))
+  options = predict_job.Options(scores=False)
+  predict_run.run(native_run.job(network, options), str(tmp_path), tmp_path / "masks", options)
+  params = base.load(workdir, dataset)
+  evaluation = predict.open_evaluation(config, dataset, workdir / "other", lambda step: params)
+  found = dict(predict.predict(evaluation, params, [int(i) for i in dataset.splits["test"]]))
+  for case in cases:
+    masks = [found[index] for index in evaluation.groups["test", case]]
+    mask = np.stack(masks, axis=2) if dataset.spatial_dims == 2 else masks[0]
+    written = np.asarray(nibabel.load(tmp_path / "masks" / f"{case}.nii.gz").dataobj)
+    np.testing.assert_array_equal(mask, written)
 
 
 def test_tiles_cover_every_pixel_and_are_cut_from_their_record(job):

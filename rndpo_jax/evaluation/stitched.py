@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from rndpo_jax.data import dataset as dataset_lib
@@ -12,9 +11,6 @@ from rndpo_jax.data import native
 from rndpo_jax.evaluation import sliding_window
 from rndpo_jax.runtime import sharding
 from rndpo_jax.types import Params, Segmenter
-
-_BATCH_PIXELS = {"cpu": 2**14}
-_BATCH_PIXELS_ELSEWHERE = 2**22
 
 
 def make(
@@ -31,7 +27,7 @@ def make(
     logits are put together on the model's spacing, brought to the record's box linearly, and the
     argmax is taken there; outside the box is the background.
   """
-  batch_size = _batch_size(dataset.size)
+  batch_size = sliding_window.batch_size(dataset.size)
   window = sliding_window.make(segmenter.apply, dataset.size, batch_size=batch_size)
 
   def masks(params: Params, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -62,8 +58,3 @@ def _logits(slabs: Iterable[sliding_window.Slab]) -> Iterator[np.ndarray]:
     if slab.is_last:
       yield np.concatenate(parts, axis=slab.axis)
       parts = []
-
-
-def _batch_size(patch_size: Sequence[int]) -> int:
-  pixels = _BATCH_PIXELS.get(jax.default_backend(), _BATCH_PIXELS_ELSEWHERE)
-  return jax.local_device_count() * max(1, pixels // int(np.prod(patch_size)))
