@@ -131,13 +131,22 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
   example = _read(dataset, index, with_labels)
   image = example["image"]
   if dataset.native is not None:
-    image = native.to_own_grid(image, dataset.boxes[index], entry, dataset.native, 0.0)
+    image = _on_own_grid(dataset, index, entry, image)
   return {
     "image": image,
     "label": example["mask"] if with_labels else None,
     "spacing": None if entry["spacing"] is None else tuple(entry["spacing"]),
     "affine": example["affine"],
   }
+
+
+def _on_own_grid(dataset: Dataset, index: int, entry, image: np.ndarray) -> np.ndarray:
+  """An image on the model's spacing, brought back; outside its box it is zero."""
+  box = dataset.boxes[index]
+  if not native.is_seen(box):
+    return np.zeros((*entry["shape"], image.shape[-1]), np.float32)
+  image = native.to_own_spacing(image, box, entry["spacing"], dataset.native)
+  return native.paste(image, box, entry["shape"])
 
 
 def _read(dataset: Dataset, index: int, with_labels: bool) -> dict[str, Any]:

@@ -35,13 +35,7 @@ def settings(config, source: records.Source, labelled: Collection[str]) -> recor
   """
   if not config.data.spacing:
     return None
-  unknown = [entry["record_id"] for entry in source.records if entry["spacing"] is None]
-  if unknown:
-    raise errors.DataError(
-      f"config.data.spacing: found {tuple(config.data.spacing)}, but the spacing of "
-      f"{unknown[0]!r} is unknown ({len(unknown)} of {len(source.records)} records); set it in the "
-      "header, or leave config.data.spacing empty and give config.data.size"
-    )
+  spacing = spacing_of(config, source.records, labelled)
   schemes = tuple(config.data.schemes)
   if not schemes:
     names = source.channel_names or ("",) * source.num_channels
@@ -52,7 +46,7 @@ def settings(config, source: records.Source, labelled: Collection[str]) -> recor
       f"{source.name}"
     )
   return records.Native(
-    spacing=_spacing(config.data.spacing, source.records, labelled),
+    spacing=spacing,
     schemes=schemes,
     statistics=_given(config.data.statistics) or _statistics(source, schemes, labelled),
   )
@@ -70,8 +64,20 @@ def _given(text: str) -> tuple[dict | None, ...]:
     ) from error
 
 
-def _spacing(wanted: Sequence[float], entries, labelled: Collection[str]) -> tuple[float, ...]:
-  """The config's, with the median of the labelled cases where it says 0."""
+def spacing_of(config, entries: Sequence[dict], labelled: Collection[str]) -> tuple[float, ...]:
+  """`config.data.spacing`, with the median of the labelled cases where it says 0.
+
+  Raises:
+    records.DataError: if the spacing of a record is unknown.
+  """
+  wanted = tuple(config.data.spacing)
+  unknown = [entry["record_id"] for entry in entries if entry["spacing"] is None]
+  if unknown:
+    raise errors.DataError(
+      f"config.data.spacing: found {wanted}, but the spacing of {unknown[0]!r} is unknown "
+      f"({len(unknown)} of {len(entries)} records); set it in the header, or leave "
+      "config.data.spacing empty and give config.data.size"
+    )
   of_case = {entry["case_id"]: entry["spacing"] for entry in entries}
   median = np.median([of_case[case] for case in labelled], axis=0)
   return tuple(float(mm or found) for mm, found in zip(wanted, median, strict=True))
@@ -207,28 +213,33 @@ def _empty(dims: int, num_channels: int, has_mask: bool) -> records.OnSpacing:
   )
 
 
-def to_own_grid(
-  values: np.ndarray, box: np.ndarray, entry: dict, native: records.Native, fill
+def to_own_spacing(
+  values: np.ndarray, box: np.ndarray, spacing: Sequence[float], native: records.Native
 ) -> np.ndarray:
-  """Brings values on the model's spacing back to a record's own grid, linearly.
+  """Brings f32[*M, C] on the model's spacing back to a record's box, linearly.
 
   Args:
-    values: f32[*M, C].
-    box: i32[dims, 2] of the record.
-    entry: of the record; shape and spacing are read.
+    values: logits, or an image.
+    box: i32[dims, 2] of the record; it is not empty.
+    spacing: mm a pixel of the record.
     native: of the data set.
-    fill: what stands outside the box, a number or C.
-
-  Returns:
-    f32[*S, C].
   """
-  out = np.empty((*entry["shape"], values.shape[-1]), np.float32)
-  out[...] = fill
-  if is_seen(box):
-    lengths, spacing = (box[:, 1] - box[:, 0]).tolist(), entry["spacing"]
-    out[tuple(slice(*edges) for edges in box)] = resample.resample_logits(
-      values, lengths, spacing=native.spacing, new_spacing=spacing
-    )
+  lengths = (box[:, 1] - box[:, 0]).tolist()
+  return resample.resample_logits(values, lengths, spacing=native.spacing, new_spacing=spacing)
+
+
+def paste(values: np.ndarray | None, box: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """What stands in a record's box, on its own grid [*shape, ...] with zeros around.
+
+  Args:
+    values: [*box, ...], or None where the box is empty: u8 zeros then.
+    box: i32[dims, 2] of the record.
+    shape: S of the record.
+  """
+  if values is None:
+    return np.zeros(tuple(shape), np.uint8)
+  out = np.zeros((*shape, *values.shape[len(box) :]), values.dtype)
+  out[tuple(slice(*edges) for edges in box)] = values
   return out
 
 
@@ -237,15 +248,17 @@ def is_seen(box: np.ndarray) -> bool:
   return bool((box[:, 1] > box[:, 0]).all())
 
 
-def model_shape(box: np.ndarray, spacing: Sequence[float], native: records.Native) -> tuple:
+def model_shape(
+  box: np.ndarray, spacing: Sequence[float], new_spacing: Sequence[float]
+) -> tuple[int, ...]:
   """M of a record: the shape of its box on the model's spacing; zeros if the box is empty.
 
   Args:
     box: i32[dims, 2].
     spacing: mm a pixel of the record.
-    native: of the data set.
+    new_spacing: of the model.
   """
   if not is_seen(box):
     return (0,) * len(box)
   lengths = (box[:, 1] - box[:, 0]).tolist()
-  return resample.resampled_shape(lengths, spacing, native.spacing)
+  return resample.resampled_shape(lengths, spacing, new_spacing)

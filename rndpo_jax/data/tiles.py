@@ -106,7 +106,7 @@ def _positions(dataset: dataset_lib.Dataset) -> tuple[np.ndarray, np.ndarray]:
   found = []
   for index, box in enumerate(dataset.boxes):
     spacing = dataset.records[index]["spacing"]
-    shape = native.model_shape(box, spacing, dataset.native)
+    shape = native.model_shape(box, spacing, dataset.native.spacing)
     found += [(index, *start) for start in of_shape(shape)]
   table = np.array(found, np.int32).reshape(-1, 1 + dataset.spatial_dims)
   return table[:, 0], table[:, 1:]
