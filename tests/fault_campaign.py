@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 import fault_clock
+import fault_export
 import fault_files
 import fault_signals
 import fault_sources
@@ -33,6 +34,7 @@ FAULTS = {
   "states": lambda campaign, _: fault_files.damaged_states(campaign),
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
+  "export": lambda campaign, _: fault_export.kills(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 
