@@ -6,15 +6,13 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model, config_ranges, config_unread, workdir
+from rndpo_jax import config_geometry, config_model, config_ranges, config_unread, workdir
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judge_gate, judges, pair_rules, proposals
 from rndpo_jax.training import image_terms
-
-MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
 
 
 def validate(config) -> None:
@@ -37,7 +35,7 @@ def _validate_phase(config) -> None:
   config_model.check(config)
   _check_choices(config)
   _check_counts(config)
-  _check_grid(config)
+  config_geometry.check(config)
   mix = proposals.parse_mix(config.proposals.mix)
   _check_mix(config, mix)
   _check_pairs(config, sum(n for _, n in mix))
@@ -255,30 +253,6 @@ def _check_mix(config, mix) -> None:
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
         f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
       )
-
-
-def _check_grid(config) -> None:
-  data, size = config.data, config_lib.input_size(config)
-  input_key = "patch_size" if data.spacing else "size"
-  for key in (input_key, "spacing", "crop"):
-    if (key == input_key or data[key]) and len(data[key]) != data.spatial_dims:
-      raise ConfigError(
-        f"config.data.{key}: found {tuple(data[key])}, expected {data.spatial_dims} entries as "
-        f"config.data.spatial_dims={data.spatial_dims}"
-      )
-  if not all(0 <= mm < math.inf for mm in data.spacing):
-    raise ConfigError(
-      f"config.data.spacing: found {tuple(data.spacing)}, expected mm a pixel, or 0 for the "
-      "median of the labelled cases"
-    )
-  grids = {input_key: size, "crop": data.crop, "phantom.size": data.phantom.size}
-  for key, pixels in grids.items():
-    if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
-      raise ConfigError(
-        f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
-        f"{MAX_PIXELS:,} pixels in all"
-      )
-  config_model.check_size(config)
 
 
 def _check_pattern(key: str, pattern: str) -> None:
