@@ -210,6 +210,8 @@ class _Volume:
     if any(map(any, pads)):
       image = np.pad(image, [*pads, (0, 0)])
     self.image = np.moveaxis(image, self.axis, 0)
+    if self.has_slices:  # else each tile would be gathered from all over the memory
+      self.image = np.ascontiguousarray(self.image)
     self.pads, self.patch = _to_front(pads, self.axis), _to_front(patch, self.axis)
     size = self.image.shape[:-1]
     self.starts = _starts(size, self.patch, window.step)
