@@ -19,8 +19,8 @@ from rndpo_jax.predict.native_network import NativeNetwork
 from rndpo_jax.runtime import preemption, sharding, threads
 
 BORDER = 3  # pixels around a mask's foreground whose entropy counts, too, as in `config.judge`
-# Pixels of a batch on a device, at most. A CPU is fastest with few: they stay in its cache.
-_BATCH_PIXELS = {"cpu": 2**14}
+# Pixels of a batch on a device, at most; of a CPU few: they stay in its cache.
+_BATCH_PIXELS = {"cpu": 2**16}
 _BATCH_PIXELS_ELSEWHERE = 2**22
 
 
