@@ -33,7 +33,7 @@ from rndpo_jax.runtime import sharding
 
 _SIGMA = 1 / 8  # of the Gaussian, in patches
 # Pixels of a batch on a device, at most. A CPU is fastest with few: they stay in its cache.
-_BATCH_PIXELS = {"cpu": 2**14}
+_BATCH_PIXELS = {"cpu": 2**16}
 _BATCH_PIXELS_ELSEWHERE = 2**22
 
 
