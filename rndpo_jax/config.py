@@ -63,6 +63,9 @@ def base_config() -> ml_collections.ConfigDict:
   augment.elastic = 0.0  # a smooth random displacement
   augment.elastic_scale = 4.0  # pixels, standard deviation of the displacement
   augment.elastic_smoothing = 8.0  # pixels, width of its Gaussian
+  augment.affine = 0.0  # rotation in the (H, W) plane with a zoom
+  augment.affine_degrees = 30.0  # largest angle
+  augment.affine_zoom = 0.2  # s: the zoom is in exp(-s)..exp(s)
 
   # What makes the strong view of an unlabelled image from its weak one, which is `augment` of it.
   config.strong = strong = ml_collections.ConfigDict()

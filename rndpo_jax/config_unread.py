@@ -127,7 +127,7 @@ def _of_augmentation(config, used_judges: set[str]) -> Readers:
     "unlabelled images"
   )
   scales = {"intensity": ["scale"], "gamma": ["scale"], "noise": ["scale"]}
-  scales["elastic"] = ["scale", "smoothing"]
+  scales |= {"elastic": ["scale", "smoothing"], "affine": ["degrees", "zoom"]}
   table = {f"augment.{name}": (on, where) for name in ("flip", "turn", *scales)}
   for name, ends in scales.items():
     for end in ends:

@@ -23,6 +23,7 @@ CONDITIONAL = [
   ("augment.flip", 0.1, {"base.augment": True}),
   ("augment.noise_scale", 0.5, {"base.augment": True}),
   ("augment.elastic_smoothing", 2.0, {"base.augment": True, "augment.elastic": 0.5}),
+  ("augment.affine_zoom", 0.5, {"base.augment": True, "augment.affine": 0.5}),
   ("proposals.temperature_high", 3.0, {"proposals.mix": "temperature+threshold:7"}),
   ("proposals.noise_scale", 2.0, {"proposals.mix": "logit_noise:8"}),
   ("proposals.noise_smoothing", 2.0, {"proposals.mix": "logit_noise:8"}),

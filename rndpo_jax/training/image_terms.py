@@ -214,7 +214,7 @@ def entropy(inputs: Inputs, options):
 
 def strong_view(key: jax.Array, weak: jax.Array, options: Mapping[str, float]) -> jax.Array:
   """f32[B, *S, I]: `options` of intensity, gamma and noise; no pixel moves."""
-  still = dict.fromkeys(("flip", "turn", "elastic", "elastic_scale", "elastic_smoothing"), 0.0)
+  still = dict.fromkeys(augment.MOVING, 0.0)
   masks = jnp.zeros((weak.shape[0], 0, *weak.shape[1:-1]), jnp.uint8)
   return augment.augment(key, weak, masks, **options, **still)[0]
 
