@@ -12,6 +12,7 @@ from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judge_gate, judges, pair_rules, proposals
+from rndpo_jax.models import mirroring
 from rndpo_jax.training import image_terms
 
 MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
@@ -170,6 +171,7 @@ def _check_choices(config) -> None:
     "judge.gate.action": judge_gate.ACTIONS,
     "mine.rule": pair_rules.RULES,
     "finetune.schedule": ("cosine", "constant"),
+    "finetune.teacher_views": tuple(mirroring.TEACHER_VIEWS),
     "finetune.reference": ("cached", "online", "none"),
     "finetune.normalization": ("", "none", "region", "power"),
     "finetune.region_unit": ("pixel", "mm"),
@@ -270,6 +272,11 @@ def _check_grid(config) -> None:
         f"{MAX_PIXELS:,} pixels in all"
       )
   config_model.check_size(config)
+  if config.finetune.teacher_views == "flips_turns" and size[0] != size[1]:
+    raise ConfigError(
+      f"config.finetune.teacher_views: quarter turns need H equal to W, found size {size}; set it "
+      "to flips"
+    )
   if config.augment.turn > 0 and size[0] != size[1]:
     raise ConfigError(
       f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"

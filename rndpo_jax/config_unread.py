@@ -154,6 +154,10 @@ def _of_terms(config) -> Readers:
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  table["finetune.teacher_views"] = (
+    bool({"base", "teacher"} & read),
+    f"config.finetune.terms pseudo or {_terms_that_read('teacher')}",
+  )
   table["finetune.ramp_steps"] = (
     any(image_terms.TERMS[name].rises for name in terms),
     f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",

@@ -56,6 +56,7 @@ CONDITIONAL = [
     {"finetune.terms.weak_to_strong.weight": 1.0, "finetune.ema_decay": 0.9, "model.name": "unet"},
   ),
   ("finetune.ramp_steps", 9, {"finetune.terms.entropy.weight": 1.0}),
+  ("finetune.teacher_views", "flips", {"finetune.terms.pseudo.weight": 1.0}),
   ("strong.gamma_scale", 0.1, {"finetune.terms.entropy.weight": 1.0}),
   ("finetune.terms.pseudo.threshold", 0.5, {"finetune.terms.pseudo.weight": 1.0}),
   (

@@ -51,7 +51,7 @@ def loss_fn(objective="rn_dpo", beta=2.0, terms=None, dice_weight=0.7, **options
   pairs = pair_terms.Settings(
     apply, CLASSES, SIZE, {"objective": objective, "beta": beta}, dice_weight=dice_weight, **options
   )
-  images = image_terms.Settings(apply, CLASSES, dice_weight, False, None, {})
+  images = image_terms.Settings(apply, CLASSES, dice_weight, False, None, {}, apply)
   terms = {"preference": {"weight": 1.0}, **(terms or {})}
   return loss_fns.make_loss_fn(pairs, images, terms, weak={})
 

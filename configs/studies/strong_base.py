@@ -8,11 +8,10 @@ AFFINE = {"augment.affine": 0.8}
 ELASTIC = {"augment.elastic": 0.5, "augment.elastic_scale": 2.0, "augment.elastic_smoothing": 6.0}
 VARIANTS = {
   "as it is": {},
+  "mirrored teacher": {"finetune.teacher_views": "flips"},
+  "mirrored, turned teacher": {"finetune.teacher_views": "flips_turns"},
   "affine": {"phases": (AFFINE,)},
   "affine, elastic": {"phases": ({**AFFINE, **ELASTIC},)},
-  "affine, 16 labelled, 16 unlabelled": {
-    "phases": (AFFINE,), "finetune.labelled_batch_size": 16, "finetune.unlabelled_batch_size": 16,
-  },
   "rate 3e-3": {"finetune.learning_rate": 3e-3},
   "boxes in all": {"finetune.terms.weak_to_strong.cutmix": 1.0},
   "stronger views": {

@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     has_ignored: whether labels may hold `types.IGNORED`.
     augment: options of `augment.augment` for labelled images, or None.
     strong: options of `augment.augment` that make the strong view of the weak one.
+    teach: (params, images) -> logits of a teacher on the weak view; see `models.mirroring`.
   """
 
   apply: Callable[..., jax.Array]
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
   has_ignored: bool
   augment: Mapping[str, float] | None
   strong: Mapping[str, float]
+  teach: Callable[..., jax.Array]
 
 
 class Inputs(NamedTuple):
@@ -106,7 +108,7 @@ def pseudo(inputs: Inputs, options):
   2022.
   """
   source = inputs.base if options["teacher"] == "base" else inputs.teacher
-  teacher = inputs.settings.apply(source, inputs.weak)
+  teacher = inputs.settings.teach(source, inputs.weak)
   return _against_classes(inputs, inputs.student_logits, teacher, options["threshold"])
 
 
@@ -121,7 +123,7 @@ def weak_to_strong(inputs: Inputs, options):
   CVPR 2023.
   """
   settings, threshold = inputs.settings, options["threshold"]
-  teacher = settings.apply(inputs.teacher, inputs.weak)
+  teacher = settings.teach(inputs.teacher, inputs.weak)
   keys = jax.random.split(inputs.key, 4)
 
   def of_view(images, key):
@@ -149,7 +151,7 @@ def consistency(inputs: Inputs, options):
   """
   settings, share = inputs.settings, options["max_entropy"]
   if share == 0:
-    teacher = settings.apply(inputs.teacher, inputs.weak)
+    teacher = settings.teach(inputs.teacher, inputs.weak)
     loss = losses_without_labels.consistency_loss(inputs.student_logits, teacher)
     return jnp.mean(loss), {}
   keys = jax.random.split(inputs.key, options["passes"])
@@ -183,7 +185,7 @@ def copy_paste(inputs: Inputs, options):
   Source: Bai et al., "Bidirectional Copy-Paste", CVPR 2023 (without its own pretraining).
   """
   settings, known = inputs.settings, inputs.labelled
-  teacher = jnp.argmax(settings.apply(inputs.teacher, inputs.weak), axis=-1).astype(jnp.uint8)
+  teacher = jnp.argmax(settings.teach(inputs.teacher, inputs.weak), axis=-1).astype(jnp.uint8)
   guess = components.largest(teacher, settings.num_classes)
   box_key, *keys = jax.random.split(inputs.key, 4)
   images, labels = known["image"], known["label"]
