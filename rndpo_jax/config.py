@@ -156,6 +156,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.region_unit = "pixel"  # pixel of the model's grid | mm (mm^2 or mm^3)
   finetune.region_classes = ()  # D counts pixels of these class ids alone; () all
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
+  finetune.pair_smoothing = "none"  # none | reliability: of each pair, by the judge at its gap
   finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
   finetune.min_pair_probability = 0.0  # a pair weighs 0 if the judge is right less often at its gap

@@ -79,7 +79,7 @@ def _check_objective(config) -> None:
   options = config.finetune
   _check_objective_names(options)
   smoothed = objectives.readers(options.objective, "label_smoothing")
-  if smoothed and not 0 < options.label_smoothing < 0.5:
+  if smoothed and options.pair_smoothing == "none" and not 0 < options.label_smoothing < 0.5:
     raise ConfigError(
       f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
       f"{smoothed[0]!r} needs it above 0 and below 0.5"
@@ -174,6 +174,7 @@ def _check_choices(config) -> None:
     "finetune.normalization": ("", "none", "region", "power"),
     "finetune.region_unit": ("pixel", "mm"),
     "finetune.pair_weight": ("none", "score_gap", "reliability"),
+    "finetune.pair_smoothing": ("none", "reliability"),
     "finetune.terms.pseudo.teacher": ("base", "average"),
   }
   values = config_lib.leaves(config)

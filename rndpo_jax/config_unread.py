@@ -191,6 +191,7 @@ def _of_finetuning(options) -> Readers:
     known = f"config.finetune.objective {objectives.known_readers(what)}"
     return bool(objectives.readers(options.objective, what)), known
 
+  smoothed = of_objective("label_smoothing")
   power = (options.normalization == "power", "config.finetune.normalization 'power'")
   return {
     "finetune.normalization": (
@@ -200,6 +201,13 @@ def _of_finetuning(options) -> Readers:
     "finetune.objective_weights": (several, "several objectives in config.finetune.objective"),
     "finetune.power_exponent": power,
     "finetune.power_floor": power,
-    "finetune.label_smoothing": of_objective("label_smoothing"),
+    "finetune.label_smoothing": (
+      smoothed[0] and options.pair_smoothing == "none",
+      f"{smoothed[1]}, with config.finetune.pair_smoothing 'none'",
+    ),
+    "finetune.pair_smoothing": (
+      not several and of_objective("pair_smoothing")[0],
+      "config.finetune.objective 'cdpo' alone",
+    ),
     "finetune.discopop_temperature": of_objective("temperature"),
   }

@@ -40,6 +40,7 @@ CONDITIONAL = [
   ),
   ("finetune.normalization", "region", {"finetune.objective": "dpo"}),
   ("finetune.label_smoothing", 0.1, {"finetune.objective": "cdpo"}),
+  ("finetune.pair_smoothing", "reliability", {"finetune.objective": "cdpo"}),
   ("finetune.discopop_temperature", 0.1, {"finetune.objective": "discopop"}),
   ("finetune.labelled_batch_size", 16, {"finetune.terms.labelled.weight": 1.0}),
   ("finetune.unlabelled_batch_size", 16, {"finetune.terms.entropy.weight": 1.0}),

@@ -10,6 +10,11 @@ VARIANTS = {
   "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
   "random_pair": {"mine.rule": "random_pair"},
   "reliability": {"finetune.pair_weight": "reliability"},
+  "smoothing": {
+    "finetune.objective": "cdpo",
+    "finetune.normalization": "region",
+    "finetune.pair_smoothing": "reliability",
+  },
   "probability 0.7": {"finetune.min_pair_probability": 0.7},
   "dropout_proposals": {
     "proposals.mix": "base:1,tta+mc_dropout+logit_noise:7",

@@ -233,6 +233,7 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     reference_log_prob=number,
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+    smoothing=None if config.finetune.pair_smoothing == "none" else number,
   )
   read = image_terms.reads_of(config)
   labelled, unlabelled = (

@@ -166,6 +166,8 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
   """`reliability.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
 
+  Times 1 - 2 e if pairs are smoothed by e, which is what smoothing leaves of the slope at h = 0.
+
   Args:
     config: the whole config.
     score_gap: f32[N, P]. valid: bool[N, P].
@@ -174,6 +176,8 @@ def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping)
   worth = reliability.worth_of_pairs(
     score_gap, entry.get("calibration"), **pair_batches.weight_options(config)
   )
+  if config.finetune.pair_smoothing != "none":
+    worth = worth * (1.0 - 2.0 * reliability.smoothing_of_pairs(score_gap, entry["calibration"]))
   return np.where(valid, worth, 0.0)
 
 

@@ -25,8 +25,8 @@ class Settings(NamedTuple):
     apply: (params, images, key=None) -> logits f32[B, *S, C].
     num_classes: C.
     size: S, the model's grid.
-    objective: keyword arguments of `preference.preference_loss`; the beta of the inputs takes the
-      place of the one here.
+    objective: keyword arguments of `preference.preference_loss`; the beta of the inputs and the
+      smoothing of a batch take the place of those here.
     region_classes: see `margins.region`.
     reference: "cached" (margins in the batch), "online" (parameters in the inputs) or "none" (a
       reference margin of 0).
@@ -74,7 +74,9 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
       policy_log_prob, reference_log_prob = log_probs(logits)
     else:
       policy_log_prob, reference_log_prob = _if_logged(log_probs, logits, inputs, margin)
-    beta = {} if inputs.beta is None else {"beta": inputs.beta}
+    own = {} if inputs.beta is None else {"beta": inputs.beta}
+    if batch.smoothing is not None:
+      own["label_smoothing"] = batch.smoothing
     return losses.preference_loss(
       margin,
       reference_margin,
@@ -83,7 +85,7 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
       policy_log_prob=policy_log_prob,
       reference_log_prob=reference_log_prob,
       voxel_volume=batch.voxel_volume[:, None],
-      **{**settings.objective, **beta},
+      **{**settings.objective, **own},
     )
 
   def pair_losses(params, batch: types.PairBatch, inputs: types.StepInputs, key, dropout_key):
