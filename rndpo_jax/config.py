@@ -118,7 +118,8 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
-  judge.name = "agreement"  # of mining.judges.JUDGES, package.module:function, or auto: of compare
+  # Of mining.judges.JUDGES, package.module:function, auto (one of compare) or fused (all of them).
+  judge.name = "agreement"
   judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
   judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
   judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score

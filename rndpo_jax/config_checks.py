@@ -11,7 +11,7 @@ from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
-from rndpo_jax.mining import judge_gate, judges, pair_rules, proposals
+from rndpo_jax.mining import fused, judge_gate, judges, pair_rules, proposals
 from rndpo_jax.training import image_terms
 
 MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
@@ -183,7 +183,7 @@ def _check_choices(config) -> None:
       raise ConfigError(
         f"config.{key}: found {values[key]!r}, expected one of {', '.join(map(str, allowed))}"
       )
-  _check_judges(config.judge)
+  _check_judges(config)
   for name in config.evaluate.metrics:
     if name not in metrics.METRICS:
       raise ConfigError(
@@ -193,8 +193,9 @@ def _check_choices(config) -> None:
     raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
 
 
-def _check_judges(options) -> None:
-  """Checks the names of judges, and that `auto` has some to take one of."""
+def _check_judges(config) -> None:
+  """Checks the names of judges, and that `auto` and `fused` have some to take."""
+  options = config.judge
   if "noisy_oracle" in options.compare:
     raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
   if options.name == judges.AUTO:
@@ -205,6 +206,11 @@ def _check_judges(options) -> None:
         f"config.judge.compare: found {found}; judge.name='auto' takes one of these judges: name "
         "some that read no labels"
       )
+  if judges.FUSED in (options.name, *options.compare) and len(fused.members(config)) < 2:
+    raise ConfigError(
+      f"config.judge.compare: found {tuple(options.compare)}; the judge 'fused' weighs those of "
+      "them that read no labels: name two or more"
+    )
   for name in {options.name, *options.compare} - {judges.AUTO}:
     try:
       judges.check_name(name)

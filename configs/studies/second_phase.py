@@ -22,6 +22,7 @@ VARIANTS = {
   },
   "entropy": {"judge.name": "entropy"},
   "confidence": {"judge.name": "confidence"},
+  "fused": {"judge.name": "fused"},
   "strong": {"finetune.strong": True, "finetune.dropout": True},
   "beta 1": {"finetune.beta": 1.0},
   "beta 3": {"finetune.beta": 3.0},

@@ -19,6 +19,8 @@ from rndpo_jax.mining import overlap, user_judges
 
 # No judge, but the one of `config.judge.compare` that has most of the mined pairs right.
 AUTO = "auto"
+# A judge that reads the others' scores; see `mining.fused`, which makes them one.
+FUSED = "fused"
 
 
 class Context(NamedTuple):
@@ -91,14 +93,14 @@ def build(
 
 
 def check_name(name: str) -> None:
-  """Checks that a name is of JUDGES, or reads as `package.module:function`.
+  """Checks that a name is of JUDGES, is FUSED, or reads as `package.module:function`.
 
   Raises:
     JudgeError: otherwise.
   """
-  if name not in JUDGES and not user_code.is_name(name):
+  if name not in (*JUDGES, FUSED) and not user_code.is_name(name):
     raise errors.JudgeError(
-      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of your own as "
+      f"unknown judge {name!r}; known: {', '.join((*JUDGES, FUSED))}, or a function of your own as "
       "package.module:function"
     )
 

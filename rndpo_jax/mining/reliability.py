@@ -66,6 +66,16 @@ def reliability(
   return result
 
 
+def pair_accuracy(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+  """That of `reliability` of each image, f64[N]; NaN if its proposals are all equally good.
+
+  Args:
+    scores: f[N, K], the judge's.
+    truth: f[N, K], the true scores.
+  """
+  return _pair_figures(np.asarray(scores, np.float64), np.asarray(truth, np.float64))[0]
+
+
 def mined(
   truth: np.ndarray,
   chosen: np.ndarray,
