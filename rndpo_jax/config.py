@@ -93,6 +93,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
+  base.member_labels = 1.0  # share of the labelled groups that each member but the first sees
   base.num_steps = 400  # optimiser steps of each member
   base.batch_size = 16  # labelled images a step
   base.accumulate_steps = 1  # parts that a batch is gone through in, for less memory

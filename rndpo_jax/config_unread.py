@@ -20,7 +20,8 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "base", "mine",
+  "seed", "mesh", "mine",
+  *(f"base.{name}" for name in config_lib.base_config().base if name != "member_labels"),
   "model.name", "model.width", "model.depth", "model.max_width", "model.dtype", "model.remat",
   "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
   "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
@@ -79,6 +80,7 @@ def readers(config) -> Readers:
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    "base.member_labels": (config.base.num_members > 1, "config.base.num_members above 1"),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
