@@ -6,7 +6,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model, config_ranges, config_unread, workdir
+from rndpo_jax import config_mix, config_model, config_ranges, config_unread, workdir
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
@@ -39,7 +39,7 @@ def _validate_phase(config) -> None:
   _check_counts(config)
   _check_grid(config)
   mix = proposals.parse_mix(config.proposals.mix)
-  _check_mix(config, mix)
+  config_mix.check(config, mix)
   _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
   _check_terms(config)
@@ -232,34 +232,6 @@ def _check_counts(config) -> None:
     raise ConfigError(
       "config.data.num_classes: found 1, expected 2..255, or 0 to take it from a dataset.json"
     )
-
-
-def _check_mix(config, mix) -> None:
-  """Checks that no proposal is bound to be given twice."""
-  values, table = config_lib.leaves(config), proposals.SAMPLERS
-  num_views = len(proposals.views(tuple(config.data.size)))
-  fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
-  config_model.check_mix(config, mix)
-  for atoms, count in mix:
-    name = "+".join(atoms)
-    strengths = {sampler: table[sampler].strength for sampler in atoms if table[sampler].strength}
-    for sampler, key in strengths.items():
-      if values[key] == 0:
-        raise ConfigError(
-          f"config.{key}: it is 0, so {sampler!r} proposals would all be the same; set it above 0 "
-          f"or take {sampler} out of config.proposals.mix"
-        )
-    if fixed.count(frozenset(atoms)) > 1:
-      raise ConfigError(
-        f"config.proposals.mix: {name!r} is there twice and draws nothing at random, so the second "
-        "would repeat the first; make it one entry with the sum of the counts"
-      )
-    if "tta" in atoms and not strengths and count > num_views:
-      raise ConfigError(
-        f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
-        f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
-        f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
-      )
 
 
 def _check_grid(config) -> None:

@@ -6,6 +6,8 @@
 With the workdir of configs/studies/main.py bases and first phases are those of that study.
 """
 
+# Judges by agreement, each trained on other patients; they cost three more bases.
+ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
 VARIANTS = {
   "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
   "random_pair": {"mine.rule": "random_pair"},
@@ -19,6 +21,11 @@ VARIANTS = {
   "dropout_proposals": {
     "proposals.mix": "base:1,tta+mc_dropout+logit_noise:7",
     "proposals.noise_scale": 1.0,
+  },
+  "members": {**ENSEMBLE},
+  "members' masks": {**ENSEMBLE, "proposals.mix": "base:1,member:3,tta+threshold:4"},
+  "components": {
+    "proposals.mix": "base:1,largest_component:1,tta+threshold:4,drop_component:1,corrupt:1",
   },
   "entropy": {"judge.name": "entropy"},
   "confidence": {"judge.name": "confidence"},

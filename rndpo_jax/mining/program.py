@@ -102,11 +102,16 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   }
 
   def score(weights, keys, batch: types.Batch, chosen_names):
-    sampled = proposals.sample(segmenter, weights["policy"], batch.images, keys[:, 0], **options)
-    ensemble = [
-      jnp.argmax(segmenter.apply(params, batch.images), axis=-1).astype(jnp.uint8)
-      for params in weights["ensemble"]
-    ]
+    others = [segmenter.apply(params, batch.images) for params in weights["ensemble"]]
+    sampled = proposals.sample(
+      segmenter,
+      weights["policy"],
+      batch.images,
+      keys[:, 0],
+      **options,
+      member_logits=jnp.stack(others, axis=1) if others else None,
+    )
+    ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
     context = judges.Context(
       keys=keys[:, 1],
       ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
