@@ -200,6 +200,11 @@ def base_config() -> ml_collections.ConfigDict:
   terms.consistency = ml_collections.ConfigDict({"weight": 0.0})
   terms.consistency.max_entropy = 0.0  # share of log C above which a pixel is left out; 0 none is
   terms.consistency.passes = 4  # of the teacher under dropout, with max_entropy
+  terms.online = ml_collections.ConfigDict({"weight": 0.0})
+  terms.online.num_proposals = 4  # of the policy, an image
+  terms.online.noise_scale = 1.0  # as in `proposals`, and so the next two
+  terms.online.noise_smoothing = 8.0
+  terms.online.threshold_shift = 2.0
   terms.copy_paste = ml_collections.ConfigDict({"weight": 0.0})
   terms.copy_paste.unlabelled_weight = 0.5  # of the pixels whose label is a guess
 

@@ -120,6 +120,17 @@ def _check_terms(config) -> None:
         f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
         "to 2 or more"
       )
+  made_here = terms.get("online")
+  if made_here and not made_here["noise_scale"] + made_here["threshold_shift"]:
+    raise ConfigError(
+      "config.finetune.terms.online: noise_scale and threshold_shift are 0, so that all proposals "
+      "would be the same; set one above 0"
+    )
+  if made_here and options.pair_smoothing != "none":
+    raise ConfigError(
+      f"config.finetune.pair_smoothing: found {options.pair_smoothing!r}, but the pairs of "
+      "config.finetune.terms.online have no judge that was measured; set it to 'none'"
+    )
   if "copy_paste" in terms and options.labelled_batch_size != options.unlabelled_batch_size:
     raise ConfigError(
       f"config.finetune.labelled_batch_size: found {options.labelled_batch_size}, but "

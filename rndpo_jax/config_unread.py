@@ -144,14 +144,17 @@ def _of_terms(config) -> Readers:
   read = image_terms.reads(terms)
   pairs = ("pairs" in read, f"config.finetune.terms {_terms_that_read('pairs')}")
   preference = ("preference" in terms, "config.finetune.terms.preference")
+  objective = (
+    not {"preference", "online"}.isdisjoint(terms),
+    "config.finetune.terms preference or online",
+  )
   strong = "unlabelled" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
   has_dropout = models.reads(config.model.name, "dropout")
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
-  table |= {
-    f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
-  }
+  table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
+  table |= {f"finetune.{name}": objective for name in ("objective", "beta")}
   table["finetune.pair_weight"] = table["finetune.min_pair_probability"] = pairs
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"

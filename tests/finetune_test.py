@@ -13,7 +13,13 @@ from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, finetune, measure_judges
-from rndpo_jax.training import accumulation, image_terms, loss_fns, pair_terms, train_step
+from rndpo_jax.training import (
+  accumulation,
+  loss_fns,
+  pair_terms,
+  term_inputs,
+  train_step,
+)
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -51,7 +57,7 @@ def loss_fn(objective="rn_dpo", beta=2.0, terms=None, dice_weight=0.7, **options
   pairs = pair_terms.Settings(
     apply, CLASSES, SIZE, {"objective": objective, "beta": beta}, dice_weight=dice_weight, **options
   )
-  images = image_terms.Settings(apply, CLASSES, dice_weight, False, None, {})
+  images = term_inputs.Settings(apply, CLASSES, dice_weight, False, None, {})
   terms = {"preference": {"weight": 1.0}, **(terms or {})}
   return loss_fns.make_loss_fn(pairs, images, terms, weak={})
 

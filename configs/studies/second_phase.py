@@ -47,7 +47,7 @@ def get_study():
     "seeds": (0, 1),
     "set": {"judge.gate.action": "warn"},
     "arms": [
-      {"recipes": ("weak_to_strong_beside_rn_dpo",)},
+      {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
     ],
   }

@@ -164,6 +164,37 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
   return atoms, int(count)
 
 
+def perturbed(
+  logits: jax.Array,
+  key: jax.Array,
+  count: int,
+  *,
+  noise_scale: float,
+  noise_smoothing: float,
+  threshold_shift: float,
+) -> jax.Array:
+  """Proposals of logits alone: themselves, and the others of `threshold+logit_noise`.
+
+  Args:
+    logits: f32[b, *S, C].
+    key: one key.
+    count: K, at least 2.
+    noise_scale: as in `sample`, and so the next two.
+    noise_smoothing: see there.
+    threshold_shift: see there.
+
+  Returns:
+    f32[b, K, *S, C].
+  """
+  others = jnp.repeat(logits[:, None], count - 1, axis=1).astype(jnp.float32)
+  if noise_scale > 0:
+    keys = jax.random.split(key, (len(logits), count - 1))
+    others = others + noise_scale * _noise(keys, others.shape[2:], noise_smoothing)
+  shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count - 1), others)
+  others = others - shift * _background(others)
+  return jnp.concatenate([logits[:, None].astype(jnp.float32), others], axis=1)
+
+
 def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
   """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rndpo_jax import losses, types
 from rndpo_jax.data import augment
 from rndpo_jax.losses import bit_planes, consistency, objectives
-from rndpo_jax.training import image_terms
+from rndpo_jax.training import term_inputs
 
 
 class Settings(NamedTuple):
@@ -31,7 +31,7 @@ class Settings(NamedTuple):
     reference: "cached" (margins in the batch), "online" (parameters in the inputs) or "none" (a
       reference margin of 0).
     augment: options of `augment.augment`, or None.
-    strong: options of `image_terms.strong_view`, or None: what the policy alone sees.
+    strong: options of `term_inputs.strong_view`, or None: what the policy alone sees.
     dropout: whether the policy has dropout on.
     dice_weight: factor of soft Dice beside cross-entropy.
   """
@@ -92,7 +92,7 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
     images, masks, consensus = _view(settings, batch, inputs.key)
     seen = images
     if settings.strong is not None:
-      seen = image_terms.strong_view(key, images, settings.strong)
+      seen = term_inputs.strong_view(key, images, settings.strong)
     logits = settings.apply(params, seen, *([dropout_key] if settings.dropout else []))
     found, metrics = {}, {}
     if "preference" in terms:
