@@ -189,6 +189,8 @@ def base_config() -> ml_collections.ConfigDict:
   terms.preference.weight = 1.0  # `objective` on the mined pairs
   # Of a softmax over scores that weighs the proposals of an image; 0 weighs them equally.
   terms.consensus.temperature = 0.0
+  # Of one over the top scores of a batch, that weighs its images; 0 weighs them equally.
+  terms.chosen.image_temperature = terms.consensus.image_temperature = 0.0
   terms.pseudo = ml_collections.ConfigDict({"weight": 0.0})
   terms.pseudo.teacher = "base"  # base | average: whose classes are learned
   terms.pseudo.threshold = 0.0  # least probability of a class that is learned
@@ -274,6 +276,11 @@ def active_terms(config) -> dict[str, dict[str, Any]]:
   """The terms of fine-tuning's loss with a weight above 0: name -> options."""
   terms = config.finetune.terms.to_dict()
   return {name: options for name, options in terms.items() if options["weight"] > 0}
+
+
+def weighs_images(config) -> bool:
+  """Whether a term weighs images by the top score that the judge gave one of their proposals."""
+  return any(options.get("image_temperature") for options in active_terms(config).values())
 
 
 def region_classes(config) -> tuple[int, ...] | None:

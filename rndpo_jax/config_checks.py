@@ -140,7 +140,8 @@ def _check_terms(config) -> None:
   on_pairs = [name for name in terms if "pairs" in image_terms.TERMS[name].reads]
   others = [name for name in terms if name not in on_pairs]
   # Parts of a batch are added up by the weight of their pairs, or equally; it cannot be both.
-  if options.accumulate_steps > 1 and (on_pairs and others or "consensus" in on_pairs):
+  apart = on_pairs and others or "consensus" in on_pairs or config_lib.weighs_images(config)
+  if options.accumulate_steps > 1 and apart:
     raise ConfigError(
       f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but the terms "
       f"{', '.join(terms)} do not add up over parts of a batch; set it to 1"

@@ -80,6 +80,8 @@ RANGES = {
   "finetune.min_pair_probability": _RATE,
   **{f"finetune.terms.{name}.weight": _FROM_0 for name in config_lib.base_config().finetune.terms},
   "finetune.terms.consensus.temperature": _FROM_0,
+  "finetune.terms.consensus.image_temperature": _FROM_0,
+  "finetune.terms.chosen.image_temperature": _FROM_0,
   "finetune.terms.pseudo.threshold": _RATE, "finetune.terms.weak_to_strong.threshold": _RATE,
   "finetune.terms.weak_to_strong.cutmix": _SHARE, "finetune.terms.consistency.max_entropy": _SHARE,
   "finetune.terms.consistency.passes": Range(1, 64),

@@ -111,7 +111,8 @@ class PairBatch(NamedTuple):
     smoothing: f32[B, P], the probability that a pair is the wrong way round; None if the config
       says one for all.
     consensus: u8[B, *S, C], the mean of the proposals' probabilities in 255ths; None if no term
-      reads it.
+      reads it, as top_score.
+    top_score: f32[B], the highest that the judge gave a proposal of the image.
   """
 
   images: Array
@@ -123,6 +124,7 @@ class PairBatch(NamedTuple):
   voxel_volume: Array
   smoothing: Array | None = None
   consensus: Array | None = None
+  top_score: Array | None = None
 
 
 class FinetuneBatch(NamedTuple):

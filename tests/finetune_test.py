@@ -136,7 +136,7 @@ def test_chosen_masks_and_labelled_images_add_their_supervised_loss():
     for pair in range(3)
   ]
   expected = np.sum(np.stack(each, 1) * batch.weight) / np.sum(batch.weight)
-  chosen = {"chosen": {"weight": 0.5}}
+  chosen = {"chosen": {"weight": 0.5, "image_temperature": 0.0}}
   value, _, metrics = value_and_grad(loss_fn(terms=chosen), params, batch)
   np.testing.assert_allclose(value, plain + 0.5 * expected, rtol=1e-5)
   np.testing.assert_allclose(metrics["chosen"], expected, rtol=1e-5)
@@ -151,11 +151,34 @@ def test_chosen_masks_and_labelled_images_add_their_supervised_loss():
   np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
 
 
+def test_images_weigh_by_their_top_score():
+  params, _, batch, masks = draw()
+  consensus = np.random.default_rng(1).integers(1, 255, (2, *SIZE, CLASSES)).astype(np.uint8)
+  batch = batch._replace(consensus=consensus, top_score=np.float32([0.9, 0.7]))
+  share = 1 / (1 + np.exp(-0.2 / 0.1))
+
+  def loss(name, batch, temperature=0.0):
+    terms = {name: {"weight": 1.0, "image_temperature": temperature}}
+    settings = pair_terms.Settings(segmenter().apply, CLASSES, SIZE, {"objective": "dpo"})
+    function = pair_terms.make(settings, terms)
+    inputs = types.StepInputs(jax.random.key(0))
+    return function(params, batch, inputs, jax.random.key(1), jax.random.key(2))[0][name]
+
+  def of_image(name, row):
+    return loss(name, jax.tree.map(lambda x: x[row : row + 1], batch))
+
+  expected = share * of_image("consensus", 0) + (1 - share) * of_image("consensus", 1)
+  np.testing.assert_allclose(loss("consensus", batch, 0.1), expected, rtol=1e-5)
+  pairs = np.array([2 * share, 1 - share])  # two pairs and one
+  expected = (pairs @ [of_image("chosen", 0), of_image("chosen", 1)]) / pairs.sum()
+  np.testing.assert_allclose(loss("chosen", batch, 0.1), expected, rtol=1e-5)
+
+
 def test_parts_of_a_batch_add_up_if_a_pair_of_a_chosen_mask_is_empty():
   params, _, batch, _ = draw()
   batch = batch._replace(rejected=batch.rejected.at[0, 0].set(batch.chosen[0, 0]))
   batch = types.FinetuneBatch(pairs=batch)
-  function = loss_fn(terms={"chosen": {"weight": 0.5}})
+  function = loss_fn(terms={"chosen": {"weight": 0.5, "image_temperature": 0.0}})
   gradient = jax.value_and_grad(function, has_aux=True)
   inputs = types.StepInputs(jax.random.key(0))
   (value, _), whole = gradient(params, batch, inputs)

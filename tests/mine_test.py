@@ -156,7 +156,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
     one, two = next(here), next(there)
     assert one.labelled is None and one.unlabelled is None and one.pairs.consensus is None
     one, two = one.pairs, two.pairs
-    for name, here_array, there_array in zip(one._fields[:-2], one[:-2], two[:-2], strict=True):
+    for name, here_array, there_array in zip(one._fields[:-3], one[:-3], two[:-3], strict=True):
       np.testing.assert_array_equal(here_array, there_array, err_msg=name)
     seen.append(np.asarray(one.images).tobytes())
   assert len(set(seen)) == 3

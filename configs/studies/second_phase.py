@@ -37,6 +37,12 @@ VARIANTS = {
 }
 
 
+# Images of whose top proposal the judge is surer weigh more.
+IMAGES = {
+  "images by score": {"finetune.terms.chosen.image_temperature": 0.05},
+}
+
+
 def get_study():
   return {
     "data": {
@@ -49,5 +55,6 @@ def get_study():
     "arms": [
       {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
+      {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
     ],
   }

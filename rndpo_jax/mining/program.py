@@ -210,6 +210,8 @@ def _make_pairs_of(config, dataset) -> Callable:
     more = {}
     if consensus.weight > 0:
       more["consensus"] = mean_probs(scores, probs, consensus.temperature)
+    if config_lib.weighs_images(config):
+      more["top_score"] = jnp.max(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
     return {
       **more,
       "masks": masks,

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches
@@ -76,12 +77,15 @@ def _pairs_of(
   weigh = weights_by_gap(config, directory)
   smooth = smoothing_by_gap(config, directory)
   volume = voxel_volumes(config, dataset)
-  with_consensus = config.finetune.terms.consensus.weight > 0
+  optional = {
+    shards.CONSENSUS: config.finetune.terms.consensus.weight > 0,
+    shards.TOP_SCORE: config_lib.weighs_images(config),
+  }
 
   @loader.cached
   def load(row: int) -> dict:
     record = table[row]
-    more = {shards.CONSENSUS: record[shards.CONSENSUS]} if with_consensus else {}
+    more = {name: record[name] for name, is_read in optional.items() if is_read}
     if smooth is not None:
       more["smoothing"] = smooth(record["score_gap"]).astype(np.float32)
     index = int(record["index"])

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
@@ -238,6 +239,9 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
     smoothing=None if config.finetune.pair_smoothing == "none" else number,
+    top_score=jax.ShapeDtypeStruct(pairs[:1], jnp.float32)
+    if config_lib.weighs_images(config)
+    else None,
   )
   read = image_terms.reads_of(config)
   labelled, unlabelled = (

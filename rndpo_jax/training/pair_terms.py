@@ -100,13 +100,35 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
     if "chosen" in terms:
       # Of the pairs that the preference loss is a mean of, so that parts of a batch add up.
       weight = batch.weight * (losses.region_size(*masks, **region_options) > 0)
-      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
       metrics.setdefault("weight", jnp.sum(weight))
+      if (temperature := terms["chosen"]["image_temperature"]) > 0:
+        weight = weight * image_weights(batch.top_score, temperature)[:, None]
+      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
     if "consensus" in terms:
-      found["consensus"] = jnp.mean(consistency.soft_label_loss(logits, consensus))
+      values = consistency.soft_label_loss(logits, consensus)
+      if (temperature := terms["consensus"]["image_temperature"]) > 0:
+        values = values * image_weights(batch.top_score, temperature)
+      found["consensus"] = jnp.mean(values)
     return found, metrics
 
   return pair_losses
+
+
+def image_weights(top_score: jax.Array, temperature: float) -> jax.Array:
+  """Weights of the images of a batch by their judge's top scores, with mean 1.
+
+      w = B softmax(top_score / temperature)
+
+  An image of whose proposals one is sure to be good teaches more than one on which all are poor.
+
+  Args:
+    top_score: f32[B].
+    temperature: in the unit of the score, above 0.
+
+  Returns:
+    f32[B].
+  """
+  return len(top_score) * jax.nn.softmax(top_score / temperature)
 
 
 def _chosen(logits, chosen, weight, dice_weight):
