@@ -96,6 +96,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
+  base.member_labels = 1.0  # share of the labelled groups that each member but the first sees
   base.num_steps = 400  # optimiser steps of each member
   base.batch_size = 16  # labelled images a step
   base.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
@@ -121,7 +122,8 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
-  judge.name = "agreement"  # of mining.judges.JUDGES, package.module:function, or auto: of compare
+  # Of mining.judges.JUDGES, package.module:function, auto (one of compare) or fused (all of them).
+  judge.name = "agreement"
   judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
   judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
   judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score
@@ -159,6 +161,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.region_unit = "pixel"  # pixel of the model's grid | mm (mm^2 or mm^3)
   finetune.region_classes = ()  # D counts pixels of these class ids alone; () all
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
+  finetune.pair_smoothing = "none"  # none | reliability: of each pair, by the judge at its gap
   finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
   finetune.min_pair_probability = 0.0  # a pair weighs 0 if the judge is right less often at its gap
@@ -190,6 +193,8 @@ def base_config() -> ml_collections.ConfigDict:
   terms.preference.weight = 1.0  # `objective` on the mined pairs
   # Of a softmax over scores that weighs the proposals of an image; 0 weighs them equally.
   terms.consensus.temperature = 0.0
+  # Of one over the top scores of a batch, that weighs its images; 0 weighs them equally.
+  terms.chosen.image_temperature = terms.consensus.image_temperature = 0.0
   terms.pseudo = ml_collections.ConfigDict({"weight": 0.0})
   terms.pseudo.teacher = "base"  # base | average: whose classes are learned
   terms.pseudo.threshold = 0.0  # least probability of a class that is learned
@@ -201,6 +206,11 @@ def base_config() -> ml_collections.ConfigDict:
   terms.consistency = ml_collections.ConfigDict({"weight": 0.0})
   terms.consistency.max_entropy = 0.0  # share of log C above which a pixel is left out; 0 none is
   terms.consistency.passes = 4  # of the teacher under dropout, with max_entropy
+  terms.online = ml_collections.ConfigDict({"weight": 0.0})
+  terms.online.num_proposals = 4  # of the policy, an image
+  terms.online.noise_scale = 1.0  # as in `proposals`, and so the next two
+  terms.online.noise_smoothing = 8.0
+  terms.online.threshold_shift = 2.0
   terms.copy_paste = ml_collections.ConfigDict({"weight": 0.0})
   terms.copy_paste.unlabelled_weight = 0.5  # of the pixels whose label is a guess
 
@@ -270,6 +280,11 @@ def active_terms(config) -> dict[str, dict[str, Any]]:
   """The terms of fine-tuning's loss with a weight above 0: name -> options."""
   terms = config.finetune.terms.to_dict()
   return {name: options for name, options in terms.items() if options["weight"] > 0}
+
+
+def weighs_images(config) -> bool:
+  """Whether a term weighs images by the top score that the judge gave one of their proposals."""
+  return any(options.get("image_temperature") for options in active_terms(config).values())
 
 
 def region_classes(config) -> tuple[int, ...] | None:

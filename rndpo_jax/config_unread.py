@@ -20,7 +20,8 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "base", "mine",
+  "seed", "mesh", "mine",
+  *(f"base.{name}" for name in config_lib.base_config().base if name != "member_labels"),
   "model.name", "model.width", "model.depth", "model.max_width", "model.dtype", "model.remat",
   "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
   "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
@@ -79,6 +80,7 @@ def readers(config) -> Readers:
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    "base.member_labels": (config.base.num_members > 1, "config.base.num_members above 1"),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
@@ -142,14 +144,17 @@ def _of_terms(config) -> Readers:
   read = image_terms.reads(terms)
   pairs = ("pairs" in read, f"config.finetune.terms {_terms_that_read('pairs')}")
   preference = ("preference" in terms, "config.finetune.terms.preference")
+  objective = (
+    not {"preference", "online"}.isdisjoint(terms),
+    "config.finetune.terms preference or online",
+  )
   strong = "unlabelled" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
   has_dropout = models.reads(config.model.name, "dropout")
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
-  table |= {
-    f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
-  }
+  table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
+  table |= {f"finetune.{name}": objective for name in ("objective", "beta")}
   table["finetune.pair_weight"] = table["finetune.min_pair_probability"] = pairs
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
@@ -195,6 +200,7 @@ def _of_finetuning(options) -> Readers:
     known = f"config.finetune.objective {objectives.known_readers(what)}"
     return bool(objectives.readers(options.objective, what)), known
 
+  smoothed = of_objective("label_smoothing")
   power = (options.normalization == "power", "config.finetune.normalization 'power'")
   return {
     "finetune.normalization": (
@@ -204,6 +210,13 @@ def _of_finetuning(options) -> Readers:
     "finetune.objective_weights": (several, "several objectives in config.finetune.objective"),
     "finetune.power_exponent": power,
     "finetune.power_floor": power,
-    "finetune.label_smoothing": of_objective("label_smoothing"),
+    "finetune.label_smoothing": (
+      smoothed[0] and options.pair_smoothing == "none",
+      f"{smoothed[1]}, with config.finetune.pair_smoothing 'none'",
+    ),
+    "finetune.pair_smoothing": (
+      not several and of_objective("pair_smoothing")[0],
+      "config.finetune.objective 'cdpo' alone",
+    ),
     "finetune.discopop_temperature": of_objective("temperature"),
   }

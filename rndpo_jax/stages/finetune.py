@@ -25,6 +25,7 @@ from rndpo_jax.training import (
   loss_fns,
   metric_writer,
   pair_terms,
+  term_inputs,
   train_loop,
   train_step,
 )
@@ -153,7 +154,7 @@ def make_loss_fn(
     dropout=options.dropout,
     dice_weight=dice_weight,
   )
-  images = image_terms.Settings(
+  images = term_inputs.Settings(
     apply=apply,
     num_classes=num_classes,
     dice_weight=dice_weight,
@@ -161,6 +162,8 @@ def make_loss_fn(
     augment=weak if config.base.augment else None,
     strong=strong,
     teach=mirroring.TEACHER_VIEWS[options.teacher_views](apply),
+    objective=pairs.objective,
+    region_classes=pairs.region_classes,
   )
   terms = config_lib.active_terms(config)
   return loss_fns.make_loss_fn(pairs, images, terms, weak=weak, ramp_steps=options.ramp_steps)
