@@ -25,7 +25,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.seed = 0  # everything random is folded from it
 
   config.data = data = ml_collections.ConfigDict()
-  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet
+  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet | dicom
   data.name = "phantom"  # name of the data set in results and report
   data.root = ""  # folder of the source's files; phantom needs none
   data.spatial_dims = 2  # 2: each slice is a record; 3: each volume is one

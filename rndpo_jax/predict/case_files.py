@@ -91,7 +91,7 @@ def _encode(source: inputs.Input, mask: np.ndarray) -> bytes:
     return _picture(source, mask)
   if source.ending.lower() in cases.ITK:
     return itk.encode_mask(source.files[0], mask, source.mask_ending)
-  return _nifti(source, mask)
+  return _nifti_of_series(source, mask) if source.is_series else _nifti(source, mask)
 
 
 def _picture(source: inputs.Input, mask: np.ndarray) -> bytes:
@@ -111,3 +111,12 @@ def _nifti(source: inputs.Input, mask: np.ndarray) -> bytes:
   header["cal_min"], header["cal_max"] = 0, 0
   content = type(image)(mask.reshape(image.shape), None, header).to_bytes()
   return gzip.compress(content, 1, mtime=0) if source.ending.lower() == ".nii.gz" else content
+
+
+def _nifti_of_series(source: inputs.Input, mask: np.ndarray) -> bytes:
+  """A NIfTI file on the grid of a DICOM series."""
+  image = nibabel.Nifti1Image(mask, cases.open_file(source.files[0]).affine)
+  image.header.set_xyzt_units("mm")
+  image.set_qform(image.affine, code=1)
+  image.set_sform(image.affine, code=1)
+  return gzip.compress(image.to_bytes(), 1, mtime=0)

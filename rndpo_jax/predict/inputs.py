@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks
-from rndpo_jax.data.sources import cases
+from rndpo_jax.data.sources import cases, dicom
 from rndpo_jax.data.sources.folder import natural
 
 ENDINGS = (*cases.ENDINGS, *cases.LOSSY)
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".dcm", ".gz", ".nhdr", ".npy")
+_UNREADABLE = (".bmp", ".gif", ".webp", ".gz", ".nhdr", ".npy")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
-# JPEG changes class ids; .mhd is two files.
-_MASK_ENDING = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}
+_SERIES = ""  # ending of a folder
+# JPEG changes class ids; .mhd is two files; DICOM has no plain mask.
+_MASK_ENDING = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", _SERIES: ".nii.gz"}
 
 
 class Input(NamedTuple):
@@ -26,8 +27,8 @@ class Input(NamedTuple):
 
   Attributes:
     case_id: what its mask is named by.
-    files: its channels in order, of an RGB image in one file.
-    ending: of the files, as they spell it.
+    files: its channels in order, of an RGB image in one file; the folder of a DICOM series.
+    ending: of the files, as they spell it; empty for a series.
     problem: why it cannot be predicted; empty where nothing is known against it.
   """
 
@@ -41,8 +42,12 @@ class Input(NamedTuple):
     return _is_picture(self.ending)
 
   @property
+  def is_series(self) -> bool:
+    return self.ending == _SERIES
+
+  @property
   def mask_ending(self) -> str:
-    """Of the mask's file: the input's, but PNG for JPEG, and .mha for .mhd."""
+    """Of the mask's file: the input's, but PNG for JPEG, .mha for .mhd, NIfTI for a series."""
     return _MASK_ENDING.get(self.ending.lower(), self.ending)
 
   @property
@@ -56,6 +61,7 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
   Volumes' files are channels, as nnU-Net names them (`ID_0000.nii.gz`), if all of the folder are
   named so; else each is a case. Pictures' files are channels if, further, each case has the numbers
   from 0000 on and no more than the network's channels: `slice_0001.png` is a name like any other.
+  A folder with DICOM files in it is a case, be it `path` itself or in it.
   What lies beside a file decides on its name's meaning, be it asked for alone or with the folder.
 
   Args:
@@ -69,24 +75,27 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
     raise errors.DataError(
       f"--input: a bucket cannot be read, found {path!r}; mount it and give that folder"
     )
-  place = pathlib.Path(path).expanduser()
+  place = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if place.is_dir():
-    inputs = _inputs(_listed(sorted(place.iterdir())), num_channels)
+    inputs = _in_folder(place, num_channels)
     _check_ids(inputs)
   elif place.is_file():
-    beside = _inputs(_listed(sorted(place.parent.iterdir())), num_channels)
-    inputs = [one for one in beside if place in one.files]
+    beside = _in_folder(place.parent, num_channels)
+    inputs = [one for one in beside if place in (*one.files, *_slices(one))]
   else:
     raise errors.DataError(f"--input: {place}: no such folder or file; give that of the images")
   if not inputs:
     raise errors.DataError(
-      f"--input: {place}: no images; expected files {', '.join(ENDINGS)}{_hint(place)}"
+      f"--input: {place}: no images; expected files {', '.join(ENDINGS)} or folders of "
+      f"DICOM series{_hint(place)}"
     )
   return sorted(inputs, key=lambda one: natural(one.case_id))
 
 
-def _inputs(found: list[tuple[str, str, pathlib.Path, str]], num_channels: int) -> list[Input]:
-  """Listed files, joined to cases."""
+def _in_folder(place: pathlib.Path, num_channels: int) -> list[Input]:
+  """The cases of a folder, in any order."""
+  names = sorted(place.iterdir())
+  found = _listed(names)
   pictures = [entry for entry in found if _is_picture(entry[1])]
   readable = [entry for entry in found if entry[1].lower() in ENDINGS]
   volumes = [entry for entry in readable if not _is_picture(entry[1])]
@@ -98,7 +107,15 @@ def _inputs(found: list[tuple[str, str, pathlib.Path, str]], num_channels: int) 
     if part is pictures and any(one.problem for one in joined):
       joined = []
     inputs += joined or [Input(stem, (file,), ending) for stem, ending, file, _ in part]
+  folders = [name for name in names if name.is_dir() and not name.name.startswith(".")]
+  for folder in (place, *folders):
+    if dicom.files_of(folder):
+      inputs.append(Input(file_checks.check_text(folder.name, str(folder)), (folder,), _SERIES))
   return inputs
+
+
+def _slices(one: Input) -> list[pathlib.Path]:
+  return dicom.files_of(one.files[0]) if one.is_series else []
 
 
 def _is_picture(ending: str) -> bool:

@@ -5,16 +5,15 @@ A reader of a format is one row of `_READERS`.
 
 from __future__ import annotations
 
-import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import geometry, records
-from rndpo_jax.data.sources import images, itk, nifti, volume
+from rndpo_jax.data.sources import dicom, images, itk, nifti, volume
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd")
@@ -62,22 +61,26 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:
-  """The files that hold an image or label: itself, and of .mhd that of its voxels.
+  """The files that hold an image or label: itself, of .mhd that of its voxels, a series' slices.
 
   Raises:
     errors.DataError: if one is missing.
   """
+  if path.is_dir():
+    return dicom.files_of(path)
   return itk.data_files(path) if split_name(path.name)[1].lower() in ITK else [path]
 
 
 def open_file(path: pathlib.Path) -> volume.Volume:
-  """Reads a file's header.
+  """Reads a file's header, or those of a folder with a DICOM series.
 
   Raises:
     errors.DataError: if its name's ending is of no format that is read, or its header cannot be
       used.
   """
   reader = _READERS.get(split_name(path.name)[1].lower())
+  if reader is None and path.is_dir():
+    return dicom.open_series(path)
   if reader is None:
     raise errors.DataError(
       f"{path}: not a format that is read; expected {', '.join(_READERS)}; convert or remove it"
@@ -149,39 +152,6 @@ def _describe(affine) -> list[str]:
   return [f"{name} {(np.round(value, 4) + 0.0).tolist()}" for name, value in parts.items()]
 
 
-def notes_of_headers(cases: Sequence[Case]) -> Iterator[str]:
-  """What the headers leave open or contradict, each once with its first file."""
-  unitless = [case for case in cases if case.unit == "unknown" and case.spacing is not None]
-  if unitless:
-    yield (
-      f"{unitless[0].channels[0]}: the header names no unit ({len(unitless)} of {len(cases)} "
-      "cases); taken as mm, as nnU-Net and ITK do"
-    )
-  unknown = [case for case in cases if case.spacing is None]
-  if unknown:
-    yield (
-      f"{unknown[0].channels[0]}: the header gives no spacing ({len(unknown)} of {len(cases)} "
-      "cases); distances of the whole data set are in voxels"
-    )
-  differ = [case for case in cases if not _agree(case)]
-  if differ:
-    there = [round(edge, 6) for edge in _affine_spacing(differ[0]).tolist()]
-    yield (
-      f"{differ[0].channels[0]}: pixdim gives the spacing {list(differ[0].spacing)} mm, the affine "
-      f"{there} ({len(differ)} of {len(cases)} cases); pixdim is taken, as ITK does"
-    )
-
-
-def _agree(case: Case) -> bool:
-  """Whether pixdim and the affine give the same spacing, up to the rounding of a header."""
-  return case.spacing is None or np.allclose(case.spacing, _affine_spacing(case), rtol=1e-3)
-
-
-def _affine_spacing(case: Case) -> np.ndarray:
-  """mm an axis."""
-  return np.linalg.norm(case.affine[:3, : len(case.shape)], axis=0) * nifti.MM[case.unit]
-
-
 def read_case(
   case: Case, spatial_dims: int, num_classes: int, has_ignored: bool
 ) -> Iterator[records.Pixels]:
@@ -238,62 +208,3 @@ def _opened_again(path: pathlib.Path, case: Case) -> volume.Volume:
       "run the same command again"
     )
   return found
-
-
-def make_source(
-  data, cases: Mapping[str, Case], class_names: list[str], *, has_ignored=False, notes=()
-) -> records.Source:
-  """The source of some cases, whose notes on headers are added to `notes`.
-
-  Args:
-    data: `config.data`.
-    cases: by case id, in the order of the records.
-    class_names: one a class, background first.
-    has_ignored: whether the id C in a label means `types.IGNORED`.
-    notes: on what else the source found.
-  """
-  known = all(case.spacing is not None for case in cases.values())
-  entries = [entry for name, case in cases.items() for entry in _entries(data, name, case, known)]
-
-  def read(start: int) -> Iterator[records.Pixels]:
-    for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
-      sliced = next(group)["slice"]
-      pixels = read_case(cases[name], data.spatial_dims, len(class_names), has_ignored)
-      yield from itertools.islice(pixels, max(sliced, 0), None)
-
-  def fingerprint(place: int) -> str:
-    case = cases[entries[place]["case_id"]]
-    named = [*case.channels, *([case.label] if case.label else [])]
-    return records.file_fingerprint(*itertools.chain.from_iterable(map(files_of, named)))
-
-  return records.Source(
-    name=data.name,
-    num_classes=len(class_names),
-    class_names=class_names,
-    has_ignored=has_ignored,
-    num_channels=next(iter(cases.values())).num_channels,
-    spatial_dims=data.spatial_dims,
-    spacing_unit="mm" if known else "voxel",
-    dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
-    records=entries,
-    read=read,
-    fingerprint=fingerprint,
-    notes=(*notes, *notes_of_headers(list(cases.values()))),
-  )
-
-
-def _entries(data, name: str, case: Case, known: bool) -> Iterator[dict[str, Any]]:
-  group = records.extract(data.group_pattern, name, "group_pattern")
-  dims = data.spatial_dims
-  sliced = len(case.shape) > dims
-  for index in range(case.shape[2]) if sliced else (-1,):
-    yield records.record(
-      record_id=f"{name}#z{index:03d}" if sliced else name,
-      case_id=name,
-      group_id=group,
-      slice_index=index,
-      shape=case.shape[:dims],
-      spacing=case.spacing[:dims] if known else None,
-      slice_spacing=case.spacing[2] if known and sliced else None,
-      has_mask=case.label is not None,
-    )

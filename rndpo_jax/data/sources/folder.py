@@ -76,11 +76,10 @@ def open_source(config) -> records.Source:
     )
 
   eight_bit = all(header.dtype == "uint8" for header in headers.values())
-  names = [f"class {c}" for c in range(1, data.num_classes)]
   return records.Source(
     name=data.name,
     num_classes=data.num_classes,
-    class_names=["background", *(names if data.num_classes > 2 else ["foreground"])],
+    class_names=class_names(data.num_classes),
     num_channels=headers[ids[0]].channels,
     spatial_dims=2,
     spacing_unit="voxel",
@@ -90,6 +89,12 @@ def open_source(config) -> records.Source:
     fingerprint=fingerprint,
     notes=tuple(_notes(image_files, headers)),
   )
+
+
+def class_names(num_classes: int) -> list[str]:
+  """Names where the files tell none."""
+  names = [f"class {c}" for c in range(1, num_classes)]
+  return ["background", *(names if num_classes > 2 else ["foreground"])]
 
 
 def _notes(files, headers) -> Iterator[str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import file_checks, records
+from rndpo_jax.data.sources import case_source, folder
 from rndpo_jax.data.sources import cases as cases_lib
-from rndpo_jax.data.sources import folder
 
 _MAX_CLASSES = types.IGNORED  # masks are kept as u8
 _IGNORE = "ignore"  # nnU-Net's name for pixels of unknown class
@@ -65,7 +65,7 @@ def open_source(config) -> records.Source:
         "three, a grey one is one)"
       )
   notes = _notes_of_folder(root, channel_names, data.normalization, has_ignored)
-  return cases_lib.make_source(data, cases, names, has_ignored=has_ignored, notes=notes)
+  return case_source.make_source(data, cases, names, has_ignored=has_ignored, notes=notes)
 
 
 def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool) -> Iterator[str]:
