@@ -24,7 +24,7 @@ _ENDINGS = (".dcm", ".dicom", ".ima")
 _TAGS = (
   "SeriesInstanceUID", "Rows", "Columns", "PixelSpacing", "ImagerPixelSpacing",
   "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept",
-  "SamplesPerPixel", "NumberOfFrames", "ModalityLUTSequence",
+  "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "ModalityLUTSequence",
 )  # fmt: skip
 _BROKEN = (
   OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, struct.error,
@@ -126,15 +126,17 @@ def _header(library: types.ModuleType, path: pathlib.Path) -> _Slice:
     )
     frames, samples = int(found.get("NumberOfFrames") or 1), int(found.get("SamplesPerPixel") or 1)
   except (*_BROKEN, library.errors.InvalidDicomError) as error:
+    cause = file_checks.one_line(error).split(" Use force")[0]
     raise errors.DataError(
-      f"{path}: no readable DICOM header of an image ({file_checks.one_line(error)}); replace or "
-      "remove it"
+      f"{path}: no readable DICOM header of an image ({cause}); replace or remove it"
     ) from error
-  if frames != 1 or samples != 1 or "ModalityLUTSequence" in found:
+  kind = str(found.get("PhotometricInterpretation") or "MONOCHROME2")
+  has_table = "ModalityLUTSequence" in found
+  if frames != 1 or samples != 1 or has_table or not kind.startswith("MONOCHROME"):
     raise errors.DataError(
-      f"{path}: {frames} frames of {samples} samples a pixel"
-      f"{', with a table of values' if 'ModalityLUTSequence' in found else ''}; expected one grey "
-      "slice a file, convert the series (for example with dcm2niix)"
+      f"{path}: {frames} frame{'s' * (frames > 1)} of {samples} sample{'s' * (samples > 1)} a pixel"
+      f", {kind}{', with a table of values' * has_table}; expected one grey slice a file, convert "
+      "the series (for example with dcm2niix)"
     )
   if one.spacing is not None and min(one.spacing) <= 0:
     raise errors.DataError(
