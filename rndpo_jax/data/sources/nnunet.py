@@ -64,11 +64,11 @@ def open_source(config) -> records.Source:
         f"{root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB picture is "
         "three, a grey one is one)"
       )
-  notes = _notes_of_folder(root, channel_names, data.normalization, has_ignored)
+  notes = _notes_of_folder(root, channel_names, data, has_ignored)
   return case_source.make_source(data, cases, names, has_ignored=has_ignored, notes=notes)
 
 
-def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool) -> Iterator[str]:
+def _notes_of_folder(root, channel_names, data, has_ignored: bool) -> Iterator[str]:
   """What of the folder's own description has another effect here than a reader might think."""
   if has_ignored:
     yield (
@@ -80,12 +80,13 @@ def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool)
   if own:
     yield (
       f"{root / 'dataset.json'}: nnU-Net normalises the channel {own[0]!r} in its own way; here "
-      f"every channel is normalised by config.data.normalization={normalization!r}"
+      f"every channel is normalised by config.data.normalization={data.normalization!r}"
     )
-  if (root / "splits_final.json").exists():
+  folds = root / "splits_final.json"
+  if folds.exists() and not data.split_file:
     yield (
-      f"{root / 'splits_final.json'}: not read; the splits are drawn from config.data.split_seed, "
-      "or read from config.data.split_file"
+      f"{folds}: not read; the splits are drawn from config.data.split_seed; to hold out what fold "
+      f"0 does, set --config.data.split_file={folds} --config.data.split_fold=0"
     )
 
 
