@@ -45,11 +45,24 @@ def write(path, pixels: np.ndarray, place: float, **changes) -> None:
   header(pixels, place, **changes).save_as(path, enforce_file_format=True)
 
 
+def path(folder, place: int):
+  """File of a slice of `write_series`; names are in another order than positions."""
+  return folder / f"IM{(7 * place + 3) % 97:03d}.dcm"
+
+
+def affine() -> np.ndarray:
+  """f64[4, 4] of the series, voxel indices to NIfTI's mm: right, anterior, superior."""
+  found = np.eye(4)
+  edges = (DIRECTIONS[:3], DIRECTIONS[3:], NORMAL)
+  found[:3, :3] = np.transpose([np.array(e) * s for e, s in zip(edges, SPACING, strict=True)])
+  found[:3, 3] = ORIGIN
+  return np.diag([-1.0, -1.0, 1.0, 1.0]) @ found
+
+
 def write_series(folder, volume: np.ndarray, **changes) -> None:
-  """u16[columns, rows, slices] as files whose names are in another order than their positions."""
+  """u16[columns, rows, slices] as a file a slice."""
   for place in range(volume.shape[-1]):
-    name = f"IM{(7 * place + 3) % 97:03d}.dcm"
-    write(folder / name, volume[..., place], place, **changes)
+    write(path(folder, place), volume[..., place], place, **changes)
 
 
 def read(path) -> Dataset:

@@ -32,13 +32,11 @@ def test_slices_are_ordered_rescaled_and_placed(series):
   np.testing.assert_array_equal(found.read(False), 2.0 * VOLUME - 1000)
   assert found.read(False).dtype == np.float32
   np.testing.assert_allclose(found.spacing, dicom_files.SPACING, rtol=1e-6)
-  right, below, beyond = np.reshape(dicom_files.DIRECTIONS, (2, 3)).tolist() + [dicom_files.NORMAL]
-  voxel = (3, 2, 1)
-  edges = [
-    np.array(e) * s for e, s in zip((right, below, beyond), dicom_files.SPACING, strict=True)
-  ]
-  there = dicom_files.ORIGIN + sum(n * edge for n, edge in zip(voxel, edges, strict=True))
-  np.testing.assert_allclose(found.affine @ (*voxel, 1), (-there[0], -there[1], there[2], 1))
+  np.testing.assert_allclose(found.affine, dicom_files.affine(), atol=1e-6)
+  # Three columns, two rows and one slice on; DICOM's left and posterior are negative in NIfTI.
+  steps = 3 * 0.75 * np.array([0, 1, 0]) + 2 * 1.5 * np.array([-0.6, 0, -0.8])
+  there = dicom_files.ORIGIN + steps + 2.5 * np.array([-0.8, 0, 0.6])
+  np.testing.assert_allclose(found.affine @ (3, 2, 1, 1), (-there[0], -there[1], there[2], 1))
 
 
 def test_it_is_what_itk_reads(series):
@@ -86,10 +84,6 @@ def _rewrite(path, **changes):
   found.save_as(path)
 
 
-def _named(series, place):
-  return series / f"IM{(7 * place + 3) % 97:03d}.dcm"
-
-
 _TILTED = [float(x) for x in np.array(dicom_files.position(2)) + 0.5 * np.array([0, 1, 0])]
 
 
@@ -98,9 +92,9 @@ _TILTED = [float(x) for x in np.array(dicom_files.position(2)) + 0.5 * np.array(
   [
     (lambda path: path.unlink(), r"IM024\.dcm: 5 mm beyond IM010\.dcm, .* 2\.5 mm .* missing"),
     ({"SeriesInstanceUID": "1.2.3"}, r"of the series .*a folder holds one series"),
-    ({"Rows": 5}, r"its size is .*\(5, 5\).* one grid|its size is .*\(5, 6\).* one grid"),
-    ({"PixelSpacing": [1.0, 1.0]}, r"its spacing is"),
-    ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, r"its directions is .*a localizer"),
+    ({"Rows": 5}, r"size \(5, 5\).*size \(5, 6\).* one grid"),
+    ({"PixelSpacing": [1.0, 1.0]}, r"spacing \(1\.0, 1\.0\), but .* spacing \(0\.75, 1\.5\)"),
+    ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, r"directions \(1\.0.*a localizer"),
     ({"ImagePositionPatient": dicom_files.position(1)}, r"at the same position as IM010\.dcm"),
     ({"ImagePositionPatient": dicom_files.position(2.4)}, r"IM017\.dcm: 0\.40 .* unevenly spaced"),
     ({"ImagePositionPatient": _TILTED}, r"IM017\.dcm: 0\.67 voxels .* shifted sideways"),
@@ -109,7 +103,8 @@ _TILTED = [float(x) for x in np.array(dicom_files.position(2)) + 0.5 * np.array(
     ({"NumberOfFrames": 3}, r"IM017\.dcm: 3 frames"),
     ({"SamplesPerPixel": 3}, r"IM017\.dcm: 1 frame of 3 samples"),
     ({"PhotometricInterpretation": "PALETTE COLOR"}, r"a pixel, PALETTE COLOR; expected one grey"),
-    ({"Rows": None}, r"IM017\.dcm: no readable DICOM header of an image"),
+    ({"Rows": None}, r"IM017\.dcm: no readable .* of an image \(no Rows"),
+    ({"RescaleSlope": "nan"}, r"IM017\.dcm: no readable .*RescaleSlope is \(nan,\)"),
     ({"PixelData": bytes(20)}, r"IM017\.dcm: its pixels cannot be read"),
     ({"PixelData": None}, r"IM017\.dcm: its pixels cannot be read"),
     (lambda path: path.write_bytes(b"no DICOM"), r"IM017\.dcm: no readable DICOM header"),
@@ -119,7 +114,7 @@ _TILTED = [float(x) for x in np.array(dicom_files.position(2)) + 0.5 * np.array(
   ],
 )  # fmt: skip
 def test_what_is_no_whole_series_is_named(series, change, message):
-  path = _named(series, 2)
+  path = dicom_files.path(series, 2)
   change(path) if callable(change) else _rewrite(path, **change)
   with pytest.raises(errors.DataError, match=message) as caught:
     dicom.open_series(series).read(False)
@@ -129,7 +124,7 @@ def test_what_is_no_whole_series_is_named(series, change, message):
 def test_rounded_positions_are_no_uneven_slices(series):
   for place in range(4):
     rounded = [round(x, 1) for x in dicom_files.position(place)]
-    _rewrite(_named(series, place), ImagePositionPatient=rounded)
+    _rewrite(dicom_files.path(series, place), ImagePositionPatient=rounded)
   assert dicom.open_series(series).shape == (5, 6, 4)
 
 

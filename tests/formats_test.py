@@ -117,7 +117,7 @@ def test_pictures_under_the_names_of_nnunet(tmp_path, ending):
   np.testing.assert_array_equal(pixels[0].image, np.concatenate([RGB, RGB[..., :1]], -1))
   np.testing.assert_array_equal(pixels[0].mask, MASK[..., 0])
   (tmp_path / "imagesTr" / f"a_0001{ending}").unlink()
-  with pytest.raises(errors.DataError, match=r"1 files with 3 channels, .*dataset\.json lists 4"):
+  with pytest.raises(errors.DataError, match=r"3 channels in 1 files .*dataset\.json lists 4"):
     _open(tmp_path)
 
 

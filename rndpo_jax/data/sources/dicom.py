@@ -114,6 +114,8 @@ def _header(library: types.ModuleType, path: pathlib.Path) -> _Slice:
   try:
     found = library.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
     spacing = _numbers(found, "PixelSpacing", 2) or _numbers(found, "ImagerPixelSpacing", 2)
+    if "Rows" not in found or "Columns" not in found:
+      raise ValueError("no Rows or no Columns")
     one = _Slice(
       path=path,
       series=str(found.get("SeriesInstanceUID", "")),
@@ -121,8 +123,8 @@ def _header(library: types.ModuleType, path: pathlib.Path) -> _Slice:
       spacing=spacing and spacing[::-1],  # DICOM: between rows, between columns
       directions=_numbers(found, "ImageOrientationPatient", 6),
       position=_numbers(found, "ImagePositionPatient", 3),
-      slope=float(found.get("RescaleSlope") or 1),
-      intercept=float(found.get("RescaleIntercept") or 0),
+      slope=(_numbers(found, "RescaleSlope", 1) or (1.0,))[0],
+      intercept=(_numbers(found, "RescaleIntercept", 1) or (0.0,))[0],
     )
     frames, samples = int(found.get("NumberOfFrames") or 1), int(found.get("SamplesPerPixel") or 1)
   except (*_BROKEN, library.errors.InvalidDicomError) as error:
@@ -150,7 +152,7 @@ def _numbers(found, name: str, count: int) -> tuple[float, ...] | None:
   values = found.get(name)
   if values is None or values == "":
     return None
-  numbers = tuple(float(value) for value in values)
+  numbers = tuple(float(value) for value in ([values] if count == 1 else values))
   if len(numbers) != count or not np.isfinite(numbers).all():
     raise ValueError(f"{name} is {numbers}, expected {count} finite numbers")
   return numbers
@@ -171,8 +173,8 @@ def _check_alike(slices: Sequence[_Slice]) -> None:
         here is not None and not np.allclose(here, there, rtol=_ROUNDING, atol=_ROUNDING)
       ):
         raise errors.DataError(
-          f"{one.path}: its {name} is {here}, but that of {first.path.name} is {there}; the slices "
-          "of a series have one grid, take away those that are of another kind (a localizer?)"
+          f"{one.path}: {name} {here}, but {first.path.name} has {name} {there}; the slices of a "
+          "series have one grid, take away those that are of another kind (a localizer?)"
         )
 
 

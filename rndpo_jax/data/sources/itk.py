@@ -10,6 +10,7 @@ import pathlib
 import re
 import tempfile
 import types
+import zlib
 
 import numpy as np
 
@@ -21,6 +22,8 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MAX_HEADER = 2**16  # bytes looked through for the name of a file of voxels
 _META_DATA_FILE = re.compile(rb"^ElementDataFile *= *([^\r\n]*)", re.MULTILINE)
 _OBJECT = re.compile(r"\w+\(0x[0-9a-f]+\): ")
+_COMPRESSED = re.compile(rb"^CompressedData *= *T", re.MULTILINE | re.IGNORECASE)
+_LINE_END = re.compile(rb"\r?\n?")
 _NRRD_DATA_FILE = re.compile(rb"^data ?file: *([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -147,8 +150,9 @@ def _affine(reader) -> np.ndarray:
 def _voxels(path: pathlib.Path, as_bytes: bool) -> np.ndarray:
   library, reader = _library(path), _reader(path)
   try:
+    _check_compressed(path)
     array = library.GetArrayFromImage(reader.Execute()).T
-  except RuntimeError as error:
+  except (RuntimeError, zlib.error) as error:
     raise errors.DataError(
       f"{path}: truncated or damaged, its voxels cannot be read ({_cause(error)}); replace or "
       "remove it"
@@ -156,7 +160,27 @@ def _voxels(path: pathlib.Path, as_bytes: bool) -> np.ndarray:
   return array if as_bytes else array.astype(np.float32)
 
 
-def _cause(error: RuntimeError) -> str:
+def _check_compressed(path: pathlib.Path) -> None:
+  """Raises zlib.error on a damaged MetaImage: ITK would give the voxels before the damage."""
+  last = data_files(path)[-1]
+  with path.open("rb") as file:
+    content = file.read(_MAX_HEADER)
+  match = _META_DATA_FILE.search(content)
+  if match is None or not _COMPRESSED.search(content[: match.start()]):
+    return
+  stream = zlib.decompressobj()
+  with last.open("rb") as file:
+    if last == path:
+      file.seek(match.end() + len(_LINE_END.match(content, match.end())[0]))
+    while not stream.eof and (part := file.read(2**16)):
+      while part:
+        stream.decompress(part, 2**24)
+        part = stream.unconsumed_tail
+  if not stream.eof:
+    raise zlib.error("its compressed voxels end too early")
+
+
+def _cause(error: Exception) -> str:
   """What ITK says of an error, without the place in its code and the address of its object."""
   text = _OBJECT.split(file_checks.one_line(error))[-1]
   return "SimpleITK cannot read it" if "Reason: Success" in text else text[:200]

@@ -60,9 +60,9 @@ def open_source(config) -> records.Source:
   for case in cases.values():
     if case.num_channels != len(channel_names):
       raise errors.DataError(
-        f"{case.channels[0]}: {len(case.channels)} files with {case.num_channels} channels, "
-        f"{root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB picture is "
-        "three, a grey one is one)"
+        f"{case.channels[0]}: {case.num_channels} channels in {len(case.channels)} files of the "
+        f"case, but {root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB "
+        "picture is three, a grey one is one)"
       )
   notes = _notes_of_folder(root, channel_names, data, has_ignored)
   return case_source.make_source(data, cases, names, has_ignored=has_ignored, notes=notes)
