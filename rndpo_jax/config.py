@@ -25,7 +25,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.seed = 0  # everything random is folded from it
 
   config.data = data = ml_collections.ConfigDict()
-  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet
+  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet | dicom
   data.name = "phantom"  # name of the data set in results and report
   data.root = ""  # folder of the source's files; phantom needs none
   data.spatial_dims = 2  # 2: each slice is a record; 3: each volume is one
@@ -36,6 +36,7 @@ def base_config() -> ml_collections.ConfigDict:
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
+  data.split_fold = -1  # of an nnU-Net splits_final.json in split_file; -1: it is no such file
   data.num_labelled = 8  # groups to train the base on (patients, or cases without group_pattern)
   data.num_val = 16  # groups that choose checkpoints and measure judges
   data.num_test = 32  # groups that are only tested

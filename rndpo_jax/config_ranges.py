@@ -40,7 +40,7 @@ _PIXELS, _KEPT = Range(0, 2**31 - 1), Range(1, 1000)
 RANGES = {
   "seed": _SEED,
   "data.num_labelled": Range(1), "data.num_val": Range(1), "data.num_test": Range(1),
-  "data.num_unlabelled": Range(-1), "data.split_seed": _SEED,
+  "data.num_unlabelled": Range(-1), "data.split_fold": Range(-1), "data.split_seed": _SEED,
   "data.num_workers": Range(0, 1024), "data.prefetch": Range(0, 1024),
   "data.spatial_dims": Range(2, 3), "data.num_classes": Range(0, IGNORED),
   "data.phantom.num_cases": Range(1, 10**7), "data.phantom.contrast": _FROM_0,

@@ -79,7 +79,7 @@ def readers(config) -> Readers:
   used_samplers = {name for names, _ in proposals.parse_mix(config.proposals.mix) for name in names}
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
-    **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    **_of_splits(config.data),
     "base.member_labels": (config.base.num_members > 1, "config.base.num_members above 1"),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
@@ -95,6 +95,14 @@ def readers(config) -> Readers:
     **_of_terms(config),
     **_of_finetuning(config.finetune),
   }
+
+
+def _of_splits(data) -> Readers:
+  """A split file says all, but of a fold, which only says what is held out."""
+  drawn, of_fold = not data.split_file, data.split_file != "" and data.split_fold >= 0
+  said = dict.fromkeys(SAID, (drawn or of_fold, "an empty config.data.split_file"))
+  said["data.num_val"] = (drawn, "an empty config.data.split_file")
+  return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
 
 
 def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> Readers:

@@ -16,6 +16,7 @@ CONDITIONAL = [
   ("data.phantom.size", (20, 20), {"data.source": "phantom"}),
   ("data.root", "/data", {"data.source": "folder"}),
   ("data.case_pattern", r"(case\d+)_z", {"data.source": "folder"}),
+  ("data.split_fold", 0, {"data.split_file": "splits_final.json"}),
   ("model.norm", "instance", {"model.name": "unet"}),
   ("model.dropout", 0.1, {"model.name": "unet"}),
   ("model.dropout", 0.1, {"judge.name": "learned"}),
@@ -145,5 +146,8 @@ def test_every_key_is_named_by_code_that_is_no_check(key):
 def test_counts_beside_a_split_file_are_reported(capsys):
   config_checks.validate(make(**{"data.split_file": "splits.json", "data.num_val": 5}))
   assert "config.data.num_val: found 5, which nothing reads" in capsys.readouterr().out
+  fold = {"data.split_file": "splits_final.json", "data.split_fold": 1}
+  config_checks.validate(make(**{**fold, "data.num_val": 5, "data.num_test": 5}))
+  assert capsys.readouterr().out.count("which nothing reads") == 1
   config_checks.validate(make(**{"data.num_val": 5}))
   assert capsys.readouterr().out == ""
