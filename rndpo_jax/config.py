@@ -82,6 +82,9 @@ def base_config() -> ml_collections.ConfigDict:
   model.width = 8  # channels of the first level, doubled at each deeper one
   model.depth = 4  # levels; data.size must divide by 2**(depth - 1)
   model.max_width = 256  # channels a level never exceeds
+  # JSON of an nnU-Net network with kernels and strides of its own, as base.nnunet_folder sets it;
+  # "" makes one of width, depth and max_width.
+  model.architecture = ""
   model.norm = "group"  # group | instance
   model.dropout = 0.2  # rate, in bottleneck and decoder
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
@@ -96,6 +99,8 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
+  base.nnunet_folder = ""  # .../nnUNetTrainer__nnUNetPlans__2d: the base is that trained nnU-Net
+  base.fold = "0"  # of it: a number, "all", or several for the judge agreement: "0,1,2"
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
   base.member_labels = 1.0  # share of the labelled groups that each member but the first sees
   base.num_steps = 400  # optimiser steps of each member
@@ -275,6 +280,11 @@ def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
     except TypeError as error:
       raise ConfigError(f"config.phases[{len(phases) - 1}]: {key}: {error}") from error
   return own
+
+
+def trains_base(config) -> bool:
+  """Whether the base is trained here, and not taken from elsewhere."""
+  return not (config.base.workdir or config.base.nnunet_folder)
 
 
 def active_terms(config) -> dict[str, dict[str, Any]]:

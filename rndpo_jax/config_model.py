@@ -43,16 +43,17 @@ def check_size(config) -> None:
     ConfigError: naming the key, what was found and what is expected.
   """
   size = tuple(config.data.size)
-  step = 2 ** (config.model.depth - 1)
-  if any(s % step for s in size):
+  steps = models.divisors(config.model, spatial_dims=len(size))
+  made_of = "architecture" if config.model.architecture else f"depth={config.model.depth}"
+  if any(s % step for s, step in zip(size, steps, strict=True)):
+    multiples = f"multiples of {steps[0] if len(set(steps)) == 1 else steps}"
     raise ConfigError(
-      f"config.data.size: found {size}, but config.model.depth={config.model.depth} needs "
-      f"multiples of {step}"
+      f"config.data.size: found {size}, but config.model.{made_of} needs {multiples}"
     )
-  deepest = size[0] // step
+  deepest = size[0] // steps[0]
   if deepest % config.mesh.space:
     divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
     raise ConfigError(
       f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
-      f"model.depth={config.model.depth} has {deepest} rows; use {', '.join(map(str, divisors))}"
+      f"model.{made_of} has {deepest} rows; use {', '.join(map(str, divisors))}"
     )

@@ -186,7 +186,7 @@ def _check_phase_here(config, stages) -> None:
   """
   names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
-  if config.base.workdir:
+  if not config_lib.trains_base(config):
     trained = [name for name in trained if name != "base"]
   sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
   if "finetune" in trained:

@@ -225,7 +225,7 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
   """Batches of each program one after another, in the order of the stages."""
   counts, tuned, base = data.num_images, config.finetune, config.base
   evaluations = -(-tuned.num_steps // tuned.eval_every_steps)
-  supervised = 0 if base.workdir else base.num_members
+  supervised = base.num_members if config_lib.trains_base(config) else 0
   validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
   local = config.mine.batch_size * jax.local_device_count()
   processes = jax.process_count()

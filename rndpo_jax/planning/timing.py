@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import records, writer
 from rndpo_jax.errors import ConfigError
@@ -69,7 +70,7 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
 def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   """Images that each program of a run takes at once, on all devices together."""
   parts, local = sharding.num_batch_parts(mesh), jax.local_device_count()
-  sizes = {} if config.base.workdir else {"base": config.base.batch_size}
+  sizes = {"base": config.base.batch_size} if config_lib.trains_base(config) else {}
   if "learned" in (config.judge.name, *config.judge.compare):
     sizes["judge"] = config.judge.learned.batch_size
   return sizes | {
