@@ -85,12 +85,13 @@ def _check_network():
 
 
 def _job(options):
+  from rndpo_jax.predict import grid_run, native_network, native_run, trained
+
   if _WORKDIR.value is not None:
-    from rndpo_jax.predict import grid_run, trained
-
-    return grid_run.job(trained.load(_WORKDIR.value, _CHECKPOINT.value), options)
-  from rndpo_jax.predict import native_network, native_run
-
+    found = trained.load(_WORKDIR.value, _CHECKPOINT.value)
+    if found.native is None:
+      return grid_run.job(found, options)
+    return native_run.job(native_network.of_run(found), options)
   folds = native_network.parse_folds(_FOLD.value)
   return native_run.job(native_network.read_nnunet(_NNUNET_FOLDER.value, folds), options)
 

@@ -33,6 +33,14 @@ def base_config() -> ml_collections.ConfigDict:
   data.crop = ()  # centre crop before resizing, in source pixels; () keeps the whole image
   data.num_classes = 2  # background is one of them; 0 takes it from an nnU-Net dataset.json
   data.normalization = "zscore"  # zscore | minmax, an image and channel at a time
+  # mm a pixel of the model's grid, one entry a spatial dimension; an entry of 0 takes the median of
+  # the labelled cases. () is the simple mode: whole images at data.size.
+  data.spacing = ()
+  data.patch_size = ()  # pixels of the network's input, with data.spacing
+  data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () by the channels' names
+  # Of the scheme 'ct': JSON of {"mean", "std", "percentile_00_5", "percentile_99_5"} or null, one a
+  # channel; "" measures them under the masks of the labelled split.
+  data.statistics = ""
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
@@ -280,6 +288,11 @@ def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
     except TypeError as error:
       raise ConfigError(f"config.phases[{len(phases) - 1}]: {key}: {error}") from error
   return own
+
+
+def input_size(config) -> tuple[int, ...]:
+  """Pixels of the network's input: the patch, or in the simple mode the whole grid."""
+  return tuple(config.data.patch_size if config.data.spacing else config.data.size)
 
 
 def trains_base(config) -> bool:

@@ -19,7 +19,8 @@ def check(config, mix) -> None:
     ConfigError: naming the key, what was found and what is expected.
   """
   values, table = config_lib.leaves(config), proposals.SAMPLERS
-  num_views = len(proposals.views(tuple(config.data.size)))
+  size, grid = config_lib.input_size(config), "patch_size" if config.data.spacing else "size"
+  num_views = len(proposals.views(size))
   fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
   config_model.check_mix(config, mix)
   for atoms, count in mix:
@@ -39,7 +40,7 @@ def check(config, mix) -> None:
     _check_repeats(config, atoms, count, bool(strengths) or frozenset(atoms) not in fixed)
     if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
-        f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
+        f"config.proposals.mix: found {name}:{count}, but data.{grid}={size} has "
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
         f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
       )

@@ -22,9 +22,8 @@ from rndpo_jax.training import image_terms
 ALWAYS = (
   "seed", "mesh", "mine", "base.workdir", "base.nnunet_folder", "base.num_members",
   "model.name", "model.depth", "model.dtype", "model.remat",
-  "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
-  "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
-  "data.prefetch",
+  "data.source", "data.name", "data.spatial_dims", "data.num_classes", "data.spacing",
+  "data.group_pattern", "data.split_file", "data.num_workers", "data.prefetch",
   "proposals.mix",
   "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
@@ -79,6 +78,7 @@ def readers(config) -> Readers:
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **_of_splits(config.data),
+    **_of_geometry(bool(config.data.spacing)),
     **_of_base(config.base),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
@@ -102,6 +102,16 @@ def _of_splits(data) -> Readers:
   said = dict.fromkeys(SAID, (drawn or of_fold, "an empty config.data.split_file"))
   said["data.num_val"] = (drawn, "an empty config.data.split_file")
   return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
+
+
+def _of_geometry(is_native: bool) -> Readers:
+  """The simple mode and that of patches have each their own keys."""
+  simple = (not is_native, "an empty config.data.spacing")
+  native = (is_native, "config.data.spacing")
+  return {
+    **{f"data.{name}": simple for name in ("size", "crop", "normalization")},
+    **{f"data.{name}": native for name in ("patch_size", "schemes", "statistics")},
+  }
 
 
 def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> Readers:

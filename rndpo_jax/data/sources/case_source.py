@@ -14,14 +14,16 @@ from rndpo_jax.data.sources import nifti
 
 
 def make_source(
-  data, cases: Mapping[str, cases_lib.Case], class_names: list[str], *, has_ignored=False, notes=()
-) -> records.Source:
+  data, cases: Mapping[str, cases_lib.Case], class_names: list[str], *, channel_names=(),
+  has_ignored=False, notes=(),
+) -> records.Source:  # fmt: skip
   """The source of some cases, whose notes on headers are added to `notes`.
 
   Args:
     data: `config.data`.
     cases: by case id, in the order of the records.
     class_names: one a class, background first.
+    channel_names: as in `records.Source`.
     has_ignored: whether the id C in a label means `types.IGNORED`.
     notes: on what else the source found.
   """
@@ -52,6 +54,7 @@ def make_source(
     class_names=class_names,
     has_ignored=has_ignored,
     num_channels=next(iter(cases.values())).num_channels,
+    channel_names=channel_names,
     spatial_dims=data.spatial_dims,
     spacing_unit="mm" if known else "voxel",
     dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
