@@ -40,10 +40,30 @@ def _input(trained: Trained) -> dict[str, Any]:
   return {
     "images": f"float32 [B, {_axes(trained)}, {trained.num_channels}], channels last",
     "axes": "as nibabel gives them (x, y, z), or rows and columns of a picture",
-    "size": list(trained.size),
+    **(_on_grid if trained.native is None else _at_spacing)(trained),
     "divisors": list(models.divisors(trained.config.model, spatial_dims=trained.spatial_dims)),
+  }
+
+
+def _on_grid(trained: Trained) -> dict[str, Any]:
+  return {
+    "steps": "centre crop, linear resizing to size, normalisation of each image",
     "crop": list(trained.crop),
+    "size": list(trained.size),
     "normalization": trained.normalization,
+  }
+
+
+def _at_spacing(trained: Trained) -> dict[str, Any]:
+  """By nnU-Net's rules."""
+  native = trained.native
+  return {
+    "steps": "crop to nonzero, normalisation of each case and channel, cubic resampling to "
+    "spacing_mm, patches with steps of half a patch",
+    "spacing_mm": list(native.spacing),
+    "patch_size": list(trained.size),
+    "schemes": list(native.schemes),
+    "statistics": list(native.statistics),
   }
 
 

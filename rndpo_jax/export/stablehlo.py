@@ -12,7 +12,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from rndpo_jax import models
+from rndpo_jax import errors, models
 from rndpo_jax.export import description
 from rndpo_jax.predict.trained import Trained
 
@@ -26,7 +26,18 @@ def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
 
 
 def serialize(trained: Trained) -> bytes:
-  """images f32[B, *size, I] -> logits f32[B, *size, C] for every B, on any of PLATFORMS."""
+  """images f32[B, *size, I] -> logits f32[B, *size, C] for every B, on any of PLATFORMS.
+
+  Raises:
+    errors.ConfigError: without the package that JAX writes and reads programs with.
+  """
+  try:
+    import flatbuffers  # noqa: F401  JAX itself imports it when it writes, late and with a traceback
+  except ImportError as error:
+    raise errors.ConfigError(
+      "--format=stablehlo: needs the package flatbuffers, which is not installed; install the "
+      "extra 'run' again (source launch/setup.sh)"
+    ) from error
   segmenter = models.build(
     trained.config.model, num_classes=trained.num_classes, spatial_dims=trained.spatial_dims
   )
