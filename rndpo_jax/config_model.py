@@ -73,3 +73,8 @@ def check_turns(config) -> None:
     raise ConfigError(
       f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
     )
+  if config.finetune.teacher_views == "flips_turns" and size[0] != size[1]:
+    raise ConfigError(
+      f"config.finetune.teacher_views: quarter turns need H equal to W, found size {size}; set it "
+      "to flips"
+    )

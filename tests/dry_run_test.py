@@ -68,12 +68,12 @@ def test_printed_lines(tiny_run, tried):
     row[0]: row[-3] for row in (re.split(r"  +", line) for line in tried[0]) if len(row) == 7
   }
   # 20 images in two shards of 10, eight devices of one image each: 2 batches a shard. Validation
-  # 2 + 2 times on 3 images, then 3 checkpoints on 6 images.
+  # 2 + 2 times on 3 images, then 3 checkpoints, and the base by RankSEG, on 6 images.
   assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
-  assert (batches["validate"], batches["evaluate"]) == ("4", "3")
+  assert (batches["validate"], batches["evaluate"]) == ("4", "4")
   assert batches["measure"] == "2" and "judge" not in batches  # validation, labelled split
   # Images of 20 x 18 pixels, up to the next multiple of 64.
-  assert tried[1]["resize"].out_info.shape[1:] == (64, 64) and batches["resize"] == "3"
+  assert tried[1]["resize"].out_info.shape[1:] == (64, 64) and batches["resize"] == "4"
 
 
 def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
@@ -87,8 +87,8 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   data = data_set.Data(None, images, 30, 30 * 720, None, None)
   found = dry_run.num_batches(config, data, trials)
   assert found["base"] == 200 and found["judge"] == config.judge.learned.num_steps
-  # Three checkpoints, and three times one more for the distances.
-  assert found["evaluate"] == 6
+  # Three checkpoints, the base by RankSEG, and three times one more for the distances.
+  assert found["evaluate"] == 7
   with config.unlocked():
     config.base.workdir = "elsewhere"
   sizes = timing.batch_sizes(config, sharding.make_mesh())

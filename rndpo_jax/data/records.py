@@ -247,11 +247,11 @@ def _native(content: dict[str, Any]) -> dict[str, Any]:
   return {"native": Native(*(tuple(found[name]) for name in Native._fields)), "boxes": boxes}
 
 
-def read_json(path: epath.Path, remedy: str) -> Any:
-  """Reads a JSON object.
+def read_json(path: epath.Path, remedy: str, kind: type = dict) -> Any:
+  """Reads a JSON object, or a list if `kind` is that.
 
   Raises:
-    DataError: if the file is missing or is no JSON object; `remedy` ends the message.
+    DataError: if the file is missing or is no such JSON; `remedy` ends the message.
   """
   file_checks.check_regular(path)
   try:
@@ -262,8 +262,9 @@ def read_json(path: epath.Path, remedy: str) -> Any:
     raise errors.DataError(
       f"{path}: cannot be read as JSON ({file_checks.one_line(error)}); {remedy}"
     ) from error
-  if not isinstance(content, dict):
+  if not isinstance(content, kind):
+    expected = {dict: "an object", list: "a list"}[kind]
     raise errors.DataError(
-      f"{path}: holds a {type(content).__name__}, expected an object; {remedy}"
+      f"{path}: holds a {type(content).__name__}, expected {expected}; {remedy}"
     )
   return content

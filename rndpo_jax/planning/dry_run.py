@@ -189,7 +189,8 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
   processes = jax.process_count()
   judged = sum(-(-counts[split] // local) for split in measure_judges.SPLITS)  # by process 0
   # Each process measures some of the checkpoints, and of the base, on its own devices.
-  measured = -(-(evaluations + 1) // processes)
+  # Once more the base, by RankSEG, by process 0.
+  measured = -(-(evaluations + 1) // processes) + 1
   own = trials["evaluate"].batch_size // processes
   if set(config.evaluate.metrics) & set(metrics.SURFACE):
     measured += 3  # base, last and selected checkpoint again, by process 0

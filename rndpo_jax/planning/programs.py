@@ -24,7 +24,7 @@ from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import judge_gate
+from rndpo_jax.mining import fused, judge_gate, judges
 from rndpo_jax.mining.program import (
   make_mine_batch,
   make_rule,
@@ -166,13 +166,17 @@ def _mine(config, problem, score):
 
 def _measure(config, problem, score):
   rule = make_rule(config, problem)
-  return measure_judges.make_measure(score, used_judges(config), problem, rule)
+  names = tuple(name for name in used_judges(config) if name != judges.FUSED)
+  return measure_judges.make_measure(score, names, problem, rule)
 
 
 def _on_own_images(config, problem, mesh, params, batch, make):
   """A program that mining runs under `jax.pmap`: each device has its own images."""
   ensemble = [params] * (config.base.num_members - 1)
-  weights = {"policy": params, "ensemble": ensemble, "learned": None}
+  log_odds = None
+  if config.judge.name == judges.FUSED:
+    log_odds = jax.ShapeDtypeStruct((len(fused.members(config)),), jnp.float32)
+  weights = {"policy": params, "ensemble": ensemble, "learned": None, "log_odds": log_odds}
   learned_apply = None
   if config.judge.name == "learned" or "learned" in config.judge.compare:
     init, learned_apply = train_judge.build(config, problem)
@@ -234,6 +238,10 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     reference_log_prob=number,
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+    smoothing=None if config.finetune.pair_smoothing == "none" else number,
+    top_score=jax.ShapeDtypeStruct(pairs[:1], jnp.float32)
+    if config_lib.weighs_images(config)
+    else None,
   )
   read = image_terms.reads_of(config)
   labelled, unlabelled = (

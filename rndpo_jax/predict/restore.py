@@ -8,13 +8,15 @@ in memory, and threads share them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rndpo_jax.data import resample
 from rndpo_jax.evaluation import sliding_window
-from rndpo_jax.predict.native_cases import NativeCase
+
+if TYPE_CHECKING:  # evaluation restores records, too, and what reads cases builds upon it
+  from rndpo_jax.predict.native_cases import NativeCase
 
 _PIECE_VALUES = 2**22  # logits of a piece
 

@@ -7,6 +7,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -137,7 +138,7 @@ def _train_member(config, workdir, member: int) -> None:
     train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config,
-      dataset,
+      shown_to(config, dataset, member),
       mesh,
       batch_size=config.base.batch_size,
       seed=seeds.base_order(config.seed, member),
@@ -159,6 +160,23 @@ def _train_member(config, workdir, member: int) -> None:
   )
   if multihost.is_first():
     _select(config, directory, dataset.fingerprint)
+
+
+def shown_to(config, dataset, member: int) -> dataset_lib.Dataset:
+  """The data set with the labelled groups that a member is trained on.
+
+  The first sees all, each other one a share `config.base.member_labels` of its own, one group at
+  least: bagging (Breiman, "Bagging predictors", Machine Learning 1996), drawn without replacement.
+  """
+  labelled = dataset.splits["labelled"]
+  groups = np.array([dataset.records[index]["group_id"] for index in labelled])
+  names = np.unique(groups)
+  count = max(1, round(config.base.member_labels * len(names)))
+  if member == 0 or count == len(names):
+    return dataset
+  rng = np.random.default_rng(seeds.base_order(config.seed, member))
+  own = labelled[np.isin(groups, rng.choice(names, count, replace=False))]
+  return dataset._replace(splits={**dataset.splits, "labelled": own})
 
 
 def _import_member(config, workdir, member: int) -> None:

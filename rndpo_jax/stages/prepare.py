@@ -90,8 +90,18 @@ def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
   Raises:
     records.DataError: if they cannot be split so.
   """
-  if data.split_file:
+  if data.split_file and data.split_fold < 0:
     return splits.read_split_file(epath.Path(data.split_file), entries)
+  if data.split_file:
+    return splits.read_fold(
+      epath.Path(data.split_file),
+      entries,
+      fold=data.split_fold,
+      num_labelled=data.num_labelled,
+      num_test=data.num_test,
+      num_unlabelled=data.num_unlabelled,
+      seed=data.split_seed,
+    )
   return splits.make_splits(
     entries,
     num_labelled=data.num_labelled,
