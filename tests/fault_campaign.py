@@ -16,6 +16,7 @@ import sys
 import fault_clock
 import fault_export
 import fault_files
+import fault_predict
 import fault_signals
 import fault_sources
 from fault_runs import Campaign, undisturbed
@@ -35,6 +36,7 @@ FAULTS = {
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
   "export": lambda campaign, _: fault_export.kills(campaign),
+  "predict": lambda campaign, _: fault_predict.predictions(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 
