@@ -170,6 +170,8 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.batch_size = 16  # images with their pairs a step
   finetune.labelled_batch_size = 8  # labelled images a step
   finetune.unlabelled_batch_size = 8  # unlabelled images a step, without pairs
+  # Of the unlabelled images, those on which the checkpoints of the phase before agree most.
+  finetune.reliable_share = 1.0
   finetune.ramp_steps = 0  # of rising weights of terms on the model's own predictions
   finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam

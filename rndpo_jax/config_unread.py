@@ -159,6 +159,7 @@ def _of_terms(config) -> Readers:
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  table["finetune.reliable_share"] = table["finetune.unlabelled_batch_size"]
   table["finetune.ramp_steps"] = (
     any(image_terms.TERMS[name].rises for name in terms),
     f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",
