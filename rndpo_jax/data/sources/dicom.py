@@ -62,8 +62,11 @@ def _is_dicom(path: pathlib.Path) -> bool:
     return True
   if (ending and not ending[1:].isdecimal()) or not path.is_file():  # names may be UIDs
     return False
-  with path.open("rb") as file:
-    return file.read(132)[128:] == b"DICM"
+  try:
+    with path.open("rb") as file:
+      return file.read(132)[128:] == b"DICM"
+  except OSError:
+    return True  # reading its header says why
 
 
 def open_series(folder: pathlib.Path) -> volume.Volume:
