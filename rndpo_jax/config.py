@@ -33,6 +33,14 @@ def base_config() -> ml_collections.ConfigDict:
   data.crop = ()  # centre crop before resizing, in source pixels; () keeps the whole image
   data.num_classes = 2  # background is one of them; 0 takes it from an nnU-Net dataset.json
   data.normalization = "zscore"  # zscore | minmax, an image and channel at a time
+  # mm a pixel of the model's grid, one entry a spatial dimension; an entry of 0 takes the median of
+  # the labelled cases. () is the simple mode: whole images at data.size.
+  data.spacing = ()
+  data.patch_size = ()  # pixels of the network's input, with data.spacing
+  data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () by the channels' names
+  # Of the scheme 'ct': JSON of {"mean", "std", "percentile_00_5", "percentile_99_5"} or null, one a
+  # channel; "" measures them under the masks of the labelled split.
+  data.statistics = ""
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
@@ -79,6 +87,9 @@ def base_config() -> ml_collections.ConfigDict:
   model.width = 8  # channels of the first level, doubled at each deeper one
   model.depth = 4  # levels; data.size must divide by 2**(depth - 1)
   model.max_width = 256  # channels a level never exceeds
+  # JSON of an nnU-Net network with kernels and strides of its own, as base.nnunet_folder sets it;
+  # "" makes one of width, depth and max_width.
+  model.architecture = ""
   model.norm = "group"  # group | instance
   model.dropout = 0.2  # rate, in bottleneck and decoder
   model.dtype = "float32"  # float32 | bfloat16 compute; parameters and logits are float32
@@ -93,6 +104,8 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.base = base = ml_collections.ConfigDict()
   base.workdir = ""  # take data, splits and base from this work directory; "" trains here
+  base.nnunet_folder = ""  # .../nnUNetTrainer__nnUNetPlans__2d: the base is that trained nnU-Net
+  base.fold = "0"  # of it: a number, "all", or several for the judge agreement: "0,1,2"
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
   base.num_steps = 400  # optimiser steps of each member
   base.batch_size = 16  # labelled images a step
@@ -261,6 +274,16 @@ def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
     except TypeError as error:
       raise ConfigError(f"config.phases[{len(phases) - 1}]: {key}: {error}") from error
   return own
+
+
+def input_size(config) -> tuple[int, ...]:
+  """Pixels of the network's input: the patch, or in the simple mode the whole grid."""
+  return tuple(config.data.patch_size if config.data.spacing else config.data.size)
+
+
+def trains_base(config) -> bool:
+  """Whether the base is trained here, and not taken from elsewhere."""
+  return not (config.base.workdir or config.base.nnunet_folder)
 
 
 def active_terms(config) -> dict[str, dict[str, Any]]:

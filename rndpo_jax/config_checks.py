@@ -50,6 +50,7 @@ def _validate_phase(config) -> None:
     )
   workdir.check_path("config.base.workdir", config.base.workdir)
   workdir.check_path("config.data.split_file", config.data.split_file)
+  config_model.check_turns(config)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
 
@@ -230,7 +231,8 @@ def _check_counts(config) -> None:
 def _check_mix(config, mix) -> None:
   """Checks that no proposal is bound to be given twice."""
   values, table = config_lib.leaves(config), proposals.SAMPLERS
-  num_views = len(proposals.views(tuple(config.data.size)))
+  size, key = config_lib.input_size(config), "patch_size" if config.data.spacing else "size"
+  num_views = len(proposals.views(size))
   fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
   config_model.check_mix(config, mix)
   for atoms, count in mix:
@@ -249,31 +251,34 @@ def _check_mix(config, mix) -> None:
       )
     if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
-        f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
+        f"config.proposals.mix: found {name}:{count}, but data.{key}={size} has "
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
         f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
       )
 
 
 def _check_grid(config) -> None:
-  size, dims, phantom = tuple(config.data.size), config.data.spatial_dims, config.data.phantom
-  if len(size) != dims:
+  data, size = config.data, config_lib.input_size(config)
+  input_key = "patch_size" if data.spacing else "size"
+  for key in (input_key, "spacing", "crop"):
+    if (key == input_key or data[key]) and len(data[key]) != data.spatial_dims:
+      raise ConfigError(
+        f"config.data.{key}: found {tuple(data[key])}, expected {data.spatial_dims} entries as "
+        f"config.data.spatial_dims={data.spatial_dims}"
+      )
+  if not all(0 <= mm < math.inf for mm in data.spacing):
     raise ConfigError(
-      f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
+      f"config.data.spacing: found {tuple(data.spacing)}, expected mm a pixel, or 0 for the "
+      "median of the labelled cases"
     )
-  if config.data.crop and len(config.data.crop) != dims:
-    raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
-  for key, pixels in (("size", size), ("crop", config.data.crop), ("phantom.size", phantom.size)):
+  grids = {input_key: size, "crop": data.crop, "phantom.size": data.phantom.size}
+  for key, pixels in grids.items():
     if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
       raise ConfigError(
         f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
         f"{MAX_PIXELS:,} pixels in all"
       )
   config_model.check_size(config)
-  if config.augment.turn > 0 and size[0] != size[1]:
-    raise ConfigError(
-      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
-    )
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -92,8 +92,9 @@ RANGES = {
 }  # fmt: skip
 # What the entries of a tuple are.
 ITEMS = {
-  "data.size": int, "data.crop": int, "data.phantom.size": int, "finetune.region_classes": int,
-  "finetune.objective_weights": float,
+  "data.size": int, "data.crop": int, "data.phantom.size": int, "data.patch_size": int,
+  "data.spacing": float, "data.schemes": str,
+  "finetune.region_classes": int, "finetune.objective_weights": float,
   "judge.compare": str, "evaluate.metrics": str, "phases": dict,
 }  # fmt: skip
 _KINDS = {

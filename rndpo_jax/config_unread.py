@@ -20,11 +20,10 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "base", "mine",
-  "model.name", "model.width", "model.depth", "model.max_width", "model.dtype", "model.remat",
-  "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
-  "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
-  "data.prefetch",
+  "seed", "mesh", "mine", "base.workdir", "base.nnunet_folder", "base.num_members",
+  "model.name", "model.depth", "model.dtype", "model.remat",
+  "data.source", "data.name", "data.spatial_dims", "data.num_classes", "data.spacing",
+  "data.group_pattern", "data.split_file", "data.num_workers", "data.prefetch",
   "proposals.mix",
   "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
@@ -79,6 +78,8 @@ def readers(config) -> Readers:
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **_of_splits(config.data),
+    **_of_geometry(bool(config.data.spacing)),
+    **_of_base(config.base),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
@@ -103,6 +104,16 @@ def _of_splits(data) -> Readers:
   return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
 
 
+def _of_geometry(is_native: bool) -> Readers:
+  """The simple mode and that of patches have each their own keys."""
+  simple = (not is_native, "an empty config.data.spacing")
+  native = (is_native, "config.data.spacing")
+  return {
+    **{f"data.{name}": simple for name in ("size", "crop", "normalization")},
+    **{f"data.{name}": native for name in ("patch_size", "schemes", "statistics")},
+  }
+
+
 def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> Readers:
   """The `options` of a table's rows, each read if one of its rows is used."""
   names: dict[str, list[str]] = {}
@@ -115,6 +126,14 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
   }
 
 
+def _of_base(options) -> Readers:
+  """A base that nnU-Net has trained is not trained here."""
+  others = ("workdir", "nnunet_folder", "num_members")
+  trained = (not options.nnunet_folder, "an empty config.base.nnunet_folder")
+  table = {f"base.{name}": trained for name in options if name not in others}
+  return {**table, "base.fold": (bool(options.nnunet_folder), "config.base.nnunet_folder")}
+
+
 def _of_model(config, used_judges: set[str]) -> Readers:
   """The learned judge, a U-Net of its own, reads two of the keys as well."""
   used = {name for name in models.ARCHITECTURES if name == config.model.name}
@@ -123,12 +142,14 @@ def _of_model(config, used_judges: set[str]) -> Readers:
   for key in ("model.dropout", "model.lanes"):
     is_read, where = table[key]
     table[key] = (is_read or "learned" in used_judges, f"{where} or the judge 'learned'")
-  return table
+  derived = (not config.model.architecture, "an empty config.model.architecture")
+  return {**table, "model.width": derived, "model.max_width": derived}
 
 
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
   options = config.augment
-  on = config.base.augment or config.finetune.augment or "learned" in used_judges
+  on = config.base.augment and not config.base.nnunet_folder
+  on = on or config.finetune.augment or "learned" in used_judges
   on = on or "unlabelled" in image_terms.reads_of(config)
   where = (
     "config.base.augment, config.finetune.augment, the judge 'learned' or a term of fine-tuning on "

@@ -17,7 +17,15 @@ from PIL import Image
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
-from rndpo_jax.predict import case_files, case_reader, inputs, output_folder, programs, score_table
+from rndpo_jax.predict import (
+  case_files,
+  case_reader,
+  grid_run,
+  inputs,
+  output_folder,
+  programs,
+  score_table,
+)
 from rndpo_jax.predict import run as run_lib
 from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.runtime import files, preemption
@@ -34,7 +42,7 @@ def network(tiny_run):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
   """Equal programs are traced and compiled once for the file."""
-  make, made = run_lib.make_predictor, {}
+  make, made = grid_run.make_predictor, {}
 
   def make_once(trained, options):
     key = (trained.step, trained.spatial_dims, options._replace(workers=0))
@@ -42,9 +50,9 @@ def compiled_once():
       made[key] = make(trained, options)
     return made[key]
 
-  run_lib.make_predictor = make_once
+  grid_run.make_predictor = make_once
   yield
-  run_lib.make_predictor = make
+  grid_run.make_predictor = make
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,14 @@ def truth(tiny_run, network):
   }
 
 
+def _run(network, source, output, options):
+  run_lib.run(grid_run.job(network, options), str(source), output, options)
+
+
 def _predict(network, source, output, **options):
   """Runs, and returns the rows of the table."""
   output_folder.check(str(source), str(output))
-  run_lib.run(network, str(source), output, run_lib.Options(**options))
+  _run(network, source, output, run_lib.Options(**options))
   with (output / score_table.FILE).open(newline="") as file:
     return list(csv.DictReader(file))
 
@@ -154,7 +166,7 @@ def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, networ
     image = _nifti(volume[..., channel])
     nibabel.save(image, tmp_path / "in" / f"v_000{channel}.nii")
   options = run_lib.Options(scores=False)
-  run_lib.run(network, str(tmp_path / "in"), tmp_path / "out", options)
+  _run(network, tmp_path / "in", tmp_path / "out", options)
   image = dataset_lib.to_model(network, volume.astype(np.float32))
   logits = jax.jit(segmenter.apply)(params, image[None])[0]
   want = dataset_lib.to_native(logits, volume.shape[:3], ()).argmax(-1)
@@ -311,7 +323,7 @@ def test_options_reach_the_files(tmp_path, network, truth):
   folder = _write_png(tmp_path / "in", truth)
   output = tmp_path / "out"
   options = run_lib.Options(mirror=True, probabilities=True, scores=False, workers=1)
-  run_lib.run(network, str(folder), output, options)
+  _run(network, folder, output, options)
   assert not (output / score_table.FILE).exists()
   for index, (image, _) in truth.items():
     with np.load(output / f"case{index}.npz") as content:
@@ -331,7 +343,7 @@ def test_batches_are_of_one_size_and_few_records_wait():
   cases = [_case("v", (20, 30), 7), _case("a", (70, 30)), _case("b", (64, 64)), _case("c", (9, 9))]
   found = [
     [(case.source.case_id, place) for case, place in rows]
-    for rows in run_lib.batches(iter(cases), 4)
+    for rows in grid_run.batches(iter(cases), 4)
   ]
   rest = [("v", n) for n in range(4, 7)]
   assert found == [[("v", n) for n in range(4)], [*rest, ("b", 0)], [("a", 0)], [("c", 0)]]
@@ -342,7 +354,7 @@ def test_batches_are_of_one_size_and_few_records_wait():
     for pulled in range(1, 1001):
       yield _case(str(pulled), (64 * pulled, 64))
 
-  stream = run_lib.batches(sizes(), 2)
+  stream = grid_run.batches(sizes(), 2)
   assert next(stream)[0][0].source.case_id == "1" and pulled == 9
 
 

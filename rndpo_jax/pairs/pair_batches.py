@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import geometry, loader, split_batches
+from rndpo_jax.data import geometry, loader, split_batches, tiles
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.mining import judge_gate, reliability
 from rndpo_jax.pairs import shards
@@ -46,7 +46,8 @@ def stream_of(
   # Name -> (stream, its order).
   parts = {}
   if "pairs" in read:
-    parts["pairs"] = (_pairs_of(config, directory, dataset, whole), seeds.pairs_order)
+    pairs = _pairs_of(config, directory, tiles.view(dataset), whole)
+    parts["pairs"] = (pairs, seeds.pairs_order)
   if "labelled" in read:
     stream = split_batches.stream_of_split(
       config, dataset, "labelled", options.labelled_batch_size, whole

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
@@ -96,7 +97,7 @@ def problem_of(config, num_channels: int, num_classes: int) -> Problem:
       "--num_classes: config.data.num_classes is 0 (a data set would tell); give it, as in "
       "--num_classes=4"
     )
-  size = tuple(config.data.size)
+  size = config_lib.input_size(config)
   return Problem(classes, num_channels, config.data.spatial_dims, size, native=size)
 
 

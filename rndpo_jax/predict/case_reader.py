@@ -40,7 +40,7 @@ def read(source: inputs.Input, trained: Trained) -> Case:
   if source.problem:
     raise errors.DataError(source.problem)
   stamp = inputs.stamp(source)
-  opened = _open(source, trained)
+  opened = open_case(source, trained)
   found, shape = [], ()
   for one in cases.read_case(opened, trained.spatial_dims, trained.num_classes, False):
     shape = one.image.shape[:-1]
@@ -50,8 +50,16 @@ def read(source: inputs.Input, trained: Trained) -> Case:
   return Case(source, stamp, found, shape, len(opened.shape) > trained.spatial_dims)
 
 
-def _open(source: inputs.Input, trained: Trained) -> cases.Case:
-  """The case, its headers checked to be what the network takes."""
+def open_case(source: inputs.Input, trained) -> cases.Case:
+  """The case, its headers checked to be what the network takes.
+
+  Args:
+    source: without a problem.
+    trained: a Trained, or what else has its `spatial_dims` and `num_channels`.
+
+  Raises:
+    errors.DataError: naming the file, what was found and the remedy.
+  """
   case = cases.open_case(list(source.files), None, 2)
   first, count = source.files[0], case.num_channels
   if len(case.shape) < trained.spatial_dims:

@@ -134,7 +134,7 @@ def make_loss_fn(
   pairs = pair_terms.Settings(
     apply=apply,
     num_classes=num_classes,
-    size=tuple(config.data.size),
+    size=config_lib.input_size(config),
     objective={
       "objective": options.objective,
       "objective_weights": tuple(options.objective_weights),

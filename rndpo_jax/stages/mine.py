@@ -18,7 +18,7 @@ from etils import epath
 
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader
+from rndpo_jax.data import loader, tiles
 from rndpo_jax.mining import judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
@@ -60,7 +60,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = dataset_lib.open_dataset(config, workdir)
+  dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)

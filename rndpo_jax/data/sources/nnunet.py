@@ -64,8 +64,18 @@ def open_source(config) -> records.Source:
         f"case, but {root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB "
         "picture is three, a grey one is one)"
       )
+  source = case_source.make_source(data, cases, names, has_ignored=has_ignored)
   notes = _notes_of_folder(root, channel_names, data, has_ignored)
-  return case_source.make_source(data, cases, names, has_ignored=has_ignored, notes=notes)
+  return source._replace(channel_names=_texts(channel_names), notes=(*notes, *source.notes))
+
+
+def _texts(channel_names) -> tuple[str, ...]:
+  """The names in the order of the channels' numbers."""
+  if isinstance(channel_names, list):
+    return tuple(map(str, channel_names))
+  numbered = all(str(key).isdecimal() for key in channel_names)
+  keys = sorted(channel_names, key=int) if numbered else channel_names
+  return tuple(str(channel_names[key]) for key in keys)
 
 
 def _notes_of_folder(root, channel_names, data, has_ignored: bool) -> Iterator[str]:
@@ -77,7 +87,7 @@ def _notes_of_folder(root, channel_names, data, has_ignored: bool) -> Iterator[s
     )
   names = channel_names.values() if isinstance(channel_names, dict) else channel_names
   own = [str(name) for name in names if str(name).lower() in _OWN_NORMALIZATION]
-  if own:
+  if own and not data.spacing:  # in the native mode it is done as nnU-Net does
     yield (
       f"{root / 'dataset.json'}: nnU-Net normalises the channel {own[0]!r} in its own way; here "
       f"every channel is normalised by config.data.normalization={data.normalization!r}"
