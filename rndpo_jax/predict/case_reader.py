@@ -68,11 +68,10 @@ def open_case(source: inputs.Input, trained) -> cases.Case:
       "volumes, as NIfTI, or a network with config.data.spatial_dims=2"
     )
   if count != trained.num_channels:
-    kind = {1: " (grey)", 3: " (RGB)"}.get(count, "") if source.is_picture else ""
+    names = [f"{source.case_id}_{n:04d}{source.ending}" for n in range(2)]
     raise errors.DataError(
-      f"{first}: {count} channel{'s' * (count > 1)}{kind}, but the network was trained on "
-      f"{trained.num_channels}; expected as many, convert or remove it, or give them as files "
-      f"{source.case_id}_0000{source.ending}, {source.case_id}_0001{source.ending} and so on, and "
-      "all names of this kind"
+      f"{first}: {count} channel{'s' * (count > 1)}, but the network was trained on "
+      f"{trained.num_channels}; expected as many (an RGB picture is three): convert or remove it, "
+      f"or give channels as files {', '.join(names)} and so on, and all names of this kind"
     )
   return case
