@@ -15,6 +15,7 @@ import sys
 
 import fault_clock
 import fault_files
+import fault_predict
 import fault_signals
 import fault_sources
 from fault_runs import Campaign, undisturbed
@@ -33,6 +34,7 @@ FAULTS = {
   "states": lambda campaign, _: fault_files.damaged_states(campaign),
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
+  "predict": lambda campaign, _: fault_predict.predictions(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 
