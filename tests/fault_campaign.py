@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 import fault_clock
+import fault_export
 import fault_files
 import fault_predict
 import fault_signals
@@ -35,6 +36,7 @@ FAULTS = {
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
   "predict": lambda campaign, _: fault_predict.predictions(campaign),
+  "export": lambda campaign, _: fault_export.kills(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 
