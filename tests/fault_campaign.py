@@ -35,8 +35,8 @@ FAULTS = {
   "states": lambda campaign, _: fault_files.damaged_states(campaign),
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
-  "export": lambda campaign, _: fault_export.kills(campaign),
   "predict": lambda campaign, _: fault_predict.predictions(campaign),
+  "export": lambda campaign, _: fault_export.kills(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 
