@@ -127,6 +127,15 @@ def _check_terms(config) -> None:
         f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
         "to 2 or more"
       )
+  if options.reliable_share < 1:
+    number = config_lib.num_phases(config)
+    before = config_lib.of_phase(config, number - 1).finetune if number > 1 else None
+    if before is None or before.num_steps <= before.eval_every_steps:
+      raise ConfigError(
+        f"config.finetune.reliable_share: found {options.reliable_share}, but it is told by two or "
+        "more checkpoints of the phase before; set it in a phase after one with num_steps above "
+        "eval_every_steps"
+      )
   made_here = terms.get("online")
   if made_here and not made_here["noise_scale"] + made_here["threshold_shift"]:
     raise ConfigError(

@@ -32,7 +32,7 @@ from rndpo_jax.data import loader
 from rndpo_jax.runtime import sharding
 
 _SIGMA = 1 / 8  # of the Gaussian, in patches
-# Pixels of a batch on a device, at most; of a CPU few: they stay in its cache.
+# Pixels of a batch on a device, at most. A CPU is fastest with few: they stay in its cache.
 _BATCH_PIXELS = {"cpu": 2**16}
 _BATCH_PIXELS_ELSEWHERE = 2**22
 
