@@ -6,7 +6,7 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model, config_ranges, config_unread, workdir
+from rndpo_jax import config_files, config_model, config_ranges, config_unread, workdir
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
@@ -40,7 +40,9 @@ def _validate_phase(config) -> None:
   _check_grid(config)
   mix = proposals.parse_mix(config.proposals.mix)
   _check_mix(config, mix)
-  _check_pairs(config, sum(n for _, n in mix))
+  config_files.check(config, mix)
+  if not config.data.preferences:
+    _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
   _check_terms(config)
   if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:

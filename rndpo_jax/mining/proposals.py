@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
 from rndpo_jax.mining import overlap
@@ -33,10 +34,12 @@ def sample(
   temperature_low: float,
   temperature_high: float,
   threshold_shift: float,
+  files: types.FileProposals | None = None,
 ) -> types.Proposals:
   """Samples K proposals of each image.
 
-  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass.
+  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass. The
+  logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
 
   Args:
     segmenter: pure functions of `params`.
@@ -50,6 +53,7 @@ def sample(
     temperature_high: the last one.
     threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
       from minus this to plus this over the proposals of an entry: more foreground each time.
+    files: what the entry `file` takes, leading axis b.
 
   Returns:
     types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
@@ -60,7 +64,9 @@ def sample(
   for atoms, count in mix:
     dropout_keys, noise_keys = _proposal_keys(keys, start, count)
     dropout_keys = dropout_keys if "mc_dropout" in atoms else None
-    if "tta" in atoms:
+    if "file" in atoms:
+      entry = _CERTAIN * jax.nn.one_hot(files.masks, base_logits.shape[-1], dtype=jnp.float32)
+    elif "tta" in atoms:
       entry = _decode_views(segmenter, params, images, dropout_keys, count)
     elif dropout_keys is not None:
       entry = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=None)
@@ -76,7 +82,21 @@ def sample(
     logits.append(entry)
     start += count
   logits = jnp.concatenate(logits, axis=1)
-  return types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
+  sampled = types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
+  return sampled if files is None else _with_files(sampled, mix, files)
+
+
+def _with_files(sampled, mix, files: types.FileProposals) -> types.Proposals:
+  """Says which proposals are there, and their scores; those of the samplers are, and have none."""
+  shape = files.present.shape[:1]
+  present, scores = [], []
+  for atoms, count in mix:
+    is_file = "file" in atoms
+    present.append(files.present if is_file else jnp.ones((*shape, count), bool))
+    scores.append(files.scores if is_file else jnp.full((*shape, count), jnp.nan))
+  return sampled._replace(
+    present=jnp.concatenate(present, axis=1), file_scores=jnp.concatenate(scores, axis=1)
+  )
 
 
 class Sampler(NamedTuple):
@@ -95,6 +115,7 @@ class Sampler(NamedTuple):
 
 # In the order in which `sample` applies them.
 SAMPLERS = {
+  "file": Sampler(),  # masks of config.data.proposals, by themselves
   "base": Sampler(),
   "tta": Sampler(),
   "mc_dropout": Sampler(strength="model.dropout", random=True),
@@ -105,6 +126,7 @@ SAMPLERS = {
   "threshold": Sampler(options=("threshold_shift",), strength="proposals.threshold_shift"),
 }
 MAX_PROPOSALS = 1024
+_CERTAIN = 1e4  # logit of the class of a mask from a file; exp(-1e4) is 0
 
 
 def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -143,22 +165,42 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
       "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
       "as in 'temperature+logit_noise:8'"
     )
+  if "file" in atoms and len(atoms) > 1:
+    raise errors.ConfigError(
+      f"config.proposals.mix: found {entry[:80]!r}; 'file' takes masks as they are: use 'file:"
+      f"{int(count)}', a mask for each folder of config.data.proposals"
+    )
   if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
     raise errors.ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
   return atoms, int(count)
 
 
-def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
+def sampled_mix(mix: str) -> str:
+  """What a mix draws of a network; the default mix if that makes no two proposals.
+
+  For new images, of which there are no proposals in files.
+  """
+  entries = [entry for entry in mix.split(",") if "file" not in _parse_entry(entry)[0]]
+  total = sum(_parse_entry(entry)[1] for entry in entries)
+  return ",".join(entries) if total >= 2 else config_lib.base_config().proposals.mix
+
+
+def diversity(masks: jax.Array, num_classes: int, present: jax.Array | None = None) -> jax.Array:
   """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
 
   Args:
     masks: u8[b, K, *S], K >= 2. num_classes: C.
+    present: bool[b, K], the proposals that count; None for all.
 
   Returns:
-    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice.
+    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice; NaN where fewer than
+    two are present.
   """
   count = masks.shape[1]
   dice = overlap.pairwise_dice(masks, masks, num_classes)
+  if present is not None:
+    pairs = present[:, :, None] & present[:, None, :] & ~jnp.eye(count, dtype=bool)[None]
+    return jnp.sum(jnp.where(pairs, dice, 0.0), axis=(1, 2)) / jnp.sum(pairs, axis=(1, 2))
   return (jnp.sum(dice, axis=(1, 2)) - count) / (count * (count - 1))
 
 

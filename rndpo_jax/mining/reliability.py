@@ -19,6 +19,7 @@ def reliability(
   *,
   num_bootstrap: int,
   seed: int,
+  judged: np.ndarray | None = None,
 ) -> dict:
   """Measures a judge on images whose truth is known.
 
@@ -36,6 +37,8 @@ def reliability(
     case_ids: N, the case of each image.
     num_bootstrap: resamples.
     seed: of the resampling.
+    judged: bool[N, K], the proposals that count: others are missing, or not this judge's to score;
+      None for all.
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "kendall_tau", "kendall_tau_ci",
@@ -53,9 +56,21 @@ def reliability(
     )
   if not np.all(np.isfinite(truth)):
     raise ValueError("true scores are not all finite")
+  if judged is not None:
+    keep = np.asarray(judged).any(axis=1)
+    if not keep.all():  # an image without such a proposal tells nothing of the judge
+      scores, truth, judged = scores[keep], truth[keep], judged[keep]
+      case_ids = [case for case, kept in zip(case_ids, keep, strict=True) if kept]
+    if judged.all():
+      judged = None
   cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
-  accuracy, tau = _pair_figures(scores, truth)
-  top = np.argmax(np.where(np.isfinite(scores), scores, -np.inf), axis=1)
+  accuracy, tau = _pair_figures(scores, truth, judged)
+  finite = np.isfinite(scores) if judged is None else np.isfinite(scores) & judged
+  top = np.argmax(np.where(finite, scores, -np.inf), axis=1)
+  if judged is not None:
+    # Of those that count, the first if no score is finite.
+    top = np.where(finite.any(axis=1), top, np.argmax(judged, axis=1))
+    truth = np.where(judged, truth, -np.inf)
   regret = truth.max(axis=1) - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
   result = {}
   for name, values in (("pair_accuracy", accuracy), ("kendall_tau", tau), ("top1_regret", regret)):
@@ -214,13 +229,16 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   }
 
 
-def _pair_figures(scores, truth):
+def _pair_figures(scores, truth, judged=None):
   """Pair accuracy and tau-b f[N] of each image, NaN if no pair differs in truth."""
   first, second = np.triu_indices(scores.shape[1], 1)
   usable = np.isfinite(scores[:, first]) & np.isfinite(scores[:, second])
   clean = np.where(np.isfinite(scores), scores, 0.0)
   by_score = np.where(usable, np.sign(clean[:, first] - clean[:, second]), 0.0)
   by_truth = np.sign(truth[:, first] - truth[:, second])
+  if judged is not None:
+    both = judged[:, first] & judged[:, second]
+    by_score, by_truth = np.where(both, by_score, 0.0), np.where(both, by_truth, 0.0)
   balance = np.sum(by_score * by_truth, axis=1)
   informative = np.sum(by_truth != 0, axis=1)
   untied = np.sum(by_score != 0, axis=1)

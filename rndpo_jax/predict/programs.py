@@ -45,7 +45,8 @@ def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callabl
   Returns:
     scores(params, (images f32[b, *S, I], logits f32[b, *S, C], number u32[b])) -> {"agreement",
     "confidence", "entropy", "weight"}, f32[b] each. With y the argmax of `logits` and m_1..m_K the
-    proposals that `config.proposals` draws of `params`, keys folded from `number`:
+    proposals that `config.proposals` draws of `params` (none from files, for new images have none),
+    keys folded from `number`:
 
       agreement   the mean over k of the mean foreground Dice of y and m_k
       confidence  `judges.confidence` of y under the K proposals' mean probabilities
@@ -53,7 +54,7 @@ def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callabl
       weight      pixels that are foreground in y or any m_k
   """
   options = {name: value for name, value in config.proposals.items() if name != "mix"}
-  mix = proposals.parse_mix(config.proposals.mix)
+  mix = proposals.parse_mix(proposals.sampled_mix(config.proposals.mix))
   settings = judges.Settings(num_classes, config.judge.border, 0.0, 0.0, None)
   key = seeds.mining_key(config.seed)
 

@@ -15,7 +15,7 @@ from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.mining import judge_gate, judges, proposals, reliability
 from rndpo_jax.pairs import pair_batches
-from rndpo_jax.runtime import files
+from rndpo_jax.runtime import files, progress
 
 NUM_EXAMPLES = 6
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
@@ -45,14 +45,15 @@ def make_measure(
     return {
       **(proposed if with_proposals else {}),
       "scores": scores,
-      "mined": {name: rule(keys, sampled.masks, scores[name]) for name in names},
+      "mined": {name: rule(keys, sampled.masks, scores[name], sampled.present) for name in names},
+      "present": sampled.present,
       "packed": bit_planes.pack(sampled.masks, num_classes, dataset.spatial_dims),
       # Whether any pixel is labelled: where all are ignored, every proposal would be perfect.
       "known": jnp.any(batch.labels != types.IGNORED, axis=tuple(range(1, batch.labels.ndim))),
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
       "base_foreground": jnp.any(base_masks > 0, axis=tuple(range(1, base_masks.ndim))),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
-      "diversity": proposals.diversity(sampled.masks, num_classes),
+      "diversity": proposals.diversity(sampled.masks, num_classes, sampled.present),
     }
 
   return measure
@@ -84,16 +85,7 @@ def write_reliability(
     case_ids[split] = [dataset.records[index]["case_id"] for index in indices[split]]
   check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
-  files.write_json(
-    directory / "proposals.json",
-    {
-      "split": "val",
-      "diversity": float(measured["val"]["diversity"].mean()),
-      "base_dice": float(measured["val"]["base"].mean()),
-      "mean_dice": float(truth.mean()),
-      "best_dice": float(truth.max(axis=1).mean()),
-    },
-  )
+  files.write_json(directory / "proposals.json", proposal_figures(measured["val"]))
 
   def figures(name: str, split: str) -> dict:
     return reliability.reliability(
@@ -102,12 +94,15 @@ def write_reliability(
       case_ids[split],
       num_bootstrap=config.judge.num_bootstrap,
       seed=config.seed,
+      judged=_judged(measured[split], name),
     )
 
   table = {
     name: {
       **figures(name, "val"),
-      "calibration": reliability.calibration(measured["val"]["scores"][name], truth),
+      "calibration": reliability.calibration(
+        np.where(_judged(measured["val"], name), measured["val"]["scores"][name], np.nan), truth
+      ),
       "split": "val",
       "labelled": figures(name, "labelled"),
     }
@@ -129,6 +124,11 @@ def write_reliability(
     judge = judge_gate.best(table, config.judge.compare)
   for name, entry in table.items():
     entry["used"] = name == judge
+    if entry["mined"]["weighted_accuracy"] is None:
+      progress.say(
+        f"judge {name!r}: how often it is right is unknown, for no pair could be made of the "
+        "proposals of the validation images"
+      )
   validation_pairs.write(
     directory / validation_pairs.FILE,
     indices["val"],
@@ -137,6 +137,35 @@ def write_reliability(
     measured["val"]["mined"][judge],
   )
   files.write_json(directory / "judges.json", table)
+
+
+def _judged(measured: Mapping, name: str) -> np.ndarray:
+  """bool[N, K], the proposals that a judge scores: all that are there, and `file` its own alone."""
+  scores, present = measured["scores"][name], measured["present"]
+  judged = np.ones(scores.shape, bool) if present is None else present
+  return judged & np.isfinite(scores) if name == judges.FILE else judged
+
+
+def proposal_figures(measured: Mapping) -> dict:
+  """What `proposals.json` says; None where no image has a proposal.
+
+  Args:
+    measured: of the validation split: "truth" f32[N, K], "present" bool[N, K] or None, "base" and
+      "diversity" f32[N].
+  """
+  truth, present, diversity = (measured[name] for name in ("truth", "present", "diversity"))
+  best = truth
+  if present is not None:
+    some = present.any(axis=1)
+    best = np.where(present, truth, -1.0)[some]
+    truth, diversity = truth[present], diversity[np.isfinite(diversity)]
+  return {
+    "split": "val",
+    "diversity": float(diversity.mean()) if diversity.size else None,
+    "base_dice": float(measured["base"].mean()),
+    "mean_dice": float(truth.mean()) if truth.size else None,
+    "best_dice": float(best.max(axis=1).mean()) if best.size else None,
+  }
 
 
 def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -> np.ndarray:
