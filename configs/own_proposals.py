@@ -3,12 +3,11 @@ r"""Masks and scores that you already have, for images as in folder.py.
   python -m launch.run --config=configs/own_proposals.py --config.data.root=DATA \
     --config.data.proposals=DIR --config.proposals.mix=file:4 --workdir=OUT
 
-DIR holds NAME/ID.png, a folder for each generator (another model, a fold, an older version, a draft)
-and scores.csv with the columns image,proposal,score; file:COUNT names the number of folders. Give
-masks and scores of validation images too, for the judge is measured there. Without scores add
---config.judge.name=agreement --config.judge.compare="('confidence',)". An nnU-Net folder instead of
-images: --config.data.source=nnunet --config.data.num_classes=0. What stands in DIR: the mining page.
-About 3 minutes at 64 x 64 on 2 CPU cores.
+DIR holds NAME/ID.png, a folder for each generator (another model, a fold, an older version), and
+scores.csv with the columns image,proposal,score; file:COUNT gives the number of folders. Masks and
+scores of validation images belong to it, for the judge is measured there. Without scores add
+--config.judge.name=agreement; an nnU-Net folder instead of images is --config.data.source=nnunet
+--config.data.num_classes=0. More: rndpo_jax/pairs/README.md.
 """
 
 from configs import recipes

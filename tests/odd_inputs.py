@@ -142,10 +142,11 @@ def judge(row: Row, code: int, text: str, num_bytes: int, ended: bool) -> tuple[
 def rows(short: bool) -> list[Row]:
   """The table; its short form has one row of each kind of remedy."""
   import odd_configs
+  import odd_files
   import odd_images
   import odd_volumes
 
-  every = [*odd_images.rows(), *odd_volumes.rows(), *odd_configs.rows()]
+  every = [*odd_images.rows(), *odd_volumes.rows(), *odd_configs.rows(), *odd_files.rows()]
   return [row for row in every if (row.kind, row.name) in SHORT] if short else every
 
 
@@ -162,7 +163,8 @@ SHORT = {
   ("nifti", "header of 2000^3 voxels, unlabelled"), ("json", "symlink to /dev/zero"),
   ("json", "nested 10^5 deep"), ("json", "ignore label"), ("json", "channels a number"),
   ("json", "labels with digits of no number"), ("json", "one file in two cases"),
-  ("config", "pattern without end"),
+  ("config", "pattern without end"), ("scores", "symlink to /dev/zero"),
+  ("masks", "bomb of 10^10 pixels"), ("lines", "as it should be"),
 }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def read(path: os.PathLike | str, columns: Sequence[str]) -> list[Row]:
 
   Raises:
     DataError: naming the file and, of a row, its line: if the file is missing or no text, a column
-      is missing or there twice, a cell is empty, or there is no row.
+      is missing or there twice, a cell is empty, a line has more cells than there are columns, or
+      there is no row.
   """
   path = pathlib.Path(path)
   head = ",".join(columns)
@@ -69,6 +70,11 @@ def _rows(file, path: pathlib.Path, columns: Sequence[str], head: str) -> Iterat
     where = f"{path}, line {reader.line_num}"
     if not any(cell.strip() for cell in cells):
       continue
+    if len(cells) > len(names):
+      raise errors.DataError(
+        f"{where}: {len(cells)} cells under {len(names)} column names; expected {head}: write "
+        "numbers with a point, and quote a name that holds a comma"
+      )
     found = {name: cells[at].strip() if at < len(cells) else "" for name, at in places.items()}
     empty = [name for name, cell in found.items() if not cell]
     if empty:

@@ -7,6 +7,7 @@ See `mask_files` for the masks.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def _image(row: csv_rows.Row, grids: Mapping[str, mask_files.Grid]) -> str:
 
 def _mask(row: csv_rows.Row, name: str, folder: pathlib.Path) -> pathlib.Path:
   path = folder / pathlib.Path(row.cells[name]).expanduser()
-  if not path.is_file():
+  if not os.path.isfile(path):  # which takes a name that is too long as well
     raise errors.DataError(
       f"{row.where}: {name}: {path}: no such file; expected the path of a mask, relative to the "
       "folder of the CSV file"

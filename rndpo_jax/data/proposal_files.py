@@ -163,7 +163,7 @@ def _score(row: csv_rows.Row) -> float:
     value = float(text)
   except ValueError:
     value = math.nan
-  if not math.isfinite(value) or not np.isfinite(np.float32(value)):
+  if not abs(value) <= float(np.finfo(np.float32).max):
     raise errors.DataError(
       f"{row.where}: score {text[:40]!r}; expected a finite number, higher is better: correct it, "
       "or remove the line and the mask"
