@@ -20,6 +20,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from rndpo_jax import losses, models, types
+from rndpo_jax.data import proposal_files
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
@@ -33,7 +34,7 @@ from rndpo_jax.mining.program import (
 )
 from rndpo_jax.planning import chips
 from rndpo_jax.runtime import sharding
-from rndpo_jax.stages import base, finetune, measure_judges, train_judge
+from rndpo_jax.stages import base, finetune, measure_judges, mine_preferences, train_judge
 from rndpo_jax.training import image_terms, train_step, validation
 
 # Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
@@ -126,6 +127,9 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     "judge": _judge_step,
   }
 
+  if config.data.preferences:
+    lowers["mine"] = _mine_preferences
+
   def lower(name):
     batch = _batch(problem, images[name])
     return lowers[name](config, problem, mesh, params=params, batch=batch)
@@ -170,6 +174,12 @@ def _measure(config, problem, score):
 
 def _on_own_images(config, problem, mesh, params, batch, make):
   """A program that mining runs under `jax.pmap`: each device has its own images."""
+  count = proposal_files.count(config)
+  if count:
+    struct, shape = jax.ShapeDtypeStruct, (batch.index.shape[0], count)
+    masks = struct((*shape, *problem.size), jnp.uint8)
+    files = types.FileProposals(masks, struct(shape, jnp.bool_), struct(shape, jnp.float32))
+    batch = batch._replace(files=files)
   ensemble = [params] * (config.base.num_members - 1)
   weights = {"policy": params, "ensemble": ensemble, "learned": None}
   learned_apply = None
@@ -177,9 +187,24 @@ def _on_own_images(config, problem, mesh, params, batch, make):
     init, learned_apply = train_judge.build(config, problem)
     weights["learned"] = jax.eval_shape(init, _key(), batch.images)
   score = make_score(config, problem, learned_apply)
+  return _with_keys(make(config, problem, score), mesh, weights, batch)
+
+
+def _mine_preferences(config, problem, mesh, params, batch):
+  """The same of pairs that come from a file."""
+  struct, shape = jax.ShapeDtypeStruct, (batch.index.shape[0], config.mine.pairs_per_image)
+  masks = struct((*shape, *problem.size), jnp.uint8)
+  rows = mine_preferences.Rows(
+    batch.index, batch.images, masks, masks, struct(shape, jnp.bool_), batch.valid
+  )
+  function = mine_preferences.make_batch(config, problem)
+  return _with_keys(function, mesh, {"policy": params}, rows)
+
+
+def _with_keys(function, mesh, weights, batch):
   whole, split = sharding.replicated(mesh), sharding.over_all(mesh)
   program = jax.shard_map(
-    with_keys(make(config, problem, score)),
+    with_keys(function),
     mesh=mesh,
     in_specs=(whole.spec, whole.spec, split.spec),
     out_specs=split.spec,

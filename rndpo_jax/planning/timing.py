@@ -72,8 +72,9 @@ def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   sizes = {} if config.base.workdir else {"base": config.base.batch_size}
   if "learned" in (config.judge.name, *config.judge.compare):
     sizes["judge"] = config.judge.learned.batch_size
+  if not config.data.preferences:
+    sizes["measure"] = config.mine.batch_size * mesh.size
   return sizes | {
-    "measure": config.mine.batch_size * mesh.size,
     "mine": config.mine.batch_size * mesh.size,
     "finetune": config.finetune.batch_size,
     "validate": -(-config.evaluate.batch_size // parts) * parts,
