@@ -20,10 +20,16 @@ def check(config, mix) -> None:
   """
   for key in ("proposals", "preferences"):
     workdir.check_path(f"config.data.{key}", config.data[key])
+  from_files = any("file" in atoms for atoms, _ in mix)
+  if config.data.spacing and (config.data.preferences or from_files):
+    key = "preferences" if config.data.preferences else "proposals"
+    raise ConfigError(
+      f"config.data.{key}: masks from files are not taken in the native mode yet; leave "
+      "config.data.spacing empty, or take them out"
+    )
   if config.data.preferences:
     _check_preferences(config)
     return
-  from_files = any("file" in atoms for atoms, _ in mix)
   names = (config.judge.name, *config.judge.compare)
   if from_files and not config.data.proposals:
     raise ConfigError(
@@ -51,8 +57,9 @@ def _check_preferences(config) -> None:
       "config.finetune.terms.consensus: it learns the mean of mined proposals, and pairs of "
       "config.data.preferences have none; set its weight to 0"
     )
-  if options.pair_weight != "none" or options.min_pair_probability:
-    key = "pair_weight" if options.pair_weight != "none" else "min_pair_probability"
+  for key in ("pair_weight", "pair_smoothing", "min_pair_probability"):
+    if options[key] in ("none", 0):
+      continue
     raise ConfigError(
       f"config.finetune.{key}: found {options[key]!r}, but pairs of config.data.preferences have "
       "no scores; leave it out"

@@ -20,11 +20,11 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "base", "mine.pairs_per_image", "mine.batch_size", "mine.num_shards",
-  "model.name", "model.width", "model.depth", "model.max_width", "model.dtype", "model.remat",
-  "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
-  "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
-  "data.prefetch",
+  "seed", "mesh", "mine.pairs_per_image", "mine.batch_size", "mine.num_shards",
+  "base.workdir", "base.nnunet_folder", "base.num_members",
+  "model.name", "model.depth", "model.dtype", "model.remat",
+  "data.source", "data.name", "data.spatial_dims", "data.num_classes", "data.spacing",
+  "data.group_pattern", "data.split_file", "data.num_workers", "data.prefetch",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
   "finetune.accumulate_steps",
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
@@ -76,7 +76,9 @@ def readers(config) -> Readers:
   used_samplers = {name for names, _ in proposals.parse_mix(config.proposals.mix) for name in names}
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
-    **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    **_of_splits(config.data),
+    **_of_geometry(bool(config.data.spacing)),
+    **_of_base(config.base),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
@@ -110,6 +112,24 @@ def _of_mining(config, used_samplers: set[str]) -> Readers:
   }
 
 
+def _of_splits(data) -> Readers:
+  """A split file says all, but of a fold, which only says what is held out."""
+  drawn, of_fold = not data.split_file, data.split_file != "" and data.split_fold >= 0
+  said = dict.fromkeys(SAID, (drawn or of_fold, "an empty config.data.split_file"))
+  said["data.num_val"] = (drawn, "an empty config.data.split_file")
+  return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
+
+
+def _of_geometry(is_native: bool) -> Readers:
+  """The simple mode and that of patches have each their own keys."""
+  simple = (not is_native, "an empty config.data.spacing")
+  native = (is_native, "config.data.spacing")
+  return {
+    **{f"data.{name}": simple for name in ("size", "crop", "normalization")},
+    **{f"data.{name}": native for name in ("patch_size", "schemes", "statistics")},
+  }
+
+
 def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> Readers:
   """The `options` of a table's rows, each read if one of its rows is used."""
   names: dict[str, list[str]] = {}
@@ -122,6 +142,16 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
   }
 
 
+def _of_base(options) -> Readers:
+  """A base that nnU-Net has trained is not trained here."""
+  others = ("workdir", "nnunet_folder", "num_members")
+  trained = (not options.nnunet_folder, "an empty config.base.nnunet_folder")
+  table = {f"base.{name}": trained for name in options if name not in others}
+  several = (trained[0] and options.num_members > 1, "config.base.num_members above 1")
+  table["base.member_labels"] = several
+  return {**table, "base.fold": (bool(options.nnunet_folder), "config.base.nnunet_folder")}
+
+
 def _of_model(config, used_judges: set[str]) -> Readers:
   """The learned judge, a U-Net of its own, reads two of the keys as well."""
   used = {name for name in models.ARCHITECTURES if name == config.model.name}
@@ -130,19 +160,21 @@ def _of_model(config, used_judges: set[str]) -> Readers:
   for key in ("model.dropout", "model.lanes"):
     is_read, where = table[key]
     table[key] = (is_read or "learned" in used_judges, f"{where} or the judge 'learned'")
-  return table
+  derived = (not config.model.architecture, "an empty config.model.architecture")
+  return {**table, "model.width": derived, "model.max_width": derived}
 
 
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
   options = config.augment
-  on = config.base.augment or config.finetune.augment or "learned" in used_judges
+  on = config.base.augment and not config.base.nnunet_folder
+  on = on or config.finetune.augment or "learned" in used_judges
   on = on or "unlabelled" in image_terms.reads_of(config)
   where = (
     "config.base.augment, config.finetune.augment, the judge 'learned' or a term of fine-tuning on "
     "unlabelled images"
   )
   scales = {"intensity": ["scale"], "gamma": ["scale"], "noise": ["scale"]}
-  scales["elastic"] = ["scale", "smoothing"]
+  scales |= {"elastic": ["scale", "smoothing"], "affine": ["degrees", "zoom"]}
   table = {f"augment.{name}": (on, where) for name in ("flip", "turn", *scales)}
   for name, ends in scales.items():
     for end in ends:
@@ -157,18 +189,25 @@ def _of_terms(config) -> Readers:
   read = image_terms.reads(terms)
   pairs = ("pairs" in read, f"config.finetune.terms {_terms_that_read('pairs')}")
   preference = ("preference" in terms, "config.finetune.terms.preference")
+  objective = (
+    not {"preference", "online"}.isdisjoint(terms),
+    "config.finetune.terms preference or online",
+  )
   strong = "unlabelled" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
   has_dropout = models.reads(config.model.name, "dropout")
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
-  table |= {
-    f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
-  }
+  table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
+  table |= {f"finetune.{name}": objective for name in ("objective", "beta")}
   table["finetune.pair_weight"] = table["finetune.min_pair_probability"] = pairs
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  table["finetune.teacher_views"] = (
+    bool({"base", "teacher"} & read),
+    f"config.finetune.terms pseudo or {_terms_that_read('teacher')}",
+  )
   table["finetune.ramp_steps"] = (
     any(image_terms.TERMS[name].rises for name in terms),
     f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",
@@ -206,6 +245,7 @@ def _of_finetuning(options) -> Readers:
     known = f"config.finetune.objective {objectives.known_readers(what)}"
     return bool(objectives.readers(options.objective, what)), known
 
+  smoothed = of_objective("label_smoothing")
   power = (options.normalization == "power", "config.finetune.normalization 'power'")
   return {
     "finetune.normalization": (
@@ -215,6 +255,13 @@ def _of_finetuning(options) -> Readers:
     "finetune.objective_weights": (several, "several objectives in config.finetune.objective"),
     "finetune.power_exponent": power,
     "finetune.power_floor": power,
-    "finetune.label_smoothing": of_objective("label_smoothing"),
+    "finetune.label_smoothing": (
+      smoothed[0] and options.pair_smoothing == "none",
+      f"{smoothed[1]}, with config.finetune.pair_smoothing 'none'",
+    ),
+    "finetune.pair_smoothing": (
+      not several and of_objective("pair_smoothing")[0],
+      "config.finetune.objective 'cdpo' alone",
+    ),
     "finetune.discopop_temperature": of_objective("temperature"),
   }

@@ -16,6 +16,7 @@ from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
+from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import (
   base,
@@ -89,6 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     preemption.Preempted: after a signal, what is finished being kept.
     The stages' own errors.
   """
+  config = imported.resolve(config)
   config_checks.validate(config)
   last = config_lib.of_phase(config)
   workdir_lib.check_path("--workdir", workdir)
@@ -206,7 +208,7 @@ def _check_phase_here(config, stages) -> None:
     proposal_files.generators(config)
   names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
-  if config.base.workdir:
+  if not config_lib.trains_base(config):
     trained = [name for name in trained if name != "base"]
   sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
   if "finetune" in trained:

@@ -36,6 +36,10 @@ def write(path):
     "n_conv_per_stage_decoder": MADE.decoder_counts,
     "pool_op_kernel_sizes": MADE.strides,
     "conv_kernel_sizes": MADE.kernels,
+    "spacing": [1.5, 2.0],
+    "patch_size": [4, 6],
+    "normalization_schemes": ["ZScoreNormalization"],
+    "use_mask_for_norm": [False],
   }
   plans = {"transpose_forward": [0, 1, 2], "configurations": {"2d": own}}
   (path / "plans.json").write_text(json.dumps(plans))

@@ -143,10 +143,14 @@ def rows(short: bool) -> list[Row]:
   """The table; its short form has one row of each kind of remedy."""
   import odd_configs
   import odd_files
+  import odd_formats
   import odd_images
   import odd_volumes
 
-  every = [*odd_images.rows(), *odd_volumes.rows(), *odd_configs.rows(), *odd_files.rows()]
+  every = [
+    *odd_images.rows(), *odd_volumes.rows(), *odd_formats.rows(), *odd_configs.rows(),
+    *odd_files.rows(),
+  ]  # fmt: skip
   return [row for row in every if (row.kind, row.name) in SHORT] if short else every
 
 
@@ -163,8 +167,12 @@ SHORT = {
   ("nifti", "header of 2000^3 voxels, unlabelled"), ("json", "symlink to /dev/zero"),
   ("json", "nested 10^5 deep"), ("json", "ignore label"), ("json", "channels a number"),
   ("json", "labels with digits of no number"), ("json", "one file in two cases"),
-  ("config", "pattern without end"), ("scores", "symlink to /dev/zero"),
-  ("masks", "bomb of 10^10 pixels"), ("lines", "as it should be"),
+  ("config", "pattern without end"), ("itk", ".mha compressed, damaged, as image"),
+  ("itk", ".mhd voxels in a device, as label"), ("nnunet", ".tif 16 bits, as image"),
+  ("dicom", "a slice without an ending"), ("dicom", "a slice missing"),
+  ("dicom", "FIFO as a slice"),
+  ("scores", "symlink to /dev/zero"), ("masks", "bomb of 10^10 pixels"),
+  ("lines", "as it should be"),
 }  # fmt: skip
 
 

@@ -57,9 +57,20 @@ DATASET = {
 }
 
 
+IMAGES = {
+  "spacing": [5.0, 0.7, 0.8],
+  "patch_size": [4, 32, 24],
+  "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
+  "use_mask_for_norm": [False, True],
+}
+OF_CT = {"mean": 50.0, "std": 20.0, "percentile_00_5": -100.0, "percentile_99_5": 300.0}
+STATISTICS = {"foreground_intensity_properties_per_channel": {"0": OF_CT}}
+
+
 def write(folder, configurations, dataset=DATASET, **top):
   folder.mkdir(exist_ok=True)
-  content = {"transpose_forward": [0, 1, 2], "configurations": configurations, **top}
+  configurations = {name: {**IMAGES, **own} for name, own in configurations.items()}
+  content = {"transpose_forward": [0, 1, 2], "configurations": configurations, **STATISTICS, **top}
   (folder / "plans.json").write_text(json.dumps(content))
   (folder / "dataset.json").write_text(json.dumps(dataset))
   return folder
@@ -75,7 +86,7 @@ def changed(**kwargs):
 def test_new_and_old_plans_describe_the_same_network(tmp_path):
   for own in (NEW, OLD):
     found = plans.read(write(tmp_path, {"3d_fullres": own}), "3d_fullres")
-    assert found == (WANTED, 2, 2, (2, 1, 0))
+    assert found[:5] == (WANTED, 2, 2, (2, 1, 0), ("background", "organ"))
   old = {**DATASET, "modality": DATASET["channel_names"]}
   del old["channel_names"]
   assert plans.read(write(tmp_path, {"3d_fullres": NEW}, old), "3d_fullres").num_channels == 2
@@ -104,7 +115,8 @@ def test_a_configuration_has_what_it_inherits_key_by_key():
 
 def in_2d():
   kernels, strides = [[3, 3]] * 3, [[1, 1], [2, 2], [2, 2]]
-  return changed(kernel_sizes=kernels, strides=strides, conv_op="torch.nn.Conv2d")
+  own = changed(kernel_sizes=kernels, strides=strides, conv_op="torch.nn.Conv2d")
+  return {**own, "spacing": [0.7, 0.8], "patch_size": [32, 24]}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,40 @@ def in_2d():
 def test_where_nnunet_has_our_axes(tmp_path, own, top, axes):
   """Readers give (z, y, x), then transpose_forward; ours are (x, y, z), or (H, W) of pictures."""
   assert plans.read(write(tmp_path, {"c": own}, **top), "c").axes == axes
+
+
+def test_how_images_go_in_is_read_in_our_order_of_axes(tmp_path):
+  """Statistics are those of the plans, under either of their names."""
+  old = {
+    "foreground_intensity_properties_per_channel": None,
+    "foreground_intensity_properties_by_modality": {"0": OF_CT},
+  }
+  wanted = (0.8, 0.7, 5.0), (24, 32, 4), ("ct", "zscore_in_mask"), (OF_CT, None)
+  for top in ({}, old):
+    assert plans.read(write(tmp_path, {"c": NEW}, **top), "c").preprocessing == wanted
+  turned = write(tmp_path, {"c": NEW}, transpose_forward=[1, 0, 2])
+  assert plans.read(turned, "c").preprocessing.spacing == (0.8, 5.0, 0.7)
+  assert plans.read(write(tmp_path, {"c": in_2d()}), "c").preprocessing.patch_size == (24, 32)
+
+
+@pytest.mark.parametrize(
+  "key,value,message",
+  [
+    ("preprocessor_name", "MyPreprocessor", "expected 'DefaultPreprocessor'"),
+    ("resampling_fn_data", "no_resampling", "expected 'resample_data_or_seg_to_shape' with"),
+    ("resampling_fn_seg_kwargs", {"order": 0}, "expected 'resample_data_or_seg_to_shape' with"),
+    ("normalization_schemes", ["CTNormalization"], "1 entries and 'use_mask_for_norm' 2, expected"),
+    ("normalization_schemes", ["Mine"] * 2, "has 'Mine', expected one of ZScoreNormalization"),
+    ("spacing", [1.0, 1.0], r"is \[1.0, 1.0\], expected 3 numbers"),
+    ("patch_size", [4, 32, 0], "expected numbers above 0"),
+  ],
+)
+def test_another_preprocessing_raises_naming_the_key(tmp_path, key, value, message):
+  folder = write(tmp_path, {"3d": {**NEW, key: value}})
+  with pytest.raises(
+    errors.FileError, match=f"plans.json: 3d: '{key.replace('_kwargs', '')}'.*{message}"
+  ):
+    plans.read(folder, "3d")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +192,12 @@ def test_another_network_raises_naming_file_and_key(tmp_path, own, message):
   folder = write(tmp_path / pth_files.FOLDER, {"3d": own})
   with pytest.raises(errors.FileError, match=f"{pth_files.FOLDER}/plans.json: 3d: .*{message}"):
     plans.read(folder, "3d")
+
+
+def test_ct_without_its_statistics_raises(tmp_path):
+  folder = write(tmp_path, {"c": NEW}, foreground_intensity_properties_per_channel={"0": {}})
+  with pytest.raises(errors.FileError, match="plans.json: c: .* lacks 'mean' of channel 0"):
+    plans.read(folder, "c")
 
 
 def test_regions_and_slices_along_another_axis_raise(tmp_path):

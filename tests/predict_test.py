@@ -14,10 +14,19 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
-from rndpo_jax.predict import case_files, case_reader, inputs, output_folder, programs, score_table
+from rndpo_jax.predict import (
+  case_files,
+  case_reader,
+  grid_run,
+  inputs,
+  output_folder,
+  programs,
+  score_table,
+)
 from rndpo_jax.predict import run as run_lib
 from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.runtime import files, preemption
@@ -34,7 +43,7 @@ def network(tiny_run):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
   """Equal programs are traced and compiled once for the file."""
-  make, made = run_lib.make_predictor, {}
+  make, made = grid_run.make_predictor, {}
 
   def make_once(trained, options):
     key = (trained.step, trained.spatial_dims, options._replace(workers=0))
@@ -42,9 +51,9 @@ def compiled_once():
       made[key] = make(trained, options)
     return made[key]
 
-  run_lib.make_predictor = make_once
+  grid_run.make_predictor = make_once
   yield
-  run_lib.make_predictor = make
+  grid_run.make_predictor = make
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +70,14 @@ def truth(tiny_run, network):
   }
 
 
+def _run(network, source, output, options):
+  run_lib.run(grid_run.job(network, options), str(source), output, options)
+
+
 def _predict(network, source, output, **options):
   """Runs, and returns the rows of the table."""
   output_folder.check(str(source), str(output))
-  run_lib.run(network, str(source), output, run_lib.Options(**options))
+  _run(network, source, output, run_lib.Options(**options))
   with (output / score_table.FILE).open(newline="") as file:
     return list(csv.DictReader(file))
 
@@ -129,7 +142,7 @@ def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, networ
     image = _nifti(volume[..., channel])
     nibabel.save(image, tmp_path / "in" / f"v_000{channel}.nii")
   options = run_lib.Options(scores=False)
-  run_lib.run(network, str(tmp_path / "in"), tmp_path / "out", options)
+  _run(network, tmp_path / "in", tmp_path / "out", options)
   image = dataset_lib.to_model(network, volume.astype(np.float32))
   logits = jax.jit(segmenter.apply)(params, image[None])[0]
   want = dataset_lib.to_native(logits, volume.shape[:3], ()).argmax(-1)
@@ -142,23 +155,6 @@ def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, networ
   for one in (*flat, inputs.Input("flat", (tmp_path / "flat.png",), ".png")):
     with pytest.raises(errors.DataError, match="2D image.* but the network was trained on volumes"):
       case_reader.read(one, network)
-
-
-def test_mirrored_probabilities_are_the_mean_over_flips():
-  rng = np.random.default_rng(0)
-  images = rng.standard_normal((2, 4, 6, 1)).astype(np.float32)
-  kernel = rng.standard_normal((1, 4, 6, 3)).astype(np.float32)  # of the place, so flips differ
-
-  def apply(params, images):
-    return images * params
-
-  got = np.asarray(jax.nn.softmax(programs.mirrored(apply)(kernel, images)))
-  want = np.zeros(got.shape)
-  for axes in ((), (1,), (2,), (1, 2)):
-    logits = np.float64(np.flip(np.flip(images, axes) * kernel, axes))
-    exp = np.exp(logits)
-    want += exp / exp.sum(-1, keepdims=True) / 4
-  np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_probabilities_on_the_own_grid_belong_to_the_mask():
@@ -202,6 +198,14 @@ def test_scores_follow_their_definitions(network, truth):
       b = config.judge.border
       near[max(i - b, 0) : i + b + 1, max(j - b, 0) : j + b + 1] = True
     assert got["entropy"][n] == pytest.approx((p * np.log(p)).sum(-1)[near].mean(), rel=1e-4)
+
+
+def test_new_images_have_no_files_and_no_other_members():
+  mix = "base:1, file:3,member+threshold:2, threshold:4"
+  assert programs.drawn_mix(mix) == "base:1,threshold:4"
+  default = config_lib.base_config().proposals.mix
+  assert programs.drawn_mix(default) == default
+  assert programs.drawn_mix("base:1,file:3") == programs.drawn_mix("file:3") == default
 
 
 def test_a_slice_counts_by_what_is_seen_in_it():
@@ -286,7 +290,7 @@ def test_options_reach_the_files(tmp_path, network, truth):
   folder = _write_png(tmp_path / "in", truth)
   output = tmp_path / "out"
   options = run_lib.Options(mirror=True, probabilities=True, scores=False, workers=1)
-  run_lib.run(network, str(folder), output, options)
+  _run(network, folder, output, options)
   assert not (output / score_table.FILE).exists()
   for index, (image, _) in truth.items():
     with np.load(output / f"case{index}.npz") as content:
@@ -306,7 +310,7 @@ def test_batches_are_of_one_size_and_few_records_wait():
   cases = [_case("v", (20, 30), 7), _case("a", (70, 30)), _case("b", (64, 64)), _case("c", (9, 9))]
   found = [
     [(case.source.case_id, place) for case, place in rows]
-    for rows in run_lib.batches(iter(cases), 4)
+    for rows in grid_run.batches(iter(cases), 4)
   ]
   rest = [("v", n) for n in range(4, 7)]
   assert found == [[("v", n) for n in range(4)], [*rest, ("b", 0)], [("a", 0)], [("c", 0)]]
@@ -317,7 +321,7 @@ def test_batches_are_of_one_size_and_few_records_wait():
     for pulled in range(1, 1001):
       yield _case(str(pulled), (64 * pulled, 64))
 
-  stream = run_lib.batches(sizes(), 2)
+  stream = grid_run.batches(sizes(), 2)
   assert next(stream)[0][0].source.case_id == "1" and pulled == 9
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import proposals
+from rndpo_jax.mining import mask_edits, overlap, proposals
 
 OPTIONS = {
   "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
@@ -129,6 +129,38 @@ def test_threshold_shifts_the_background_alone():
   assert (np.diff(size, axis=1) >= 0).all() and (size[:, -1] > size[:, 0]).all()
 
 
+def test_members_take_turns_and_are_shifted_like_the_base():
+  logits = np.random.default_rng(1).normal(size=(2, 2, 4, 4, 2)).astype(np.float32)
+  images = np.zeros((2, 4, 4, 1), np.float32)
+  keys = jax.random.split(jax.random.key(0), 2)
+  found = proposals.sample(
+    ramp_segmenter([]), 0.1, images, keys, mix=proposals.parse_mix("member:2,member+threshold:3"),
+    member_logits=logits, **OPTIONS,
+  )  # fmt: skip
+  np.testing.assert_array_equal(found.logits[:, :2], logits)
+  np.testing.assert_array_equal(found.logits[:, 3], logits[:, 1])  # the middle one is not shifted
+  shifted = logits[:, 0] + np.float32([3.0, 0.0])
+  np.testing.assert_allclose(found.logits[:, 2], shifted, rtol=1e-6)
+
+
+def test_edited_masks_are_the_argmax_of_the_same_values():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(2, 3, 6, 6, 3)).astype(np.float32)
+  masks = rng.integers(0, 3, (2, 3, 6, 6)).astype(np.uint8)
+  found = np.asarray(mask_edits.relabel(logits, masks))
+  np.testing.assert_array_equal(np.argmax(found, -1), masks)
+  np.testing.assert_array_equal(np.sort(found, -1), np.sort(logits, -1))
+  same = np.argmax(logits, -1) == masks
+  np.testing.assert_array_equal(found[same], logits[same])
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  edited = jax.jit(lambda x: mask_edits.edit(("tta", "drop_component", "corrupt"), keys, x))(logits)
+  flat, own = np.argmax(logits, -1).astype(np.uint8).reshape(6, 6, 6), keys.ravel()
+  for place, name in ((0, "corrupt"), (2, "drop_component")):
+    folded = jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)
+    flat = mask_edits.EDITS[name](folded, flat, 3)
+  np.testing.assert_array_equal(np.argmax(edited, -1), np.reshape(flat, (2, 3, 6, 6)))
+
+
 def test_an_image_does_not_depend_on_its_batch():
   mix = "base:1,mc_dropout+logit_noise:2,tta+logit_noise:2"
   _, _, whole = draw(mix, num_images=4)
@@ -183,18 +215,12 @@ def test_masks_of_files_come_as_they_are_beside_those_of_samplers():
   assert alone.present is None and alone.file_scores is None
 
 
-def test_new_images_have_no_files():
-  assert proposals.sampled_mix("base:1,file:3,threshold:4") == "base:1,threshold:4"
-  assert proposals.sampled_mix("base:1,file:3") == proposals.sampled_mix("file:3")
-  assert "file" not in proposals.sampled_mix("file:3")
-
-
 def test_diversity_by_hand():
   masks = np.zeros((2, 3, 2, 2), np.uint8)
   masks[0, 0, 0] = 1  # two pixels
   masks[0, 1, 0, 0] = 1  # one of them
   # Pairs: 2 / 3, and 0 with the empty mask twice. All empty: all the same.
-  np.testing.assert_allclose(proposals.diversity(masks, 2), [2 / 9, 1], rtol=1e-6)
+  np.testing.assert_allclose(overlap.diversity(masks, 2), [2 / 9, 1], rtol=1e-6)
   # Without the empty one the pair of 2 / 3; of one mask there is no pair.
   present = np.array([[True, True, False], [True, False, False]])
-  np.testing.assert_allclose(proposals.diversity(masks, 2, present), [2 / 3, np.nan], rtol=1e-6)
+  np.testing.assert_allclose(overlap.diversity(masks, 2, present), [2 / 3, np.nan], rtol=1e-6)

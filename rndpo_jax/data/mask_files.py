@@ -1,14 +1,13 @@
-"""Masks that a user brings beside a prepared data set: `ID.png`, `ID.tif` or `ID.nii.gz`.
+"""Masks that a user brings beside a prepared data set: `ID.png`, `ID.nii.gz` and the like.
 
 ID is the id of the image: of a record or, if a volume's slices are records, that of the volume. A
-mask is on the image's own grid and holds the class ids of the data set. PNG and TIFF are read as
-the masks of a folder, NIfTI as the labels of nnU-Net.
+mask is on the image's own grid and holds the class ids of the data set. It is read as the label of
+a case is, in any format that those have.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +16,12 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, geometry
-from rndpo_jax.data.sources import images, nifti
+from rndpo_jax.data.sources import cases, images
 from rndpo_jax.runtime import threads
 
-ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
 # Overlooking one of these would drop a mask without a word; nnU-Net writes JSON, NPZ and PKL files
 # beside its masks, which are none.
-_UNREADABLE = (".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".dcm", ".mha", ".mhd", ".nrrd", ".npy")
+_UNREADABLE = (*cases.LOSSY, ".bmp", ".gif", ".webp", ".dcm", ".npy", ".hdr", ".img")
 _MAX_SHIFT = 0.25  # voxels, as between the files of a case
 
 
@@ -61,9 +59,9 @@ def grids(entries: Sequence[Mapping[str, Any]]) -> dict[str, Grid]:
 
 
 def stem(name: str) -> str | None:
-  """A mask file's name without its ending; None if it has none of ENDINGS."""
-  ending = next((end for end in ENDINGS if name.lower().endswith(end)), None)
-  return None if ending is None else name[: -len(ending)]
+  """A mask file's name without its ending; None if that is no format of masks."""
+  stem, ending = cases.split_name(name)
+  return stem if ending.lower() in cases.ENDINGS else None
 
 
 def listing(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -78,8 +76,8 @@ def listing(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       continue
     if path.suffix.lower() in _UNREADABLE:
       raise errors.DataError(
-        f"{path}: not a format that masks are taken in; expected {', '.join(ENDINGS)}; convert or "
-        "remove it"
+        f"{path}: not a format that masks are taken in; expected {', '.join(cases.ENDINGS)}; "
+        "convert or remove it"
       )
     name = stem(path.name)
     if name is None:
@@ -92,19 +90,6 @@ def listing(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       )
     found[name] = path
   return found
-
-
-def read(path: pathlib.Path, num_classes: int) -> tuple[np.ndarray, np.ndarray | None]:
-  """A mask u8[*S] of class ids 0..C-1, and the affine f[4, 4] of its header if it has one.
-
-  Raises:
-    DataError: naming the file, if it cannot be read or holds another value.
-  """
-  if not path.name.lower().endswith((".nii", ".nii.gz")):
-    return images.read_mask(path, num_classes), None
-  case = nifti.open_case([path], None, 2)
-  pixels = next(nifti.read_case(case, len(case.shape), num_classes, False))
-  return images.class_ids(pixels.image[..., 0], num_classes, str(path)), pixels.affine
 
 
 def check(
@@ -120,35 +105,42 @@ def check(
     path: of the mask.
     grid: of its image.
     num_classes: C.
-    affine_of: index of a record -> its affine; None leaves the check of NIfTI's affine out.
+    affine_of: index of a record -> its affine; None leaves the check of the mask's place out.
     where: file and line that named the mask, for the message.
 
   Returns:
     u8[*grid.shape].
 
   Raises:
-    DataError: as `read`, or on another size or affine.
+    DataError: naming the file, if it cannot be read, holds another value than 0..C-1, or is of
+      another size or place.
   """
-  named = f"{where}: " if where else ""
   try:
-    mask, affine = read(path, num_classes)
+    found = cases.open_file(path)
+    _check_place(path, grid, found, affine_of)
+    if found.read_ids is not None:
+      return found.read_ids(num_classes)
+    return images.class_ids(found.read(False), num_classes, str(path))
   except errors.DataError as error:
-    raise errors.DataError(f"{named}{error}") from error
-  if mask.shape != grid.shape:
+    raise errors.DataError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _check_place(path, grid: Grid, found, affine_of) -> None:
+  if found.shape != grid.shape:
     raise errors.DataError(
-      f"{named}{path}: a mask of {mask.shape} pixels for an image of {grid.shape}; expected the "
-      "same size: bring it to the image's own grid, or remove it"
+      f"{path}: a mask of {found.shape} pixels for an image of {grid.shape}; expected the same "
+      "size: bring it to the image's own grid, or remove it"
     )
-  if affine is not None and affine_of is not None:
-    own = np.asarray(affine_of(grid.first))
-    shift = geometry.grid_shift(own, affine, grid.shape)
-    # The identity says that the image's place is unknown.
-    if not np.array_equal(own, np.eye(4)) and shift > _MAX_SHIFT:
-      raise errors.DataError(
-        f"{named}{path}: its header places voxels up to {shift:.3g} voxels away from where the "
-        "image's does; bring it to the image's own grid, or remove it"
-      )
-  return mask
+  if affine_of is None or cases.split_name(path.name)[1].lower() in cases.PICTURES:
+    return
+  own = np.asarray(affine_of(grid.first))
+  shift = geometry.grid_shift(own, found.affine, grid.shape)
+  # The identity says that the image's place is unknown.
+  if not np.array_equal(own, np.eye(4)) and shift > _MAX_SHIFT:
+    raise errors.DataError(
+      f"{path}: its header places voxels up to {shift:.3g} voxels away from where the image's "
+      "does; bring it to the image's own grid, or remove it"
+    )
 
 
 def check_all(
@@ -167,12 +159,15 @@ def check_all(
     pass
 
 
-def fingerprint(paths: Iterable[os.PathLike], more: str) -> str:
+def fingerprint(paths: Iterable[pathlib.Path], more: str) -> str:
   """SHA-256 of the files' bytes, in their order, and of `more`; their places do not count."""
 
   def one(path):
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").digest()
+    found = b""
+    for part in cases.files_of(path):
+      with open(part, "rb") as file:
+        found += hashlib.file_digest(file, "sha256").digest()
+    return found
 
   whole = hashlib.sha256(more.encode())
   for digest in threads.in_order(one, paths):

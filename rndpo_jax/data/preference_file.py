@@ -17,12 +17,12 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import csv_rows, file_checks, mask_files
+from rndpo_jax.data.sources import cases
 from rndpo_jax.runtime import threads
 
 NAME = "preferences"  # in place of the judge, the rule and the mix of mined pairs
 SPLITS = ("unlabelled", "labelled")  # whose images may have preferences: all others are held out
 _COLUMNS = ("image", "chosen", "rejected")
-_IMAGE_ENDINGS = (*mask_files.ENDINGS, ".jpg", ".jpeg")
 
 
 class Preference(NamedTuple):
@@ -76,8 +76,7 @@ def read(
 def _image(row: csv_rows.Row, grids: Mapping[str, mask_files.Grid]) -> str:
   cell = row.cells["image"]
   name = pathlib.PurePath(cell).name
-  ending = next((end for end in _IMAGE_ENDINGS if name.lower().endswith(end)), "")
-  stem = name.removesuffix(name[len(name) - len(ending) :] if ending else "")
+  stem = cases.split_name(name)[0]
   for candidate in (cell, name, stem, stem.removesuffix("_0000")):
     if candidate in grids:
       return candidate
@@ -97,7 +96,7 @@ def _mask(row: csv_rows.Row, name: str, folder: pathlib.Path) -> pathlib.Path:
   if mask_files.stem(path.name) is None:
     raise errors.DataError(
       f"{row.where}: {name}: {path}: not a format that masks are taken in; expected "
-      f"{', '.join(mask_files.ENDINGS)}; convert it"
+      f"{', '.join(cases.ENDINGS)}; convert it"
     )
   file_checks.check_regular(path)
   return path

@@ -2,8 +2,9 @@
 
 A mix is a list of entries, each a composition of samplers and a count. A proposal is made in
 this order: a view of the image (`tta`), the decoder with or without dropout (`mc_dropout`), the
-view undone, `temperature`, `logit_noise`, `threshold`, argmax. Proposal k of an image draws
-from fold_in(key of the image, k) alone, so that it does not depend on the batch it is in.
+view undone, or another base model (`member`); `temperature`, `logit_noise`, `threshold`, argmax,
+and what `mask_edits` changes in the mask. Proposal k of an image draws from fold_in(key of the
+image, k) alone, so that it does not depend on the batch it is in.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import overlap
+from rndpo_jax.mining import file_masks, mask_edits
 
 
 def sample(
@@ -35,6 +35,7 @@ def sample(
   temperature_high: float,
   threshold_shift: float,
   files: types.FileProposals | None = None,
+  member_logits: jax.Array | None = None,
 ) -> types.Proposals:
   """Samples K proposals of each image.
 
@@ -54,6 +55,7 @@ def sample(
     threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
       from minus this to plus this over the proposals of an entry: more foreground each time.
     files: what the entry `file` takes, leading axis b.
+    member_logits: f32[b, M, *S, C] of the other base models, which `member` takes in turn.
 
   Returns:
     types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
@@ -65,7 +67,9 @@ def sample(
     dropout_keys, noise_keys = _proposal_keys(keys, start, count)
     dropout_keys = dropout_keys if "mc_dropout" in atoms else None
     if "file" in atoms:
-      entry = _CERTAIN * jax.nn.one_hot(files.masks, base_logits.shape[-1], dtype=jnp.float32)
+      entry = file_masks.logits(files, base_logits.shape[-1])
+    elif "member" in atoms:
+      entry = member_logits[:, np.arange(count) % member_logits.shape[1]].astype(jnp.float32)
     elif "tta" in atoms:
       entry = _decode_views(segmenter, params, images, dropout_keys, count)
     elif dropout_keys is not None:
@@ -79,24 +83,12 @@ def sample(
     if "threshold" in atoms:
       shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count), entry)
       entry = entry - shift * _background(entry)
+    entry = mask_edits.edit(atoms, noise_keys, entry)
     logits.append(entry)
     start += count
   logits = jnp.concatenate(logits, axis=1)
   sampled = types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
-  return sampled if files is None else _with_files(sampled, mix, files)
-
-
-def _with_files(sampled, mix, files: types.FileProposals) -> types.Proposals:
-  """Says which proposals are there, and their scores; those of the samplers are, and have none."""
-  shape = files.present.shape[:1]
-  present, scores = [], []
-  for atoms, count in mix:
-    is_file = "file" in atoms
-    present.append(files.present if is_file else jnp.ones((*shape, count), bool))
-    scores.append(files.scores if is_file else jnp.full((*shape, count), jnp.nan))
-  return sampled._replace(
-    present=jnp.concatenate(present, axis=1), file_scores=jnp.concatenate(scores, axis=1)
-  )
+  return sampled if files is None else file_masks.add(sampled, mix, files)
 
 
 class Sampler(NamedTuple):
@@ -117,6 +109,7 @@ class Sampler(NamedTuple):
 SAMPLERS = {
   "file": Sampler(),  # masks of config.data.proposals, by themselves
   "base": Sampler(),
+  "member": Sampler(),
   "tta": Sampler(),
   "mc_dropout": Sampler(strength="model.dropout", random=True),
   "temperature": Sampler(options=("temperature_low", "temperature_high")),
@@ -124,9 +117,11 @@ SAMPLERS = {
     options=("noise_scale", "noise_smoothing"), strength="proposals.noise_scale", random=True
   ),
   "threshold": Sampler(options=("threshold_shift",), strength="proposals.threshold_shift"),
+  "corrupt": Sampler(random=True),
+  "largest_component": Sampler(),
+  "drop_component": Sampler(random=True),
 }
 MAX_PROPOSALS = 1024
-_CERTAIN = 1e4  # logit of the class of a mask from a file; exp(-1e4) is 0
 
 
 def parse_mix(mix: str) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -170,38 +165,46 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
       f"config.proposals.mix: found {entry[:80]!r}; 'file' takes masks as they are: use 'file:"
       f"{int(count)}', a mask for each folder of config.data.proposals"
     )
+  others = {"tta", "mc_dropout"} & set(atoms)
+  if "member" in atoms and others:
+    raise errors.ConfigError(
+      f"config.proposals.mix: found {'+'.join(atoms)!r}, but 'member' is another model's own "
+      f"prediction: take {min(others)!r} out of it"
+    )
   if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
     raise errors.ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
   return atoms, int(count)
 
 
-def sampled_mix(mix: str) -> str:
-  """What a mix draws of a network; the default mix if that makes no two proposals.
-
-  For new images, of which there are no proposals in files.
-  """
-  entries = [entry for entry in mix.split(",") if "file" not in _parse_entry(entry)[0]]
-  total = sum(_parse_entry(entry)[1] for entry in entries)
-  return ",".join(entries) if total >= 2 else config_lib.base_config().proposals.mix
-
-
-def diversity(masks: jax.Array, num_classes: int, present: jax.Array | None = None) -> jax.Array:
-  """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
+def perturbed(
+  logits: jax.Array,
+  key: jax.Array,
+  count: int,
+  *,
+  noise_scale: float,
+  noise_smoothing: float,
+  threshold_shift: float,
+) -> jax.Array:
+  """Proposals of logits alone: themselves, and the others of `threshold+logit_noise`.
 
   Args:
-    masks: u8[b, K, *S], K >= 2. num_classes: C.
-    present: bool[b, K], the proposals that count; None for all.
+    logits: f32[b, *S, C].
+    key: one key.
+    count: K, at least 2.
+    noise_scale: as in `sample`, and so the next two.
+    noise_smoothing: see there.
+    threshold_shift: see there.
 
   Returns:
-    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice; NaN where fewer than
-    two are present.
+    f32[b, K, *S, C].
   """
-  count = masks.shape[1]
-  dice = overlap.pairwise_dice(masks, masks, num_classes)
-  if present is not None:
-    pairs = present[:, :, None] & present[:, None, :] & ~jnp.eye(count, dtype=bool)[None]
-    return jnp.sum(jnp.where(pairs, dice, 0.0), axis=(1, 2)) / jnp.sum(pairs, axis=(1, 2))
-  return (jnp.sum(dice, axis=(1, 2)) - count) / (count * (count - 1))
+  others = jnp.repeat(logits[:, None], count - 1, axis=1).astype(jnp.float32)
+  if noise_scale > 0:
+    keys = jax.random.split(key, (len(logits), count - 1))
+    others = others + noise_scale * _noise(keys, others.shape[2:], noise_smoothing)
+  shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count - 1), others)
+  others = others - shift * _background(others)
+  return jnp.concatenate([logits[:, None].astype(jnp.float32), others], axis=1)
 
 
 def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,22 +31,50 @@ def _unet(model_config, *, num_classes: int, spatial_dims: int) -> types.Segment
   )
 
 
-def _nnunet(
-  model_config, *, num_classes: int, spatial_dims: int, is_residual: bool
-) -> types.Segmenter:
-  architecture = nnunet_architecture.derive(
-    is_residual=is_residual,
-    spatial_dims=spatial_dims,
-    width=model_config.width,
-    depth=model_config.depth,
-    max_width=model_config.max_width,
-  )
+def _nnunet(model_config, *, num_classes: int, spatial_dims: int) -> types.Segmenter:
   return nnunet.build(
-    architecture,
+    architecture(model_config, spatial_dims=spatial_dims),
     num_classes=num_classes,
     dtype=jnp.dtype(model_config.dtype),
     remat=model_config.remat,
   )
+
+
+def architecture(model_config, *, spatial_dims: int) -> nnunet_architecture.Architecture:
+  """The network of nnU-Net that `model.architecture`, or without it width and depth, describe.
+
+  Raises:
+    ConfigError: if `model.architecture` is none, or of another network than `model.name`.
+  """
+  is_residual = model_config.name == "nnunet_residual"
+  if not model_config.architecture:
+    return nnunet_architecture.derive(
+      is_residual=is_residual,
+      spatial_dims=spatial_dims,
+      width=model_config.width,
+      depth=model_config.depth,
+      max_width=model_config.max_width,
+    )
+  try:
+    made = nnunet_architecture.from_json(model_config.architecture)
+  except ValueError as error:
+    raise errors.ConfigError(
+      f"config.model.architecture: found {model_config.architecture!r}: {error}"
+    ) from error
+  if made.is_residual != is_residual or len(made.kernels[0]) != spatial_dims:
+    raise errors.ConfigError(
+      f"config.model.architecture: it has {len(made.kernels[0])} axes and is_residual="
+      f"{made.is_residual}, but config.model.name={model_config.name!r} and "
+      f"config.data.spatial_dims={spatial_dims}"
+    )
+  return made
+
+
+def divisors(model_config, *, spatial_dims: int) -> tuple[int, ...]:
+  """What the size of an image must be a multiple of, an entry an axis."""
+  if reads(model_config.name, "architecture") and model_config.architecture:
+    return architecture(model_config, spatial_dims=spatial_dims).divisors
+  return (2 ** (model_config.depth - 1),) * spatial_dims
 
 
 class Row(NamedTuple):
@@ -65,8 +92,8 @@ class Row(NamedTuple):
 # By `config.model.name`: a new one is one file and a line.
 ARCHITECTURES = {
   "unet": Row(_unet, options=("norm", "dropout", "lanes")),
-  "nnunet_plain": Row(functools.partial(_nnunet, is_residual=False)),
-  "nnunet_residual": Row(functools.partial(_nnunet, is_residual=True)),
+  "nnunet_plain": Row(_nnunet, options=("architecture",)),
+  "nnunet_residual": Row(_nnunet, options=("architecture",)),
 }
 
 
@@ -105,7 +132,7 @@ def check_name(name: str) -> None:
 
 
 def reads(name: str, option: str) -> bool:
-  """Whether an architecture reads a key of `config.model`; a function of one's own may read all."""
+  """Whether a network reads a key of `config.model`; a function of one's own may read all."""
   return name not in ARCHITECTURES or option in ARCHITECTURES[name].options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import NamedTuple
 
@@ -52,6 +53,34 @@ class Architecture(NamedTuple):
       return tuple(tuple(level[axis] for axis in axes) for level in levels)
 
     return self._replace(kernels=of_levels(self.kernels), strides=of_levels(self.strides))
+
+  def to_json(self) -> str:
+    """The same as `config.model.architecture` has it."""
+    return json.dumps(self._asdict())
+
+
+def from_json(text: str) -> Architecture:
+  """The inverse of `Architecture.to_json`.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  content = json.loads(text)
+  if not isinstance(content, dict) or content.keys() != set(Architecture._fields):
+    raise ValueError(f"expected an object of {', '.join(Architecture._fields)}")
+  levels = {key: content[key] for key in ("features", "encoder_counts", "decoder_counts")}
+  axes = {key: content[key] for key in ("kernels", "strides")}
+  rows = [*levels.values(), *(row for key in axes for row in axes[key])]
+  if not all(isinstance(row, list) and all(type(n) is int and n > 0 for n in row) for row in rows):
+    raise ValueError("expected lists of whole numbers above 0")
+  made = Architecture(
+    bool(content["is_residual"]),
+    **{key: tuple(value) for key, value in levels.items()},
+    **{key: tuple(map(tuple, value)) for key, value in axes.items()},
+    has_bias=bool(content["has_bias"]),
+  )
+  made.check()
+  return made
 
 
 def derive(

@@ -7,12 +7,13 @@ called (`pickle_program`), and an array may only cover bytes that are there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import pathlib
 import re
 import reprlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from rndpo_jax import errors
 from rndpo_jax.nnunet import pickle_program
 from rndpo_jax.nnunet.pickle_program import Call, Global, Persistent
 
-_DTYPES = {
+DTYPES = {
   "torch.FloatStorage": np.float32,
   "torch.DoubleStorage": np.float64,
   "torch.HalfStorage": np.float16,
@@ -35,13 +36,13 @@ _DTYPES = {
   "torch.BoolStorage": np.bool_,
 }
 _DICT = "collections.OrderedDict"
-_TENSOR = "torch._utils._rebuild_tensor_v2"
+TENSOR = "torch._utils._rebuild_tensor_v2"
 # Stand in what a trainer notes beside the weights; they stay a `Call` that nobody reads.
 _NOTES = (
   "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode",
   "torch.device", "torch.Size",
 )  # fmt: skip
-ALLOWED = frozenset({*_DTYPES, _DICT, _TENSOR, *_NOTES})
+ALLOWED = frozenset({*DTYPES, _DICT, TENSOR, *_NOTES})
 _REMEDY = "expected a checkpoint that nnU-Net v2 wrote, such as fold_0/checkpoint_final.pth"
 
 
@@ -61,13 +62,23 @@ class Checkpoint(NamedTuple):
   mirroring_axes: tuple[int, ...]
 
 
-class _Tensor(NamedTuple):
-  """An array that was not read yet."""
+class Tensor(NamedTuple):
+  """An array that was not read yet; `storage` is ("storage", Global, key, place, count)."""
 
   storage: tuple
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
+
+
+def read_configuration(path: os.PathLike | str) -> str:
+  """Name of the plans' configuration, as in 2d; reads no array.
+
+  Raises:
+    errors.FileError: as `read`.
+  """
+  with _errors_named(path), zipfile.ZipFile(path) as archive:
+    return _configuration(read_pickle(archive)[1])
 
 
 def read(path: os.PathLike | str) -> Checkpoint:
@@ -78,20 +89,26 @@ def read(path: os.PathLike | str) -> Checkpoint:
       global that no weights need (by its name; nothing of it was run), lacks a key, or an array
       does not fit its bytes.
   """
-  path = pathlib.Path(path)
+  with _errors_named(path), zipfile.ZipFile(path) as archive:
+    top, content = read_pickle(archive)
+    return _checkpoint(content, _Storages(archive, top))
+
+
+@contextlib.contextmanager
+def _errors_named(path: os.PathLike | str) -> Iterator[None]:
+  """Errors of a file as FileError with its name."""
   try:
-    with zipfile.ZipFile(path) as archive:
-      top, content = _read_pickle(archive)
-      return _checkpoint(content, _Storages(archive, top))
+    yield
   except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
     raise errors.FileError(f"{path}: {error}; {_REMEDY}") from error
 
 
-def _read_pickle(archive: zipfile.ZipFile) -> tuple[str, Any]:
+def read_pickle(archive: zipfile.ZipFile) -> tuple[str, Any]:
+  """The folder of the entries, as in "checkpoint_final/", and what `data.pkl` holds."""
   names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
   if len(names) != 1:
     raise ValueError(f"the zip has {len(names)} entries FOLDER/data.pkl, expected one")
-  content = pickle_program.run(_entry(archive, names[0]), ALLOWED, _make)
+  content = pickle_program.run(read_entry(archive, names[0]), ALLOWED, _make)
   return names[0].removesuffix("data.pkl"), content
 
 
@@ -101,14 +118,14 @@ def _make(call: Call) -> Any:
     if call.arguments:
       raise ValueError("its pickle makes an OrderedDict of arguments")
     return {}
-  if call.function.name != _TENSOR:
+  if call.function.name != TENSOR:
     return call
   storage, offset, shape, strides = call.arguments[:4]
   if not isinstance(storage, Persistent) or not _are_counts((offset, *shape, *strides)):
     raise ValueError(f"its pickle has a tensor of {reprlib.repr(call.arguments)}")
   if len(shape) != len(strides):
     raise ValueError(f"its pickle has a tensor of {len(shape)} axes with {len(strides)} strides")
-  return _Tensor(storage.id, offset, shape, strides)
+  return Tensor(storage.id, offset, shape, strides)
 
 
 def _are_counts(values: tuple) -> bool:
@@ -123,11 +140,11 @@ class _Storages:
     self.top = top
     self.known: dict[tuple[str, str], np.ndarray] = {}
     has_order = f"{top}byteorder" in archive.namelist()  # files before PyTorch 2.1 have none
-    order = _entry(archive, f"{top}byteorder") if has_order else b"little"
+    order = read_entry(archive, f"{top}byteorder") if has_order else b"little"
     if order != b"little":
       raise ValueError(f"its byteorder is {order[:20]!r}, expected little")
 
-  def array(self, name: str, tensor: _Tensor) -> np.ndarray:
+  def array(self, name: str, tensor: Tensor) -> np.ndarray:
     """The array of a tensor, read-only."""
     values = self._values(name, tensor.storage)
     size = math.prod(tensor.shape)
@@ -142,22 +159,22 @@ class _Storages:
 
   def _values(self, name: str, storage: Any) -> np.ndarray:
     match storage:
-      case ("storage", Global(name=kind), str(key), _, int(count)) if kind in _DTYPES:
+      case ("storage", Global(name=kind), str(key), _, int(count)) if kind in DTYPES:
         pass
       case _:
         raise ValueError(f"{name} is stored as {reprlib.repr(storage)}")
     if (kind, key) not in self.known:
-      self.known[kind, key] = self._read(name, key, np.dtype(_DTYPES[kind]), count)
+      self.known[kind, key] = self._read(name, key, np.dtype(DTYPES[kind]), count)
     return self.known[kind, key]
 
   def _read(self, name: str, key: str, dtype: np.dtype, count: int) -> np.ndarray:
-    data = _entry(self.archive, f"{self.top}data/{key}")
+    data = read_entry(self.archive, f"{self.top}data/{key}")
     if len(data) != count * dtype.itemsize:
       raise ValueError(f"{name}: found {len(data)} bytes, expected {count} values of {dtype}")
     return np.frombuffer(data, dtype)
 
 
-def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
+def read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
   """The bytes of an entry; a compressed one could be far larger than the file."""
   try:
     info = archive.getinfo(name)
@@ -171,7 +188,7 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
 def _checkpoint(content: Any, storages: _Storages) -> Checkpoint:
   weights = _key(content, "network_weights", dict)
   for name, tensor in weights.items():
-    if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
       raise ValueError(
         f"network_weights has {reprlib.repr(name)}: {type(tensor).__name__}, expected tensors"
       )
@@ -182,10 +199,14 @@ def _checkpoint(content: Any, storages: _Storages) -> Checkpoint:
     )
   return Checkpoint(
     {name: storages.array(name, tensor) for name, tensor in weights.items()},
-    _key(_key(content, "init_args", dict), "configuration", str),
+    _configuration(content),
     _key(content, "trainer_name", str),
     tuple(axes),
   )
+
+
+def _configuration(content: Any) -> str:
+  return _key(_key(content, "init_args", dict), "configuration", str)
 
 
 def _key(content: Any, key: str, kind: type) -> Any:

@@ -14,6 +14,8 @@ from rndpo_jax import errors
 from rndpo_jax.data import records
 from rndpo_jax.models import nnunet
 from rndpo_jax.models.nnunet_architecture import Architecture
+from rndpo_jax.nnunet import preprocessing
+from rndpo_jax.nnunet.preprocessing import Preprocessing
 
 _NETWORKS = {"PlainConvUNet": False, "ResidualEncoderUNet": True}  # name -> is_residual
 _NORM = {"eps": nnunet.EPSILON, "affine": True}
@@ -30,12 +32,16 @@ class Plans(NamedTuple):
     num_classes: C, background among them.
     axes: axis n of our images (x, y, z), slices (x, y) or pictures (H, W) is nnU-Net's axis
       axes[n].
+    class_names: one a class, background first.
+    preprocessing: how images come to the network, in our order of axes.
   """
 
   architecture: Architecture
   num_channels: int
   num_classes: int
   axes: tuple[int, ...]
+  class_names: tuple[str, ...]
+  preprocessing: Preprocessing
 
 
 def read(folder: os.PathLike | str, configuration: str) -> Plans:
@@ -48,25 +54,26 @@ def read(folder: os.PathLike | str, configuration: str) -> Plans:
   Raises:
     errors.FileError: naming file and key: it is missing or of another type, or asks for what is not
       supported: another network, norm or nonlinearity, dropout, a cascade, regions, 2D slices along
-      another axis than z.
+      another axis than z, another preprocessing.
     errors.DataError: if a file is missing or is no JSON.
   """
   folder = pathlib.Path(folder)
   plans = records.read_json(folder / "plans.json", _REMEDY)
   dataset = records.read_json(folder / "dataset.json", _REMEDY)
   try:
+    channels, names = _num_channels(dataset), _class_names(dataset)
+  except ValueError as error:
+    raise errors.FileError(f"{folder / 'dataset.json'}: {error}") from error
+  try:
     own = resolve(_get(plans, "configurations", dict), configuration)
     if own.get("previous_stage"):
       raise ValueError("'previous_stage' is set: a cascade is not supported; take 3d_fullres")
     architecture = architecture_of(own)
     axes = _axes(plans, len(architecture.kernels[0]))
+    images = preprocessing.read(plans, own, num_channels=channels, axes=axes)
   except (ValueError, TypeError) as error:
     raise errors.FileError(f"{folder / 'plans.json'}: {configuration}: {error}") from error
-  try:
-    channels, classes = _num_channels(dataset), _num_classes(dataset)
-  except ValueError as error:
-    raise errors.FileError(f"{folder / 'dataset.json'}: {error}") from error
-  return Plans(architecture, channels, classes, axes)
+  return Plans(architecture, channels, len(names), axes, names, images)
 
 
 def resolve(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -213,11 +220,11 @@ def _num_channels(dataset: Mapping[str, Any]) -> int:
   return len(names)
 
 
-def _num_classes(dataset: Mapping[str, Any]) -> int:
+def _class_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
   labels = _get(dataset, "labels", dict)
   if any(not isinstance(value, int) for value in labels.values()):
     raise ValueError(f"'labels' is {labels!r}; regions (lists of ids) are not supported")
-  return len([name for name in labels if name != _IGNORE])
+  return tuple(sorted((name for name in labels if name != _IGNORE), key=labels.get))
 
 
 def _get(content: Mapping[str, Any], key: str, kind: type) -> Any:

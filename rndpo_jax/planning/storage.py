@@ -11,6 +11,7 @@ import jax
 from etils import epath
 from flax import serialization
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline, types
 from rndpo_jax.planning import cost
 
@@ -23,7 +24,7 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
 
   Args:
     config: the whole config.
-    data: of `dry_run.describe_data`.
+    data: of `data_set.describe_data`.
     params: of the network, or their shapes.
     record: a mined image as it is written.
   """
@@ -36,7 +37,7 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
   member = cost.checkpoint_bytes(
     size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
   )
-  if base.workdir:
+  if not config_lib.trains_base(config):
     member = size  # its selected parameters are copied
   mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
   stored = 0 if base.workdir else data.num_bytes

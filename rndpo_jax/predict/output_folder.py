@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from rndpo_jax import errors, provenance
-from rndpo_jax.predict.trained import Trained
+from rndpo_jax.predict.job import Job
 from rndpo_jax.runtime import files
 
 SETTINGS = "predict.json"
@@ -42,18 +42,18 @@ def check(source: str, output: str) -> None:
       )
 
 
-def claim(output: epath.Path, trained: Trained, options: Mapping[str, Any]) -> None:
+def claim(output: epath.Path, job: Job, options: Mapping[str, Any]) -> None:
   """Writes what the masks have in common, or checks that those there were made with the same.
 
   Args:
     output: folder.
-    trained: the network.
+    job: the network.
     options: of `run.Options`.
 
   Raises:
     errors.ConfigError: naming all that differs, or that the folder cannot be written.
   """
-  path, settings = output / SETTINGS, _settings(trained, options)
+  path, settings = output / SETTINGS, _settings(job, options)
   if path.exists():
     there = files.read_json(path)
     changes = [
@@ -77,11 +77,11 @@ def claim(output: epath.Path, trained: Trained, options: Mapping[str, Any]) -> N
     ) from error
 
 
-def _settings(trained: Trained, options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
   """What the masks of an output folder have in common."""
   return {
-    "step": trained.step,
-    "params": provenance.fingerprint(trained.params),
+    **job.settings,
+    "params": provenance.fingerprint(job.params),
     **{name: options[name] for name in ("mirror", "probabilities", "scores")},
-    "classes": list(trained.class_names),
+    "classes": list(job.class_names),
   }

@@ -36,16 +36,17 @@ def text(rows: Sequence[Mapping]) -> str:
 
   Returns:
     Columns case_id, mask (its file), rank (1 for the lowest agreement, then the lowest confidence:
-    look at it first), agreement, confidence, entropy, foreground_pixels.
+    look at it first), agreement, confidence, entropy, foreground_pixels. The agreement is empty
+    where there are no proposals, and counts for nothing in the rank.
   """
-  keys = [(row["scores"]["agreement"], row["scores"]["confidence"]) for row in rows]
+  keys = [(row["scores"].get("agreement", 0.0), row["scores"]["confidence"]) for row in rows]
   order = sorted(range(len(rows)), key=lambda i: (*keys[i], i))
   rank = {place: n for n, place in enumerate(order, 1)}
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
   writer.writerow(["case_id", "mask", "rank", *SCORES, "foreground_pixels"])
   for place, row in enumerate(rows):
-    values = [f"{row['scores'][name]:.6f}" for name in SCORES]
+    values = [f"{row['scores'][name]:.6f}" if name in row["scores"] else "" for name in SCORES]
     names = (quoted(row["case_id"]), quoted(row["mask"]))
     writer.writerow([*names, rank[place], *values, row["foreground_pixels"]])
   return out.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -10,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import errors, types
+from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes, objectives
-from rndpo_jax.mining import judge_gate, judges, proposals, reliability
+from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
 
-NUM_EXAMPLES = 6
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
 # says little about unlabelled images, and is kept apart.
 SPLITS = ("val", "labelled")
@@ -53,7 +51,7 @@ def make_measure(
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
       "base_foreground": jnp.any(base_masks > 0, axis=tuple(range(1, base_masks.ndim))),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
-      "diversity": proposals.diversity(sampled.masks, num_classes, sampled.present),
+      "diversity": overlap.diversity(sampled.masks, num_classes, sampled.present),
     }
 
   return measure
@@ -85,6 +83,9 @@ def write_reliability(
     case_ids[split] = [dataset.records[index]["case_id"] for index in indices[split]]
   check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
+  weights = {}
+  if judges.FUSED in program.used_judges(config):
+    weights = _add_fused(config, dataset, measured, case_ids["val"], indices["val"])
   files.write_json(directory / "proposals.json", proposal_figures(measured["val"]))
 
   def figures(name: str, split: str) -> dict:
@@ -129,6 +130,8 @@ def write_reliability(
         f"judge {name!r}: how often it is right is unknown, for no pair could be made of the "
         "proposals of the validation images"
       )
+  if weights:
+    table[judges.FUSED]["weights"] = weights
   validation_pairs.write(
     directory / validation_pairs.FILE,
     indices["val"],
@@ -168,6 +171,36 @@ def proposal_figures(measured: Mapping) -> dict:
   }
 
 
+def _add_fused(config, dataset, measured: dict, case_ids, indices) -> dict[str, float]:
+  """Adds the scores of the judge `fused`, and its pairs on validation; returns its weights."""
+  names, val = fused.members(config), measured["val"]
+  whole, left_out = fused.log_odds(
+    {name: val["scores"][name] for name in names},
+    val["truth"],
+    case_ids,
+    {name: _judged(val, name) for name in names},
+  )
+  for split, weights in (("val", left_out), ("labelled", whole)):
+    scores = measured[split]["scores"]
+    together = jnp.stack([scores[name] for name in names], axis=1)
+    scores[judges.FUSED] = np.asarray(fused.fuse(together, weights))
+  mine = jax.jit(program.with_keys(program.make_rule_scored(config, dataset)))
+  key, parts, count = seeds.mining_key(config.seed), [], len(indices)
+  for start in range(0, count, config.mine.batch_size):
+    rows = np.minimum(np.arange(start, start + config.mine.batch_size), count - 1)
+    masks = bit_planes.unpack(val["packed"][rows], tuple(dataset.size), dataset.num_classes)
+    scored = program.Scored(
+      np.asarray(indices[rows], np.int32),
+      masks,
+      None,
+      val["scores"][judges.FUSED][rows],
+      present=None if val["present"] is None else val["present"][rows],
+    )
+    parts.append(jax.tree.map(np.asarray, mine(None, key, scored)))
+  val["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+  return dict(zip(names, whole.tolist(), strict=True))
+
+
 def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -> np.ndarray:
   """What share of the gradient each pair gets at step 0, f64[N, P]; 0 if a slot has none.
 
@@ -195,6 +228,8 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
   """`reliability.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
 
+  Times 1 - 2 e if pairs are smoothed by e, which is what smoothing leaves of the slope at h = 0.
+
   Args:
     config: the whole config.
     score_gap: f32[N, P]. valid: bool[N, P].
@@ -203,6 +238,8 @@ def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping)
   worth = reliability.worth_of_pairs(
     score_gap, entry.get("calibration"), **pair_batches.weight_options(config)
   )
+  if config.finetune.pair_smoothing != "none":
+    worth = worth * (1.0 - 2.0 * reliability.smoothing_of_pairs(score_gap, entry["calibration"]))
   return np.where(valid, worth, 0.0)
 
 
@@ -227,39 +264,3 @@ def _whole(outputs: Iterable) -> dict:
   """Joins the valid rows of all batches."""
   parts = [jax.tree.map(lambda x, valid=batch.valid: x[valid], out) for batch, out in outputs]
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-
-
-def example_indices(dataset) -> np.ndarray:
-  """A few unlabelled records, spread over the split."""
-  unlabelled = dataset.splits["unlabelled"]
-  count = min(NUM_EXAMPLES, len(unlabelled))
-  return unlabelled[np.linspace(0, len(unlabelled) - 1, count).round().astype(int)]
-
-
-def write_examples(path: epath.Path, dataset, outputs: Iterable) -> None:
-  """Writes the proposals, scores and first pair of the `example_indices` as .npz.
-
-  Args:
-    path: `pairs/examples.npz`.
-    outputs: (batch, output of the mining program) over `example_indices`.
-  """
-  parts = []
-  for batch, out in outputs:
-    keep = batch.valid
-    has_pair = out["pairs"].valid[:, 0]
-    parts.append(
-      {
-        "image": batch.images[keep],
-        "masks": out["masks"][keep],
-        "scores": out["scores"][keep],
-        "chosen": np.where(has_pair, out["pairs"].chosen[:, 0], -1)[keep],
-        "rejected": np.where(has_pair, out["pairs"].rejected[:, 0], -1)[keep],
-      }
-    )
-  whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-  whole["record_id"] = np.array(
-    [dataset.records[index]["record_id"] for index in example_indices(dataset)]
-  )
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, **whole)
-  files.write_bytes(path, buffer.getvalue())

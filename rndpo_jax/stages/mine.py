@@ -18,8 +18,8 @@ from etils import epath
 
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader, proposal_files
-from rndpo_jax.mining import judge_gate, judges, user_judges
+from rndpo_jax.data import loader, proposal_files, tiles
+from rndpo_jax.mining import fused, judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
   host_judges,
@@ -34,7 +34,7 @@ from rndpo_jax.mining.program import (
 )
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
-from rndpo_jax.stages import base, measure_judges, phases, prepare, train_judge
+from rndpo_jax.stages import base, examples, measure_judges, phases, prepare, train_judge
 from rndpo_jax.training import image_terms
 
 _KEPT = "mine: finished shards are kept"
@@ -60,10 +60,11 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = dataset_lib.open_dataset(config, workdir)
+  dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
-  proposed = check_files(config, dataset)
+  with preemption.together(_KEPT):
+    proposed = prepare.open_proposals(config, dataset)
   weights, score = make_scorer(config, workdir, dataset)
   shards.claim(directory, _fingerprints(dataset, weights, proposed))
   load_files = proposed and proposal_files.make_load(proposed, dataset)
@@ -82,12 +83,13 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
       }
       measure_judges.write_reliability(config, directory, dataset, outputs)
   config = pass_gate(config, directory)
+  weights["log_odds"] = read_log_odds(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted)
   with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(batches, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
-    outputs = mined(measure_judges.example_indices(dataset))
-    measure_judges.write_examples(directory / "examples.npz", dataset, outputs)
+    outputs = mined(examples.indices(dataset))
+    examples.write(directory / "examples.npz", dataset, outputs)
   if "pairs" not in image_terms.reads_of(config):
     if multihost.is_first():
       manifest.write_empty(config, directory)
@@ -128,25 +130,12 @@ def pass_gate(config, directory: epath.Path):
   return judge_gate.with_judge(config, names[multihost.broadcast(look)])
 
 
-def check_files(config, dataset) -> proposal_files.ProposalFiles | None:
-  """The proposals from files, each read once to see that it can be used; None if the mix has none.
-
-  Raises:
-    errors.DataError: naming the file, and the line that named it.
-  """
-  found = proposal_files.open_files(config, dataset.records)
-  if found is None:
+def read_log_odds(config, directory: epath.Path) -> np.ndarray | None:
+  """The weights of the judge `fused`, f32[J], which measuring wrote; None for another judge."""
+  if config.judge.name != judges.FUSED:
     return None
-  with preemption.together(_KEPT):
-    proposal_files.check(found, dataset.num_classes, dataset_lib.affine_of(dataset))
-  if multihost.is_first() and config.judge.name == judges.FILE:
-    samplers = [entry for entry in config.proposals.mix.split(",") if judges.FILE not in entry]
-    if samplers:
-      progress.say(
-        f"judge {judges.FILE!r}: the proposals of {', '.join(samplers)} have no score in a file, "
-        "so no pair is made of them"
-      )
-  return found
+  found = files.read_json(directory / "judges.json", **{judges.FUSED: dict})[judges.FUSED]
+  return np.array([found["weights"][name] for name in fused.members(config)], np.float32)
 
 
 def _fingerprints(dataset, weights, proposed=None) -> dict[str, str]:
@@ -167,7 +156,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   """
   others = [base.load(workdir, dataset, n) for n in range(1, config.base.num_members)]
   policy = phases.start(config, workdir, dataset)
-  weights = {"policy": policy, "ensemble": others, "learned": None}
+  weights = {"policy": policy, "ensemble": others, "learned": None, "log_odds": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):
     learned_apply, weights["learned"] = train_judge.train(config, workdir, dataset)
@@ -178,7 +167,7 @@ def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callab
   """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
   names, rule = used_judges(config), make_rule(config, dataset)
   here = [name for name in names if name in hosted]
-  there = tuple(name for name in names if name not in hosted)
+  there = tuple(name for name in names if name not in hosted and name != judges.FUSED)
   function = measure_judges.make_measure(score, there, dataset, rule, bool(here))
   measure = on_local_devices(function, weights)
   if not here:

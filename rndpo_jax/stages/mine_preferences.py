@@ -26,7 +26,7 @@ from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import pair_rules, reliability
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
-from rndpo_jax.stages import measure_judges, mine, phases
+from rndpo_jax.stages import examples, mine, phases
 
 _KEPT = "mine: finished shards are kept"
 
@@ -196,7 +196,7 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
 
 
 def _some(items: list) -> list:
-  count = min(measure_judges.NUM_EXAMPLES, len(items))
+  count = min(examples.COUNT, len(items))
   places = np.linspace(0, len(items) - 1, count).round().astype(int)
   return [items[place] for place in places]
 
@@ -226,7 +226,7 @@ def _write_unjudged(config, directory: epath.Path, dataset) -> None:
 
 
 def _write_examples(path: epath.Path, dataset, batches: Iterator) -> None:
-  """The first pair of some records, as `measure_judges.write_examples` writes proposals."""
+  """The first pair of some records, as `examples.write` writes proposals."""
   parts: list[dict[str, Any]] = []
   for rows, _ in batches:
     for row in np.flatnonzero(rows.valid):

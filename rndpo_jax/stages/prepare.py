@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import errors
-from rndpo_jax.data import builder, preference_file, proposal_files, records, sources, splits
+from rndpo_jax.data import (
+  builder,
+  native,
+  preference_file,
+  proposal_files,
+  records,
+  sources,
+  splits,
+)
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, progress
@@ -44,12 +53,15 @@ def run(config, workdir: epath.PathLike) -> None:
   shards.check_num_shards(config, len(unlabelled))
   check_truth(config, source.records, unlabelled)
   check_files(config, source.records, parts, source.num_classes)
-  pixels = builder.build(source, directory)
+  source = native.of_source(source, native.settings(config, source, parts["labelled"]))
+  written = builder.build(source, directory)
   if multihost.is_first():
+    pixels = [one["pixels_fingerprint"] for one in written]
     files.write_json(workdir / splits.FILE, parts)
     facts = [pixels, source.num_classes, splits.sha256(parts)]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    records.write(directory, source, fingerprint, splits.sha256(parts))
+    boxes = [box for one in written for box in one.get("boxes", ())]
+    records.write(directory, source, fingerprint, splits.sha256(parts), boxes)
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:
@@ -90,6 +102,26 @@ def check_files(config, entries: Sequence[dict], parts: dict, num_classes: int) 
     proposal_files.check(proposed, num_classes)
 
 
+def open_proposals(config, dataset) -> proposal_files.ProposalFiles | None:
+  """The proposals from files, each read once to see that it can be used; None if the mix has none.
+
+  Raises:
+    errors.DataError: naming the file, and the line that named it.
+  """
+  found = proposal_files.open_files(config, dataset.records)
+  if found is None:
+    return None
+  proposal_files.check(found, dataset.num_classes, dataset_lib.affine_of(dataset))
+  if multihost.is_first() and config.judge.name == judges.FILE:
+    samplers = [entry for entry in config.proposals.mix.split(",") if judges.FILE not in entry]
+    if samplers:
+      progress.say(
+        f"judge {judges.FILE!r}: the proposals of {', '.join(samplers)} have no score in a file, "
+        "so no pair is made of them"
+      )
+  return found
+
+
 def is_done(workdir: epath.Path) -> bool:
   """Whether both files that end the stage are there and can be read."""
   try:
@@ -110,8 +142,18 @@ def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
   Raises:
     records.DataError: if they cannot be split so.
   """
-  if data.split_file:
+  if data.split_file and data.split_fold < 0:
     return splits.read_split_file(epath.Path(data.split_file), entries)
+  if data.split_file:
+    return splits.read_fold(
+      epath.Path(data.split_file),
+      entries,
+      fold=data.split_fold,
+      num_labelled=data.num_labelled,
+      num_test=data.num_test,
+      num_unlabelled=data.num_unlabelled,
+      seed=data.split_seed,
+    )
   return splits.make_splits(
     entries,
     num_labelled=data.num_labelled,

@@ -1,0 +1,111 @@
+"""A case's files -> the image at the network's spacing, and what leads back to its own grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rndpo_jax import errors
+from rndpo_jax.data import intensity, nonzero, records, resample
+from rndpo_jax.data.sources import images, nifti
+from rndpo_jax.predict import inputs
+from rndpo_jax.predict.native_network import NativeNetwork
+
+
+class NativeCase(NamedTuple):
+  """A case, read.
+
+  Attributes:
+    source: where it came from.
+    stamp: of its files, taken before they were read.
+    shape: S on its own grid.
+    box: what of it is not zero, a slice an axis.
+    spacing: mm a pixel of its own grid.
+    new_spacing: of the image.
+    image: f32[*S', I], normalised, at the network's spacing; None once it is cut into tiles.
+    image_shape: S'.
+  """
+
+  source: inputs.Input
+  stamp: str
+  shape: tuple[int, ...]
+  box: tuple[slice, ...]
+  spacing: tuple[float, ...]
+  new_spacing: tuple[float, ...]
+  image: np.ndarray | None
+  image_shape: tuple[int, ...]
+
+  @property
+  def cropped_shape(self) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in self.box)
+
+
+def read(source: inputs.Input, network: NativeNetwork) -> NativeCase:
+  """Reads, crops, normalises and resamples a case, in this order, as nnU-Net does.
+
+  A 2D network takes the slices of a volume along its last axis, which keeps its spacing.
+
+  Raises:
+    errors.DataError: naming the file, what was found and the remedy.
+  """
+  if source.problem:
+    raise errors.DataError(source.problem)
+  stamp = inputs.stamp(source)
+  image, spacing = (_volume if source.is_nifti else _picture)(source, network)
+  shape, box = image.shape[:-1], nonzero.box(image)
+  in_mask = "zscore_in_mask" in network.schemes
+  mask = nonzero.mask(image[box]) if in_mask else None
+  try:
+    image = intensity.normalize(image[box], network.schemes, network.statistics, mask)
+  except ValueError as error:
+    raise errors.DataError(f"{source.files[0]}: {error}") from error
+  new_spacing = (*network.spacing, *spacing[len(network.spacing) :])
+  new_shape = resample.resampled_shape(image.shape[:-1], spacing, new_spacing)
+  image = resample.resample_image(image, new_shape, spacing=spacing, new_spacing=new_spacing)
+  return NativeCase(source, stamp, shape, box, spacing, new_spacing, image, new_shape)
+
+
+def _volume(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
+  first = source.files[0]
+  if len(source.files) != network.num_channels:
+    raise errors.DataError(
+      f"{first}: {len(source.files)} channel, but the network was trained on "
+      f"{network.num_channels}; expected files {source.case_id}_0000{source.ending} to "
+      f"{source.case_id}_{network.num_channels - 1:04d}{source.ending}, and all names of this kind"
+    )
+  case = nifti.open_case(list(source.files), None, 2)
+  if len(case.shape) < network.spatial_dims:
+    raise errors.DataError(
+      f"{first}: a 2D image of shape {case.shape}, but the network was trained on volumes; give "
+      "volumes"
+    )
+  if case.spacing is None:
+    raise errors.DataError(
+      f"{first}: the header gives no spacing, but the network takes images at "
+      f"{network.spacing} mm a pixel; write pixdim into the header"
+    )
+  (pixels,) = nifti.read_case(case, len(case.shape), network.num_classes, False)
+  _check(pixels, source, network)
+  return pixels.image, case.spacing
+
+
+def _picture(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
+  path = source.files[0]
+  if network.spatial_dims != 2:
+    raise errors.DataError(
+      f"{path}: a 2D image, but the network was trained on volumes; expected NIfTI"
+    )
+  image = images.read_image(path)
+  if image.shape[-1] != network.num_channels:
+    raise errors.DataError(
+      f"{path}: {image.shape[-1]} channels, but the network was trained on "
+      f"{network.num_channels}; expected the same, convert or remove it"
+    )
+  _check(records.Pixels(image, None, np.eye(4), str(path)), source, network)
+  return image, (1.0, 1.0)  # as nnU-Net's reader of pictures has it
+
+
+def _check(pixels: records.Pixels, source: inputs.Input, network: NativeNetwork) -> None:
+  entry = {"shape": pixels.image.shape[:-1], "record_id": source.case_id}
+  records.check_pixels(pixels, entry, network.num_classes)

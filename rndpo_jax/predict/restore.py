@@ -1,0 +1,192 @@
+"""Logits at the network's spacing -> mask and scores on a case's own grid, part by part.
+
+Logits are resampled linearly back to the crop, the argmax is taken there, and outside of the crop
+the background is certain. Each part is worked on alone, so that no more than a few of them are ever
+in memory, and threads share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from rndpo_jax.data import resample
+from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.predict.native_cases import NativeCase
+
+_PIECE_VALUES = 2**22  # logits of a piece
+
+
+class Piece(NamedTuple):
+  """Logits of a case that are worked on at once.
+
+  Attributes:
+    case: whose they are.
+    axis: along which the case is cut.
+    start: place of the first logits along it.
+    first: place of the first logits that no earlier piece ended with.
+    logits: f32[*S', members, C] with the piece's length along `axis`.
+    is_last: whether no piece of the case follows.
+  """
+
+  case: NativeCase
+  axis: int
+  start: int
+  first: int
+  logits: np.ndarray
+  is_last: bool
+
+
+class Part(NamedTuple):
+  """What came of a piece, inside the crop.
+
+  Attributes:
+    case: whose it is.
+    place: where it stands in the crop, a slice an axis.
+    labels: u8[*S] of the part.
+    entropy: f16[*S] in nats, or None.
+    probabilities: f16[*S, C], or None.
+    sums: name -> f64 arrays that are added up over the parts, see `_sums`; empty without scores.
+    is_last: whether no part of the case follows.
+  """
+
+  case: NativeCase
+  place: tuple[slice, ...]
+  labels: np.ndarray
+  entropy: np.ndarray | None
+  probabilities: np.ndarray | None
+  sums: Mapping[str, np.ndarray]
+  is_last: bool
+
+
+def pieces(slabs: Iterable[sliding_window.Slab], num_classes: int) -> Iterator[Piece]:
+  """Cuts slabs into pieces; each has the last logits of the one before it, which the first pixels
+  of its own are interpolated with."""
+  before = None
+  for slab in slabs:
+    length = slab.logits.shape[slab.axis]
+    logits = slab.logits.reshape(*slab.logits.shape[:-1], -1, num_classes)
+    rows = max(1, min(length, _PIECE_VALUES * length // slab.logits.size))
+    for low in range(0, length, rows):
+      own = logits[(slice(None),) * slab.axis + (slice(low, low + rows),)]
+      first = start = slab.start + low
+      end = start + own.shape[slab.axis]
+      if start > 0 and _is_interpolated(slab.key, slab.axis):
+        own, start = np.concatenate([before, own], axis=slab.axis), start - 1
+      before = own[(slice(None),) * slab.axis + (slice(-1, None),)]
+      yield Piece(
+        slab.key, slab.axis, start, first, own, slab.is_last and end == slab.start + length
+      )
+
+
+def restore(piece: Piece, *, with_scores: bool, with_probabilities: bool) -> Part:
+  """A piece on the case's own grid."""
+  case, logits = piece.case, piece.logits
+  coarse = resample.coarse_axis(case.new_spacing, case.spacing)
+  place = [slice(0, n) for n in case.cropped_shape]
+  axes = sorted(
+    range(len(place)), key=lambda axis: case.cropped_shape[axis] / case.image_shape[axis]
+  )
+  for axis in axes:
+    taps = _taps(case, axis, coarse)
+    if axis == piece.axis:
+      stop = piece.start + logits.shape[axis]
+      place[axis], taps = _own_rows(taps, piece.start, piece.first, stop)
+    if case.cropped_shape[axis] != case.image_shape[axis]:
+      logits = resample.interpolate_axis(logits, axis, taps)
+  mean = logits[..., 0, :] if logits.shape[-2] == 1 else logits.mean(axis=-2)
+  labels = argmax(mean)
+  entropy = probabilities = None
+  sums: dict[str, np.ndarray] = {}
+  if with_scores or with_probabilities:
+    probs, found = _softmax(mean)
+    probabilities = probs.astype(np.float16) if with_probabilities else None
+    if with_scores:
+      entropy, sums = found.astype(np.float16), _sums(labels, probs, logits)
+  return Part(case, tuple(place), labels, entropy, probabilities, sums, piece.is_last)
+
+
+def argmax(logits: np.ndarray) -> np.ndarray:
+  """f[..., C] -> u8[...], of equals the lowest; for few classes much faster than numpy's."""
+  best, labels = logits[..., 0].copy(), np.zeros(logits.shape[:-1], np.uint8)
+  for label in range(1, logits.shape[-1]):
+    ahead = logits[..., label] > best
+    np.copyto(best, logits[..., label], where=ahead)
+    labels[ahead] = label
+  return labels
+
+
+def _is_interpolated(case: NativeCase, axis: int) -> bool:
+  if case.cropped_shape[axis] == case.image_shape[axis]:
+    return False
+  return axis != resample.coarse_axis(case.new_spacing, case.spacing)
+
+
+def _taps(case: NativeCase, axis: int, coarse: int | None) -> tuple[np.ndarray, np.ndarray]:
+  size_in, size_out = case.image_shape[axis], case.cropped_shape[axis]
+  is_nearest = axis == coarse or size_in == size_out
+  return (resample.nearest_taps if is_nearest else resample.linear_taps)(size_in, size_out)
+
+
+def _own_rows(taps, start: int, first: int, stop: int) -> tuple[slice, tuple]:
+  """The pixels whose last tap is in [first, stop), and their taps counted from `start`."""
+  index, weight = taps
+  low, high = np.searchsorted(index[-1], [first, stop])
+  return slice(int(low), int(high)), (index[:, low:high] - start, weight[:, low:high])
+
+
+def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(probabilities f32[..., C], their entropy f32[...])."""
+  shifted = logits - logits.max(axis=-1, keepdims=True)
+  probs = np.exp(shifted)
+  total = probs.sum(axis=-1)
+  probs /= total[..., None]
+  return probs, np.log(total) - np.einsum("...c,...c->...", probs, shifted)
+
+
+def _sums(labels: np.ndarray, probs: np.ndarray, logits: np.ndarray) -> dict[str, np.ndarray]:
+  """What the scores of a case are made of, of each foreground class.
+
+  Returns:
+    "drawn" f64[C - 1] pixels of the mask, "expected" f64[C - 1] the sum of probabilities, "both"
+    f64[C - 1] that inside the mask; of an ensemble also "member" f64[members, C - 1] pixels of each
+    member's mask and "shared" f64[members, C - 1] those that are in the mask, too.
+  """
+  classes = range(1, probs.shape[-1])
+  sums = {
+    "drawn": [np.count_nonzero(labels == c) for c in classes],
+    "expected": [probs[..., c].sum(dtype=np.float64) for c in classes],
+    "both": [probs[..., c].sum(dtype=np.float64, where=labels == c) for c in classes],
+  }
+  if logits.shape[-2] > 1:
+    members = [argmax(logits[..., k, :]) for k in range(logits.shape[-2])]
+    sums["member"] = [[np.count_nonzero(m == c) for c in classes] for m in members]
+    sums["shared"] = [
+      [np.count_nonzero((m == c) & (labels == c)) for c in classes] for m in members
+    ]
+  return {name: np.array(values, np.float64) for name, values in sums.items()}
+
+
+def scores(sums: Mapping[str, np.ndarray], mean_entropy: float) -> dict[str, float]:
+  """Scores of a case, as `programs.make_scores` defines them but of the case as a whole.
+
+  Args:
+    sums: added up over its parts.
+    mean_entropy: nats, over the mask's foreground and what is around it.
+
+  Returns:
+    "confidence" the Dice that the probabilities expect of the mask, "entropy", and of an ensemble
+    "agreement", the mean foreground Dice of the mask and each member's.
+  """
+  total = sums["drawn"] + sums["expected"]
+  found = {
+    "confidence": float(np.mean((2 * sums["both"] + 1) / (total + 1))),
+    "entropy": -mean_entropy,
+  }
+  if "member" in sums:
+    size = sums["drawn"] + sums["member"]
+    dice = np.where(size > 0, 2 * sums["shared"] / np.maximum(size, 1), 1.0)
+    found["agreement"] = float(dice.mean())
+  return found
