@@ -190,6 +190,8 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.labelled_batch_size = 8  # labelled images a step
   finetune.unlabelled_batch_size = 8  # unlabelled images a step, without pairs
   finetune.teacher_views = "one"  # one | flips | flips_turns of an image, averaged by a teacher
+  # Of the unlabelled images, those on which the checkpoints of the phase before agree most.
+  finetune.reliable_share = 1.0
   finetune.ramp_steps = 0  # of rising weights of terms on the model's own predictions
   finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam

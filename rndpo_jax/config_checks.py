@@ -8,6 +8,7 @@ import re
 from rndpo_jax import config as config_lib
 from rndpo_jax import (
   config_files,
+  config_geometry,
   config_mix,
   config_model,
   config_ranges,
@@ -21,8 +22,6 @@ from rndpo_jax.losses import objectives
 from rndpo_jax.mining import fused, judge_gate, judges, pair_rules, proposals
 from rndpo_jax.models import mirroring
 from rndpo_jax.training import image_terms
-
-MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
 
 
 def validate(config) -> None:
@@ -45,7 +44,7 @@ def _validate_phase(config) -> None:
   config_model.check(config)
   _check_choices(config)
   _check_counts(config)
-  _check_grid(config)
+  config_geometry.check(config)
   mix = proposals.parse_mix(config.proposals.mix)
   config_mix.check(config, mix)
   config_files.check(config, mix)
@@ -130,6 +129,15 @@ def _check_terms(config) -> None:
         f"config.base.num_members: found {config.base.num_members}, but "
         f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
         "to 2 or more"
+      )
+  if options.reliable_share < 1:
+    number = config_lib.num_phases(config)
+    before = config_lib.of_phase(config, number - 1).finetune if number > 1 else None
+    if before is None or before.num_steps <= before.eval_every_steps:
+      raise ConfigError(
+        f"config.finetune.reliable_share: found {options.reliable_share}, but it is told by two or "
+        "more checkpoints of the phase before; set it in a phase after one with num_steps above "
+        "eval_every_steps"
       )
   made_here = terms.get("online")
   if made_here and not made_here["noise_scale"] + made_here["threshold_shift"]:
@@ -256,30 +264,6 @@ def _check_counts(config) -> None:
     raise ConfigError(
       "config.data.num_classes: found 1, expected 2..255, or 0 to take it from a dataset.json"
     )
-
-
-def _check_grid(config) -> None:
-  data, size = config.data, config_lib.input_size(config)
-  input_key = "patch_size" if data.spacing else "size"
-  for key in (input_key, "spacing", "crop"):
-    if (key == input_key or data[key]) and len(data[key]) != data.spatial_dims:
-      raise ConfigError(
-        f"config.data.{key}: found {tuple(data[key])}, expected {data.spatial_dims} entries as "
-        f"config.data.spatial_dims={data.spatial_dims}"
-      )
-  if not all(0 <= mm < math.inf for mm in data.spacing):
-    raise ConfigError(
-      f"config.data.spacing: found {tuple(data.spacing)}, expected mm a pixel, or 0 for the "
-      "median of the labelled cases"
-    )
-  grids = {input_key: size, "crop": data.crop, "phantom.size": data.phantom.size}
-  for key, pixels in grids.items():
-    if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
-      raise ConfigError(
-        f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
-        f"{MAX_PIXELS:,} pixels in all"
-      )
-  config_model.check_size(config)
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -78,7 +78,7 @@ RANGES = {
   "finetune.num_steps": _STEPS, "finetune.batch_size": _BATCH,
   "finetune.labelled_batch_size": _BATCH, "finetune.unlabelled_batch_size": _BATCH,
   "finetune.ramp_steps": Range(0, 10**7), "finetune.rounds": Range(1, 100),
-  "finetune.min_pair_probability": _RATE,
+  "finetune.min_pair_probability": _RATE, "finetune.reliable_share": Range(0, 1, above=True),
   **{f"finetune.terms.{name}.weight": _FROM_0 for name in config_lib.base_config().finetune.terms},
   "finetune.terms.consensus.temperature": _FROM_0,
   "finetune.terms.consensus.image_temperature": _FROM_0,

@@ -208,6 +208,7 @@ def _of_terms(config) -> Readers:
     bool({"base", "teacher"} & read),
     f"config.finetune.terms pseudo or {_terms_that_read('teacher')}",
   )
+  table["finetune.reliable_share"] = table["finetune.unlabelled_batch_size"]
   table["finetune.ramp_steps"] = (
     any(image_terms.TERMS[name].rises for name in terms),
     f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",

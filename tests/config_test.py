@@ -1,6 +1,7 @@
 """config: defaults are valid; what cannot work raises ConfigError with key, value and remedy."""
 
 import importlib
+import math
 import pathlib
 
 import fsspec
@@ -49,6 +50,8 @@ WRONG = [
   ("data.size", (64, 60), "multiples of 8"),
   ("data.size", (64, 64, 64), "expected 2 entries"),
   ("data.crop", (64,), "expected 2 entries"),
+  ("data.spacing", (1.0, 1.0), r"patch_size: found \(\), expected 2 entries"),
+  ("data.spacing", ("a", 1.0), "numbers"),
   ("data.size", (64, 72), "augment.turn"),
   ("data.source", "magic", "config.data.source"),
   ("data.num_classes", 1, "2..255"),
@@ -229,6 +232,31 @@ def test_a_value_that_cannot_work_raises(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=message):
+    config_checks.validate(config)
+
+
+@pytest.mark.parametrize(
+  "spacing,patch_size,schemes,message",
+  [
+    ((1.0,), (64, 64), (), "spacing: found .*expected 2 entries"),
+    ((-1.0, 1.0), (64, 64), (), "spacing: found .*expected mm a pixel, or 0 for the median"),
+    ((math.inf, 1.0), (64, 64), (), "spacing: found .*expected mm a pixel"),
+    ((1.0, 1.0), (64, 64, 8), (), "patch_size: found .*expected 2 entries"),
+    ((1.0, 1.0), (64, 60), (), "patch_size: found .*needs multiples of 8"),
+    ((1.0, 1.0), (64, 72), (), "turn: quarter turns need H equal to W"),
+    ((1.0, 1.0), (64, 64), ("zscores",), "schemes: unknown scheme 'zscores'; known: zscore,"),
+  ],
+)
+def test_a_native_mode_that_cannot_work_raises(spacing, patch_size, schemes, message):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict(
+    {"data.spacing": (0.0, 1.5), "data.patch_size": (64, 64), "data.schemes": ("none",)}
+  )
+  config_checks.validate(config)
+  config.update_from_flattened_dict(
+    {"data.spacing": spacing, "data.patch_size": patch_size, "data.schemes": schemes}
+  )
+  with pytest.raises(errors.ConfigError, match=rf"config.(data|augment).{message}"):
     config_checks.validate(config)
 
 

@@ -10,11 +10,19 @@ from rndpo_jax import config_checks, config_unread, errors
 
 PACKAGE = pathlib.Path(config_unread.__file__).parent
 KEYS = config_lib.leaves(config_lib.base_config())
+NATIVE = {"data.spacing": (1.0, 1.0), "data.patch_size": (64, 64)}
+SIMPLE = {"data.spacing": (), "data.patch_size": ()}
 # Key, a value that is not the default, and what makes something read it.
 CONDITIONAL = [
   ("data.phantom.seed", 3, {"data.source": "phantom"}),
   ("data.phantom.size", (20, 20), {"data.source": "phantom"}),
   ("data.root", "/data", {"data.source": "folder"}),
+  ("data.size", (32, 32), SIMPLE),
+  ("data.crop", (48, 48), SIMPLE),
+  ("data.normalization", "minmax", SIMPLE),
+  ("data.schemes", ("none",), NATIVE),
+  ("data.statistics", "[null]", NATIVE),
+  ("data.patch_size", (32, 32), {"data.spacing": (1.0, 1.0)}),
   ("data.case_pattern", r"(case\d+)_z", {"data.source": "folder"}),
   ("data.split_fold", 0, {"data.split_file": "splits_final.json"}),
   ("model.norm", "instance", {"model.name": "unet"}),
@@ -111,6 +119,7 @@ def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, 
     reader, bare = {"data.source": "folder"}, {"data.source": "phantom"}
   else:
     bare = {"judge.gate.action": "off"} if key == "judge.gate.min_accuracy" else {}
+    bare = NATIVE if reader is SIMPLE else bare
   if reader == {"data.preferences": ""}:
     bare = {name: KEYS[name] for name in ("judge.compare", "proposals.mix")}
     bare["data.preferences"] = "/p.csv"

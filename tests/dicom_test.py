@@ -156,6 +156,7 @@ def test_a_source_of_series_with_masks_beside(root, dims):
     [("a", True)] * count + [("b", False)] * count
   )
   assert source.spacing_unit == "mm" and source.class_names == ["background", "foreground"]
+  assert source.channel_names == ("CT",)
   masks = pixels[0].mask if dims == 3 else np.stack([one.mask for one in pixels[:4]], -1)
   np.testing.assert_array_equal(masks, MASK)
   before = [source.fingerprint(place) for place in range(2 * count)]

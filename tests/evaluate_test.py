@@ -150,6 +150,9 @@ def test_test_metrics_follow_the_definition(run, model, step):
 def test_results_hold_the_contract(run):
   _, workdir, found = run
   assert (workdir / "evaluate" / "rankseg" / "curve-0.json").exists()
+  points = found["label_free"]["checkpoints"]
+  assert [point["step"] for point in points] == [0, 2, 4] and found["label_free"]["oracle"]
+  assert points[0]["kl"] == 0 and points[0]["agreement"] == 1 and points[1]["kl"] > 0
   for split in ("val", "test"):
     assert list(found["rankseg"][split]) == ["dice", "iou"]
     assert 0 < found["rankseg"][split]["dice"] < 1

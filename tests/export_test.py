@@ -16,6 +16,7 @@ import pytest
 
 from configs import nnunet, nnunet_model
 from rndpo_jax import errors, models, pipeline
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.export import run as run_lib
 from rndpo_jax.export import safetensors, stablehlo
 from rndpo_jax.nnunet import folder
@@ -34,7 +35,6 @@ NEW = {
   "data.spatial_dims": 3, "data.spacing": (1.5, 0.0, 4.0), "data.patch_size": (8, 10, 4),
   "model.name": "nnunet_residual", "model.norm": "group", "model.width": 2, "model.depth": 2,
   "augment.turn": 0.0,
-  "base.num_steps": 1, "base.warmup_steps": 0, "base.batch_size": 8, "base.eval_every_steps": 1,
 }  # fmt: skip
 LOAD = """
 import sys
@@ -68,16 +68,24 @@ def imported(tmp_path_factory, raw):
 
 @pytest.fixture(scope="module")
 def trained_here(tmp_path_factory, raw):
-  """Work directory of a base that was trained from nothing."""
-  path = tmp_path_factory.mktemp("new") / "work"
-  run(nnunet.get_config(), path, raw, NEW)
+  """Work directory of a base as if it had been trained from nothing."""
+  path, config = tmp_path_factory.mktemp("new") / "work", nnunet.get_config()
+  run(config, path, raw, NEW, ("prepare",))
+  segmenter = models.build(config.model, num_classes=3, spatial_dims=3)
+  image = jax.ShapeDtypeStruct((1, 8, 10, 4, 1), np.float32)
+  params = jax.eval_shape(segmenter.init, jax.random.key(0), image)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+  checkpoint.save(path / "base" / "params", 0, params)
+  data = dataset_lib.open_dataset(config, path).fingerprint
+  files.write_json(path / "base" / "selected.json", {"step": 0, "fingerprints": {"data": data}})
   return path
 
 
-def run(config, work, raw, changes):
+def run(config, work, raw, changes, stages=("prepare", "base")):
   with config.unlocked():
     config.update_from_flattened_dict({**TINY, "data.root": str(raw), **changes})
-  pipeline.run(config, work, ("prepare", "base"))
+  pipeline.run(config, work, stages)
 
 
 def entries(path):

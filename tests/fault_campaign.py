@@ -14,7 +14,9 @@ import pathlib
 import sys
 
 import fault_clock
+import fault_export
 import fault_files
+import fault_predict
 import fault_signals
 import fault_sources
 from fault_runs import Campaign, undisturbed
@@ -33,6 +35,8 @@ FAULTS = {
   "states": lambda campaign, _: fault_files.damaged_states(campaign),
   "clock": lambda campaign, _: fault_clock.clock(campaign),
   "source": lambda campaign, _: fault_sources.source_changed(campaign),
+  "predict": lambda campaign, _: fault_predict.predictions(campaign),
+  "export": lambda campaign, _: fault_export.kills(campaign),
   "deleted": lambda campaign, _: fault_sources.deleted(campaign),
 }
 

@@ -68,14 +68,18 @@ class Campaign:
     self.sent = 0.0  # when the last signal was, by the monotonic clock
 
   def start(self, workdir, *arguments, programs=None):
-    """One process, or several on loopback; the list of them. `programs`: of each process."""
+    """The whole job in one process, or several; the list of them. `programs`: of each process."""
+    given = ["--config=tests/tiny_config.py", f"--workdir={workdir}", *SETTINGS, *arguments]
+    return self.start_programs(workdir.name, given, programs or [PROGRAM] * self.processes)
+
+  def start_programs(self, name, given, programs):
+    """A process of each program, on loopback if several, all with the arguments `given`."""
     environment = {
       **os.environ,
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PLATFORMS": "cpu",
     }
-    given = ["--config=tests/tiny_config.py", f"--workdir={workdir}", *SETTINGS, *arguments]
     port = free_port()
     together = [
       f"--coordinator_address=localhost:{port}", f"--num_processes={self.processes}",
@@ -83,9 +87,9 @@ class Campaign:
     self.runs += 1
     (self.folder / "output").mkdir(exist_ok=True)
     started = []
-    for process, program in enumerate(programs or [PROGRAM] * self.processes):
+    for process, program in enumerate(programs):
       several = [*together, f"--process_id={process}"] if self.processes > 1 else []
-      path = self.folder / "output" / f"{self.runs:03d}-{workdir.name}-process-{process}.txt"
+      path = self.folder / "output" / f"{self.runs:03d}-{name}-process-{process}.txt"
       with path.open("w") as file:
         started.append(
           subprocess.Popen(

@@ -116,6 +116,9 @@ def test_pictures_under_the_names_of_nnunet(tmp_path, ending):
   assert (source.dtype, source.spacing_unit) == ("uint8", "voxel")
   np.testing.assert_array_equal(pixels[0].image, np.concatenate([RGB, RGB[..., :1]], -1))
   np.testing.assert_array_equal(pixels[0].mask, MASK[..., 0])
+  assert source.records[0]["spacing"] is None
+  native = _open(tmp_path, spacing=(1.0, 1.0))  # where a network wants one, as nnU-Net has it
+  assert native.records[0]["spacing"] == [1.0, 1.0] and native.spacing_unit == "voxel"
   (tmp_path / "imagesTr" / f"a_0001{ending}").unlink()
   with pytest.raises(errors.DataError, match=r"3 channels in 1 files .*dataset\.json lists 4"):
     _open(tmp_path)

@@ -5,7 +5,7 @@ import json
 import nibabel
 import numpy as np
 
-SPACINGS = ((1.0, 1.25, 4.0), (1.5, 1.25, 4.0), (2.0, 1.25, 5.0))
+SPACINGS = ((1.0, 1.25, 3.0), (1.5, 1.25, 3.0), (2.0, 1.25, 3.5))  # no axis far coarser
 
 
 def volume(seed, shape, num_classes=3):

@@ -33,8 +33,9 @@ TINY = {
   "base.batch_size": 8,
   "base.warmup_steps": 2,
   "base.eval_every_steps": 30,
-  "proposals.mix": "base:1,tta+threshold:3",
+  "proposals.mix": "base:1,threshold:3",
   "judge.num_bootstrap": 20,
+  "judge.compare": (),
   "judge.gate.action": "off",
   "mine.batch_size": 8,
   "mine.num_shards": 2,
@@ -46,9 +47,9 @@ TINY = {
 }
 GEOMETRY = {
   2: {"data.spacing": (1.5, 0.0), "data.patch_size": (12, 10)},
-  3: {"data.spacing": (1.5, 0.0, 4.0), "data.patch_size": (8, 10, 4), "data.spatial_dims": 3},
+  3: {"data.spacing": (1.5, 0.0, 3.0), "data.patch_size": (8, 10, 4), "data.spatial_dims": 3},
 }
-NEW_SPACING = (1.5, 1.25, 4.0)
+NEW_SPACING = (1.5, 1.25, 3.0)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2d", "3d"])

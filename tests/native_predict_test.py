@@ -200,7 +200,7 @@ def test_parts_do_not_depend_on_the_cuts(monkeypatch, shape, spacing, new_shape,
 
 def test_equal_logits_give_the_lowest_class():
   logits = np.array([[1, 1, 0], [0, 2, 2], [-3, -4, -3]], np.float32)
-  np.testing.assert_array_equal(restore.argmax(logits), [0, 1, 0])
+  np.testing.assert_array_equal(restore.argmax(logits.T), [0, 1, 0])
 
 
 def test_what_cannot_be_predicted_raises_naming_it(tmp_path, model, images):

@@ -10,8 +10,9 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, pipeline
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.evaluation import metrics
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import phases
+from rndpo_jax.stages import phases, reliable
 from rndpo_jax.training import checkpoint
 
 FIRST = {
@@ -21,6 +22,7 @@ FIRST = {
   "finetune.ema_decay": 0.5,
   "finetune.num_steps": 3,
 }
+SECOND = {"finetune.terms.pseudo.weight": 0.1, "finetune.reliable_share": 0.5}
 
 
 def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
@@ -68,6 +70,7 @@ def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
       | {f"finetune.terms.online.{name}": 0.0 for name in ("noise_scale", "threshold_shift")},
       "terms.online: noise_scale and threshold_shift are 0",
     ),
+    ({"finetune.reliable_share": 0.5}, "reliable_share: found 0.5, which nothing reads"),
     ({"finetune.strong": True}, "reference: changed images need an 'online' reference"),
     ({"finetune.terms.pseudo.threshold": 0.4}, "threshold: found 0.4, which nothing reads"),
   ],
@@ -77,6 +80,31 @@ def test_a_phase_that_cannot_work_is_refused_by_key(phase, message):
   config.phases = ({}, phase)
   with pytest.raises(ConfigError, match=message):
     config_checks.validate(config)
+
+
+@pytest.mark.parametrize("phases", [(), ({"finetune.num_steps": 50}, {})])
+def test_reliable_images_are_told_by_checkpoints_of_a_phase_before(phases):
+  config = config_lib.base_config()
+  config.finetune.terms.entropy.weight = 1.0
+  config.finetune.reliable_share = 0.5
+  config.phases = phases
+  with pytest.raises(ConfigError, match="reliable_share: found 0.5, but it is told by two or more"):
+    config_checks.validate(config)
+
+
+def test_stability_is_the_agreement_with_the_last_and_the_best_share_stays():
+  images = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
+  params = np.random.default_rng(1).normal(size=(3, 2, 3)).astype(np.float32)
+  found = reliable.stability(lambda p, x: x @ p, params, images, 3)
+  masks = [np.argmax(images @ p, -1) for p in params]
+  for row in range(3):
+    dice = [np.mean(metrics.dice(masks[n][row], masks[2][row], 3, 2)) for n in (0, 1)]
+    np.testing.assert_allclose(found[row], np.mean(dice), rtol=1e-6)
+  places = np.array([5, 7, 8, 9])
+  np.testing.assert_array_equal(
+    reliable.most_stable(places, np.array([0.3, 0.9, 0.1, 0.9]), 0.5), [7, 9]
+  )
+  assert reliable.most_stable(places, np.array([0.3, 0.2, 0.4, 0.1]), 0.1).tolist() == [8]
 
 
 def test_every_recipe_is_of_use_on_every_data_set():
@@ -103,7 +131,7 @@ def test_a_job_of_two_phases(tiny_run, tiny_config, tmp_path):
     finetune__eval_every_steps=2,
     judge__gate__action="off",
   )
-  config.phases = (FIRST, {})
+  config.phases = (FIRST, SECOND)
   pipeline.run(config, tmp_path, ("base", "mine", "finetune", "evaluate", "report"))
   workdir = epath.Path(tmp_path)
   assert not (workdir / "phase-1" / "pairs").exists()  # none of its terms reads pairs
@@ -120,6 +148,12 @@ def test_a_job_of_two_phases(tiny_run, tiny_config, tmp_path):
   # The second is mined by the first one's result, and says so; its h starts at 0.
   made = files.read_json(workdir / "pairs" / "fingerprints.json")
   assert made["base"] != files.read_json(base_workdir / "pairs" / "fingerprints.json")["base"]
+  # Half of its unlabelled images are those on which the first one's two checkpoints agree most.
+  found = files.read_json(workdir / "finetune" / "reliable.json")["stability"]
+  assert len(found) == len(dataset.splits["unlabelled"]) and all(0 <= x <= 1 for x in found)
+  own = reliable.shown_to(config_lib.of_phase(config), workdir, workdir / "finetune", dataset)
+  expected = reliable.most_stable(dataset.splits["unlabelled"], np.array(found), 0.5)
+  np.testing.assert_array_equal(own.splits["unlabelled"], expected)
   harm = files.read_json(workdir / "evaluate" / "harm.json")
   assert [point["step"] for point in harm["curve"]] == [3, 5, 7]
   # A lost second phase is made again from the first, which stays, bit for bit.

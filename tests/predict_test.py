@@ -126,6 +126,31 @@ def test_slices_of_a_volume_are_those_of_evaluate_under_the_same_header(tmp_path
   assert found.header.get_zooms() == (2.5, 1.5, 4.0)
 
 
+def test_a_volume_has_one_mask_whatever_its_format(tmp_path, network, truth):
+  sitk = pytest.importorskip("SimpleITK", reason="needs the extra 'itk'")
+  dicom_files = pytest.importorskip("dicom_files", reason="needs the extra 'dicom'")
+  volume = np.stack([image[..., 0] for image, _ in truth.values()], axis=-1)
+  want = np.stack([mask for _, mask in truth.values()], axis=-1)
+  folder = tmp_path / "in"
+  dicom_files.write_series(
+    folder / "series", volume.astype(np.uint16) * 2, RescaleSlope=0.5, RescaleIntercept=0
+  )
+  scan = sitk.ReadImage([str(dicom_files.path(folder / "series", n)) for n in range(len(truth))])
+  for name in ("a_0000.mha", "b_0000.nrrd", "c_0000.nii.gz"):
+    sitk.WriteImage(scan, str(folder / name))
+  rows = _predict(network, folder, tmp_path / "out")
+  names = {"a": "a.mha", "b": "b.nrrd", "c": "c.nii.gz", "series": "series.nii.gz"}
+  assert {row["case_id"]: row["mask"] for row in rows} == names
+  for name in names.values():
+    found = sitk.ReadImage(str(tmp_path / "out" / name))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found).T, want)
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+      np.testing.assert_allclose(getattr(found, get)(), getattr(scan, get)(), atol=1e-5)
+  again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
+  assert _predict(network, folder, tmp_path / "out") == rows
+  assert all((tmp_path / "out" / name).stat().st_mtime_ns == again[name] for name in names.values())
+
+
 def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, network):
   config = network.config.copy_and_resolve_references()
   config.model.width = 4
@@ -247,7 +272,7 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, network, truth, c
   lines = [line for line in capsys.readouterr().out.splitlines() if "not predicted" in line]
   for name in ("cut.png", "rgb.png", "scan.mha", "nan.nii.gz", "time.nii.gz"):
     assert len([line for line in lines if f"{folder / name}: " in line]) == 1, lines
-  assert "3 channels (RGB), but the network was trained on 1" in str(lines)
+  assert "3 channels, but the network was trained on 1" in str(lines)
   with (tmp_path / "out" / score_table.FILE).open(newline="") as file:
     assert [row["case_id"] for row in csv.DictReader(file)] == [
       path.stem for path in sorted(good, key=lambda path: int(path.stem[4:]))

@@ -261,7 +261,9 @@ def test_a_record_of_tuning_holds_no_test_figure(ran):
   cell = cells[1]
   places = workdir / "cells" / cell.key, workdir / "bases" / cell.base_key
   line = cell_records.make(cell._replace(tuning=True), *map(epath.Path, places), {})
-  assert "cases" not in line and line["curve"].keys() == {"step", "val", "val_kl"}
+  columns = {"step", "val", "val_kl", "kl", "agreement"}
+  assert "cases" not in line and line["curve"].keys() == columns
+  assert line["rankseg"].keys() == {"val"}
   del line["config"]
   assert "test" not in json.dumps(line)
   assert line["val"] == cell_records.read(folder / "records.jsonl")[cell.key]["val"]

@@ -109,14 +109,14 @@ def normalize(
       f"{len(schemes)} schemes and {len(statistics)} statistics, expected {image.shape[-1]}, one a "
       "channel"
     )
-  out = np.empty(image.shape, np.float32)
+  channels = []
   for channel, name in enumerate(schemes):
     if name not in SCHEMES:
       raise ValueError(f"scheme {name!r} is unknown; known: {', '.join(SCHEMES)}")
     if name == "zscore_in_mask" and mask is None:
       raise ValueError("scheme 'zscore_in_mask' needs the mask of what is not zero")
-    out[..., channel] = SCHEMES[name](image[..., channel], statistics[channel], mask)
-  return out
+    channels.append(SCHEMES[name](image[..., channel], statistics[channel], mask))
+  return channels[0][..., None] if len(channels) == 1 else np.stack(channels, axis=-1)
 
 
 def _scaled(values: np.ndarray, shift: float, scale: float) -> np.ndarray:

@@ -228,16 +228,14 @@ def to_own_spacing(
   return resample.resample_logits(values, lengths, spacing=native.spacing, new_spacing=spacing)
 
 
-def paste(values: np.ndarray | None, box: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def paste(values: np.ndarray, box: np.ndarray, shape: Sequence[int]) -> np.ndarray:
   """What stands in a record's box, on its own grid [*shape, ...] with zeros around.
 
   Args:
-    values: [*box, ...], or None where the box is empty: u8 zeros then.
+    values: [*box, ...].
     box: i32[dims, 2] of the record.
     shape: S of the record.
   """
-  if values is None:
-    return np.zeros(tuple(shape), np.uint8)
   out = np.zeros((*shape, *values.shape[len(box) :]), values.dtype)
   out[tuple(slice(*edges) for edges in box)] = values
   return out

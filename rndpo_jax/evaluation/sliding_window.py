@@ -33,7 +33,7 @@ from rndpo_jax.runtime import sharding
 
 _SIGMA = 1 / 8  # of the Gaussian, in patches
 # Pixels of a batch on a device, at most. A CPU is fastest with few: they stay in its cache.
-_BATCH_PIXELS = {"cpu": 2**14}
+_BATCH_PIXELS = {"cpu": 2**16}
 _BATCH_PIXELS_ELSEWHERE = 2**22
 
 
@@ -222,6 +222,8 @@ class _Volume:
     if any(map(any, pads)):
       image = np.pad(image, [*pads, (0, 0)])
     self.image = np.moveaxis(image, self.axis, 0)
+    if self.has_slices:  # else each tile would be gathered from all over the memory
+      self.image = np.ascontiguousarray(self.image)
     self.pads, self.patch = _to_front(pads, self.axis), _to_front(patch, self.axis)
     size = self.image.shape[:-1]
     self.starts = _starts(size, self.patch, window.step)
@@ -251,11 +253,16 @@ class _Volume:
       yield self._slab(self.patch[0], is_last=True)
 
   def _slab(self, count: int, is_last: bool) -> Slab:
-    first, rest = self.totals[0][self.done : self.done + count], self.totals[1:]
-    divisor = functools.reduce(np.multiply.outer, rest, first * len(self.window.flips))
-    logits = self.sums[:count] / divisor.astype(np.float32)[..., None]
+    first, *rest = self.totals
+    logits = self.sums[:count] / _along(0, first[self.done : self.done + count], self.sums.ndim)
+    for axis, total in enumerate(rest, 1):
+      logits /= _along(axis, total, logits.ndim)
+    if len(self.window.flips) > 1:
+      logits /= len(self.window.flips)
     if not is_last:
-      self.sums[:-count] = self.sums[count:]
+      for low in range(0, len(self.sums) - count, count):  # blocks that do not overlap: no copies
+        part = self.sums[low + count : low + 2 * count]
+        self.sums[low : low + len(part)] = part
       self.sums[-count:] = 0
     start, self.done = self.done, self.done + count
     return self._without_padding(start, logits, is_last)
@@ -312,6 +319,10 @@ def _total_weights(starts: list[int], size: int, patch: int) -> np.ndarray:
   for start in starts:
     total[start : start + patch] += _weights_of_axis(patch)
   return total
+
+
+def _along(axis: int, values: np.ndarray, ndim: int) -> np.ndarray:
+  return values.astype(np.float32).reshape([-1 if n == axis else 1 for n in range(ndim)])
 
 
 def _to_front(values: Sequence, axis: int) -> list:

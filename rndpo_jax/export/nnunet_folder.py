@@ -6,13 +6,16 @@ import json
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from rndpo_jax import errors, models
 from rndpo_jax.nnunet import checkpoint_writer, imported, new_plans, weights
 from rndpo_jax.nnunet.preprocessing import Preprocessing
 from rndpo_jax.predict.trained import Trained
+from rndpo_jax.runtime import files
 
 
-def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
+def make(trained: Trained, workdir: epath.Path) -> dict[str, bytes]:
   """The files of the folder.
 
   Of a base that was imported they are those that came, byte by byte, but for the weights of the
@@ -24,7 +27,9 @@ def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
     errors.FileError: if a file of `base/nnunet/` cannot be used.
   """
   home = workdir / "base" / imported.KEPT
-  return _as_it_came(trained, home) if home.is_dir() else _new(trained)
+  if not home.is_dir():
+    return _new(trained)
+  return _as_it_came(trained, pathlib.Path(files.local_copy(home)))
 
 
 def _as_it_came(trained: Trained, home: pathlib.Path) -> dict[str, bytes]:

@@ -7,6 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+from etils import epath
+
 from rndpo_jax import errors
 from rndpo_jax.export import nnunet_folder, safetensors, stablehlo
 from rndpo_jax.predict import trained as trained_lib
@@ -14,7 +16,7 @@ from rndpo_jax.predict.trained import Trained
 from rndpo_jax.runtime import files, progress
 
 # --format -> (trained, work directory) -> path in the output -> bytes of the file.
-FORMATS: dict[str, Callable[[Trained, pathlib.Path], dict[str, bytes]]] = {
+FORMATS: dict[str, Callable[[Trained, epath.Path], dict[str, bytes]]] = {
   "nnunet": nnunet_folder.make,
   "safetensors": safetensors.make,
   "stablehlo": stablehlo.make,
@@ -37,7 +39,7 @@ def run(workdir: os.PathLike | str, which: str, name: str, output: os.PathLike |
   """
   check(output)
   trained = trained_lib.load(workdir, which)
-  made = FORMATS[name](trained, pathlib.Path(workdir))
+  made = FORMATS[name](trained, epath.Path(workdir))
   target = pathlib.Path(output).expanduser()
   temporary = target.parent / f".{target.name}.tmp"
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed

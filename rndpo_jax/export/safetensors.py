@@ -8,12 +8,12 @@ these twenty lines alone.
 from __future__ import annotations
 
 import json
-import pathlib
 import struct
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from etils import epath
 
 from rndpo_jax.export import description
 from rndpo_jax.predict.trained import Trained
@@ -21,7 +21,7 @@ from rndpo_jax.predict.trained import Trained
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8"}
 
 
-def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
+def make(trained: Trained, workdir: epath.Path) -> dict[str, bytes]:
   """The files of the folder."""
   del workdir
   leaves = jax.tree_util.tree_leaves_with_path(trained.params)

@@ -6,11 +6,10 @@ logits = jax.export.deserialize(open("model.stablehlo", "rb").read()).call(image
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import jax.export
 import jax.numpy as jnp
+from etils import epath
 
 from rndpo_jax import errors, models
 from rndpo_jax.export import description
@@ -19,7 +18,7 @@ from rndpo_jax.predict.trained import Trained
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def make(trained: Trained, workdir: pathlib.Path) -> dict[str, bytes]:
+def make(trained: Trained, workdir: epath.Path) -> dict[str, bytes]:
   """The files of the folder."""
   del workdir
   return {"model.json": description.text(trained), "model.stablehlo": serialize(trained)}

@@ -141,7 +141,7 @@ def read_kept(home: os.PathLike) -> folder.Model:
   Raises:
     errors.FileError: naming the file that cannot be used.
   """
-  home = pathlib.Path(home)
+  home = pathlib.Path(files.local_copy(home))
   return folder.read(home, kept_fold(home), CHECKPOINT)
 
 
@@ -160,10 +160,16 @@ def kept_fold(home: pathlib.Path) -> str:
   return found[0]
 
 
-def keep(config, fold: str, directory: epath.Path) -> None:
-  """Copies the model as it came, for `launch.export`: `directory`/nnunet/, of this fold."""
+def keep(config, fold: str, directory: epath.Path) -> dict[str, str]:
+  """Copies the model as it came, for `launch.export`: `directory`/nnunet/, of this fold.
+
+  Returns:
+    Where it came from, for `selected.json`.
+  """
   source = epath.Path(config.base.nnunet_folder).expanduser()
   target = directory / KEPT
   there = [name for name in _PERHAPS if (source / name).exists()]
   for name in (*_NEEDED, *there, f"fold_{fold}/{CHECKPOINT}"):
     files.write_bytes(target / name, (source / name).read_bytes())
+  sha256 = files.sha256(target / f"fold_{fold}" / CHECKPOINT)
+  return {"folder": os.fspath(source), "fold": fold, "checkpoint_sha256": sha256}

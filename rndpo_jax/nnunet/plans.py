@@ -205,11 +205,14 @@ def _axes(plans: Mapping[str, Any], dims: int) -> tuple[int, ...]:
   forward = _get(plans, "transpose_forward", list)
   if sorted(forward) != [0, 1, 2]:
     raise ValueError(f"'transpose_forward' is {forward!r}, expected an order of 0, 1, 2")
+  reader = plans.get("image_reader_writer")
+  if reader == "NibabelIOWithReorient":
+    raise ValueError(f"'image_reader_writer' is {reader!r}: turning images is not supported")
   if dims == 3:
     return tuple(forward.index(2 - axis) for axis in range(3))
   if forward[0] != 0:
     raise ValueError(f"'transpose_forward' is {forward!r}: only slices along z are supported")
-  is_picture = plans.get("image_reader_writer") == "NaturalImage2DIO"
+  is_picture = reader == "NaturalImage2DIO"
   return tuple(forward.index(1 + axis if is_picture else 2 - axis) - 1 for axis in range(2))
 
 

@@ -40,7 +40,7 @@ def read(source: inputs.Input, trained: Trained) -> Case:
   if source.problem:
     raise errors.DataError(source.problem)
   stamp = inputs.stamp(source)
-  opened = _open(source, trained)
+  opened = open_case(source, trained)
   found, shape = [], ()
   for one in cases.read_case(opened, trained.spatial_dims, trained.num_classes, False):
     shape = one.image.shape[:-1]
@@ -50,8 +50,16 @@ def read(source: inputs.Input, trained: Trained) -> Case:
   return Case(source, stamp, found, shape, len(opened.shape) > trained.spatial_dims)
 
 
-def _open(source: inputs.Input, trained: Trained) -> cases.Case:
-  """The case, its headers checked to be what the network takes."""
+def open_case(source: inputs.Input, trained) -> cases.Case:
+  """The case, its headers checked to be what the network takes.
+
+  Args:
+    source: without a problem.
+    trained: a Trained, or what else has its `spatial_dims` and `num_channels`.
+
+  Raises:
+    errors.DataError: naming the file, what was found and the remedy.
+  """
   case = cases.open_case(list(source.files), None, 2)
   first, count = source.files[0], case.num_channels
   if len(case.shape) < trained.spatial_dims:
@@ -60,11 +68,10 @@ def _open(source: inputs.Input, trained: Trained) -> cases.Case:
       "volumes, as NIfTI, or a network with config.data.spatial_dims=2"
     )
   if count != trained.num_channels:
-    kind = {1: " (grey)", 3: " (RGB)"}.get(count, "") if source.is_picture else ""
+    names = [f"{source.case_id}_{n:04d}{source.ending}" for n in range(2)]
     raise errors.DataError(
-      f"{first}: {count} channel{'s' * (count > 1)}{kind}, but the network was trained on "
-      f"{trained.num_channels}; expected as many, convert or remove it, or give them as files "
-      f"{source.case_id}_0000{source.ending}, {source.case_id}_0001{source.ending} and so on, and "
-      "all names of this kind"
+      f"{first}: {count} channel{'s' * (count > 1)}, but the network was trained on "
+      f"{trained.num_channels}; expected as many (an RGB picture is three): convert or remove it, "
+      f"or give channels as files {', '.join(names)} and so on, and all names of this kind"
     )
   return case

@@ -108,6 +108,7 @@ def _in_folder(place: pathlib.Path, num_channels: int) -> list[Input]:
       joined = []
     inputs += joined or [Input(stem, (file,), ending) for stem, ending, file, _ in part]
   folders = [name for name in names if name.is_dir() and not name.name.startswith(".")]
+  folders = [name for name in folders if os.access(name, os.R_OK | os.X_OK)]  # not lost+found
   for folder in (place, *folders):
     if dicom.files_of(folder):
       inputs.append(Input(file_checks.check_text(folder.name, str(folder)), (folder,), _SERIES))

@@ -8,13 +8,15 @@ in memory, and threads share them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rndpo_jax.data import resample
 from rndpo_jax.evaluation import sliding_window
-from rndpo_jax.predict.native_cases import NativeCase
+
+if TYPE_CHECKING:  # evaluation restores records, too, and what reads cases builds upon it
+  from rndpo_jax.predict.native_cases import NativeCase
 
 _PIECE_VALUES = 2**22  # logits of a piece
 
@@ -96,25 +98,26 @@ def restore(piece: Piece, *, with_scores: bool, with_probabilities: bool) -> Par
       place[axis], taps = _own_rows(taps, piece.start, piece.first, stop)
     if case.cropped_shape[axis] != case.image_shape[axis]:
       logits = resample.interpolate_axis(logits, axis, taps)
-  mean = logits[..., 0, :] if logits.shape[-2] == 1 else logits.mean(axis=-2)
+  members = np.ascontiguousarray(np.moveaxis(logits, (-2, -1), (0, 1)))  # [members, C, *S]: fast
+  mean = members[0] if len(members) == 1 else members.mean(axis=0)
   labels = argmax(mean)
   entropy = probabilities = None
   sums: dict[str, np.ndarray] = {}
   if with_scores or with_probabilities:
     probs, found = _softmax(mean)
-    probabilities = probs.astype(np.float16) if with_probabilities else None
+    if with_probabilities:
+      probabilities = np.moveaxis(probs, 0, -1).astype(np.float16)
     if with_scores:
-      entropy, sums = found.astype(np.float16), _sums(labels, probs, logits)
+      entropy, sums = found.astype(np.float16), _sums(labels, probs, members)
   return Part(case, tuple(place), labels, entropy, probabilities, sums, piece.is_last)
 
 
 def argmax(logits: np.ndarray) -> np.ndarray:
-  """f[..., C] -> u8[...], of equals the lowest; for few classes much faster than numpy's."""
-  best, labels = logits[..., 0].copy(), np.zeros(logits.shape[:-1], np.uint8)
-  for label in range(1, logits.shape[-1]):
-    ahead = logits[..., label] > best
-    np.copyto(best, logits[..., label], where=ahead)
-    labels[ahead] = label
+  """f[C, *S] -> u8[*S], of equals the lowest; for few classes much faster than numpy's."""
+  best, labels = logits[0].copy(), np.zeros(logits.shape[1:], np.uint8)
+  for label in range(1, len(logits)):
+    np.copyto(labels, np.uint8(label), where=logits[label] > best)
+    np.maximum(best, logits[label], out=best)
   return labels
 
 
@@ -138,15 +141,16 @@ def _own_rows(taps, start: int, first: int, stop: int) -> tuple[slice, tuple]:
 
 
 def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(probabilities f32[..., C], their entropy f32[...])."""
-  shifted = logits - logits.max(axis=-1, keepdims=True)
+  """f32[C, *S] -> (probabilities f32[C, *S], their entropy f32[*S])."""
+  shifted = logits - logits.max(axis=0)
   probs = np.exp(shifted)
-  total = probs.sum(axis=-1)
-  probs /= total[..., None]
-  return probs, np.log(total) - np.einsum("...c,...c->...", probs, shifted)
+  total = probs.sum(axis=0)
+  probs /= total
+  shifted *= probs
+  return probs, np.log(total) - shifted.sum(axis=0)
 
 
-def _sums(labels: np.ndarray, probs: np.ndarray, logits: np.ndarray) -> dict[str, np.ndarray]:
+def _sums(labels: np.ndarray, probs: np.ndarray, members: np.ndarray) -> dict[str, np.ndarray]:
   """What the scores of a case are made of, of each foreground class.
 
   Returns:
@@ -154,17 +158,17 @@ def _sums(labels: np.ndarray, probs: np.ndarray, logits: np.ndarray) -> dict[str
     f64[C - 1] that inside the mask; of an ensemble also "member" f64[members, C - 1] pixels of each
     member's mask and "shared" f64[members, C - 1] those that are in the mask, too.
   """
-  classes = range(1, probs.shape[-1])
+  own = [labels == label for label in range(1, len(probs))]
   sums = {
-    "drawn": [np.count_nonzero(labels == c) for c in classes],
-    "expected": [probs[..., c].sum(dtype=np.float64) for c in classes],
-    "both": [probs[..., c].sum(dtype=np.float64, where=labels == c) for c in classes],
+    "drawn": [np.count_nonzero(mask) for mask in own],
+    "expected": [p.sum(dtype=np.float64) for p in probs[1:]],
+    "both": [(p * mask).sum(dtype=np.float64) for p, mask in zip(probs[1:], own, strict=True)],
   }
-  if logits.shape[-2] > 1:
-    members = [argmax(logits[..., k, :]) for k in range(logits.shape[-2])]
-    sums["member"] = [[np.count_nonzero(m == c) for c in classes] for m in members]
+  if len(members) > 1:
+    drawn = [[mask == label for label in range(1, len(probs))] for mask in map(argmax, members)]
+    sums["member"] = [[np.count_nonzero(mask) for mask in masks] for masks in drawn]
     sums["shared"] = [
-      [np.count_nonzero((m == c) & (labels == c)) for c in classes] for m in members
+      [np.count_nonzero(mask & y) for mask, y in zip(masks, own, strict=True)] for masks in drawn
     ]
   return {name: np.array(values, np.float64) for name, values in sums.items()}
 

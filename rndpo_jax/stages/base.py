@@ -194,11 +194,10 @@ def _import_member(config, workdir, member: int) -> None:
   checkpoint.save(directory / "params", 0, params)
   if not multihost.is_first():
     return
-  if member == 0:
-    imported.keep(config, fold, directory)
+  came_from = imported.keep(config, fold, directory) if member == 0 else {"fold": fold}
   row = {"step": 0, "kind": "val", **figures}
   files.write_text(directory / "metrics.jsonl", json.dumps(row) + "\n")
-  _write_selected(config, directory, row, f"nnU-Net, fold {fold}", dataset.fingerprint)
+  _write_selected(config, directory, row, "imported", dataset.fingerprint, nnunet=came_from)
 
 
 def make_validate(
@@ -223,7 +222,7 @@ def _select(config, directory: epath.Path, data: str) -> None:
   checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
 
 
-def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: str) -> None:
+def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: str, **more) -> None:
   files.write_json(
     directory / "selected.json",
     {
@@ -232,6 +231,7 @@ def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: s
       "val_dice": row["val_dice"],
       "seed": config.seed,
       "fingerprints": {"data": data},
+      **more,
     },
   )
 

@@ -25,6 +25,7 @@ from rndpo_jax.evaluation import (
   delivered,
   gallery,
   harm,
+  label_free,
   metrics,
   predict,
   rankseg,
@@ -96,12 +97,19 @@ def run(config, workdir: os.PathLike) -> None:
   content["harm"] = {name: value for name, value in found.items() if name != "curve"}
   content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
+  content["label_free"] = _label_free(config, evaluation, steps, curve)
   content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   if "pairs" in image_terms.reads_of(config):
     content["warnings"] += _gate_warning(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def _label_free(config, evaluation, steps, curve) -> dict:
+  """What unlabelled images tell of each checkpoint; see `label_free`."""
+  points = label_free.measure(config, evaluation, steps)
+  return {"checkpoints": points, **label_free.stops(points, curve)}
 
 
 def _rankseg(cases, names) -> dict:

@@ -18,7 +18,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.models import mirroring
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, sharding
-from rndpo_jax.stages import base, phases
+from rndpo_jax.stages import base, phases, reliable
 from rndpo_jax.training import (
   checkpoint_manager,
   image_terms,
@@ -84,7 +84,9 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
       config.finetune.ema_decay > 0,
       min_size,
     ),
-    pair_batches.on_devices(config, pairs, dataset, mesh),
+    pair_batches.on_devices(
+      config, pairs, reliable.shown_to(config, workdir, directory, dataset), mesh
+    ),
     schedule(config.finetune),
     key=seeds.finetuning_key(config.seed, config_lib.num_phases(config)),
     checkpoints=checkpoint_manager.CheckpointManager(

@@ -65,6 +65,14 @@ def start(config, workdir: os.PathLike, dataset) -> types.Params:
   return checkpoint.restore_params(directory / "params", step, stage_directory=directory)
 
 
+def kept_before(config, workdir: os.PathLike) -> tuple[epath.Path, list[int]]:
+  """`finetune/` of the phase before this one, and the steps of its checkpoints."""
+  before = config_lib.of_phase(config, config_lib.num_phases(config) - 1)
+  folder = _folder(workdir, config_lib.num_phases(config) - 1)
+  steps = train_loop.kept_steps(before.finetune.num_steps, before.finetune.eval_every_steps)
+  return folder / "finetune", steps
+
+
 def checkpoints(config, workdir: os.PathLike) -> Iterator[tuple[int, epath.Path, int]]:
   """(step counted over all phases, `finetune/` of its phase, step in it), of every checkpoint.
 

@@ -126,7 +126,9 @@ def make(
     "mb": {"base": _megabytes(base_workdir), "cell": _megabytes(workdir)},
     "steps": last,
     "base": {split: _round(results["base"][split]["dice"]) for split in splits},
-    "curve": _curve(results["curve"], splits, _val_kl(workdir, results["curve"][-1]["step"])),
+    "rankseg": {s: _round(results["rankseg"][s]["dice"]) for s in splits if "rankseg" in results},
+    "curve": _curve(results["curve"], splits, _val_kl(workdir, results["curve"][-1]["step"]))
+    | _label_free(results),
     "val": _sustained([point["val_dice"] for point in results["curve"]]),
     "pairs": _pairs(results),
   }
@@ -170,6 +172,13 @@ def _curve(points, splits, val_kl: Mapping[int, float]) -> dict[str, list]:
       round(val_kl[step], _KL_DIGITS) if step in val_kl else None for step in curve["step"]
     ]
   return curve
+
+
+def _label_free(results: Mapping) -> dict[str, list]:
+  """Columns of the curve that need no labels; none of a run that did not measure them."""
+  points = results.get("label_free", {}).get("checkpoints", [])
+  names = ("kl", "agreement") if points else ()
+  return {name: [round(point[name], _KL_DIGITS) for point in points] for name in names}
 
 
 def _val_kl(workdir: epath.Path, last_step: int) -> dict[int, float]:

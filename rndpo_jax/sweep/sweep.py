@@ -27,7 +27,7 @@ from rndpo_jax.data import loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
-from rndpo_jax.stages import base, finetune, phases
+from rndpo_jax.stages import base, finetune, phases, reliable
 from rndpo_jax.sweep import population, sweep_results
 from rndpo_jax.training import (
   checkpoint,
@@ -174,7 +174,9 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
   state = train_loop.fit(
     lambda state, batch, keys: step(state, batch, keys, settings, reference),
     state,
-    _batches(config, pairs, dataset, grid["seeds"], mesh),
+    _batches(
+      config, pairs, reliable.shown_to(config, workdir, directory, dataset), grid["seeds"], mesh
+    ),
     finetune.schedule(options),
     key=jnp.stack(
       [seeds_lib.finetuning_key(seed, config_lib.num_phases(config)) for seed in grid["seeds"]]

@@ -14,21 +14,25 @@ from rndpo_jax.data.sources import nifti
 
 
 def make_source(
-  data, cases: Mapping[str, cases_lib.Case], class_names: list[str], *, channel_names=(),
-  has_ignored=False, notes=(),
-) -> records.Source:  # fmt: skip
-  """The source of some cases, whose notes on headers are added to `notes`.
+  data, cases: Mapping[str, cases_lib.Case], class_names: list[str], *, has_ignored=False
+) -> records.Source:
+  """The source of some cases, with notes on their headers.
 
   Args:
     data: `config.data`.
     cases: by case id, in the order of the records.
     class_names: one a class, background first.
-    channel_names: as in `records.Source`.
     has_ignored: whether the id C in a label means `types.IGNORED`.
-    notes: on what else the source found.
   """
   known = all(case.spacing is not None for case in cases.values())
-  entries = [entry for name, case in cases.items() for entry in _entries(data, name, case, known)]
+  notes = tuple(_notes_of_headers(list(cases.values())))
+  if data.spacing and all(_is_picture(case) for case in cases.values()):
+    cases = {name: case._replace(spacing=(1.0, 1.0)) for name, case in cases.items()}
+    notes += ("pictures have no spacing: for config.data.spacing a pixel is 1 mm, as in nnU-Net",)
+  has_spacing = all(case.spacing is not None for case in cases.values())
+  entries = [
+    entry for name, case in cases.items() for entry in _entries(data, name, case, has_spacing)
+  ]
 
   def read(start: int) -> Iterator[records.Pixels]:
     for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
@@ -54,18 +58,21 @@ def make_source(
     class_names=class_names,
     has_ignored=has_ignored,
     num_channels=next(iter(cases.values())).num_channels,
-    channel_names=channel_names,
     spatial_dims=data.spatial_dims,
     spacing_unit="mm" if known else "voxel",
     dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
     records=entries,
     read=read,
     fingerprint=fingerprint,
-    notes=(*notes, *_notes_of_headers(list(cases.values()))),
+    notes=notes,
   )
 
 
-def _entries(data, name: str, case: cases_lib.Case, known: bool) -> Iterator[dict[str, Any]]:
+def _is_picture(case: cases_lib.Case) -> bool:
+  return cases_lib.split_name(case.channels[0].name)[1].lower() in cases_lib.PICTURES
+
+
+def _entries(data, name: str, case: cases_lib.Case, has_spacing: bool) -> Iterator[dict[str, Any]]:
   group = records.extract(data.group_pattern, name, "group_pattern")
   dims = data.spatial_dims
   sliced = len(case.shape) > dims
@@ -76,8 +83,8 @@ def _entries(data, name: str, case: cases_lib.Case, known: bool) -> Iterator[dic
       group_id=group,
       slice_index=index,
       shape=case.shape[:dims],
-      spacing=case.spacing[:dims] if known else None,
-      slice_spacing=case.spacing[2] if known and sliced else None,
+      spacing=case.spacing[:dims] if has_spacing else None,
+      slice_spacing=case.spacing[2] if has_spacing and sliced else None,
       has_mask=case.label is not None,
     )
 

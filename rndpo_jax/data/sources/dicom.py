@@ -62,8 +62,11 @@ def _is_dicom(path: pathlib.Path) -> bool:
     return True
   if (ending and not ending[1:].isdecimal()) or not path.is_file():  # names may be UIDs
     return False
-  with path.open("rb") as file:
-    return file.read(132)[128:] == b"DICM"
+  try:
+    with path.open("rb") as file:
+      return file.read(132)[128:] == b"DICM"
+  except OSError:
+    return True  # reading its header says why
 
 
 def open_series(folder: pathlib.Path) -> volume.Volume:
@@ -94,6 +97,22 @@ def open_series(folder: pathlib.Path) -> volume.Volume:
     eight_bit=False,
     read=lambda _: _voxels(library, slices).reshape(shape),
   )
+
+
+def modality(folder: pathlib.Path) -> str:
+  """What a series was taken with, as 'CT' or 'MR', of its first file; empty if it is not said.
+
+  Raises:
+    errors.DataError: if the file cannot be read.
+  """
+  library, path = _library(folder), files_of(folder)[0]
+  try:
+    found = library.dcmread(path, stop_before_pixels=True, specific_tags=["Modality"])
+    return str(found.get("Modality") or "")
+  except (*_BROKEN, library.errors.InvalidDicomError) as error:
+    raise errors.DataError(
+      f"{path}: no readable DICOM header ({file_checks.one_line(error)}); replace or remove it"
+    ) from error
 
 
 def _library(path: pathlib.Path) -> types.ModuleType:

@@ -11,7 +11,7 @@ import pathlib
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import case_source, folder
+from rndpo_jax.data.sources import case_source, dicom, folder
 from rndpo_jax.data.sources import cases as cases_lib
 
 _MASKS = (*cases_lib.NIFTI, *cases_lib.ITK)
@@ -41,7 +41,10 @@ def open_source(config) -> records.Source:
     name: cases_lib.open_case([series[name]], masks.get(name), data.spatial_dims)
     for name in sorted(series, key=folder.natural)
   }
-  return case_source.make_source(data, cases, folder.class_names(data.num_classes))
+  source = case_source.make_source(data, cases, folder.class_names(data.num_classes))
+  modalities = {dicom.modality(place) for place in series.values()}
+  # As nnU-Net's name of the channel, which chooses its normalisation.
+  return source._replace(channel_names=tuple(modalities) if len(modalities) == 1 else ())
 
 
 def _series(place: pathlib.Path) -> dict[str, pathlib.Path]:

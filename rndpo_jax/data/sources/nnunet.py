@@ -64,11 +64,9 @@ def open_source(config) -> records.Source:
         f"case, but {root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB "
         "picture is three, a grey one is one)"
       )
+  source = case_source.make_source(data, cases, names, has_ignored=has_ignored)
   notes = _notes_of_folder(root, channel_names, data, has_ignored)
-  return case_source.make_source(
-    data, cases, names,
-    channel_names=_texts(channel_names), has_ignored=has_ignored, notes=notes,
-  )  # fmt: skip
+  return source._replace(channel_names=_texts(channel_names), notes=(*notes, *source.notes))
 
 
 def _texts(channel_names) -> tuple[str, ...]:
