@@ -37,8 +37,7 @@ def reliability(
     case_ids: N, the case of each image.
     num_bootstrap: resamples.
     seed: of the resampling.
-    judged: bool[N, K], the proposals that count: others are missing, or not this judge's to score;
-      None for all.
+    judged: bool[N, K], the proposals that are there and this judge's to score; None for all.
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "kendall_tau", "kendall_tau_ci",
@@ -56,22 +55,15 @@ def reliability(
     )
   if not np.all(np.isfinite(truth)):
     raise ValueError("true scores are not all finite")
-  if judged is not None:
-    keep = np.asarray(judged).any(axis=1)
-    if not keep.all():  # an image without such a proposal tells nothing of the judge
-      scores, truth, judged = scores[keep], truth[keep], judged[keep]
-      case_ids = [case for case, kept in zip(case_ids, keep, strict=True) if kept]
-    if judged.all():
-      judged = None
-  cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
+  judged = np.ones(scores.shape, bool) if judged is None else np.asarray(judged)
+  keep = judged.any(axis=1)  # an image without such a proposal tells nothing of the judge
+  scores, truth, judged = scores[keep], truth[keep], judged[keep]
+  cases, case_index = np.unique(np.asarray(case_ids, dtype=str)[keep], return_inverse=True)
   accuracy, tau = _pair_figures(scores, truth, judged)
-  finite = np.isfinite(scores) if judged is None else np.isfinite(scores) & judged
-  top = np.argmax(np.where(finite, scores, -np.inf), axis=1)
-  if judged is not None:
-    # Of those that count, the first if no score is finite.
-    top = np.where(finite.any(axis=1), top, np.argmax(judged, axis=1))
-    truth = np.where(judged, truth, -np.inf)
-  regret = truth.max(axis=1) - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
+  ranked = np.where(np.isfinite(scores), scores, np.finfo(np.float64).min)
+  top = np.argmax(np.where(judged, ranked, -np.inf), axis=1)
+  best = np.where(judged, truth, -np.inf).max(axis=1)
+  regret = best - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
   result = {}
   for name, values in (("pair_accuracy", accuracy), ("kendall_tau", tau), ("top1_regret", regret)):
     per_case = _case_means(values, case_index, len(cases))
