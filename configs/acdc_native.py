@@ -19,7 +19,7 @@ def get_config(recipe=""):
     config.base.num_steps = 400
     config.proposals.mix = "base:1,tta+threshold:3"
     config.mine.pairs_per_image = 3
-    config.finetune.num_steps = 200
+    config.finetune.num_steps = 100
     config.finetune.batch_size = 8
     config.finetune.eval_every_steps = 100
     recipes.apply(config, recipe)

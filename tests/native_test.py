@@ -89,8 +89,9 @@ def _source(config):
   return sources.SOURCES[config.data.source].open(config)
 
 
-def test_what_is_measured_is_of_the_labelled_cases(tmp_path):
-  """The median spacing and CT's percentiles; other cases' pixels and headers count for nothing."""
+def test_what_is_measured_is_of_the_labelled_cases(tmp_path, monkeypatch):
+  """The median spacing and CT's percentiles; other cases' pixels count for nothing."""
+  monkeypatch.setattr(native, "_NUM_INTENSITIES", 4 * 10**5)
   root = native_data.write(tmp_path, num_cases=4, channel="CT")
   config = _config(root, spacing=(0.0, 1.0))
   labelled = ["c00", "c02"]
