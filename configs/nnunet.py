@@ -1,4 +1,4 @@
-r"""Any nnU-Net raw folder (dataset.json, imagesTr, labelsTr, perhaps imagesTs), NIfTI in 2D or 3D.
+r"""Any nnU-Net raw folder (dataset.json, imagesTr, labelsTr, perhaps imagesTs), in 2D or 3D.
 
   python -m launch.run --config=configs/nnunet.py --config.data.root=DIR --workdir=OUT
 

@@ -48,7 +48,8 @@ def main(argv):
 
   from rndpo_jax import config as config_lib
   from rndpo_jax import config_checks
-  from rndpo_jax.errors import ConfigError
+  from rndpo_jax.errors import RndpoError
+  from rndpo_jax.nnunet import imported
   from rndpo_jax.planning import programs
 
   jax.config.update("jax_enable_compilation_cache", False)  # it is the compiler that is asked
@@ -59,13 +60,14 @@ def main(argv):
   if _NUM_UNLABELLED.value and "mine" not in _PROGRAMS.value:
     sys.exit("error: --num_unlabelled: is read for the program 'mine' alone; add it to --programs")
   try:
-    config_checks.validate(_CONFIG.value)
-    config = config_lib.of_phase(_CONFIG.value)
+    config = imported.resolve(_CONFIG.value)
+    config_checks.validate(config)
+    config = config_lib.of_phase(config)
     check_micro_batches(config, _BATCH.value)
     problem = programs.problem_of(config, _CHANNELS.value, _CLASSES.value)
     for topology in _TOPOLOGY.value:
       show(config, topology, problem)
-  except ConfigError as error:
+  except RndpoError as error:
     sys.exit(f"error: {error}")
 
 

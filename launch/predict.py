@@ -4,11 +4,12 @@
   python -m launch.predict --nnunet_folder=MODEL --input=DIR --output=MASKS [--fold=0] [--mirror]
 
 The second form segments with any model folder that nnU-Net v2 trained, as nnU-Net itself would.
---input is a folder of images or one file: NIfTI, named ID.nii.gz or as nnU-Net does
-(ID_0000.nii.gz for the first channel), PNG, TIFF or JPEG. --output gets a mask a case, in its
-format and on its own grid, with the class ids of the training data (training masks of 0 and 255
-were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how sure the network is of each
-mask, rank 1 being the one to look at first.
+--input is a folder of images or one file: NIfTI, .mha, .mhd, .nrrd, PNG, TIFF or JPEG, named
+ID.nii.gz or as nnU-Net does (ID_0000.nii.gz for the first channel); or a folder of DICOM series, a
+folder each, or one of them. --output gets a mask a case, in its format (PNG for JPEG, .mha for
+.mhd, NIfTI for DICOM) and on its own grid, with the class ids of the training data (training masks
+of 0 and 255 were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how sure the
+network is of each mask, rank 1 being the one to look at first.
 The same command goes on where it was stopped. Several processes share the work, each started with
 the same command and --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 """
@@ -84,12 +85,13 @@ def _check_network():
 
 
 def _job(options):
+  from rndpo_jax.predict import grid_run, native_network, native_run, trained
+
   if _WORKDIR.value is not None:
-    from rndpo_jax.predict import grid_run, trained
-
-    return grid_run.job(trained.load(_WORKDIR.value, _CHECKPOINT.value), options)
-  from rndpo_jax.predict import native_network, native_run
-
+    found = trained.load(_WORKDIR.value, _CHECKPOINT.value)
+    if found.native is None:
+      return grid_run.job(found, options)
+    return native_run.job(native_network.of_run(found), options)
   folds = native_network.parse_folds(_FOLD.value)
   return native_run.job(native_network.read_nnunet(_NNUNET_FOLDER.value, folds), options)
 

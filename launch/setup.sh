@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced from the project's root: activates .venv, installing the project if that is needed.
-#   source launch/setup.sh [EXTRA]      cuda12, cuda13, tpu, gcs, several as in tpu,gcs; none: CPU
+#   source launch/setup.sh [EXTRA]      cuda12, cuda13, tpu, gcs, itk, dicom; several as in tpu,gcs
 # In a script always with an argument, be it "": without one `source` hands on the script's own.
 # PYTHON names the Python to use (default python3), VENV the environment's folder (default .venv).
 _extra=${1:-}

@@ -33,13 +33,14 @@ def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import pipeline
+  from rndpo_jax.nnunet import imported
   from rndpo_jax.runtime import lock, multihost, progress
   from rndpo_jax.sweep import sweep, sweep_results
 
   with common.one_line_errors():
     end = process_flags.meet()
   with common.one_line_errors(end):
-    config = _CONFIG.value
+    config = imported.resolve(_CONFIG.value)
     grid = {
       "betas": numbers(_BETAS, float, config.finetune.beta),
       "learning_rates": numbers(_RATES, float, config.finetune.learning_rate),

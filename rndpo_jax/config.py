@@ -25,7 +25,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.seed = 0  # everything random is folded from it
 
   config.data = data = ml_collections.ConfigDict()
-  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet
+  data.source = "phantom"  # of data.sources.SOURCES: phantom | folder | nnunet | dicom
   data.name = "phantom"  # name of the data set in results and report
   data.root = ""  # folder of the source's files; phantom needs none
   data.spatial_dims = 2  # 2: each slice is a record; 3: each volume is one
@@ -33,9 +33,18 @@ def base_config() -> ml_collections.ConfigDict:
   data.crop = ()  # centre crop before resizing, in source pixels; () keeps the whole image
   data.num_classes = 2  # background is one of them; 0 takes it from an nnU-Net dataset.json
   data.normalization = "zscore"  # zscore | minmax, an image and channel at a time
+  # mm a pixel of the model's grid, one entry a spatial dimension; an entry of 0 takes the median of
+  # the labelled cases. () is the simple mode: whole images at data.size.
+  data.spacing = ()
+  data.patch_size = ()  # pixels of the network's input, with data.spacing
+  data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () by the channels' names
+  # Of the scheme 'ct': JSON of {"mean", "std", "percentile_00_5", "percentile_99_5"} or null, one a
+  # channel; "" measures them under the masks of the labelled split.
+  data.statistics = ""
   data.case_pattern = ""  # regex whose group 1 is the case id of an image id; "" the whole id
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
+  data.split_fold = -1  # of an nnU-Net splits_final.json in split_file; -1: it is no such file
   data.num_labelled = 8  # groups to train the base on (patients, or cases without group_pattern)
   data.num_val = 16  # groups that choose checkpoints and measure judges
   data.num_test = 32  # groups that are only tested
@@ -63,6 +72,9 @@ def base_config() -> ml_collections.ConfigDict:
   augment.elastic = 0.0  # a smooth random displacement
   augment.elastic_scale = 4.0  # pixels, standard deviation of the displacement
   augment.elastic_smoothing = 8.0  # pixels, width of its Gaussian
+  augment.affine = 0.0  # rotation in the (H, W) plane with a zoom
+  augment.affine_degrees = 30.0  # largest angle
+  augment.affine_zoom = 0.2  # s: the zoom is in exp(-s)..exp(s)
 
   # What makes the strong view of an unlabelled image from its weak one, which is `augment` of it.
   config.strong = strong = ml_collections.ConfigDict()
@@ -98,6 +110,7 @@ def base_config() -> ml_collections.ConfigDict:
   base.nnunet_folder = ""  # .../nnUNetTrainer__nnUNetPlans__2d: the base is that trained nnU-Net
   base.fold = "0"  # of it: a number, "all", or several for the judge agreement: "0,1,2"
   base.num_members = 1  # base models trained; the first is the policy, all judge by agreement
+  base.member_labels = 1.0  # share of the labelled groups that each member but the first sees
   base.num_steps = 400  # optimiser steps of each member
   base.batch_size = 16  # labelled images a step
   base.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
@@ -123,7 +136,8 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()
-  judge.name = "agreement"  # of mining.judges.JUDGES, package.module:function, or auto: of compare
+  # Of mining.judges.JUDGES, package.module:function, auto (one of compare) or fused (all of them).
+  judge.name = "agreement"
   judge.compare = ("agreement", "confidence", "entropy")  # judges also measured on validation
   judge.flip_rate = 0.0  # noisy_oracle: share of images whose ranking is reversed
   judge.noise_level = 0.0  # noisy_oracle: standard deviation added to the true score
@@ -161,6 +175,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.region_unit = "pixel"  # pixel of the model's grid | mm (mm^2 or mm^3)
   finetune.region_classes = ()  # D counts pixels of these class ids alone; () all
   finetune.label_smoothing = 0.0  # probability that a pair is the wrong way round
+  finetune.pair_smoothing = "none"  # none | reliability: of each pair, by the judge at its gap
   finetune.discopop_temperature = 0.05  # of discopop's blend; no unit
   finetune.pair_weight = "none"  # none | score_gap | reliability (of the judge at that gap)
   finetune.min_pair_probability = 0.0  # a pair weighs 0 if the judge is right less often at its gap
@@ -172,6 +187,7 @@ def base_config() -> ml_collections.ConfigDict:
   finetune.batch_size = 16  # images with their pairs a step
   finetune.labelled_batch_size = 8  # labelled images a step
   finetune.unlabelled_batch_size = 8  # unlabelled images a step, without pairs
+  finetune.teacher_views = "one"  # one | flips | flips_turns of an image, averaged by a teacher
   finetune.ramp_steps = 0  # of rising weights of terms on the model's own predictions
   finetune.accumulate_steps = 1  # parts that a batch is gone through in, for less memory
   finetune.learning_rate = 1e-3  # peak of Adam
@@ -191,6 +207,8 @@ def base_config() -> ml_collections.ConfigDict:
   terms.preference.weight = 1.0  # `objective` on the mined pairs
   # Of a softmax over scores that weighs the proposals of an image; 0 weighs them equally.
   terms.consensus.temperature = 0.0
+  # Of one over the top scores of a batch, that weighs its images; 0 weighs them equally.
+  terms.chosen.image_temperature = terms.consensus.image_temperature = 0.0
   terms.pseudo = ml_collections.ConfigDict({"weight": 0.0})
   terms.pseudo.teacher = "base"  # base | average: whose classes are learned
   terms.pseudo.threshold = 0.0  # least probability of a class that is learned
@@ -202,6 +220,11 @@ def base_config() -> ml_collections.ConfigDict:
   terms.consistency = ml_collections.ConfigDict({"weight": 0.0})
   terms.consistency.max_entropy = 0.0  # share of log C above which a pixel is left out; 0 none is
   terms.consistency.passes = 4  # of the teacher under dropout, with max_entropy
+  terms.online = ml_collections.ConfigDict({"weight": 0.0})
+  terms.online.num_proposals = 4  # of the policy, an image
+  terms.online.noise_scale = 1.0  # as in `proposals`, and so the next two
+  terms.online.noise_smoothing = 8.0
+  terms.online.threshold_shift = 2.0
   terms.copy_paste = ml_collections.ConfigDict({"weight": 0.0})
   terms.copy_paste.unlabelled_weight = 0.5  # of the pixels whose label is a guess
 
@@ -267,6 +290,11 @@ def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
   return own
 
 
+def input_size(config) -> tuple[int, ...]:
+  """Pixels of the network's input: the patch, or in the simple mode the whole grid."""
+  return tuple(config.data.patch_size if config.data.spacing else config.data.size)
+
+
 def trains_base(config) -> bool:
   """Whether the base is trained here, and not taken from elsewhere."""
   return not (config.base.workdir or config.base.nnunet_folder)
@@ -276,6 +304,11 @@ def active_terms(config) -> dict[str, dict[str, Any]]:
   """The terms of fine-tuning's loss with a weight above 0: name -> options."""
   terms = config.finetune.terms.to_dict()
   return {name: options for name, options in terms.items() if options["weight"] > 0}
+
+
+def weighs_images(config) -> bool:
+  """Whether a term weighs images by the top score that the judge gave one of their proposals."""
+  return any(options.get("image_temperature") for options in active_terms(config).values())
 
 
 def region_classes(config) -> tuple[int, ...] | None:

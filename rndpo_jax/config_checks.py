@@ -6,12 +6,13 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model, config_ranges, config_unread, workdir
+from rndpo_jax import config_mix, config_model, config_ranges, config_unread, workdir
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
-from rndpo_jax.mining import judge_gate, judges, pair_rules, proposals
+from rndpo_jax.mining import fused, judge_gate, judges, pair_rules, proposals
+from rndpo_jax.models import mirroring
 from rndpo_jax.training import image_terms
 
 MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
@@ -39,7 +40,7 @@ def _validate_phase(config) -> None:
   _check_counts(config)
   _check_grid(config)
   mix = proposals.parse_mix(config.proposals.mix)
-  _check_mix(config, mix)
+  config_mix.check(config, mix)
   _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
   _check_terms(config)
@@ -50,6 +51,7 @@ def _validate_phase(config) -> None:
     )
   workdir.check_path("config.base.workdir", config.base.workdir)
   workdir.check_path("config.data.split_file", config.data.split_file)
+  config_model.check_turns(config)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
 
@@ -79,7 +81,7 @@ def _check_objective(config) -> None:
   options = config.finetune
   _check_objective_names(options)
   smoothed = objectives.readers(options.objective, "label_smoothing")
-  if smoothed and not 0 < options.label_smoothing < 0.5:
+  if smoothed and options.pair_smoothing == "none" and not 0 < options.label_smoothing < 0.5:
     raise ConfigError(
       f"config.finetune.label_smoothing: found {options.label_smoothing}, but objective "
       f"{smoothed[0]!r} needs it above 0 and below 0.5"
@@ -120,6 +122,17 @@ def _check_terms(config) -> None:
         f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
         "to 2 or more"
       )
+  made_here = terms.get("online")
+  if made_here and not made_here["noise_scale"] + made_here["threshold_shift"]:
+    raise ConfigError(
+      "config.finetune.terms.online: noise_scale and threshold_shift are 0, so that all proposals "
+      "would be the same; set one above 0"
+    )
+  if made_here and options.pair_smoothing != "none":
+    raise ConfigError(
+      f"config.finetune.pair_smoothing: found {options.pair_smoothing!r}, but the pairs of "
+      "config.finetune.terms.online have no judge that was measured; set it to 'none'"
+    )
   if "copy_paste" in terms and options.labelled_batch_size != options.unlabelled_batch_size:
     raise ConfigError(
       f"config.finetune.labelled_batch_size: found {options.labelled_batch_size}, but "
@@ -129,7 +142,8 @@ def _check_terms(config) -> None:
   on_pairs = [name for name in terms if "pairs" in image_terms.TERMS[name].reads]
   others = [name for name in terms if name not in on_pairs]
   # Parts of a batch are added up by the weight of their pairs, or equally; it cannot be both.
-  if options.accumulate_steps > 1 and (on_pairs and others or "consensus" in on_pairs):
+  apart = on_pairs and others or "consensus" in on_pairs or config_lib.weighs_images(config)
+  if options.accumulate_steps > 1 and apart:
     raise ConfigError(
       f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but the terms "
       f"{', '.join(terms)} do not add up over parts of a batch; set it to 1"
@@ -170,10 +184,12 @@ def _check_choices(config) -> None:
     "judge.gate.action": judge_gate.ACTIONS,
     "mine.rule": pair_rules.RULES,
     "finetune.schedule": ("cosine", "constant"),
+    "finetune.teacher_views": tuple(mirroring.TEACHER_VIEWS),
     "finetune.reference": ("cached", "online", "none"),
     "finetune.normalization": ("", "none", "region", "power"),
     "finetune.region_unit": ("pixel", "mm"),
     "finetune.pair_weight": ("none", "score_gap", "reliability"),
+    "finetune.pair_smoothing": ("none", "reliability"),
     "finetune.terms.pseudo.teacher": ("base", "average"),
   }
   values = config_lib.leaves(config)
@@ -182,7 +198,7 @@ def _check_choices(config) -> None:
       raise ConfigError(
         f"config.{key}: found {values[key]!r}, expected one of {', '.join(map(str, allowed))}"
       )
-  _check_judges(config.judge)
+  _check_judges(config)
   for name in config.evaluate.metrics:
     if name not in metrics.METRICS:
       raise ConfigError(
@@ -192,8 +208,9 @@ def _check_choices(config) -> None:
     raise ConfigError("config.evaluate.metrics: 'dice' is needed by the curve; add it")
 
 
-def _check_judges(options) -> None:
-  """Checks the names of judges, and that `auto` has some to take one of."""
+def _check_judges(config) -> None:
+  """Checks the names of judges, and that `auto` and `fused` have some to take."""
+  options = config.judge
   if "noisy_oracle" in options.compare:
     raise ConfigError("config.judge.compare: 'noisy_oracle' is measured only as judge.name")
   if options.name == judges.AUTO:
@@ -204,6 +221,11 @@ def _check_judges(options) -> None:
         f"config.judge.compare: found {found}; judge.name='auto' takes one of these judges: name "
         "some that read no labels"
       )
+  if judges.FUSED in (options.name, *options.compare) and len(fused.members(config)) < 2:
+    raise ConfigError(
+      f"config.judge.compare: found {tuple(options.compare)}; the judge 'fused' weighs those of "
+      "them that read no labels: name two or more"
+    )
   for name in {options.name, *options.compare} - {judges.AUTO}:
     try:
       judges.check_name(name)
@@ -227,53 +249,28 @@ def _check_counts(config) -> None:
     )
 
 
-def _check_mix(config, mix) -> None:
-  """Checks that no proposal is bound to be given twice."""
-  values, table = config_lib.leaves(config), proposals.SAMPLERS
-  num_views = len(proposals.views(tuple(config.data.size)))
-  fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
-  config_model.check_mix(config, mix)
-  for atoms, count in mix:
-    name = "+".join(atoms)
-    strengths = {sampler: table[sampler].strength for sampler in atoms if table[sampler].strength}
-    for sampler, key in strengths.items():
-      if values[key] == 0:
-        raise ConfigError(
-          f"config.{key}: it is 0, so {sampler!r} proposals would all be the same; set it above 0 "
-          f"or take {sampler} out of config.proposals.mix"
-        )
-    if fixed.count(frozenset(atoms)) > 1:
-      raise ConfigError(
-        f"config.proposals.mix: {name!r} is there twice and draws nothing at random, so the second "
-        "would repeat the first; make it one entry with the sum of the counts"
-      )
-    if "tta" in atoms and not strengths and count > num_views:
-      raise ConfigError(
-        f"config.proposals.mix: found {name}:{count}, but data.size={tuple(config.data.size)} has "
-        f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
-        f"at most tta:{num_views}, or compose it, as in 'tta+threshold:{count}'"
-      )
-
-
 def _check_grid(config) -> None:
-  size, dims, phantom = tuple(config.data.size), config.data.spatial_dims, config.data.phantom
-  if len(size) != dims:
+  data, size = config.data, config_lib.input_size(config)
+  input_key = "patch_size" if data.spacing else "size"
+  for key in (input_key, "spacing", "crop"):
+    if (key == input_key or data[key]) and len(data[key]) != data.spatial_dims:
+      raise ConfigError(
+        f"config.data.{key}: found {tuple(data[key])}, expected {data.spatial_dims} entries as "
+        f"config.data.spatial_dims={data.spatial_dims}"
+      )
+  if not all(0 <= mm < math.inf for mm in data.spacing):
     raise ConfigError(
-      f"config.data.size: found {size}, expected {dims} entries as config.data.spatial_dims={dims}"
+      f"config.data.spacing: found {tuple(data.spacing)}, expected mm a pixel, or 0 for the "
+      "median of the labelled cases"
     )
-  if config.data.crop and len(config.data.crop) != dims:
-    raise ConfigError(f"config.data.crop: found {tuple(config.data.crop)}, expected {dims} entries")
-  for key, pixels in (("size", size), ("crop", config.data.crop), ("phantom.size", phantom.size)):
+  grids = {input_key: size, "crop": data.crop, "phantom.size": data.phantom.size}
+  for key, pixels in grids.items():
     if pixels and (min(pixels) < 1 or math.prod(pixels) > MAX_PIXELS):
       raise ConfigError(
         f"config.data.{key}: found {tuple(pixels)}, expected values above 0 and at most "
         f"{MAX_PIXELS:,} pixels in all"
       )
   config_model.check_size(config)
-  if config.augment.turn > 0 and size[0] != size[1]:
-    raise ConfigError(
-      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
-    )
 
 
 def _check_pattern(key: str, pattern: str) -> None:

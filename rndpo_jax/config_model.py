@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rndpo_jax import models
+from rndpo_jax import config as config_lib
+from rndpo_jax import config_unread, models
 from rndpo_jax.errors import ConfigError
 
 _CHOICES = {"norm": ("group", "instance"), "dtype": ("float32", "bfloat16")}
@@ -42,18 +43,38 @@ def check_size(config) -> None:
   Raises:
     ConfigError: naming the key, what was found and what is expected.
   """
-  size = tuple(config.data.size)
+  size = config_lib.input_size(config)
+  key = "patch_size" if config.data.spacing else "size"
   steps = models.divisors(config.model, spatial_dims=len(size))
   made_of = "architecture" if config.model.architecture else f"depth={config.model.depth}"
   if any(s % step for s, step in zip(size, steps, strict=True)):
     multiples = f"multiples of {steps[0] if len(set(steps)) == 1 else steps}"
     raise ConfigError(
-      f"config.data.size: found {size}, but config.model.{made_of} needs {multiples}"
+      f"config.data.{key}: found {size}, but config.model.{made_of} needs {multiples}"
     )
   deepest = size[0] // steps[0]
   if deepest % config.mesh.space:
     divisors = [n for n in range(1, deepest + 1) if deepest % n == 0]
     raise ConfigError(
-      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.size={size} at "
-      f"model.{made_of} has {deepest} rows; use {', '.join(map(str, divisors))}"
+      f"config.mesh.space: found {config.mesh.space}, but the deepest level of data.{key}={size} "
+      f"at model.{made_of} has {deepest} rows; use {', '.join(map(str, divisors))}"
+    )
+
+
+def check_turns(config) -> None:
+  """Checks that what is turned by a quarter is square.
+
+  Raises:
+    ConfigError: otherwise.
+  """
+  size = config_lib.input_size(config)
+  is_turned, _ = config_unread.find(config_unread.readers(config), "augment.turn")
+  if is_turned and config.augment.turn > 0 and size[0] != size[1]:
+    raise ConfigError(
+      f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
+    )
+  if config.finetune.teacher_views == "flips_turns" and size[0] != size[1]:
+    raise ConfigError(
+      f"config.finetune.teacher_views: quarter turns need H equal to W, found size {size}; set it "
+      "to flips"
     )

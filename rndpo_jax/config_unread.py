@@ -22,9 +22,8 @@ from rndpo_jax.training import image_terms
 ALWAYS = (
   "seed", "mesh", "mine", "base.workdir", "base.nnunet_folder", "base.num_members",
   "model.name", "model.depth", "model.dtype", "model.remat",
-  "data.source", "data.name", "data.spatial_dims", "data.size", "data.crop", "data.num_classes",
-  "data.normalization", "data.group_pattern", "data.split_file", "data.num_workers",
-  "data.prefetch",
+  "data.source", "data.name", "data.spatial_dims", "data.num_classes", "data.spacing",
+  "data.group_pattern", "data.split_file", "data.num_workers", "data.prefetch",
   "proposals.mix",
   "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
@@ -78,7 +77,8 @@ def readers(config) -> Readers:
   used_samplers = {name for names, _ in proposals.parse_mix(config.proposals.mix) for name in names}
   return {
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
-    **{key: (not config.data.split_file, "an empty config.data.split_file") for key in SAID},
+    **_of_splits(config.data),
+    **_of_geometry(bool(config.data.spacing)),
     **_of_base(config.base),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
@@ -93,6 +93,24 @@ def readers(config) -> Readers:
     **_of_augmentation(config, used_judges),
     **_of_terms(config),
     **_of_finetuning(config.finetune),
+  }
+
+
+def _of_splits(data) -> Readers:
+  """A split file says all, but of a fold, which only says what is held out."""
+  drawn, of_fold = not data.split_file, data.split_file != "" and data.split_fold >= 0
+  said = dict.fromkeys(SAID, (drawn or of_fold, "an empty config.data.split_file"))
+  said["data.num_val"] = (drawn, "an empty config.data.split_file")
+  return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
+
+
+def _of_geometry(is_native: bool) -> Readers:
+  """The simple mode and that of patches have each their own keys."""
+  simple = (not is_native, "an empty config.data.spacing")
+  native = (is_native, "config.data.spacing")
+  return {
+    **{f"data.{name}": simple for name in ("size", "crop", "normalization")},
+    **{f"data.{name}": native for name in ("patch_size", "schemes", "statistics")},
   }
 
 
@@ -113,6 +131,8 @@ def _of_base(options) -> Readers:
   others = ("workdir", "nnunet_folder", "num_members")
   trained = (not options.nnunet_folder, "an empty config.base.nnunet_folder")
   table = {f"base.{name}": trained for name in options if name not in others}
+  several = (trained[0] and options.num_members > 1, "config.base.num_members above 1")
+  table["base.member_labels"] = several
   return {**table, "base.fold": (bool(options.nnunet_folder), "config.base.nnunet_folder")}
 
 
@@ -138,7 +158,7 @@ def _of_augmentation(config, used_judges: set[str]) -> Readers:
     "unlabelled images"
   )
   scales = {"intensity": ["scale"], "gamma": ["scale"], "noise": ["scale"]}
-  scales["elastic"] = ["scale", "smoothing"]
+  scales |= {"elastic": ["scale", "smoothing"], "affine": ["degrees", "zoom"]}
   table = {f"augment.{name}": (on, where) for name in ("flip", "turn", *scales)}
   for name, ends in scales.items():
     for end in ends:
@@ -153,18 +173,25 @@ def _of_terms(config) -> Readers:
   read = image_terms.reads(terms)
   pairs = ("pairs" in read, f"config.finetune.terms {_terms_that_read('pairs')}")
   preference = ("preference" in terms, "config.finetune.terms.preference")
+  objective = (
+    not {"preference", "online"}.isdisjoint(terms),
+    "config.finetune.terms preference or online",
+  )
   strong = "unlabelled" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
   has_dropout = models.reads(config.model.name, "dropout")
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
-  table |= {
-    f"finetune.{name}": preference for name in ("objective", "beta", "region_unit", "reference")
-  }
+  table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
+  table |= {f"finetune.{name}": objective for name in ("objective", "beta")}
   table["finetune.pair_weight"] = table["finetune.min_pair_probability"] = pairs
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  table["finetune.teacher_views"] = (
+    bool({"base", "teacher"} & read),
+    f"config.finetune.terms pseudo or {_terms_that_read('teacher')}",
+  )
   table["finetune.ramp_steps"] = (
     any(image_terms.TERMS[name].rises for name in terms),
     f"config.finetune.terms {' or '.join(n for n, row in image_terms.TERMS.items() if row.rises)}",
@@ -202,6 +229,7 @@ def _of_finetuning(options) -> Readers:
     known = f"config.finetune.objective {objectives.known_readers(what)}"
     return bool(objectives.readers(options.objective, what)), known
 
+  smoothed = of_objective("label_smoothing")
   power = (options.normalization == "power", "config.finetune.normalization 'power'")
   return {
     "finetune.normalization": (
@@ -211,6 +239,13 @@ def _of_finetuning(options) -> Readers:
     "finetune.objective_weights": (several, "several objectives in config.finetune.objective"),
     "finetune.power_exponent": power,
     "finetune.power_floor": power,
-    "finetune.label_smoothing": of_objective("label_smoothing"),
+    "finetune.label_smoothing": (
+      smoothed[0] and options.pair_smoothing == "none",
+      f"{smoothed[1]}, with config.finetune.pair_smoothing 'none'",
+    ),
+    "finetune.pair_smoothing": (
+      not several and of_objective("pair_smoothing")[0],
+      "config.finetune.objective 'cdpo' alone",
+    ),
     "finetune.discopop_temperature": of_objective("temperature"),
   }

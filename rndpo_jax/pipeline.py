@@ -15,6 +15,7 @@ from rndpo_jax import config_checks, errors, models
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
+from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import base, evaluate, finetune, mine, phases, prepare, report
 from rndpo_jax.training import image_terms
@@ -72,6 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     preemption.Preempted: after a signal, what is finished being kept.
     The stages' own errors.
   """
+  config = imported.resolve(config)
   config_checks.validate(config)
   last = config_lib.of_phase(config)
   workdir_lib.check_path("--workdir", workdir)

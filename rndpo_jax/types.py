@@ -108,8 +108,11 @@ class PairBatch(NamedTuple):
     reference_log_prob: f32[B, P], likewise, of the chosen mask on D.
     weight: f32[B, P], 0 if a slot has no pair.
     voxel_volume: f32[B], what a pixel of the model's grid stands for.
+    smoothing: f32[B, P], the probability that a pair is the wrong way round; None if the config
+      says one for all.
     consensus: u8[B, *S, C], the mean of the proposals' probabilities in 255ths; None if no term
-      reads it.
+      reads it, as top_score.
+    top_score: f32[B], the highest that the judge gave a proposal of the image.
   """
 
   images: Array
@@ -119,7 +122,9 @@ class PairBatch(NamedTuple):
   reference_log_prob: Array
   weight: Array
   voxel_volume: Array
+  smoothing: Array | None = None
   consensus: Array | None = None
+  top_score: Array | None = None
 
 
 class FinetuneBatch(NamedTuple):

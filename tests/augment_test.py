@@ -11,7 +11,7 @@ from rndpo_jax.data import augment
 
 OFF = {
   **config_lib.base_config().augment.to_dict(),
-  **dict.fromkeys(("flip", "turn", "intensity", "gamma", "noise", "elastic"), 0.0),
+  **dict.fromkeys(("flip", "turn", "intensity", "gamma", "noise", "elastic", "affine"), 0.0),
 }
 
 
@@ -131,11 +131,38 @@ def test_elastic_moves_image_and_masks_alike(size):
   assert np.abs(np.diff(shift, axis=1)).mean() < 0.8  # smooth
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 16, 8)])
+def test_affine_turns_and_zooms_about_the_centre(size):
+  middle = [(n - 1) / 2 for n in size]
+  axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
+  images = np.repeat(np.stack(axes, -1)[None], 8, 0)  # a channel tells where its pixel came from
+  masks = np.stack([a.astype(np.uint8) for a in axes])[None].repeat(8, 0)
+  changes = {"affine": 1.0, "affine_degrees": 30.0, "affine_zoom": 0.2}
+  out, out_masks = _run(images, masks, **changes)
+  factors = []
+  for image, mask in zip(out, out_masks, strict=True):
+    inner = (slice(size[0] // 3, -(size[0] // 3)),) * 2 + (slice(2, -2),) * (len(size) - 2)
+    error = mask.transpose(*range(1, mask.ndim), 0).astype(np.float32) - image
+    assert np.abs(error[inner]).max() <= 0.5 + 1e-3
+    grid = np.stack([(a - m)[inner].ravel() for a, m in zip(axes, middle, strict=True)])
+    found = np.stack([(image[..., d] - m)[inner].ravel() for d, m in enumerate(middle)])
+    matrix = np.linalg.lstsq(grid.T, found.T, rcond=None)[0].T
+    factor = np.linalg.norm(matrix[:, 0])
+    factors.append(factor)
+    np.testing.assert_allclose(matrix @ matrix.T, factor**2 * np.eye(len(size)), atol=2e-3)
+    assert matrix[0, 0] / factor >= np.cos(np.radians(30)) - 1e-3
+    assert np.exp(-0.2) - 1e-3 <= factor <= np.exp(0.2) + 1e-3
+  assert np.ptp(factors) > 0.1
+  still, still_masks = _run(images, masks, **{**changes, "affine_degrees": 0.0, "affine_zoom": 0.0})
+  np.testing.assert_array_equal(still, images)
+  np.testing.assert_array_equal(still_masks, masks)
+
+
 def test_images_draw_apart_and_by_position_alone():
   images, masks = _batch(count=4)
   images[:] = images[:1]
   masks[:] = masks[:1]
-  changes = {"intensity": 1.0, "noise": 0.5, "elastic": 0.5}
+  changes = {"intensity": 1.0, "noise": 0.5, "elastic": 0.5, "affine": 0.5}
   out, out_masks = _run(images, masks, **changes)
   assert len({one.tobytes() for one in out}) == 4
   first, first_masks = _run(images[:2], masks[:2], **changes)

@@ -32,6 +32,22 @@ def test_components_are_those_of_scipy(size):
   np.testing.assert_array_equal(found, np.stack([by_scipy(mask, 3) for mask in masks]))
 
 
+@pytest.mark.parametrize("size", [(9, 12), (4, 5, 6)])
+def test_one_component_is_taken_out_each_in_its_turn(size):
+  rng = np.random.default_rng(1)
+  masks = np.repeat(rng.choice(3, (1, *size), p=(0.7, 0.2, 0.1)).astype(np.uint8), 200, axis=0)
+  masks[-1] = 0
+  labels = [ndimage.label(masks[0] == label) for label in (1, 2)]
+  parts = {(found == n).tobytes() for found, count in labels for n in range(1, count + 1)}
+  assert len(parts) > 4
+  left = np.asarray(
+    jax.jit(components.without_one)(jax.random.split(jax.random.key(0), 200), masks)
+  )
+  assert not left[-1].any()
+  gone = [(new != old).tobytes() for new, old in zip(left[:-1], masks[:-1], strict=True)]
+  assert set(gone) == parts and not np.any(left[:-1][left[:-1] != masks[:-1]])
+
+
 def test_a_long_snake_is_one_component():
   snake = np.zeros((1, 15, 15), np.uint8)
   snake[0, ::2] = 1

@@ -210,6 +210,33 @@ def test_a_sampler_needs_what_makes_it_act(key, mix):
     config_checks.validate(config)
 
 
+@pytest.mark.parametrize(
+  "mix,message",
+  [
+    ("base:1,member:1", "base.num_members: found 1, but 'member'"),
+    ("member+tta:2", r"found 'member\+tta', but 'member' is another model's own"),
+    ("base:1,largest_component:2", "found largest_component:2, which makes 1 different masks"),
+  ],
+)
+def test_a_mix_that_cannot_work_raises(mix, message):
+  config = config_lib.base_config()
+  config.mine.pairs_per_image = 1
+  config.proposals.mix = mix
+  with pytest.raises(errors.ConfigError, match=message):
+    config_checks.validate(config)
+
+
+def test_members_of_a_mix_are_at_most_those_there_are():
+  config = config_lib.base_config()
+  config.mine.pairs_per_image = 1
+  config.base.num_members = 3
+  config.proposals.mix = "member:2,tta+largest_component:7,member+drop_component:9"
+  config_checks.validate(config)
+  config.proposals.mix = "base:1,member:3"
+  with pytest.raises(errors.ConfigError, match="found member:3, which makes 2 different masks"):
+    config_checks.validate(config)
+
+
 def test_dropout_is_not_asked_of_a_network_without_it():
   config = config_lib.base_config()
   config.model.name = "nnunet_plain"

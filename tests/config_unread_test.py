@@ -16,6 +16,7 @@ CONDITIONAL = [
   ("data.phantom.size", (20, 20), {"data.source": "phantom"}),
   ("data.root", "/data", {"data.source": "folder"}),
   ("data.case_pattern", r"(case\d+)_z", {"data.source": "folder"}),
+  ("data.split_fold", 0, {"data.split_file": "splits_final.json"}),
   ("model.norm", "instance", {"model.name": "unet"}),
   ("model.dropout", 0.1, {"model.name": "unet"}),
   ("model.dropout", 0.1, {"judge.name": "learned"}),
@@ -23,10 +24,12 @@ CONDITIONAL = [
   ("augment.flip", 0.1, {"base.augment": True}),
   ("augment.noise_scale", 0.5, {"base.augment": True}),
   ("augment.elastic_smoothing", 2.0, {"base.augment": True, "augment.elastic": 0.5}),
+  ("augment.affine_zoom", 0.5, {"base.augment": True, "augment.affine": 0.5}),
   ("proposals.temperature_high", 3.0, {"proposals.mix": "temperature+threshold:7"}),
   ("proposals.noise_scale", 2.0, {"proposals.mix": "logit_noise:8"}),
   ("proposals.noise_smoothing", 2.0, {"proposals.mix": "logit_noise:8"}),
   ("proposals.threshold_shift", 2.0, {"proposals.mix": "threshold:8"}),
+  ("base.member_labels", 0.5, {"base.num_members": 2}),
   ("judge.border", 5, {"judge.name": "entropy"}),
   ("judge.learned.num_steps", 5, {"judge.name": "learned"}),
   ("judge.flip_rate", 0.1, {"judge.name": "noisy_oracle"}),
@@ -40,6 +43,7 @@ CONDITIONAL = [
   ),
   ("finetune.normalization", "region", {"finetune.objective": "dpo"}),
   ("finetune.label_smoothing", 0.1, {"finetune.objective": "cdpo"}),
+  ("finetune.pair_smoothing", "reliability", {"finetune.objective": "cdpo"}),
   ("finetune.discopop_temperature", 0.1, {"finetune.objective": "discopop"}),
   ("finetune.labelled_batch_size", 16, {"finetune.terms.labelled.weight": 1.0}),
   ("finetune.unlabelled_batch_size", 16, {"finetune.terms.entropy.weight": 1.0}),
@@ -55,6 +59,7 @@ CONDITIONAL = [
     {"finetune.terms.weak_to_strong.weight": 1.0, "finetune.ema_decay": 0.9, "model.name": "unet"},
   ),
   ("finetune.ramp_steps", 9, {"finetune.terms.entropy.weight": 1.0}),
+  ("finetune.teacher_views", "flips", {"finetune.terms.pseudo.weight": 1.0}),
   ("strong.gamma_scale", 0.1, {"finetune.terms.entropy.weight": 1.0}),
   ("finetune.terms.pseudo.threshold", 0.5, {"finetune.terms.pseudo.weight": 1.0}),
   (
@@ -141,5 +146,8 @@ def test_every_key_is_named_by_code_that_is_no_check(key):
 def test_counts_beside_a_split_file_are_reported(capsys):
   config_checks.validate(make(**{"data.split_file": "splits.json", "data.num_val": 5}))
   assert "config.data.num_val: found 5, which nothing reads" in capsys.readouterr().out
+  fold = {"data.split_file": "splits_final.json", "data.split_fold": 1}
+  config_checks.validate(make(**{**fold, "data.num_val": 5, "data.num_test": 5}))
+  assert capsys.readouterr().out.count("which nothing reads") == 1
   config_checks.validate(make(**{"data.num_val": 5}))
   assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.planning import cost, dry_run, programs, roofline, storage, timing
+from rndpo_jax.planning import cost, data_set, dry_run, programs, roofline, storage, timing
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import prepare
 from rndpo_jax.training import checkpoint
@@ -33,7 +33,7 @@ def test_pairs_take_the_bytes_that_were_planned(tiny_run, tried):
   config, workdir = tiny_run
   manifest = files.read_json(workdir / "pairs" / "manifest.json")
   record = dry_run.example_record(tried[1]["mine"].out_info)
-  found = storage.planned(config, dry_run.describe_data(config, workdir), _params(workdir), record)
+  found = storage.planned(config, data_set.describe_data(config, workdir), _params(workdir), record)
   # Every record that was written is as large as planned; the plan counts images without pairs too.
   written = sum(entry["count"] for entry in manifest["shards"])
   assert found.pairs * written == manifest["num_bytes"] * manifest["num_images"]
@@ -42,7 +42,7 @@ def test_pairs_take_the_bytes_that_were_planned(tiny_run, tried):
 def test_checkpoints_take_what_was_planned(tiny_run, tried):
   config, workdir = tiny_run
   record = dry_run.example_record(tried[1]["mine"].out_info)
-  data = dry_run.describe_data(config, workdir)
+  data = data_set.describe_data(config, workdir)
   planned = storage.planned(config, data, _params(workdir), record)
   params = sum(x.nbytes for x in jax.tree.leaves(_params(workdir)))
   kept = {
@@ -68,12 +68,12 @@ def test_printed_lines(tiny_run, tried):
     row[0]: row[-3] for row in (re.split(r"  +", line) for line in tried[0]) if len(row) == 7
   }
   # 20 images in two shards of 10, eight devices of one image each: 2 batches a shard. Validation
-  # 2 + 2 times on 3 images, then 3 checkpoints on 6 images.
+  # 2 + 2 times on 3 images, then 3 checkpoints, and the base by RankSEG, on 6 images.
   assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
-  assert (batches["validate"], batches["evaluate"]) == ("4", "3")
+  assert (batches["validate"], batches["evaluate"]) == ("4", "4")
   assert batches["measure"] == "2" and "judge" not in batches  # validation, labelled split
   # Images of 20 x 18 pixels, up to the next multiple of 64.
-  assert tried[1]["resize"].out_info.shape[1:] == (64, 64) and batches["resize"] == "3"
+  assert tried[1]["resize"].out_info.shape[1:] == (64, 64) and batches["resize"] == "4"
 
 
 def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
@@ -84,11 +84,11 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   assert sizes["judge"] == config.judge.learned.batch_size and sizes["measure"] == sizes["mine"]
   trials = {name: timing.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
   images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
-  data = dry_run.Data(None, images, 30, 30 * 720, None, None)
+  data = data_set.Data(None, images, 30, 30 * 720, None, None)
   found = dry_run.num_batches(config, data, trials)
   assert found["base"] == 200 and found["judge"] == config.judge.learned.num_steps
-  # Three checkpoints, and three times one more for the distances.
-  assert found["evaluate"] == 6
+  # Three checkpoints, the base by RankSEG, and three times one more for the distances.
+  assert found["evaluate"] == 7
   with config.unlocked():
     config.base.workdir = "elsewhere"
   sizes = timing.batch_sizes(config, sharding.make_mesh())
@@ -160,11 +160,11 @@ def test_nothing_is_written_and_headers_suffice(tiny_config, tmp_path, monkeypat
   with pytest.raises(_Reached):
     dry_run.run(config, tmp_path / "run")
   assert not list(tmp_path.iterdir())
-  data = dry_run.describe_data(config, tmp_path / "run")
+  data = data_set.describe_data(config, tmp_path / "run")
   assert data.dataset is None
   assert data.num_images == {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
   prepare.run(config, tmp_path / "run")
-  prepared = dry_run.describe_data(config, tmp_path / "run")
+  prepared = data_set.describe_data(config, tmp_path / "run")
   assert prepared.num_images == data.num_images and prepared.problem == data.problem
   # 30 images of 20 x 18 bytes with their masks; stored compressed, with names and affines.
   assert data.num_bytes == 30 * 20 * 18 * 2
@@ -180,13 +180,13 @@ def test_more_images_than_there_are(tiny_run, tried, monkeypatch):
   assert "10,000,000 unlabelled" in lines and "at most 20,000,000" in lines
   assert "mine" in lines and "1,250,000" in lines  # 5,000,000 a shard, 8 at once
   # The size of an image is that of those which are there, and said.
-  stored = dry_run.describe_data(config, workdir).num_bytes
+  stored = data_set.describe_data(config, workdir).num_bytes
   assert f"stored with {stored // 30:,} bytes each" in lines
   assert f"data {cost.show_bytes(stored / 30 * 10_000_010)}, " in lines
 
 
 def test_time_of_preparing_is_estimated_if_it_has_not_run(tiny_config, tiny_run, tried, tmp_path):
-  data = dry_run.describe_data(tiny_config(), tmp_path)
+  data = data_set.describe_data(tiny_config(), tmp_path)
   found, reading = dry_run._preparing(data, remote=False)
   rate = re.fullmatch(
     r"prepare   [\d.]+ s: ([\d,.]+) records/s in a process, 30 in 1 file, which 1 process writes",
@@ -194,20 +194,20 @@ def test_time_of_preparing_is_estimated_if_it_has_not_run(tiny_config, tiny_run,
   )
   assert rate and "not measured" in reading
   assert not list(tmp_path.iterdir())
-  more = dry_run._preparing(dry_run._with_unlabelled(data, 20_000_000), remote=False)
+  more = dry_run._preparing(data_set.with_unlabelled(data, 20_000_000), remote=False)
   # 720 bytes each, and 4 GiB a file.
   assert "20,000,010 in 4 files, which 1 process writes" in more[0]
   config, workdir = tiny_run
-  assert dry_run._preparing(dry_run.describe_data(config, workdir), remote=False) == []
+  assert dry_run._preparing(data_set.describe_data(config, workdir), remote=False) == []
   assert not any(line.startswith("prepare") for line in tried[0])
 
 
 def test_images_of_no_split_count_as_stored(tiny_config, tmp_path):
   config = tiny_config()
   config.data.num_unlabelled = 2
-  data = dry_run.describe_data(config, tmp_path)
+  data = data_set.describe_data(config, tmp_path)
   assert data.num_images["unlabelled"] == 2 and data.num_stored == 30
-  more = dry_run._with_unlabelled(data, 7)
+  more = data_set.with_unlabelled(data, 7)
   assert more.num_bytes == 35 * 20 * 18 * 2 and more.num_images["unlabelled"] == 7
 
 

@@ -148,7 +148,11 @@ def test_test_metrics_follow_the_definition(run, model, step):
 
 
 def test_results_hold_the_contract(run):
-  _, _, found = run
+  _, workdir, found = run
+  assert (workdir / "evaluate" / "rankseg" / "curve-0.json").exists()
+  for split in ("val", "test"):
+    assert list(found["rankseg"][split]) == ["dice", "iou"]
+    assert 0 < found["rankseg"][split]["dice"] < 1
   assert found["dataset"] == "phantom" and found["seed"] == 0
   assert found["objective"] == "rn_dpo" and found["judge"] == "agreement"
   assert found["num_labelled_cases"] == 2 and not found["study"]

@@ -12,8 +12,14 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding
-from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import accumulation, image_terms, loss_fns, pair_terms, train_step
+from rndpo_jax.stages import base, finetune, measure_judges
+from rndpo_jax.training import (
+  accumulation,
+  loss_fns,
+  pair_terms,
+  term_inputs,
+  train_step,
+)
 
 SIZE, CLASSES = (4, 4), 3
 
@@ -51,7 +57,7 @@ def loss_fn(objective="rn_dpo", beta=2.0, terms=None, dice_weight=0.7, **options
   pairs = pair_terms.Settings(
     apply, CLASSES, SIZE, {"objective": objective, "beta": beta}, dice_weight=dice_weight, **options
   )
-  images = image_terms.Settings(apply, CLASSES, dice_weight, False, None, {})
+  images = term_inputs.Settings(apply, CLASSES, dice_weight, False, None, {}, apply)
   terms = {"preference": {"weight": 1.0}, **(terms or {})}
   return loss_fns.make_loss_fn(pairs, images, terms, weak={})
 
@@ -130,7 +136,7 @@ def test_chosen_masks_and_labelled_images_add_their_supervised_loss():
     for pair in range(3)
   ]
   expected = np.sum(np.stack(each, 1) * batch.weight) / np.sum(batch.weight)
-  chosen = {"chosen": {"weight": 0.5}}
+  chosen = {"chosen": {"weight": 0.5, "image_temperature": 0.0}}
   value, _, metrics = value_and_grad(loss_fn(terms=chosen), params, batch)
   np.testing.assert_allclose(value, plain + 0.5 * expected, rtol=1e-5)
   np.testing.assert_allclose(metrics["chosen"], expected, rtol=1e-5)
@@ -145,11 +151,34 @@ def test_chosen_masks_and_labelled_images_add_their_supervised_loss():
   np.testing.assert_allclose(value, plain + 2.0 * supervised, rtol=1e-5)
 
 
+def test_images_weigh_by_their_top_score():
+  params, _, batch, masks = draw()
+  consensus = np.random.default_rng(1).integers(1, 255, (2, *SIZE, CLASSES)).astype(np.uint8)
+  batch = batch._replace(consensus=consensus, top_score=np.float32([0.9, 0.7]))
+  share = 1 / (1 + np.exp(-0.2 / 0.1))
+
+  def loss(name, batch, temperature=0.0):
+    terms = {name: {"weight": 1.0, "image_temperature": temperature}}
+    settings = pair_terms.Settings(segmenter().apply, CLASSES, SIZE, {"objective": "dpo"})
+    function = pair_terms.make(settings, terms)
+    inputs = types.StepInputs(jax.random.key(0))
+    return function(params, batch, inputs, jax.random.key(1), jax.random.key(2))[0][name]
+
+  def of_image(name, row):
+    return loss(name, jax.tree.map(lambda x: x[row : row + 1], batch))
+
+  expected = share * of_image("consensus", 0) + (1 - share) * of_image("consensus", 1)
+  np.testing.assert_allclose(loss("consensus", batch, 0.1), expected, rtol=1e-5)
+  pairs = np.array([2 * share, 1 - share])  # two pairs and one
+  expected = (pairs @ [of_image("chosen", 0), of_image("chosen", 1)]) / pairs.sum()
+  np.testing.assert_allclose(loss("chosen", batch, 0.1), expected, rtol=1e-5)
+
+
 def test_parts_of_a_batch_add_up_if_a_pair_of_a_chosen_mask_is_empty():
   params, _, batch, _ = draw()
   batch = batch._replace(rejected=batch.rejected.at[0, 0].set(batch.chosen[0, 0]))
   batch = types.FinetuneBatch(pairs=batch)
-  function = loss_fn(terms={"chosen": {"weight": 0.5}})
+  function = loss_fn(terms={"chosen": {"weight": 0.5, "image_temperature": 0.0}})
   gradient = jax.value_and_grad(function, has_aux=True)
   inputs = types.StepInputs(jax.random.key(0))
   (value, _), whole = gradient(params, batch, inputs)
@@ -184,12 +213,34 @@ def test_pair_weights_by_gap_and_by_what_the_judge_is_worth_at_it(tiny_config, t
   np.testing.assert_allclose(weights("reliability"), [0, 0.5, 1])
   sure = tiny_config(finetune__pair_weight="score_gap", finetune__min_pair_probability=0.7)
   np.testing.assert_array_equal(pair_batches.weights_by_gap(sure, tmp_path)(gap), [0, *gap[1:]])
+  smoothed = tiny_config(finetune__objective="cdpo", finetune__pair_smoothing="reliability")
+  config_checks.validate(smoothed)
+  by_gap = pair_batches.smoothing_by_gap(smoothed, tmp_path)
+  np.testing.assert_allclose(by_gap(gap), [0.5, 0.25, 0.0])
+  assert pair_batches.smoothing_by_gap(sure, tmp_path) is None
+  entry, valid = {"calibration": calibration}, np.array([True, True, False])
+  worth = measure_judges.pair_worth(smoothed, gap, valid, entry)
+  np.testing.assert_allclose(worth, [0.0, 0.5, 0.0])
   calibration["accuracy"] = [0.4, 0.5, 0.3]
   files.write_json(tmp_path / "judges.json", {"agreement": {"calibration": calibration}})
   with pytest.raises(ConfigError, match="pair_weight: 'reliability' gives every pair the weight 0"):
     weights("reliability")
   with pytest.raises(ConfigError, match="min_pair_probability: found 0.7.* no gap more than 0.500"):
     pair_batches.weights_by_gap(sure, tmp_path)
+  with pytest.raises(ConfigError, match="'reliability' smooths every pair by 1/2.*'agreement'"):
+    pair_batches.smoothing_by_gap(smoothed, tmp_path)
+
+
+def test_a_pair_is_smoothed_by_its_own_probability():
+  params, _, batch, masks = draw()
+  smoothing = np.array([[0.1, 0.4, 0.3], [0.2, 0.0, 0.0]], np.float32)
+  value, _, _ = value_and_grad(loss_fn("cdpo"), params, batch._replace(smoothing=smoothing))
+  margin, size = losses.margin_and_size(batch.images @ params, *masks)
+  expected, _ = losses.preference_loss(
+    margin, batch.reference_margin, size, objective="cdpo", beta=2.0, weight=batch.weight,
+    label_smoothing=smoothing,
+  )  # fmt: skip
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 def test_loss_options_of_every_objective_can_be_called(tiny_config):
@@ -219,6 +270,7 @@ def test_loss_options_of_every_objective_can_be_called(tiny_config):
     ({"discopop_temperature": 0.3}, "discopop_temperature: found 0.3"),
     ({"region_classes": (5,)}, "region_classes: found class id 5"),
     ({"pair_weight": "gap"}, "pair_weight: found 'gap'"),
+    ({"pair_smoothing": "reliability"}, "pair_smoothing: found 'reliability', which nothing reads"),
     ({"objective": "bco_pair", "accumulate_steps": 2}, "found 2, but objective bco_pair reads"),
     ({"objective": "dpo,aot", "accumulate_steps": 2}, "found 2, but objective aot reads"),
     ({"objective": "dpo2"}, "finetune.objective: found 'dpo2', expected one of dpo, rn_dpo"),

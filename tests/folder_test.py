@@ -7,7 +7,7 @@ from PIL import Image
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import records
+from rndpo_jax.data import file_checks, records
 from rndpo_jax.data.sources import folder, images
 
 PH2 = pathlib.Path(__file__).parents[2] / "shared" / "data" / "ph2"
@@ -130,7 +130,7 @@ def test_case_pattern_groups_slices_in_natural_order(tmp_path):
 
 
 def test_a_pattern_that_takes_for_ever_is_named(tmp_path, monkeypatch):
-  monkeypatch.setattr(records, "_MATCH_SECONDS", 0.1)
+  monkeypatch.setattr(file_checks, "_MATCH_SECONDS", 0.1)
   with pytest.raises(errors.DataError, match=r"config.data.case_pattern: '\(a\+\)\+\$' takes more"):
     records.extract("(a+)+$", "a" * 60 + "b", "case_pattern")
   assert records.extract("(a+)+$", "aaa", "case_pattern") == "aaa"

@@ -9,8 +9,9 @@ from rndpo_jax import losses, types
 from rndpo_jax.config import base_config
 from rndpo_jax.data import components
 from rndpo_jax.losses import consistency
+from rndpo_jax.mining import proposals
 from rndpo_jax.stages import finetune
-from rndpo_jax.training import image_terms
+from rndpo_jax.training import image_terms, loss_fns, online_terms, term_inputs
 
 SIZE, CLASSES, ROWS, DICE = (4, 4), 3, 4, 0.7
 
@@ -206,6 +207,48 @@ def test_views_change_intensities_of_the_weak_view_alone():
   images = np.random.default_rng(0).normal(size=(ROWS, *SIZE, 2)).astype(np.float32)
   images[:, 0, 0] = images[:, 1, 1]
   options["noise"] = 0.0
-  strong = image_terms.strong_view(jax.random.key(0), images, options)
+  strong = term_inputs.strong_view(jax.random.key(0), images, options)
   assert np.any(strong != images)
   np.testing.assert_allclose(strong[:, 0, 0], strong[:, 1, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_online_pairs_are_the_best_by_expected_dice_against_another_one():
+  policy, average, base, _, batch = draw()
+  options = {"num_proposals": 3, "noise_scale": 0.5, "noise_smoothing": 1.0, "threshold_shift": 1.0}
+  value, grads, metrics = loss_of(
+    {"online": options}, policy, batch, reference=base, teacher=average, beta=jnp.float32(3.0)
+  )
+  images = batch.unlabelled["image"]
+  keys = dict(zip(loss_fns._PLACES, loss_fns._keys(jax.random.key(0)), strict=True))
+  noise_key, pair_key = jax.random.split(keys["online"])
+  count = options.pop("num_proposals")
+  logits = proposals.perturbed(images @ policy, noise_key, count, **options)
+  masks, q = np.asarray(jnp.argmax(logits, -1)), np.asarray(jax.nn.softmax(images @ average))
+  np.testing.assert_array_equal(masks[:, 0], jnp.argmax(images @ policy, -1))
+  drawn = masks[..., None] == np.arange(1, CLASSES)
+  shared = np.sum(drawn * q[:, None, ..., 1:], (2, 3))
+  total = np.sum(drawn, (2, 3)) + np.sum(q, (1, 2))[:, None, 1:]
+  scores = np.mean((2 * shared + 1) / (total + 1), -1)
+  chosen, rejected, gap = online_terms.top_against_random(pair_key, masks, jnp.asarray(scores))
+  top = scores.argmax(1)
+  np.testing.assert_array_equal(chosen, masks[np.arange(ROWS), top])
+  np.testing.assert_allclose(gap >= 0, True)
+
+  def by_hand(params):
+    size = losses.region_size(chosen, rejected)
+    margin = losses.pair_margin(images @ params, chosen, rejected)
+    margin -= losses.pair_margin(images @ base, chosen, rejected)
+    each = jax.nn.softplus(-3.0 * margin / jnp.maximum(size, 1))
+    return jnp.sum(jnp.where((size > 0) & (gap > 0), each, 0.0)) / ROWS
+
+  assert 0 < metrics["online_pairs"] <= 1
+  np.testing.assert_allclose(value, by_hand(policy), rtol=1e-5)
+  np.testing.assert_allclose(grads, jax.grad(by_hand)(policy), rtol=1e-4, atol=1e-6)
+
+
+def test_the_other_mask_of_an_online_pair_is_any_but_the_best():
+  masks = np.broadcast_to(np.arange(4, dtype=np.uint8)[None, :, None], (300, 4, 2))
+  scores = np.float32([[0.1, 0.3, 0.9, 0.9]] * 300)
+  chosen, rejected, gap = online_terms.top_against_random(jax.random.key(1), masks, scores)
+  assert np.all(chosen == 2) and {*np.unique(rejected)} == {0, 1, 3}
+  np.testing.assert_array_equal(gap, scores[0, 2] - scores[0, np.asarray(rejected)[:, 0]])

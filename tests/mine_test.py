@@ -1,6 +1,7 @@
 """The mining stage: invariant to devices and batch size, no communication, files that hold."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -104,6 +105,7 @@ def _base_logits(config, workdir, dataset):
 def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
   config = tiny_config(
     base__num_members=2,
+    base__member_labels=0.5,
     base__num_steps=100,
     base__eval_every_steps=100,
     judge__name="learned",
@@ -115,6 +117,14 @@ def test_learned_judge_and_ensemble_mine_pairs(tiny_config, tmp_path):
   assert judges["learned"]["used"] and not judges["agreement"]["used"]
   dataset = dataset_lib.open_dataset(config, tmp_path)
   first, second = (base.load(tmp_path, dataset, member) for member in range(2))
+  shown = {member: base.shown_to(config, dataset, member).splits for member in range(4)}
+  assert shown[0]["labelled"] is dataset.splits["labelled"]
+  own = {tuple(shown[member]["labelled"].tolist()) for member in (1, 2, 3)}
+  assert len(own) > 1 and all(len(part) == 2 for part in own)
+  assert own <= {*itertools.combinations(dataset.splits["labelled"].tolist(), 2)}
+  again = base.shown_to(config, dataset, 1).splits
+  np.testing.assert_array_equal(again["labelled"], shown[1]["labelled"])
+  assert again["val"] is dataset.splits["val"]
   assert any(
     (a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
   )
@@ -146,7 +156,7 @@ def test_worker_processes_give_the_same_pairs(tiny_run, tiny_config):
     one, two = next(here), next(there)
     assert one.labelled is None and one.unlabelled is None and one.pairs.consensus is None
     one, two = one.pairs, two.pairs
-    for name, here_array, there_array in zip(one._fields[:-1], one[:-1], two[:-1], strict=True):
+    for name, here_array, there_array in zip(one._fields[:-3], one[:-3], two[:-3], strict=True):
       np.testing.assert_array_equal(here_array, there_array, err_msg=name)
     seen.append(np.asarray(one.images).tobytes())
   assert len(set(seen)) == 3

@@ -429,7 +429,7 @@ def test_colour_voxels(root):
     ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, "regions"),
     ({"labels": {"background": 0, "a": 2}}, r"expected 0\.\.1"),
     ({"labels": ["background", "a"]}, "'labels' is"),
-    ({"file_ending": ".mha"}, "file_ending '.mha'"),
+    ({"file_ending": ".jpg"}, r"file_ending '\.jpg'; expected one of \.nii\.gz, .*\.mha, .*\.png"),
   ],
 )
 def test_descriptions_that_are_not_understood(root, changes, message):

@@ -207,6 +207,34 @@ def test_where_the_gradient_lies_by_hand():
   )  # fmt: skip
 
 
+def test_smoothing_of_each_pair_holds_it_where_it_is_right_so_often():
+  """cdpo under region by hand; its gradient is 0 at sigmoid(beta h / |D|) = 1 - e."""
+  h, size, beta = np.float32([3, -2, 5, 4]), np.array([2, 4, 10, 0]), 2.0
+  e = np.float32([0.0, 0.25, 0.5, 0.1])
+
+  def loss(h, e):
+    return losses.preference_loss(
+      h, jnp.zeros_like(h), size, objective="cdpo", normalization="region", beta=beta,
+      label_smoothing=e,
+    )[0]  # fmt: skip
+
+  x = beta * h[:3].astype(np.float64) / size[:3]
+  by_hand = (1 - e[:3]) * np.logaddexp(0, -x) + e[:3] * np.logaddexp(0, x)
+  np.testing.assert_allclose(loss(h, e), by_hand.mean(), rtol=1e-6)
+  slope = jax.grad(loss)(h, e)
+  by_hand = beta / size[:3] * (1 / (1 + np.exp(-x)) - (1 - e[:3])) / 3
+  np.testing.assert_allclose(slope, [*by_hand, 0.0], rtol=1e-5)
+  settled = np.float32([1.0, size[1] / beta * np.log(3.0), 0.0, 1.0])
+  np.testing.assert_allclose(jax.grad(loss)(settled, e)[1:], 0.0, atol=1e-7)
+  equal = losses.preference_loss(
+    h, np.zeros_like(h), size, objective="cdpo", beta=beta, label_smoothing=0.2
+  )[0]
+  each = losses.preference_loss(
+    h, np.zeros_like(h), size, objective="cdpo", beta=beta, label_smoothing=np.full(4, 0.2, "f4")
+  )[0]
+  np.testing.assert_allclose(each, equal, rtol=1e-6)
+
+
 def test_options_that_an_objective_does_not_read_are_refused():
   one = np.ones(1, np.float32)
 
@@ -218,6 +246,8 @@ def test_options_that_an_objective_does_not_read_are_refused():
     ({"objective": "dpo", "normalization": "mean"}, "normalization: found 'mean'"),
     ({"objective": "dpo", "label_smoothing": 0.1}, "label_smoothing: found 0.1"),
     ({"objective": "exo_pair"}, "label_smoothing: found 0.0"),
+    ({"objective": "robust", "label_smoothing": one}, "found one for each pair with .*'robust'"),
+    ({"objective": "cdpo,dpo", "label_smoothing": one}, "read by cdpo alone"),
     ({"objective": "apo_zero"}, "policy_log_prob: objective 'apo_zero' needs it"),
     ({"objective": "ipo,apo_zero"}, "policy_log_prob: objective 'apo_zero' needs it"),
     ({"objective": "ipo,ipo"}, "objective: found 'ipo' twice"),

@@ -149,6 +149,10 @@ CONFIG = (
   ("split file that is not there", _set(data__split_file="/nowhere/x.json")),
   ("split file that is a folder", _set(data__split_file="/tmp")),
   ("split file that is a device", _set(data__split_file="/dev/zero")),
+  ("fold of a file that is not there",
+   _set(data__split_file="/nowhere/x.json", data__split_fold=0)),
+  ("fold below -1", _set(data__split_file="/nowhere/x.json", data__split_fold=-2)),
+  ("fold of text", _set(data__split_fold="all")),
   ("split file in a bucket", _set(data__split_file="s3://a/b.json")),
 )  # fmt: skip
 

@@ -142,10 +142,13 @@ def judge(row: Row, code: int, text: str, num_bytes: int, ended: bool) -> tuple[
 def rows(short: bool) -> list[Row]:
   """The table; its short form has one row of each kind of remedy."""
   import odd_configs
+  import odd_formats
   import odd_images
   import odd_volumes
 
-  every = [*odd_images.rows(), *odd_volumes.rows(), *odd_configs.rows()]
+  every = [
+    *odd_images.rows(), *odd_volumes.rows(), *odd_formats.rows(), *odd_configs.rows(),
+  ]  # fmt: skip
   return [row for row in every if (row.kind, row.name) in SHORT] if short else every
 
 
@@ -162,7 +165,10 @@ SHORT = {
   ("nifti", "header of 2000^3 voxels, unlabelled"), ("json", "symlink to /dev/zero"),
   ("json", "nested 10^5 deep"), ("json", "ignore label"), ("json", "channels a number"),
   ("json", "labels with digits of no number"), ("json", "one file in two cases"),
-  ("config", "pattern without end"),
+  ("config", "pattern without end"), ("itk", ".mha compressed, damaged, as image"),
+  ("itk", ".mhd voxels in a device, as label"), ("nnunet", ".tif 16 bits, as image"),
+  ("dicom", "a slice without an ending"), ("dicom", "a slice missing"),
+  ("dicom", "FIFO as a slice"),
 }  # fmt: skip
 
 

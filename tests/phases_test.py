@@ -63,6 +63,11 @@ def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
       },
       "labelled_batch_size: found 4.*unlabelled_batch_size=8",
     ),
+    (
+      {"finetune.terms.online.weight": 1.0, "finetune.ema_decay": 0.9}
+      | {f"finetune.terms.online.{name}": 0.0 for name in ("noise_scale", "threshold_shift")},
+      "terms.online: noise_scale and threshold_shift are 0",
+    ),
     ({"finetune.strong": True}, "reference: changed images need an 'online' reference"),
     ({"finetune.terms.pseudo.threshold": 0.4}, "threshold: found 0.4, which nothing reads"),
   ],

@@ -63,12 +63,14 @@ IMAGES = {
   "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
   "use_mask_for_norm": [False, True],
 }
+OF_CT = {"mean": 50.0, "std": 20.0, "percentile_00_5": -100.0, "percentile_99_5": 300.0}
+STATISTICS = {"foreground_intensity_properties_per_channel": {"0": OF_CT}}
 
 
 def write(folder, configurations, dataset=DATASET, **top):
   folder.mkdir(exist_ok=True)
   configurations = {name: {**IMAGES, **own} for name, own in configurations.items()}
-  content = {"transpose_forward": [0, 1, 2], "configurations": configurations, **top}
+  content = {"transpose_forward": [0, 1, 2], "configurations": configurations, **STATISTICS, **top}
   (folder / "plans.json").write_text(json.dumps(content))
   (folder / "dataset.json").write_text(json.dumps(dataset))
   return folder
@@ -134,13 +136,13 @@ def test_where_nnunet_has_our_axes(tmp_path, own, top, axes):
 
 def test_how_images_go_in_is_read_in_our_order_of_axes(tmp_path):
   """Statistics are those of the plans, under either of their names."""
-  of_ct = {"mean": 50.0, "std": 20.0, "percentile_00_5": -100.0, "percentile_99_5": 300.0}
-  for key in ("per_channel", "by_modality"):
-    top = {f"foreground_intensity_properties_{key}": {"0": of_ct}}
-    found = plans.read(write(tmp_path, {"c": NEW}, **top), "c").preprocessing
-    assert found == (
-      (0.8, 0.7, 5.0), (24, 32, 4), ("ct", "zscore_in_mask"), (of_ct, None),
-    )  # fmt: skip
+  old = {
+    "foreground_intensity_properties_per_channel": None,
+    "foreground_intensity_properties_by_modality": {"0": OF_CT},
+  }
+  wanted = (0.8, 0.7, 5.0), (24, 32, 4), ("ct", "zscore_in_mask"), (OF_CT, None)
+  for top in ({}, old):
+    assert plans.read(write(tmp_path, {"c": NEW}, **top), "c").preprocessing == wanted
   turned = write(tmp_path, {"c": NEW}, transpose_forward=[1, 0, 2])
   assert plans.read(turned, "c").preprocessing.spacing == (0.8, 5.0, 0.7)
   assert plans.read(write(tmp_path, {"c": in_2d()}), "c").preprocessing.patch_size == (24, 32)
@@ -190,6 +192,12 @@ def test_another_network_raises_naming_file_and_key(tmp_path, own, message):
   folder = write(tmp_path / pth_files.FOLDER, {"3d": own})
   with pytest.raises(errors.FileError, match=f"{pth_files.FOLDER}/plans.json: 3d: .*{message}"):
     plans.read(folder, "3d")
+
+
+def test_ct_without_its_statistics_raises(tmp_path):
+  folder = write(tmp_path, {"c": NEW}, foreground_intensity_properties_per_channel={"0": {}})
+  with pytest.raises(errors.FileError, match="plans.json: c: .* lacks 'mean' of channel 0"):
+    plans.read(folder, "c")
 
 
 def test_regions_and_slices_along_another_axis_raise(tmp_path):

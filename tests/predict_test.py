@@ -156,23 +156,6 @@ def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, networ
       case_reader.read(one, network)
 
 
-def test_mirrored_probabilities_are_the_mean_over_flips():
-  rng = np.random.default_rng(0)
-  images = rng.standard_normal((2, 4, 6, 1)).astype(np.float32)
-  kernel = rng.standard_normal((1, 4, 6, 3)).astype(np.float32)  # of the place, so flips differ
-
-  def apply(params, images):
-    return images * params
-
-  got = np.asarray(jax.nn.softmax(programs.mirrored(apply)(kernel, images)))
-  want = np.zeros(got.shape)
-  for axes in ((), (1,), (2,), (1, 2)):
-    logits = np.float64(np.flip(np.flip(images, axes) * kernel, axes))
-    exp = np.exp(logits)
-    want += exp / exp.sum(-1, keepdims=True) / 4
-  np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
 def test_probabilities_on_the_own_grid_belong_to_the_mask():
   rng = np.random.default_rng(0)
   logits = rng.standard_normal((2, 4, 6, 3)).astype(np.float32)

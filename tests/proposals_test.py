@@ -9,7 +9,7 @@ import pytest
 
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import proposals
+from rndpo_jax.mining import mask_edits, proposals
 
 OPTIONS = {
   "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
@@ -127,6 +127,38 @@ def test_threshold_shifts_the_background_alone():
   )
   size = got.masks.sum((2, 3), dtype=int)
   assert (np.diff(size, axis=1) >= 0).all() and (size[:, -1] > size[:, 0]).all()
+
+
+def test_members_take_turns_and_are_shifted_like_the_base():
+  logits = np.random.default_rng(1).normal(size=(2, 2, 4, 4, 2)).astype(np.float32)
+  images = np.zeros((2, 4, 4, 1), np.float32)
+  keys = jax.random.split(jax.random.key(0), 2)
+  found = proposals.sample(
+    ramp_segmenter([]), 0.1, images, keys, mix=proposals.parse_mix("member:2,member+threshold:3"),
+    member_logits=logits, **OPTIONS,
+  )  # fmt: skip
+  np.testing.assert_array_equal(found.logits[:, :2], logits)
+  np.testing.assert_array_equal(found.logits[:, 3], logits[:, 1])  # the middle one is not shifted
+  shifted = logits[:, 0] + np.float32([3.0, 0.0])
+  np.testing.assert_allclose(found.logits[:, 2], shifted, rtol=1e-6)
+
+
+def test_edited_masks_are_the_argmax_of_the_same_values():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(2, 3, 6, 6, 3)).astype(np.float32)
+  masks = rng.integers(0, 3, (2, 3, 6, 6)).astype(np.uint8)
+  found = np.asarray(mask_edits.relabel(logits, masks))
+  np.testing.assert_array_equal(np.argmax(found, -1), masks)
+  np.testing.assert_array_equal(np.sort(found, -1), np.sort(logits, -1))
+  same = np.argmax(logits, -1) == masks
+  np.testing.assert_array_equal(found[same], logits[same])
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  edited = jax.jit(lambda x: mask_edits.edit(("tta", "drop_component", "corrupt"), keys, x))(logits)
+  flat, own = np.argmax(logits, -1).astype(np.uint8).reshape(6, 6, 6), keys.ravel()
+  for place, name in ((0, "corrupt"), (2, "drop_component")):
+    folded = jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)
+    flat = mask_edits.EDITS[name](folded, flat, 3)
+  np.testing.assert_array_equal(np.argmax(edited, -1), np.reshape(flat, (2, 3, 6, 6)))
 
 
 def test_an_image_does_not_depend_on_its_batch():

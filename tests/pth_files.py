@@ -1,44 +1,15 @@
 """Writes files as torch.save does, byte by byte: for tests of what reads them without PyTorch."""
 
 import itertools
-import struct
 import zipfile
 
 import numpy as np
 
 from rndpo_jax.nnunet.pickle_program import Call, Global, Persistent
+from rndpo_jax.nnunet.pickle_writer import encode
 
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
 FOLDER = "nnUNetTrainer__nnUNetPlans__2d"
-
-
-def encode(value):
-  """The instructions of pickle's protocol 2 that make a value."""
-  match value:
-    case None:
-      return b"N"
-    case bool():
-      return b"\x88" if value else b"\x89"
-    case int():
-      return b"J" + struct.pack("<i", value)
-    case float():
-      return b"G" + struct.pack(">d", value)
-    case str():
-      return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-    case Global():
-      module, _, name = value.name.rpartition(".")
-      return f"c{module}\n{name}\n".encode()
-    case Call():
-      return encode(value.function) + encode(value.arguments) + b"R"
-    case Persistent():
-      return encode(value.id) + b"Q"
-    case tuple():
-      return b"(" + b"".join(map(encode, value)) + b"t"
-    case list():
-      return b"](" + b"".join(map(encode, value)) + b"e"
-    case dict():
-      return b"}(" + b"".join(map(encode, itertools.chain(*value.items()))) + b"u"
-  raise TypeError(value)
 
 
 def tensor(key, array):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import errors
-from rndpo_jax.data import records
+from rndpo_jax.data import record_table, records
 
 
 def _source(entries):
@@ -51,11 +51,11 @@ def test_a_table_gives_the_entries_it_was_made_of(tmp_path):
     _entry(record_id="b", case_id="b", group_id="b", shape=(7, 7), has_mask=False, slice_index=-1),
     _entry(record_id="c", case_id="b", group_id="b", shape=(4, 5), spacing=(1.0, 2.0)),
   ]
-  assert records.to_columns(entries)["grid"] == [0, 1, 0]
-  assert len(records.to_columns(entries)["grids"]) == 2
+  assert record_table.to_columns(entries)["grid"] == [0, 1, 0]
+  assert len(record_table.to_columns(entries)["grids"]) == 2
   # All cases of one record: the ids are written once.
   alone = [_entry(record_id=name, case_id=name, group_id=name) for name in ("x", "y")]
-  columns = records.to_columns(alone)
+  columns = record_table.to_columns(alone)
   assert columns["record_id"] == ["x", "y"]
   assert columns["case_id"] is None and columns["group_id"] is None
   slices = [_entry(record_id=name, case_id="k", group_id="k") for name in ("x", "y")]

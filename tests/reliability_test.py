@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rndpo_jax.mining.reliability import calibration, reliability
+from rndpo_jax.mining.reliability import calibration, reliability, smoothing_of_pairs
 
 
 def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):
@@ -111,5 +111,8 @@ def test_calibration_counts_right_pairs_by_gap():
   found = calibration([[0.0, 1.0, 3.0]], [[0.0, 0.6, 0.5]], num_bins=3)
   assert len(found["gap_edges"]) == 2 and 1 < found["gap_edges"][0] < 2 < found["gap_edges"][1] < 3
   assert found["accuracy"] == [1.0, 0.0, 1.0]
+  found |= {"gap_edges": [1.5, 2.5], "accuracy": [0.9, 0.3, 1.0]}
+  smoothing = smoothing_of_pairs([[1.0, 2.0], [3.0, 1.4]], found)
+  np.testing.assert_allclose(smoothing, [[0.1, 0.5], [0.0, 0.1]], rtol=1e-12)
   nothing = calibration([[1.0, 1.0]], [[0.0, 0.5]])
   assert nothing == {"gap_edges": [], "accuracy": [0.5]}

@@ -50,6 +50,7 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
     "judges": {judge: entry, "confidence": unknown},
     "pairs": {"count": 400},
     "base": {"val": metrics, "test": metrics},
+    "rankseg": {"val": {"dice": 0.871}, "test": {"dice": 0.871}},
     "finetuned": {"val": final, "test": final, "step": 300},
     "selected": {"val": final, "test": final, "step": 200, "rule": "validation"},
     "delivered": {
@@ -217,7 +218,7 @@ def test_page_says_what_a_reader_needs(page):
   _, parsed = page
   for text in (
     "RN-DPO", "from 0.850 to 0.895 (+0.045)", "0.710 (0.660 to 0.760) 0.720 (0.640 to 0.800)",
-    "unknown",
+    "unknown", "0.871", "without any training",
     "0.930 (0.900 to 0.960)", "It is optimistic, for the base was trained on them",
     "mm, lower is better", "within 2 mm", "3 were empty where the truth is not",
     "taken: masks identical", "29", "+0.040", "0.830", "score 1.000", "chosen", "rejected",

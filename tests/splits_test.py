@@ -98,6 +98,7 @@ def test_split_file_is_taken_as_it_is(tmp_path):
   ("changes", "message"),
   [
     ({"val": ["g9c0"]}, "unknown case id 'g9c0' in 'val'"),
+    ({"val": [["g2c0"]]}, r"unknown case id \['g2c0'\] in 'val'"),
     ({"val": ["g0c0"]}, "'g0c0' stands in 'labelled' and in 'val'"),
     ({"val": ["g2c0", "g2c0"]}, "'g2c0' stands in 'val' and in 'val'"),
     ({"val": ["g3c1"]}, "one group, 'g3'"),
@@ -118,4 +119,59 @@ def test_split_file_that_is_missing_or_no_json(tmp_path):
   path = tmp_path / "text.json"
   path.write_text("labelled: a")
   with pytest.raises(errors.DataError, match="text.json: cannot be read as JSON"):
+    splits.read_split_file(path, _entries())
+
+
+# Groups 0 to 3 are trained on, 4 to 6 held out, 7 is not listed; g3c1 has no mask.
+FOLDS = [
+  {"train": ["g9c9"], "val": []},
+  {
+    "train": [f"g{g}c{c}" for g in range(4) for c in range(2)],
+    "val": [f"g{g}c{c}" for g in range(4, 7) for c in range(2)],
+  },
+]
+
+
+def _fold(tmp_path, content=FOLDS, **changes):
+  path = tmp_path / "splits_final.json"
+  path.write_text(json.dumps(content))
+  asked = {"fold": 1, "num_labelled": 2, "num_test": 1, "num_unlabelled": -1, "seed": 0}
+  return splits.read_fold(path, _entries(bare=("g3c1",)), **{**asked, **changes})
+
+
+def test_a_fold_of_nnunet_holds_out_validation_and_test(tmp_path):
+  parts = _fold(tmp_path)
+  assert _groups(parts["val"]) | _groups(parts["test"]) == {"g4", "g5", "g6"}
+  assert len(_groups(parts["test"])) == 1 and len(_groups(parts["val"])) == 2
+  assert len(_groups(parts["labelled"])) == 2 and _groups(parts["labelled"]) < {"g0", "g1", "g2"}
+  assert sum(map(len, parts.values())) == 16 and {"g3", "g7"} < _groups(parts["unlabelled"])
+  assert _fold(tmp_path) == parts
+  assert {tuple(_fold(tmp_path, seed=seed)["test"]) for seed in range(20)} > {tuple(parts["test"])}
+  more = _fold(tmp_path, num_labelled=3)
+  assert more["test"] == parts["test"] and set(more["labelled"]) > set(parts["labelled"])
+
+
+@pytest.mark.parametrize(
+  ("content", "changes", "message"),
+  [
+    (FOLDS, {"fold": 2}, r"json: 2 folds, but config.data.split_fold is 2; expected 0 to 1"),
+    (FOLDS, {"fold": 0}, "unknown case id 'g9c9' in 'train'"),
+    (FOLDS, {"num_test": 3}, "num_test: found 3, but the fold 1 of .* holds out 3 groups"),
+    (FOLDS, {"num_labelled": 4}, "num_labelled=4.*found 3 of 5"),
+    ({"labelled": []}, {}, "holds a dict, expected a list; .*leave it at -1"),
+    ([1, 2], {}, "'train' is no list of case ids"),
+    ([0, {"train": ["g0c0"], "val": ["g3c1"]}], {}, "'g3c1' in 'val' has a record without mask"),
+    ([0, {"train": ["g0c0"], "val": ["g0c1"]}], {}, "one group, 'g0'"),
+    ([0, {"train": ["g0c0", "g2c0"], "val": ["g4c0", "g5c0"]}], {}, "one group, 'g4'"),
+  ],
+)  # fmt: skip
+def test_folds_that_cannot_be(tmp_path, content, changes, message):
+  with pytest.raises(errors.DataError, match=message):
+    _fold(tmp_path, content, **changes)
+
+
+def test_a_list_of_folds_as_a_split_file_names_the_key(tmp_path):
+  path = tmp_path / "splits_final.json"
+  path.write_text(json.dumps(FOLDS))
+  with pytest.raises(errors.DataError, match="holds a list.*config.data.split_fold"):
     splits.read_split_file(path, _entries())

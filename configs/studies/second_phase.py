@@ -6,21 +6,40 @@
 With the workdir of configs/studies/main.py bases and first phases are those of that study.
 """
 
+# Judges by agreement, each trained on other patients; they cost three more bases.
+ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
 VARIANTS = {
   "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
   "random_pair": {"mine.rule": "random_pair"},
   "reliability": {"finetune.pair_weight": "reliability"},
+  "smoothing": {
+    "finetune.objective": "cdpo",
+    "finetune.normalization": "region",
+    "finetune.pair_smoothing": "reliability",
+  },
   "probability 0.7": {"finetune.min_pair_probability": 0.7},
   "dropout_proposals": {
     "proposals.mix": "base:1,tta+mc_dropout+logit_noise:7",
     "proposals.noise_scale": 1.0,
   },
+  "members": {**ENSEMBLE},
+  "members' masks": {**ENSEMBLE, "proposals.mix": "base:1,member:3,tta+threshold:4"},
+  "components": {
+    "proposals.mix": "base:1,largest_component:1,tta+threshold:4,drop_component:1,corrupt:1",
+  },
   "entropy": {"judge.name": "entropy"},
   "confidence": {"judge.name": "confidence"},
+  "fused": {"judge.name": "fused"},
   "strong": {"finetune.strong": True, "finetune.dropout": True},
   "beta 1": {"finetune.beta": 1.0},
   "beta 3": {"finetune.beta": 3.0},
   "beta 30": {"finetune.beta": 30.0},
+}
+
+
+# Images of whose top proposal the judge is surer weigh more.
+IMAGES = {
+  "images by score": {"finetune.terms.chosen.image_temperature": 0.05},
 }
 
 
@@ -34,7 +53,8 @@ def get_study():
     "seeds": (0, 1),
     "set": {"judge.gate.action": "warn"},
     "arms": [
-      {"recipes": ("weak_to_strong_beside_rn_dpo",)},
+      {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
+      {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
     ],
   }

@@ -4,8 +4,14 @@
       --records=configs/results/strong_base --workdir=DIR --roots=ph2=DIR,acdc=DIR
 """
 
+AFFINE = {"augment.affine": 0.8}
+ELASTIC = {"augment.elastic": 0.5, "augment.elastic_scale": 2.0, "augment.elastic_smoothing": 6.0}
 VARIANTS = {
   "as it is": {},
+  "mirrored teacher": {"finetune.teacher_views": "flips"},
+  "mirrored, turned teacher": {"finetune.teacher_views": "flips_turns"},
+  "affine": {"phases": (AFFINE,)},
+  "affine, elastic": {"phases": ({**AFFINE, **ELASTIC},)},
   "rate 3e-3": {"finetune.learning_rate": 3e-3},
   "boxes in all": {"finetune.terms.weak_to_strong.cutmix": 1.0},
   "stronger views": {

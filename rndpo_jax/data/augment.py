@@ -11,15 +11,23 @@ from jax.scipy import ndimage
 
 from rndpo_jax.data.noise import smooth_noise
 
+# Options that move pixels; a view without them keeps every pixel in its place.
+MOVING = (
+  "flip", "turn", "elastic", "elastic_scale", "elastic_smoothing", "affine", "affine_degrees",
+  "affine_zoom",
+)  # fmt: skip
+
 
 def augment(
   key: jax.Array, images: jax.Array, masks: jax.Array, *, flip: float, turn: float,
   intensity: float, intensity_scale: float, gamma: float, gamma_scale: float, noise: float,
   noise_scale: float, elastic: float, elastic_scale: float, elastic_smoothing: float,
+  affine: float, affine_degrees: float, affine_zoom: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Augments a batch; all options are Python numbers, and a probability of 0 costs nothing.
 
-  Order: elastic deformation, quarter turns, flips; then gamma, intensity, noise.
+  Order: affine map and elastic deformation as one, quarter turns, flips; then gamma, intensity,
+  noise.
 
   Args:
     key: one key; position n of the batch draws from fold_in(key, n).
@@ -34,6 +42,9 @@ def augment(
     noise: probability of adding Gaussian noise with standard deviation `noise_scale`.
     elastic: probability of a smooth deformation, by a Gaussian displacement field with standard
       deviation `elastic_scale` pixels, smoothed by a Gaussian of width `elastic_smoothing` pixels.
+    affine: probability of a rotation about the centre in the (H, W) plane, by an angle uniform in
+      -affine_degrees..affine_degrees, with a zoom of every axis by one factor exp(u affine_zoom),
+      u uniform in -1..1.
 
   Returns:
     (images f32[B, *S, I], masks u8[B, M, *S]).
@@ -48,9 +59,14 @@ def augment(
     )
 
   def one(position, image, mask):
-    keys = jax.random.split(jax.random.fold_in(key, position), 6)
+    keys = jax.random.split(jax.random.fold_in(key, position), 7)
+    places = grid = _grid(image.shape[:-1])
+    if affine > 0:
+      places = _affine(keys[6], places, affine, affine_degrees, affine_zoom)
     if elastic > 0:
-      image, mask = _elastic(keys[0], image, mask, elastic, elastic_scale, elastic_smoothing)
+      places = _elastic(keys[0], places, elastic, elastic_scale, elastic_smoothing)
+    if places is not grid:
+      image, mask = _sample(image, mask, places)
     if turn > 0:
       image, mask = _turn(keys[1], image, mask, turn)
     if flip > 0:
@@ -88,13 +104,34 @@ def _flip(key, image, mask, probability):
   return image, mask
 
 
-def _elastic(key, image, mask, probability, scale, smoothing):
+def _grid(size) -> list[jax.Array]:
+  """Where each pixel takes its value from: its own place, f32[*S] an axis."""
+  return jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in size), indexing="ij")
+
+
+def _affine(key, places, probability, degrees, zoom):
+  happens_key, angle_key, zoom_key = jax.random.split(key, 3)
+  happens = jax.random.bernoulli(happens_key, probability)
+  angle = jnp.radians(degrees) * jax.random.uniform(angle_key, minval=-1.0)
+  angle = jnp.where(happens, angle, 0.0)
+  factor = jnp.where(happens, jnp.exp(-zoom * jax.random.uniform(zoom_key, minval=-1.0)), 1.0)
+  middle = [(n - 1) / 2 for n in places[0].shape]
+  first, second, *rest = (factor * (x - m) for x, m in zip(places, middle, strict=True))
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  turned = (cos * first - sin * second, sin * first + cos * second, *rest)
+  return [x + m for x, m in zip(turned, middle, strict=True)]
+
+
+def _elastic(key, places, probability, scale, smoothing):
   happens, field = jax.random.split(key)
-  size = image.shape[:-1]
+  size = places[0].shape
   shift = scale * smooth_noise(field, (*size, len(size)), smoothing)
   shift = jnp.where(jax.random.bernoulli(happens, probability), shift, 0.0)
-  grid = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in size), indexing="ij")
-  places = [axis + shift[..., d] for d, axis in enumerate(grid)]
+  return [axis + shift[..., d] for d, axis in enumerate(places)]
+
+
+def _sample(image, mask, places):
+  """Linear for the image, nearest for the masks; outside is what is at the edge."""
 
   def sample(channel, order):
     return ndimage.map_coordinates(channel, places, order=order, mode="nearest")

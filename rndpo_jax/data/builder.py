@@ -21,7 +21,7 @@ from rndpo_jax.runtime import files, multihost, preemption, progress
 FILE_BYTES = 4 << 30
 
 
-def build(source: records.Source, directory: epath.Path) -> list[str]:
+def build(source: records.Source, directory: epath.Path) -> list[dict[str, Any]]:
   """Reads every pixel of the source and writes it under `directory`, local or remote.
 
   The records go straight into the files. TFDS's own writer sorts them first: beyond 1 GB with the
@@ -33,7 +33,7 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
   process 0 does all, and starts again.
 
   Returns:
-    SHA-256 of what each file holds; on process 0, else nothing.
+    What `writer.write` says of each file; on process 0, else nothing.
 
   Raises:
     records.DataError: whatever reading the source finds wrong, or if no mask has foreground, or
@@ -41,26 +41,26 @@ def build(source: records.Source, directory: epath.Path) -> list[str]:
     OSError: if the files cannot be written, the disk being full for one.
     preemption.Preempted: on every process, after a signal to any.
   """
-  remote, fingerprints = files.is_remote(directory), []
+  remote, written = files.is_remote(directory), []
   with contextlib.ExitStack() as stack, preemption.together(writer.KEPT):
     if remote and multihost.is_first():  # ArrayRecord writes local files alone
       here = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       _start(source, here)
       _write_files(source, here, 0, 1)
-      fingerprints = _finish(source, here)
+      written = _finish(source, here)
       if reader.folder(directory).exists():
         reader.folder(directory).rmtree()
       files.copy(reader.folder(here), reader.folder(directory))
   if remote:
-    return fingerprints
+    return written
   if multihost.is_first():
     _start(source, directory)
   multihost.barrier("prepare")
   with preemption.together(writer.KEPT):
     _write_files(source, directory, jax.process_index(), jax.process_count())
   if multihost.is_first():
-    fingerprints = _finish(source, directory)
-  return fingerprints
+    written = _finish(source, directory)
+  return written
 
 
 def _incomplete(directory: epath.Path) -> epath.Path:
@@ -115,8 +115,8 @@ def _write_files(source, directory: epath.Path, first: int, step: int) -> None:
   next(examples, None)  # ends its progress
 
 
-def _finish(source, directory: epath.Path) -> list[str]:
-  """Checks all, makes the files a data set of TFDS, and returns each file's fingerprint."""
+def _finish(source, directory: epath.Path) -> list[dict[str, Any]]:
+  """Checks all, makes the files a data set of TFDS, and returns each file's summary."""
   folder = _incomplete(directory)
   files.refresh(folder)
   paths = _paths(source, directory)
@@ -156,7 +156,7 @@ def _finish(source, directory: epath.Path) -> list[str]:
       disable_shuffling=True,
     )
   folder.replace(reader.folder(directory) / reader.VERSION)
-  return [one["pixels_fingerprint"] for one in written]
+  return written
 
 
 def _spans(source: records.Source) -> list[tuple[int, int]]:
@@ -183,6 +183,7 @@ def _is_kept(source, path: epath.Path, span: tuple[int, int]) -> bool:
 def _source_fingerprint(source: records.Source, span: tuple[int, int]) -> str:
   """SHA-256 of what a file is made from: its records, and the files that hold their pixels."""
   facts = [source.num_classes, source.num_channels, source.spatial_dims, source.dtype]
+  facts += [] if source.native is None else [source.native]
   content = hashlib.sha256(json.dumps(facts).encode())
   for index in range(*span):
     content.update(json.dumps([source.records[index], source.fingerprint(index)]).encode())

@@ -1,4 +1,4 @@
-"""The largest connected component of each class of a mask, on the device."""
+"""Connected components of masks, on the device: the largest of each class, or all but one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,30 @@ def largest(masks: types.Array, num_classes: int) -> jax.Array:
   return jax.vmap(lambda mask: _largest(mask, num_classes))(masks)
 
 
-def _largest(mask, num_classes):
-  size, flat = mask.size, mask.ravel()
-  places = jnp.arange(size, dtype=jnp.int32).reshape(mask.shape)
+def without_one(keys: jax.Array, masks: types.Array) -> jax.Array:
+  """Masks without one of their components, drawn with equal chances over all foreground classes.
+
+  Args:
+    keys: [B], one a mask.
+    masks: u8[B, *S] class ids, connected as in `largest`.
+
+  Returns:
+    u8[B, *S]; what is taken out becomes background. An empty mask stays empty.
+  """
+
+  def one(key, mask):
+    root, flat = _roots(mask), mask.ravel()
+    is_root = (root == jnp.arange(mask.size)) & (flat > 0)
+    drawn = jnp.argmax(jnp.where(is_root, jax.random.uniform(key, root.shape), -1.0))
+    kept = jnp.where(root == drawn, 0, flat)
+    return kept.reshape(mask.shape).astype(jnp.uint8)
+
+  return jax.vmap(one)(keys, masks)
+
+
+def _roots(mask):
+  """i32[pixels]: of each pixel the last pixel, in row order, of its component."""
+  places = jnp.arange(mask.size, dtype=jnp.int32).reshape(mask.shape)
 
   def spread(root):
     new = root
@@ -48,7 +69,11 @@ def _largest(mask, num_classes):
     return new, jnp.any(new != root)
 
   root, _ = jax.lax.while_loop(lambda state: state[1], step, (places, jnp.bool_(True)))
-  root = root.ravel()
+  return root.ravel()
+
+
+def _largest(mask, num_classes):
+  size, flat, root = mask.size, mask.ravel(), _roots(mask)
   count = jnp.zeros(size, jnp.int32).at[root].add(1)
   class_of_root = jnp.where(count > 0, flat, 0)
   keep = jnp.zeros(size, bool)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import geometry, reader, records, splits
+from rndpo_jax.data import geometry, native, reader, records, splits
 from rndpo_jax.data.geometry import to_native as to_native
 
 
@@ -26,10 +27,13 @@ class Dataset(NamedTuple):
     records: entries of `records.json`; their positions are the record indices used everywhere.
     fingerprint: SHA-256 of the records, their pixels and the splits.
     splits: name -> sorted i64 record indices.
-    size: the model's grid.
+    size: the network's input: the model's grid, or in the native mode a patch of it.
     crop: centre crop in source pixels, () for none.
-    normalization: 'zscore' or 'minmax'.
+    normalization: 'zscore' or 'minmax'; of the simple mode.
     has_ignored: whether labels may hold `types.IGNORED`.
+    native: of the native mode, else None.
+    boxes: i32[N, dims, 2], likewise, see `records.OnSpacing`.
+    tiles: of `tiles.view`, whose records and splits are tiles; None where they are records.
   """
 
   source: Any
@@ -46,17 +50,22 @@ class Dataset(NamedTuple):
   crop: tuple[int, ...]
   normalization: str
   has_ignored: bool = False
+  native: records.Native | None = None
+  boxes: np.ndarray | None = None
+  tiles: Any = None
 
 
 def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   """Opens what the stage 'prepare' wrote, here or in `config.base.workdir`.
 
   Raises:
-    records.DataError: if a file is missing or damaged; names it and the remedy.
+    records.DataError: if a file is missing or damaged, or was prepared for another spacing; names
+      it and the remedy.
   """
   workdir = epath.Path(config.base.workdir or workdir)
   directory = workdir / "data"
   content = records.read(directory)
+  _check_spacing(config, directory, content["native"])
   source = reader.open_source(directory, with_labels=True)
   if len(source) != len(content["records"]):
     raise errors.DataError(
@@ -81,10 +90,24 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
     source=source,
     blind_source=reader.open_source(directory, with_labels=False),
     splits=parts,
-    size=tuple(config.data.size),
-    crop=tuple(config.data.crop),
+    size=config_lib.input_size(config),
+    crop=() if config.data.spacing else tuple(config.data.crop),
     normalization=config.data.normalization,
     **content,
+  )
+
+
+def _check_spacing(config, directory: epath.Path, found: records.Native | None) -> None:
+  """Refuses data that were prepared for another spacing than the config's."""
+  wanted = tuple(config.data.spacing)
+  there = () if found is None else found.spacing
+  if bool(wanted) == bool(there) and all(
+    mm in (0, other) for mm, other in zip(wanted, there, strict=True)
+  ):
+    return
+  raise errors.DataError(
+    f"{directory}: prepared with config.data.spacing={there}, but the config says {wanted}; take "
+    "that spacing, or prepare the data again in a new --workdir"
   )
 
 
@@ -97,29 +120,62 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
     with_labels: False leaves the mask's bytes undecoded.
 
   Returns:
-    image uint8 or float32 [*S, I]; label u8[*S] or None; spacing, one mm an axis, or None;
+    image uint8 or float32 [*S, I], in the native mode normalised and brought back from the model's
+    spacing, zero outside the crop; label u8[*S] or None; spacing, one mm an axis, or None;
     affine f32[4, 4], voxel indices to world, the identity if unknown.
 
   Raises:
     records.DataError: if labels are asked of a record without mask.
   """
   entry = dataset.records[index]
-  if with_labels and not entry["has_mask"]:
-    raise errors.DataError(
-      f"{entry['record_id']}: it has no mask, but a label is asked for; only judges that need no "
-      "truth can work on it"
-    )
-  example = (dataset.source if with_labels else dataset.blind_source)[int(index)]
+  example = _read(dataset, index, with_labels)
+  image = example["image"]
+  if dataset.native is not None:
+    image = _on_own_grid(dataset, index, entry, image)
   return {
-    "image": example["image"],
+    "image": image,
     "label": example["mask"] if with_labels else None,
     "spacing": None if entry["spacing"] is None else tuple(entry["spacing"]),
     "affine": example["affine"],
   }
 
 
+def _on_own_grid(dataset: Dataset, index: int, entry, image: np.ndarray) -> np.ndarray:
+  """An image on the model's spacing, brought back; outside its box it is zero."""
+  box = dataset.boxes[index]
+  if not native.is_seen(box):
+    return np.zeros((*entry["shape"], image.shape[-1]), np.float32)
+  image = native.to_own_spacing(image, box, entry["spacing"], dataset.native)
+  return native.paste(image, box, entry["shape"])
+
+
+def _read(dataset: Dataset, index: int, with_labels: bool) -> dict[str, Any]:
+  """A record as it is stored."""
+  entry = dataset.records[index]
+  if with_labels and not entry["has_mask"]:
+    raise errors.DataError(
+      f"{entry['record_id']}: it has no mask, but a label is asked for; only judges that need no "
+      "truth can work on it"
+    )
+  return (dataset.source if with_labels else dataset.blind_source)[int(index)]
+
+
+def load_on_spacing(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, np.ndarray]:
+  """A whole record on the model's spacing, in the native mode.
+
+  Returns:
+    image f32[*M, I] normalised; label u8[*M] with labels; index i32[].
+
+  Raises:
+    records.DataError: as `load_native`.
+  """
+  example = _read(dataset, index, with_labels)
+  label = {"label": example["mask_on_spacing"]} if with_labels else {}
+  return {"image": example["image"], **label, "index": np.int32(index)}
+
+
 def load_example(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, np.ndarray]:
-  """One record on the model's grid.
+  """One record on the model's grid, or a tile of `tiles.view`.
 
   Returns:
     image f32[*size, I] normalised; label u8[*size], zeros without labels; index i32[].
@@ -127,13 +183,15 @@ def load_example(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str
   Raises:
     records.DataError: as `load_native`.
   """
-  native = load_native(dataset, index, with_labels=with_labels)
+  if dataset.tiles is not None:
+    return dataset.tiles.load(index, with_labels=with_labels)
+  own = load_native(dataset, index, with_labels=with_labels)
   if with_labels:
-    label = geometry.mask_to_model(native["label"], dataset.size, dataset.crop)
+    label = geometry.mask_to_model(own["label"], dataset.size, dataset.crop)
   else:
     label = np.zeros(dataset.size, np.uint8)
   return {
-    "image": to_model(dataset, native["image"]),
+    "image": to_model(dataset, own["image"]),
     "label": label,
     "index": np.int32(index),
   }

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
+import threading
 import unicodedata
+from collections.abc import Iterator
 
 from rndpo_jax import errors
 from rndpo_jax.runtime import files
+
+_MATCH_SECONDS = 2.0  # for one name
 
 
 def check_text(text: str, where: str) -> str:
@@ -43,3 +50,46 @@ def check_regular(path: os.PathLike) -> None:
       f"{path}: no regular file, but a folder, a pipe, a device or a link to nowhere; replace or "
       "remove it"
     )
+
+
+def extract(pattern: str, text: str, key: str) -> str:
+  """Group 1 of `pattern` found in `text`, or the whole text if the pattern is empty.
+
+  Raises:
+    DataError: if the pattern is not found; `key` is the config key that it came from.
+  """
+  if not pattern:
+    return text
+  try:
+    with _time_limit():
+      match = re.search(pattern, text)
+  except TimeoutError as error:
+    raise errors.DataError(
+      f"config.data.{key}: {pattern!r} takes more than {_MATCH_SECONDS} s on {text!r}; write it "
+      "without a repetition inside a repetition, as in (a+)+"
+    ) from error
+  if match is None or not match.group(1):
+    raise errors.DataError(
+      f"config.data.{key}: {pattern!r} finds nothing in {text!r}; fix the pattern, or remove "
+      "the file"
+    )
+  return match.group(1)
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+  """Raises TimeoutError in the main thread after `_MATCH_SECONDS`; `re` looks at signals itself."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(*_):
+    raise TimeoutError
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, _MATCH_SECONDS)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)

@@ -67,6 +67,24 @@ def stream(
   """
   if not len(items):
     raise ValueError("stream: no items, expected at least one")
+  return stream_of_rows(
+    lambda number: load(shuffled(items, seed, number)),
+    batch_size=batch_size,
+    start_step=start_step,
+    num_workers=num_workers,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def stream_of_rows(
+  draw: Callable[[int], dict], *, batch_size: int, start_step: int, num_workers: int,
+  process_index: int = 0, process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+  """Endless batches; row r of batch t is draw(t * batch_size + r), of arrays of one shape.
+
+  The other arguments are those of `stream`.
+  """
   if batch_size % process_count:
     raise ValueError(f"stream: {process_count} processes do not divide batch_size={batch_size}")
   rows = batch_size // process_count
@@ -74,8 +92,7 @@ def stream(
 
   def read(step: int) -> dict[str, np.ndarray]:
     start = step * batch_size + first
-    passes = [divmod(row, len(items)) for row in range(start, start + rows)]
-    examples = [load(items[_order(seed, len(items), turn)[place]]) for turn, place in passes]
+    examples = [draw(number) for number in range(start, start + rows)]
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
   return _loaded_ahead(grain.MapDataset.range(start_step, _ENDLESS).map(read), num_workers)
@@ -96,11 +113,24 @@ def _leave_signals_to_parent(*_) -> None:
     signal.signal(number, signal.SIG_IGN)
 
 
+def shuffled(items: Sequence[int], seed: int, number: int, *more: int) -> int:
+  """The item at a place, counted over all passes; every pass has its own order.
+
+  Args:
+    items: to go through.
+    seed: of the order.
+    number: the place.
+    more: further numbers that the order is drawn from.
+  """
+  turn, place = divmod(number, len(items))
+  return items[_order(seed, len(items), turn, *more)[place]]
+
+
 @functools.lru_cache(maxsize=16)
-def _order(seed: int, count: int, turn: int) -> np.ndarray:
+def _order(seed: int, count: int, turn: int, *more: int) -> np.ndarray:
   """The order of one pass over the items. Grain's own shuffle takes 1.6 ms an item when there
   are few items, and gives seed 1 the order of seed 0 one pass later."""
-  return np.random.default_rng([seed, turn]).permutation(count)
+  return np.random.default_rng([seed, turn, *more]).permutation(count)
 
 
 def batches(

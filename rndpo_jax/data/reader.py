@@ -44,7 +44,8 @@ class Opened:
     self._from = directory, local, with_labels
     with _named(directory), quiet():
       builder = tfds.builder_from_directory(local / VERSION)
-      skip = None if with_labels else {"mask": tfds.decode.SkipDecoding()}
+      masks = [name for name in ("mask", "mask_on_spacing") if name in builder.info.features]
+      skip = None if with_labels else dict.fromkeys(masks, tfds.decode.SkipDecoding())
       # Twice, for there is a reader with labels and one without.
       files.allow_open(2 * builder.info.splits[SPLIT].num_shards, folder(directory))
       self._opened = builder.as_data_source(split=SPLIT, decoders=skip)

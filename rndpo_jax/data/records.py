@@ -7,13 +7,9 @@ cases of one group (a patient) never stand in two splits.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,15 +17,43 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import errors, types
-from rndpo_jax.data import file_checks
+from rndpo_jax.data import file_checks, record_table
+from rndpo_jax.data.file_checks import extract as extract  # part of this module's interface
 from rndpo_jax.runtime import files
 
 FILE = "records.json"
 _SOURCE_KEYS = (
   "num_classes", "class_names", "num_channels", "spatial_dims", "spacing_unit", "has_ignored",
 )  # fmt: skip
-_MATCH_SECONDS = 2.0  # for one name
-_ID_KEYS = ("record_id", "case_id", "group_id")
+
+
+class Native(NamedTuple):
+  """How images come to the model's spacing in the native mode; see `data.native`.
+
+  Attributes:
+    spacing: mm a pixel of the model's grid, one an axis of a record.
+    schemes: a name of `intensity.SCHEMES` for each channel.
+    statistics: of each channel, what `intensity.ct` reads; None where its scheme reads nothing.
+  """
+
+  spacing: tuple[float, ...]
+  schemes: tuple[str, ...]
+  statistics: tuple[dict[str, float] | None, ...]
+
+
+class OnSpacing(NamedTuple):
+  """A record in the native mode: cropped, normalised and resampled.
+
+  Attributes:
+    image: f32[*M, I] on the model's spacing; a single pixel if the box is empty.
+    mask: u8[*M], or None.
+    box: i32[dims, 2], first pixel and the one after the last on the record's own grid; zeros for a
+      slice in which all is zero.
+  """
+
+  image: np.ndarray
+  mask: np.ndarray | None
+  box: np.ndarray
 
 
 class Pixels(NamedTuple):
@@ -41,6 +65,7 @@ class Pixels(NamedTuple):
     affine: f[4, 4], voxel indices to world; the identity if unknown.
     image_path: the image's file, for messages.
     mask_path: the mask's file, likewise.
+    on_spacing: what is trained on in the native mode, else None.
   """
 
   image: np.ndarray
@@ -48,6 +73,7 @@ class Pixels(NamedTuple):
   affine: np.ndarray
   image_path: str = "generated image"
   mask_path: str = "generated mask"
+  on_spacing: OnSpacing | None = None
 
 
 class Source(NamedTuple):
@@ -66,6 +92,8 @@ class Source(NamedTuple):
     fingerprint: place -> what changes when the pixels of that record do, without reading them.
     has_ignored: whether masks may hold `types.IGNORED`.
     notes: what a user should know of how the source was understood; said once when it is prepared.
+    channel_names: one a channel, () if the source names none.
+    native: set by `data.native`, whose `read` gives `Pixels.on_spacing`; None in the simple mode.
   """
 
   name: str
@@ -80,6 +108,8 @@ class Source(NamedTuple):
   fingerprint: Callable[[int], str]
   has_ignored: bool = False
   notes: tuple[str, ...] = ()
+  channel_names: tuple[str, ...] = ()
+  native: Native | None = None
 
 
 def record(
@@ -122,49 +152,6 @@ def num_bytes(source: Source, entry: dict[str, Any]) -> int:
   return math.prod(entry["shape"]) * (channels + entry["has_mask"])
 
 
-def extract(pattern: str, text: str, key: str) -> str:
-  """Group 1 of `pattern` found in `text`, or the whole text if the pattern is empty.
-
-  Raises:
-    DataError: if the pattern is not found; `key` is the config key that it came from.
-  """
-  if not pattern:
-    return text
-  try:
-    with _time_limit():
-      match = re.search(pattern, text)
-  except TimeoutError as error:
-    raise errors.DataError(
-      f"config.data.{key}: {pattern!r} takes more than {_MATCH_SECONDS} s on {text!r}; write it "
-      "without a repetition inside a repetition, as in (a+)+"
-    ) from error
-  if match is None or not match.group(1):
-    raise errors.DataError(
-      f"config.data.{key}: {pattern!r} finds nothing in {text!r}; fix the pattern, or remove "
-      "the file"
-    )
-  return match.group(1)
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-  """Raises TimeoutError in the main thread after `_MATCH_SECONDS`; `re` looks at signals itself."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def stop(*_):
-    raise TimeoutError
-
-  before = signal.signal(signal.SIGALRM, stop)
-  signal.setitimer(signal.ITIMER_REAL, _MATCH_SECONDS)
-  try:
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
-
-
 def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> None:
   """Refuses pixels that cannot be trained on.
 
@@ -199,77 +186,13 @@ def check_pixels(pixels: Pixels, entry: dict[str, Any], num_classes: int) -> Non
     )
 
 
-class Table(Sequence):
-  """Entries as `record` makes them, held by columns: some 30 bytes each, where a dict takes 600.
-
-  Args:
-    columns: from `to_columns`.
-  """
-
-  def __init__(self, columns: dict[str, list]):
-    self._grids = columns["grids"]
-    numbers = {name: np.array(columns[name], np.int32) for name in ("grid", "slice", "has_mask")}
-    ids = {name: None if columns[name] is None else _encode(columns[name]) for name in _ID_KEYS}
-    if len({len(x) for x in (*numbers.values(), *ids.values()) if x is not None}) > 1:
-      raise ValueError("columns of different lengths")
-    self._numbers, self._ids = numbers, ids
-
-  def __len__(self) -> int:
-    return len(self._numbers["grid"])
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    grid = self._grids[self._numbers["grid"][index]]
-    ids = {name: self.ids(name)[index].decode() for name in _ID_KEYS}
-    return {
-      **ids,
-      "slice": int(self._numbers["slice"][index]),
-      "shape": list(grid["shape"]),
-      "spacing": grid["spacing"] and list(grid["spacing"]),
-      "slice_spacing": grid["slice_spacing"],
-      "has_mask": bool(self._numbers["has_mask"][index]),
-    }
-
-  def ids(self, name: str) -> np.ndarray:
-    """UTF-8 S[N] of `record_id`, `case_id` or `group_id`."""
-    found = self._ids[name]
-    return self.ids(_ID_KEYS[_ID_KEYS.index(name) - 1]) if found is None else found
-
-
-def _encode(ids: Sequence[str]) -> np.ndarray:
-  return np.array([one.encode() for one in ids], np.bytes_)
-
-
-def to_columns(entries: Sequence[dict[str, Any]]) -> dict[str, list]:
-  """What a `Table` holds, for JSON.
-
-  Returns:
-    `record_id`; `case_id` and `group_id`, None if all are those of the column before; `slice`;
-    `has_mask`, 0 or 1; `grid`, each a place in `grids`, the different {shape, spacing,
-    slice_spacing}.
-  """
-  ids = [[entry[name] for entry in entries] for name in _ID_KEYS]
-  before = [None, *ids]
-  grids: dict[tuple, int] = {}
-  grid = []
-  for entry in entries:
-    spacing = entry["spacing"] and tuple(entry["spacing"])
-    key = tuple(entry["shape"]), spacing, entry["slice_spacing"]
-    grid.append(grids.setdefault(key, len(grids)))
-  return {
-    **{
-      name: None if one == other else one
-      for name, one, other in zip(_ID_KEYS, ids, before, strict=False)
-    },
-    "slice": [entry["slice"] for entry in entries],
-    "has_mask": [int(entry["has_mask"]) for entry in entries],
-    "grid": grid,
-    "grids": [
-      dict(zip(("shape", "spacing", "slice_spacing"), values, strict=True)) for values in grids
-    ],
-  }
-
-
-def write(directory: epath.Path, source: Source, fingerprint: str, splits_sha256: str) -> None:
+def write(
+  directory: epath.Path,
+  source: Source,
+  fingerprint: str,
+  splits_sha256: str,
+  boxes: Sequence = (),
+) -> None:
   """Writes `records.json` into the directory, whole or not at all.
 
   Args:
@@ -277,15 +200,20 @@ def write(directory: epath.Path, source: Source, fingerprint: str, splits_sha256
     source: whose records were prepared.
     fingerprint: SHA-256 of all that training reads; what is made of the data keeps it.
     splits_sha256: of the splits that belong to it.
+    boxes: in the native mode `OnSpacing.box` of each record.
   """
   content = {key: getattr(source, key) for key in _SOURCE_KEYS}
   content |= {"fingerprint": fingerprint, "splits_sha256": splits_sha256}
-  content["records"] = to_columns(source.records)
+  content["records"] = record_table.to_columns(source.records)
+  if source.native is not None:
+    content["native"] = {**source.native._asdict(), "boxes": boxes}
   files.write_text(directory / FILE, json.dumps(content, allow_nan=False))
 
 
 def read(directory: epath.Path) -> dict[str, Any]:
-  """Reads `records.json`; its `records` are a `Table`.
+  """Reads `records.json`; `records` are a `record_table.Table`.
+
+  `native` is a `Native` and `boxes` i32[N, dims, 2]; in the simple mode both are None.
 
   Raises:
     DataError: if it is missing, is no JSON, or lacks a key.
@@ -297,7 +225,8 @@ def read(directory: epath.Path) -> dict[str, Any]:
   ]
   try:
     if not missing:
-      content["records"] = Table(content["records"])
+      content["records"] = record_table.Table(content["records"])
+      content |= _native(content)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     remedy = f"remove it and run the stage 'prepare' again ({error})"
     raise errors.DataError(f"{path}: lacks records that can be read; {remedy}") from error
@@ -308,11 +237,21 @@ def read(directory: epath.Path) -> dict[str, Any]:
   return content
 
 
-def read_json(path: epath.Path, remedy: str) -> Any:
-  """Reads a JSON object.
+def _native(content: dict[str, Any]) -> dict[str, Any]:
+  found = content.get("native")
+  if found is None:
+    return {"native": None, "boxes": None}
+  boxes = np.array(found["boxes"], np.int32).reshape(-1, content["spatial_dims"], 2)
+  if len(boxes) != len(content["records"]):
+    raise ValueError(f"{len(boxes)} boxes of {len(content['records'])} records")
+  return {"native": Native(*(tuple(found[name]) for name in Native._fields)), "boxes": boxes}
+
+
+def read_json(path: epath.Path, remedy: str, kind: type = dict) -> Any:
+  """Reads a JSON object, or a list if `kind` is that.
 
   Raises:
-    DataError: if the file is missing or is no JSON object; `remedy` ends the message.
+    DataError: if the file is missing or is no such JSON; `remedy` ends the message.
   """
   file_checks.check_regular(path)
   try:
@@ -323,8 +262,9 @@ def read_json(path: epath.Path, remedy: str) -> Any:
     raise errors.DataError(
       f"{path}: cannot be read as JSON ({file_checks.one_line(error)}); {remedy}"
     ) from error
-  if not isinstance(content, dict):
+  if not isinstance(content, kind):
+    expected = {dict: "an object", list: "a list"}[kind]
     raise errors.DataError(
-      f"{path}: holds a {type(content).__name__}, expected an object; {remedy}"
+      f"{path}: holds a {type(content).__name__}, expected {expected}; {remedy}"
     )
   return content

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from rndpo_jax import types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader
+from rndpo_jax.data import loader, native, patches, tiles
 from rndpo_jax.runtime import sharding
 
 
@@ -28,8 +28,11 @@ def stream_of_split(
 ) -> Callable[[int, int], Iterator[dict]]:
   """(seed, start step) -> batches of a split on the host: this process's rows, or the `whole` ones.
 
-  The unlabelled split comes without "label".
+  The unlabelled split comes without "label". In the native mode rows are patches at random places;
+  a third of those of the labelled split hold foreground.
   """
+  if dataset.native is not None:
+    return _stream_of_patches(config, tiles.whole(dataset), split, batch_size, whole)
   part = part_of_batches(whole)
 
   @loader.cached
@@ -52,6 +55,36 @@ def stream_of_split(
   return stream
 
 
+def _stream_of_patches(
+  config, dataset, split: str, batch_size: int, whole: bool
+) -> Callable[[int, int], Iterator[dict]]:
+  """`stream_of_split` in the native mode."""
+  with_labels = split == "labelled"
+
+  @loader.cached
+  def load(index):
+    return dataset_lib.load_on_spacing(dataset, index, with_labels=with_labels)
+
+  items = [
+    int(index) for index in dataset.splits[split] if native.is_seen(dataset.boxes[int(index)])
+  ]
+  forced = [i for i in items if len(patches.foreground(load(i)["label"]))] if with_labels else ()
+
+  def stream(seed: int, start_step: int):
+    draw = patches.drawer(
+      items, load, dataset.size, batch_size=batch_size, seed=seed, with_foreground=forced
+    )
+    return loader.stream_of_rows(
+      draw,
+      batch_size=batch_size,
+      start_step=start_step,
+      num_workers=config.data.num_workers,
+      **part_of_batches(whole),
+    )
+
+  return stream
+
+
 def part_of_batches(whole: bool) -> dict[str, int]:
   """Which part of each batch this process takes, as `data.loader` wants to be told."""
   if whole:
@@ -62,6 +95,7 @@ def part_of_batches(whole: bool) -> dict[str, int]:
 def validation_batches(config, dataset, whole: bool = False) -> Callable[[], Iterator[types.Batch]]:
   """() -> labelled batches of the validation split on the host: this process's rows, or `whole`."""
   part = part_of_batches(whole)
+  dataset = tiles.view(dataset)
   # Rounded up to what the devices can share: the last batch is padded in any case.
   parts = jax.device_count() // config.mesh.space
   batch_size = -(-config.evaluate.batch_size // parts) * parts

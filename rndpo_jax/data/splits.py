@@ -87,20 +87,98 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
     records.DataError: on a missing or unknown key, an unknown case, a case or a group in two
       splits, an empty split, or a case without masks in labelled, val or test.
   """
-  content = records.read_json(path, f"expected an object with {', '.join(NAMES)}")
+  content = records.read_json(
+    path,
+    f"an object has {', '.join(NAMES)}, each a list of case ids; of nnU-Net's splits_final.json, a "
+    "list, name the fold by config.data.split_fold",
+  )
   if sorted(content) != sorted(NAMES):
     raise errors.DataError(
       f"{path}: found the keys {sorted(content)}, expected {sorted(NAMES)}, each a list of case ids"
     )
+  _check(path, content, entries)
+  return {name: sorted(content[name]) for name in NAMES}
+
+
+def read_fold(
+  path: epath.Path, entries: list[dict[str, Any]], *, fold: int, num_labelled: int, num_test: int,
+  num_unlabelled: int, seed: int,
+) -> dict[str, list[str]]:  # fmt: skip
+  """Splits along a fold of nnU-Net's `splits_final.json`.
+
+  What the fold holds out, `val`, is never trained on: groups for the test are drawn from it, all
+  others are for validation. So a base that nnU-Net trained on this fold is judged by cases that it
+  has not seen. The labelled groups are drawn from `train`. All else is unlabelled: the rest of
+  `train`, and the cases that the fold does not list, as those of imagesTs.
+
+  Args:
+    path: JSON list of objects, each with `train` and `val`, lists of case ids.
+    entries: of `records.json`.
+    fold: place in the list.
+    num_labelled: groups, as num_test and num_unlabelled (-1 for all).
+    seed: of the draws.
+
+  Raises:
+    records.DataError: on a file that is no such list, an unknown or double case, a group in two
+      splits, a held-out case without masks, or fewer groups than asked for.
+  """
+  train, held_out = _fold(path, fold, entries)
+  held_entries = [entry for entry in entries if entry["case_id"] in held_out]
+  others = [
+    {**entry, "has_mask": entry["has_mask"] and entry["case_id"] in train}
+    for entry in entries
+    if entry["case_id"] not in held_out
+  ]
+  groups = sorted(_groups(held_entries)[0])
+  if num_test >= len(groups):
+    raise errors.DataError(
+      f"config.data.num_test: found {num_test}, but the fold {fold} of {path} holds out "
+      f"{len(groups)} groups, of which validation needs one or more; lower it"
+    )
+  order = np.random.default_rng(seed).permutation(len(groups))
+  test = {groups[i] for i in order[:num_test]}
+  drawn = make_splits(
+    others, num_labelled=num_labelled, num_val=0, num_test=0, num_unlabelled=num_unlabelled,
+    seed=seed,
+  )  # fmt: skip
+  owner = {entry["case_id"]: entry["group_id"] for entry in held_entries}
+  drawn |= {
+    "test": sorted(case for case, group in owner.items() if group in test),
+    "val": sorted(case for case, group in owner.items() if group not in test),
+  }
+  _check(path, drawn, entries)
+  return {name: drawn[name] for name in NAMES}
+
+
+def _fold(path: epath.Path, fold: int, entries) -> tuple[set[str], set[str]]:
+  """Case ids that a fold trains on and holds out, checked."""
+  remedy = "config.data.split_fold names a fold of nnU-Net's splits_final.json, a list of folds"
+  folds = records.read_json(path, f"{remedy}; for splits of your own leave it at -1", list)
+  if fold >= len(folds):
+    raise errors.DataError(
+      f"{path}: {len(folds)} folds, but config.data.split_fold is {fold}; expected 0 to "
+      f"{len(folds) - 1}"
+    )
+  parts = folds[fold] if isinstance(folds[fold], dict) else {}
+  _check(path, {name: parts.get(name) for name in ("train", "val")}, entries, ("train",))
+  rest = sorted({entry["case_id"] for entry in entries} - set(parts["val"]))
+  _check(
+    path, {"val": parts["val"], "train or not listed": rest}, entries, ("train or not listed",)
+  )
+  return set(parts["train"]), set(parts["val"])
+
+
+def _check(path, parts, entries, may_lack_masks=("unlabelled",)) -> None:
+  """Refuses splits with unknown or double cases, groups in two, or without masks."""
   groups = {entry["case_id"]: entry["group_id"] for entry in entries}
   bare = {entry["case_id"] for entry in entries if not entry["has_mask"]}
   seen: dict[str, str] = {}
   owner: dict[str, tuple[str, str]] = {}
-  for name in NAMES:
-    if not isinstance(content[name], list) or not content[name]:
+  for name, cases in parts.items():
+    if not isinstance(cases, list) or not cases:
       raise errors.DataError(f"{path}: {name!r} is no list of case ids, or an empty one")
-    for case in content[name]:
-      if case not in groups:
+    for case in cases:
+      if not isinstance(case, str) or case not in groups:
         raise errors.DataError(
           f"{path}: unknown case id {case!r} in {name!r}; ids here look like {min(groups)!r}"
         )
@@ -115,11 +193,10 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
           f"{path}: cases {first!r} ({other}) and {case!r} ({name}) are of one group, "
           f"{groups[case]!r}; keep them in one split, or change config.data.group_pattern"
         )
-      if name != "unlabelled" and case in bare:
+      if name not in may_lack_masks and case in bare:
         raise errors.DataError(
           f"{path}: case {case!r} in {name!r} has a record without mask; move it to 'unlabelled'"
         )
-  return {name: sorted(content[name]) for name in NAMES}
 
 
 def sha256(parts: dict[str, list[str]]) -> str:

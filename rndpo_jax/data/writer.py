@@ -26,13 +26,21 @@ def features(source: records.Source) -> tfds.features.FeaturesDict:
   """What a record is made of.
 
   Pixels are bytes as they are, for ArrayRecord compresses every record, and sooner than zlib. Masks
-  may be of no pixel, which TFDS cannot read as bytes.
+  may be of no pixel, which TFDS cannot read as bytes. In the native mode the image is stored on the
+  model's spacing alone, and the mask on both grids.
   """
   dims = source.spatial_dims
   grid = (None,) * dims
+  more = {}
+  if source.native is not None:
+    more = {
+      "mask_on_spacing": tfds.features.Tensor(shape=grid, dtype=np.uint8, encoding="zlib"),
+      "box": tfds.features.Tensor(shape=(dims, 2), dtype=np.int32),
+    }
+  dtype = np.dtype(source.dtype if source.native is None else np.float32)
   return tfds.features.FeaturesDict({
     "image": tfds.features.Tensor(
-      shape=(*grid, source.num_channels), dtype=np.dtype(source.dtype), encoding="bytes"
+      shape=(*grid, source.num_channels), dtype=dtype, encoding="bytes"
     ),
     "mask": tfds.features.Tensor(shape=grid, dtype=np.uint8, encoding="zlib"),
     "has_mask": tfds.features.Scalar(np.uint8),
@@ -42,6 +50,7 @@ def features(source: records.Source) -> tfds.features.FeaturesDict:
     "slice": tfds.features.Scalar(np.int32),
     "spacing": tfds.features.Tensor(shape=(dims,), dtype=np.float32),
     "affine": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
+    **more,
   })  # fmt: skip
 
 
@@ -57,17 +66,21 @@ def examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
   for entry, pixels in zip(source.records[start:end], read, strict=True):
     preemption.check(KEPT)
     records.check_pixels(pixels, entry, source.num_classes)
-    mask = pixels.mask
+    none = np.zeros((0,) * source.spatial_dims, np.uint8)
+    own, more = pixels.on_spacing, {}
+    if own is not None:
+      more = {"mask_on_spacing": none if own.mask is None else own.mask, "box": own.box}
     yield {
-      "image": pixels.image.astype(source.dtype, copy=False),
-      "mask": np.zeros((0,) * source.spatial_dims, np.uint8) if mask is None else mask,
-      "has_mask": np.uint8(mask is not None),
+      "image": pixels.image.astype(source.dtype, copy=False) if own is None else own.image,
+      "mask": none if pixels.mask is None else pixels.mask,
+      "has_mask": np.uint8(pixels.mask is not None),
       "record_id": entry["record_id"],
       "case_id": entry["case_id"],
       "group_id": entry["group_id"],
       "slice": np.int32(entry["slice"]),
       "spacing": np.asarray(entry["spacing"] or (0,) * source.spatial_dims, np.float32),
       "affine": pixels.affine.astype(np.float32),
+      **more,
     }
 
 
@@ -85,11 +98,12 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
   temporary = path.parent / f"{path.name}.tmp"
   with _named_writing(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-  num_bytes, has_foreground, pixels = 0, False, hashlib.sha256()
+  num_bytes, has_foreground, pixels, boxes = 0, False, hashlib.sha256(), []
   for example in examples:
     for name, value in sorted(example.items()):
       value = np.asarray(value)
       pixels.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+    boxes += [example["box"].tolist()] if "box" in example else []
     has_foreground |= bool(((example["mask"] > 0) & (example["mask"] != types.IGNORED)).any())
     record = features.serialize_example(example)
     with _named_writing(path):
@@ -104,6 +118,7 @@ def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any
     "num_bytes_on_disk": path.stat().length,
     "has_foreground": has_foreground,
     "pixels_fingerprint": pixels.hexdigest(),
+    **({"boxes": boxes} if boxes else {}),
   }
 
 

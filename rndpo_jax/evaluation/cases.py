@@ -107,6 +107,7 @@ def _fingerprint(evaluation: predict.Evaluation, params, *more) -> str:
   dataset = evaluation.dataset
   cases = [[*key, indices] for key, indices in evaluation.groups.items()]
   grid = [list(dataset.size), list(dataset.crop), dataset.normalization]
+  grid += [] if dataset.native is None else [dataset.native]
   setting = json.dumps([dataset.fingerprint, cases, dataset.num_classes, grid, more])
   return provenance.fingerprint(
     {"params": params, "setting": np.frombuffer(setting.encode(), np.uint8)}

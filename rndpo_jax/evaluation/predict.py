@@ -14,12 +14,14 @@ from etils import epath
 
 from rndpo_jax import models
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader
+from rndpo_jax.data import loader, tiles
+from rndpo_jax.evaluation import stitched
 from rndpo_jax.runtime import preemption, sharding
 from rndpo_jax.types import Params, Segmenter
 
 SPLITS = ("val", "test")
 _KEEP_BYTES = 2**30  # images and labels are kept between checkpoints up to this size
+_KEPT = "evaluate: measured checkpoints are kept"
 _GRID_STEP = 64  # pixels
 
 
@@ -33,8 +35,9 @@ class Evaluation(NamedTuple):
     groups: (split, case id) -> record indices in slice order.
     predict_batch: (params, images, `resize_matrices`) -> masks u8[B, *N].
     params: step -> parameters; step 0 is the base.
-    batches: record indices -> batches without labels.
+    batches: record indices -> batches without labels; in the native mode indices of tiles.
     label: record index -> u8[*S] on the record's own grid.
+    stitched: in the native mode (params, record indices) -> as `predict`; else None.
   """
 
   folder: epath.Path
@@ -45,6 +48,7 @@ class Evaluation(NamedTuple):
   params: Callable[[int], Params]
   batches: Callable[[tuple[int, ...]], Iterable]
   label: Callable[[int], np.ndarray]
+  stitched: Callable[..., Iterator] | None = None
 
 
 def open_evaluation(
@@ -67,14 +71,16 @@ def open_evaluation(
   def predict_batch(params, images, resize):
     return to_masks(apply(params, images), resize)
 
+  items = tiles.view(dataset)
+
   def batches(indices: tuple[int, ...]):
-    return loader.batches(dataset, indices, batch_size=batch_size(config), with_labels=False)
+    return loader.batches(items, indices, batch_size=batch_size(config), with_labels=False)
 
   def label(index: int) -> np.ndarray:
     return dataset_lib.load_native(dataset, index, with_labels=True)["label"]
 
   groups = group_cases(dataset)
-  if _bytes_to_keep(dataset, groups) <= _KEEP_BYTES:
+  if _bytes_to_keep(items, groups) <= _KEEP_BYTES:
     read = batches
     batches = functools.cache(lambda indices: list(read(indices)))
     label = functools.cache(label)
@@ -87,6 +93,7 @@ def open_evaluation(
     params=params,
     batches=batches,
     label=label,
+    stitched=None if dataset.native is None else stitched.make(segmenter, dataset),
   )
 
 
@@ -128,10 +135,13 @@ def group_cases(dataset) -> dict[tuple[str, str], list[int]]:
   return groups
 
 
-def _bytes_to_keep(dataset, groups) -> int:
+def _bytes_to_keep(items, groups) -> int:
+  """Of labels, and of what batches are made of: records, or tiles."""
   indices = [index for group in groups.values() for index in group]
-  labels = sum(math.prod(dataset.records[index]["shape"]) for index in indices)
-  return labels + 4 * len(indices) * math.prod(dataset.size) * dataset.num_channels
+  entries = tiles.whole(items).records
+  labels = sum(math.prod(entries[index]["shape"]) for index in indices)
+  count = sum(len(items.splits[split]) for split in SPLITS)
+  return labels + 4 * count * math.prod(items.size) * items.num_channels
 
 
 def predict(
@@ -139,6 +149,11 @@ def predict(
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (record index, mask u8[*S] on the record's own grid) in the order of `indices`."""
   dataset = evaluation.dataset
+  if evaluation.stitched is not None:
+    for index, mask in evaluation.stitched(params, indices):
+      preemption.check(_KEPT)
+      yield index, mask
+    return
 
   def forward(batch):
     shapes = [tuple(dataset.records[int(index)]["shape"]) for index in batch.index]
@@ -148,7 +163,7 @@ def predict(
   params = sharding.put_on_local_devices(params)
   ahead = loader.prefetch(iter(evaluation.batches(tuple(indices))), forward, 2)
   for batch, shapes, masks in ahead:
-    preemption.check("evaluate: measured checkpoints are kept")
+    preemption.check(_KEPT)
     masks = np.asarray(masks)
     for row in np.flatnonzero(batch.valid):
       yield int(batch.index[row]), masks[row][tuple(slice(n) for n in shapes[row])]

@@ -32,6 +32,9 @@ from rndpo_jax.data import loader
 from rndpo_jax.runtime import sharding
 
 _SIGMA = 1 / 8  # of the Gaussian, in patches
+# Pixels of a batch on a device, at most. A CPU is fastest with few: they stay in its cache.
+_BATCH_PIXELS = {"cpu": 2**16}
+_BATCH_PIXELS_ELSEWHERE = 2**22
 
 
 class Window(NamedTuple):
@@ -83,6 +86,15 @@ def positions(size: Sequence[int], patch: Sequence[int], step: float = 0.5) -> l
     A start an axis for each tile, those of the last axis changing fastest.
   """
   return list(itertools.product(*_starts(size, patch, step)))
+
+
+def batch_size(patch: Sequence[int]) -> int:
+  """Tiles in a batch that the local devices share.
+
+  Evaluation and prediction take the same, so that their masks are equal to the last bit.
+  """
+  pixels = _BATCH_PIXELS.get(jax.default_backend(), _BATCH_PIXELS_ELSEWHERE)
+  return jax.local_device_count() * max(1, pixels // math.prod(patch))
 
 
 def weights(patch: Sequence[int]) -> np.ndarray:

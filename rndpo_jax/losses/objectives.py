@@ -35,7 +35,8 @@ class Options(NamedTuple):
 
   Attributes:
     beta: strength, > 0.
-    label_smoothing: probability that a pair is the wrong way round, in 0..0.5.
+    label_smoothing: probability that a pair is the wrong way round, in 0..0.5; a number, or for
+      cdpo f32 like h.
     temperature: of discopop's blend.
     reference: s times the reference's margin, like h.
     informative: bool, like h: the pairs of the batch that carry information.
@@ -43,7 +44,7 @@ class Options(NamedTuple):
   """
 
   beta: float
-  label_smoothing: float
+  label_smoothing: jax.Array | float
   temperature: float
   reference: jax.Array
   informative: jax.Array
@@ -59,7 +60,8 @@ def dpo(h, chosen, rejected, options):
 def cdpo(h, chosen, rejected, options):
   """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing.
 
-  Conservative DPO: Mitchell, "A note on DPO with noisy preferences", 2023.
+  Conservative DPO: Mitchell, "A note on DPO with noisy preferences", 2023. Its minimum is at
+  sigmoid(beta h) = 1 - e.
   """
   del chosen, rejected
   x, e = options.beta * h, options.label_smoothing
@@ -200,8 +202,8 @@ class Objective(NamedTuple):
     loss: (s h, s r+, s r-, Options) -> loss, like h.
     normalization: the default.
     reads: what else than h: "log_ratios" (r+ and r-), "label_smoothing" (which it needs above 0),
-      "temperature", "batch" (the other pairs of the batch, so that a batch cannot be gone through
-      in parts).
+      "pair_smoothing" (label smoothing of each pair, which may be 0 and 1/2), "temperature",
+      "batch" (the other pairs of the batch, so that a batch cannot be gone through in parts).
   """
 
   loss: Callable[..., jax.Array]
@@ -213,7 +215,7 @@ NORMALIZATIONS = ("none", "region", "power")
 OBJECTIVES = {
   "dpo": Objective(dpo),
   "rn_dpo": Objective(dpo, normalization="region"),
-  "cdpo": Objective(cdpo, reads=("label_smoothing",)),
+  "cdpo": Objective(cdpo, reads=("label_smoothing", "pair_smoothing")),
   "robust": Objective(robust, reads=("label_smoothing",)),
   "ipo": Objective(ipo),
   "hinge": Objective(hinge),

@@ -37,7 +37,7 @@ def preference_loss(
   normalization: str | None = None,
   exponent: float = 0.5,
   floor: float = 1.0,
-  label_smoothing: float = 0.0,
+  label_smoothing: types.Array | float = 0.0,
   temperature: float = 0.05,
   policy_log_prob: types.Array | None = None,
   reference_log_prob: types.Array | None = None,
@@ -72,8 +72,8 @@ def preference_loss(
       objective's own, region for rn_dpo and none for the others.
     exponent: of power.
     floor: of power, in the unit of size * voxel_volume.
-    label_smoothing: probability in 0..0.5 that a pair is the wrong way round; read by cdpo, robust
-      and exo_pair.
+    label_smoothing: probability in 0..0.5 that a pair is the wrong way round; a number, read by
+      cdpo, robust and exo_pair, or f32 like `policy_margin`, read by cdpo alone.
     temperature: of discopop.
     policy_log_prob: `pair_log_prob` of the policy, like `policy_margin`; needed by objectives of
       the separate log-ratios, for the others it only adds metrics.
@@ -171,7 +171,13 @@ def _terms(objective, objective_weights, normalization):
 
 def _check_options(objective, label_smoothing, policy_log_prob):
   smoothed = bool(objectives.readers(objective, "label_smoothing"))
-  if not 0.0 <= label_smoothing < 0.5 or (label_smoothing > 0) != smoothed:
+  if jnp.ndim(label_smoothing):
+    if objectives.readers(objective, "pair_smoothing") != list(objectives.parse(objective)):
+      raise ValueError(
+        f"label_smoothing: found one for each pair with objective {objective!r}; it is read by "
+        f"{objectives.known_readers('pair_smoothing')} alone"
+      )
+  elif not 0.0 <= label_smoothing < 0.5 or (label_smoothing > 0) != smoothed:
     raise ValueError(
       f"label_smoothing: found {label_smoothing} with objective {objective!r}; it is read by "
       f"{objectives.known_readers('label_smoothing')}, which need it between 0 and 0.5, and must "

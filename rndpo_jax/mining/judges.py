@@ -19,6 +19,8 @@ from rndpo_jax.mining import overlap, user_judges
 
 # No judge, but the one of `config.judge.compare` that has most of the mined pairs right.
 AUTO = "auto"
+# A judge that reads the others' scores; see `mining.fused`, which makes them one.
+FUSED = "fused"
 
 
 class Context(NamedTuple):
@@ -91,14 +93,14 @@ def build(
 
 
 def check_name(name: str) -> None:
-  """Checks that a name is of JUDGES, or reads as `package.module:function`.
+  """Checks that a name is of JUDGES, is FUSED, or reads as `package.module:function`.
 
   Raises:
     JudgeError: otherwise.
   """
-  if name not in JUDGES and not user_code.is_name(name):
+  if name not in (*JUDGES, FUSED) and not user_code.is_name(name):
     raise errors.JudgeError(
-      f"unknown judge {name!r}; known: {', '.join(JUDGES)}, or a function of your own as "
+      f"unknown judge {name!r}; known: {', '.join((*JUDGES, FUSED))}, or a function of your own as "
       "package.module:function"
     )
 
@@ -133,23 +135,12 @@ def agreement(images, masks, probs, context, settings):
 def confidence(images, masks, probs, context, settings):
   """Dice that the proposals' mean probabilities expect of the mask.
 
-  With q the mean over the image's K proposals of the class probabilities, the soft Dice
-  (2 sum_p q_p[c] 1[y_p = c] + 1) / (sum_p q_p[c] + |y = c| + 1), mean over foreground classes;
-  the sums run over all pixels, and the 1 lets a class that is neither predicted nor drawn count
-  1. An empty mask is judged like any other: it scores near 0 where q sees foreground, near 1
-  where it sees none. A mask's own probabilities tell less: they move along with its errors.
+  `overlap.expected_dice` with q the mean over the image's K proposals. An empty mask is judged like
+  any other: it scores near 0 where q sees foreground, near 1 where it sees none. A mask's own
+  probabilities tell less: they move along with its errors.
   """
   del images, context
-  mean_probs = jnp.mean(probs, axis=1)
-  axes = tuple(range(2, masks.ndim))
-
-  def soft_dice(label):
-    drawn = (masks == label.astype(masks.dtype)).astype(probs.dtype)
-    expected = jnp.take(mean_probs, label, axis=-1)[:, None]
-    total = jnp.sum(drawn, axis=axes) + jnp.sum(expected, axis=axes)
-    return (2 * jnp.sum(drawn * expected, axis=axes) + 1) / (total + 1)
-
-  return jnp.mean(jax.lax.map(soft_dice, jnp.arange(1, settings.num_classes)), axis=0)
+  return overlap.expected_dice(masks, jnp.mean(probs, axis=1), settings.num_classes)
 
 
 def entropy(images, masks, probs, context, settings):

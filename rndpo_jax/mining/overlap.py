@@ -84,3 +84,29 @@ def pairwise_region_size(
   shared, _, _ = class_counts(masks, masks, num_classes)
   agreeing = jnp.sum(shared, axis=0).astype(jnp.int32)
   return math.prod(masks.shape[2:]) - agreeing
+
+
+def expected_dice(masks: jax.Array, probs: jax.Array, num_classes: int) -> jax.Array:
+  """The Dice that probabilities q expect of masks, mean over the foreground classes c.
+
+      (2 sum_p q_p[c] 1[y_p = c] + 1) / (sum_p q_p[c] + |y = c| + 1)
+
+  The sums run over all pixels; the 1 lets a class that is neither expected nor drawn count 1.
+
+  Args:
+    masks: u8[b, K, *S], y.
+    probs: f32[b, *S, C], q.
+    num_classes: C.
+
+  Returns:
+    f32[b, K].
+  """
+  axes = tuple(range(2, masks.ndim))
+
+  def soft_dice(label):
+    drawn = (masks == label.astype(masks.dtype)).astype(probs.dtype)
+    expected = jnp.take(probs, label, axis=-1)[:, None]
+    total = jnp.sum(drawn, axis=axes) + jnp.sum(expected, axis=axes)
+    return (2 * jnp.sum(drawn * expected, axis=axes) + 1) / (total + 1)
+
+  return jnp.mean(jax.lax.map(soft_dice, jnp.arange(1, num_classes)), axis=0)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import losses, models, types
+from rndpo_jax import errors, losses, models, types
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import judges, pair_rules, proposals, user_judges
+from rndpo_jax.mining import fused, judges, pair_rules, proposals, user_judges
 
 
 class Scored(NamedTuple):
@@ -46,7 +46,7 @@ def host_judges(config, dataset) -> dict[str, str]:
     dataset: size, num_channels and num_classes are read.
 
   Raises:
-    JudgeError: as `user_judges.why_on_host`.
+    JudgeError: as `user_judges.why_on_host`, and if the judge `fused` is to read one of them.
   """
   size, struct = tuple(dataset.size), jax.ShapeDtypeStruct
   count = sum(n for _, n in proposals.parse_mix(config.proposals.mix))
@@ -57,7 +57,14 @@ def host_judges(config, dataset) -> dict[str, str]:
   )
   names = [name for name in used_judges(config) if ":" in name]
   reasons = {name: user_judges.why_on_host(name, *arrays) for name in names}
-  return {name: reason for name, reason in reasons.items() if reason}
+  reasons = {name: reason for name, reason in reasons.items() if reason}
+  hosted = [name for name in fused.members(config) if name in reasons]
+  if judges.FUSED in used_judges(config) and hosted:
+    raise errors.JudgeError(
+      f"judge 'fused' cannot read {hosted[0]!r} of config.judge.compare, which runs on the host "
+      f"({reasons[hosted[0]]}); write it in JAX, or take one of the two out"
+    )
+  return reasons
 
 
 def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
@@ -86,19 +93,25 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       learned_apply=learned_apply,
     )
     for name in used_judges(config)
-    if name not in hosted
+    if name not in hosted and name != judges.FUSED
   }
+  fused_of = fused.members(config)
   options = {
     "mix": proposals.parse_mix(config.proposals.mix),
     **{name: value for name, value in config.proposals.items() if name != "mix"},
   }
 
   def score(weights, keys, batch: types.Batch, chosen_names):
-    sampled = proposals.sample(segmenter, weights["policy"], batch.images, keys[:, 0], **options)
-    ensemble = [
-      jnp.argmax(segmenter.apply(params, batch.images), axis=-1).astype(jnp.uint8)
-      for params in weights["ensemble"]
-    ]
+    others = [segmenter.apply(params, batch.images) for params in weights["ensemble"]]
+    sampled = proposals.sample(
+      segmenter,
+      weights["policy"],
+      batch.images,
+      keys[:, 0],
+      **options,
+      member_logits=jnp.stack(others, axis=1) if others else None,
+    )
+    ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
     context = judges.Context(
       keys=keys[:, 1],
       ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
@@ -106,13 +119,15 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       learned_params=weights["learned"],
     )
     probs = jax.nn.softmax(sampled.logits, axis=-1)
-    scores = {
-      name: jnp.zeros(sampled.masks.shape[:2])
-      if name in hosted
-      else table[name](batch.images, sampled.masks, probs, context)
-      for name in chosen_names
-    }
-    return sampled, scores
+
+    def of(name):
+      if name in hosted:
+        return jnp.zeros(sampled.masks.shape[:2])
+      if name == judges.FUSED:
+        return fused.fuse(jnp.stack(list(map(of, fused_of)), axis=1), weights["log_odds"])
+      return table[name](batch.images, sampled.masks, probs, context)
+
+    return sampled, {name: of(name) for name in chosen_names}
 
   return score
 
@@ -195,6 +210,8 @@ def _make_pairs_of(config, dataset) -> Callable:
     more = {}
     if consensus.weight > 0:
       more["consensus"] = mean_probs(scores, probs, consensus.temperature)
+    if config_lib.weighs_images(config):
+      more["top_score"] = jnp.max(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
     return {
       **more,
       "masks": masks,

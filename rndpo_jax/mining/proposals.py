@@ -2,8 +2,9 @@
 
 A mix is a list of entries, each a composition of samplers and a count. A proposal is made in
 this order: a view of the image (`tta`), the decoder with or without dropout (`mc_dropout`), the
-view undone, `temperature`, `logit_noise`, `threshold`, argmax. Proposal k of an image draws
-from fold_in(key of the image, k) alone, so that it does not depend on the batch it is in.
+view undone, or another base model (`member`); `temperature`, `logit_noise`, `threshold`, argmax,
+and what `mask_edits` changes in the mask. Proposal k of an image draws from fold_in(key of the
+image, k) alone, so that it does not depend on the batch it is in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import overlap
+from rndpo_jax.mining import mask_edits, overlap
 
 
 def sample(
@@ -33,6 +34,7 @@ def sample(
   temperature_low: float,
   temperature_high: float,
   threshold_shift: float,
+  member_logits: jax.Array | None = None,
 ) -> types.Proposals:
   """Samples K proposals of each image.
 
@@ -50,6 +52,7 @@ def sample(
     temperature_high: the last one.
     threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
       from minus this to plus this over the proposals of an entry: more foreground each time.
+    member_logits: f32[b, M, *S, C] of the other base models, which `member` takes in turn.
 
   Returns:
     types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
@@ -60,7 +63,9 @@ def sample(
   for atoms, count in mix:
     dropout_keys, noise_keys = _proposal_keys(keys, start, count)
     dropout_keys = dropout_keys if "mc_dropout" in atoms else None
-    if "tta" in atoms:
+    if "member" in atoms:
+      entry = member_logits[:, np.arange(count) % member_logits.shape[1]].astype(jnp.float32)
+    elif "tta" in atoms:
       entry = _decode_views(segmenter, params, images, dropout_keys, count)
     elif dropout_keys is not None:
       entry = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=None)
@@ -73,6 +78,7 @@ def sample(
     if "threshold" in atoms:
       shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count), entry)
       entry = entry - shift * _background(entry)
+    entry = mask_edits.edit(atoms, noise_keys, entry)
     logits.append(entry)
     start += count
   logits = jnp.concatenate(logits, axis=1)
@@ -96,6 +102,7 @@ class Sampler(NamedTuple):
 # In the order in which `sample` applies them.
 SAMPLERS = {
   "base": Sampler(),
+  "member": Sampler(),
   "tta": Sampler(),
   "mc_dropout": Sampler(strength="model.dropout", random=True),
   "temperature": Sampler(options=("temperature_low", "temperature_high")),
@@ -103,6 +110,9 @@ SAMPLERS = {
     options=("noise_scale", "noise_smoothing"), strength="proposals.noise_scale", random=True
   ),
   "threshold": Sampler(options=("threshold_shift",), strength="proposals.threshold_shift"),
+  "corrupt": Sampler(random=True),
+  "largest_component": Sampler(),
+  "drop_component": Sampler(random=True),
 }
 MAX_PROPOSALS = 1024
 
@@ -143,9 +153,46 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
       "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
       "as in 'temperature+logit_noise:8'"
     )
+  others = {"tta", "mc_dropout"} & set(atoms)
+  if "member" in atoms and others:
+    raise errors.ConfigError(
+      f"config.proposals.mix: found {'+'.join(atoms)!r}, but 'member' is another model's own "
+      f"prediction: take {min(others)!r} out of it"
+    )
   if "base" in atoms and (len(atoms) > 1 or int(count) > 1):
     raise errors.ConfigError("config.proposals.mix: 'base' is one deterministic mask: use 'base:1'")
   return atoms, int(count)
+
+
+def perturbed(
+  logits: jax.Array,
+  key: jax.Array,
+  count: int,
+  *,
+  noise_scale: float,
+  noise_smoothing: float,
+  threshold_shift: float,
+) -> jax.Array:
+  """Proposals of logits alone: themselves, and the others of `threshold+logit_noise`.
+
+  Args:
+    logits: f32[b, *S, C].
+    key: one key.
+    count: K, at least 2.
+    noise_scale: as in `sample`, and so the next two.
+    noise_smoothing: see there.
+    threshold_shift: see there.
+
+  Returns:
+    f32[b, K, *S, C].
+  """
+  others = jnp.repeat(logits[:, None], count - 1, axis=1).astype(jnp.float32)
+  if noise_scale > 0:
+    keys = jax.random.split(key, (len(logits), count - 1))
+    others = others + noise_scale * _noise(keys, others.shape[2:], noise_smoothing)
+  shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count - 1), others)
+  others = others - shift * _background(others)
+  return jnp.concatenate([logits[:, None].astype(jnp.float32), others], axis=1)
 
 
 def diversity(masks: jax.Array, num_classes: int) -> jax.Array:

@@ -66,6 +66,16 @@ def reliability(
   return result
 
 
+def pair_accuracy(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+  """That of `reliability` of each image, f64[N]; NaN if its proposals are all equally good.
+
+  Args:
+    scores: f[N, K], the judge's.
+    truth: f[N, K], the true scores.
+  """
+  return _pair_figures(np.asarray(scores, np.float64), np.asarray(truth, np.float64))[0]
+
+
 def mined(
   truth: np.ndarray,
   chosen: np.ndarray,
@@ -172,10 +182,35 @@ def worth_of_pairs(
   gap = np.asarray(gap, np.float64)
   if not reads_calibration(kind, min_probability):
     return gap if kind == "score_gap" else np.ones_like(gap)
-  place = np.searchsorted(np.array(calibration["gap_edges"]), gap)
-  right = np.array(calibration["accuracy"], np.float64)[place]
+  right = _share_right(gap, calibration)
   worth = {"none": 1.0, "score_gap": gap, "reliability": np.maximum(2.0 * right - 1.0, 0.0)}[kind]
   return np.where(right >= min_probability, worth, 0.0)
+
+
+def smoothing_of_pairs(gap: np.ndarray, calibration: dict) -> np.ndarray:
+  """The probability that a pair is the wrong way round, by the gap between its scores.
+
+      e = 1 - max(a, 1/2)
+
+  with a the share of pairs of such a gap that the judge had right on validation. It is the label
+  smoothing of `objectives.cdpo` (Mitchell, "A note on DPO with noisy preferences", 2023), which
+  then has its minimum where the policy prefers the chosen mask with probability a. No pair is
+  turned round: where the judge is right less often than not, e is 1/2 and holds h at 0.
+
+  Args:
+    gap: f[...], score gaps.
+    calibration: of `calibration`.
+
+  Returns:
+    f64 in 0..1/2, like `gap`.
+  """
+  return 1.0 - np.maximum(_share_right(np.asarray(gap, np.float64), calibration), 0.5)
+
+
+def _share_right(gap, calibration):
+  """Of the pairs of such gaps, f64 like `gap`."""
+  place = np.searchsorted(np.array(calibration["gap_edges"]), gap)
+  return np.array(calibration["accuracy"], np.float64)[place]
 
 
 def reads_calibration(kind: str, min_probability: float) -> bool:

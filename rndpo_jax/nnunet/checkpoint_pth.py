@@ -7,12 +7,13 @@ called (`pickle_program`), and an array may only cover bytes that are there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import pathlib
 import re
 import reprlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -70,6 +71,16 @@ class Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
+def read_configuration(path: os.PathLike | str) -> str:
+  """Name of the plans' configuration, as in 2d; reads no array.
+
+  Raises:
+    errors.FileError: as `read`.
+  """
+  with _errors_named(path), zipfile.ZipFile(path) as archive:
+    return _configuration(read_pickle(archive)[1])
+
+
 def read(path: os.PathLike | str) -> Checkpoint:
   """Reads a checkpoint; of its arrays only the weights, not the optimiser's.
 
@@ -78,11 +89,16 @@ def read(path: os.PathLike | str) -> Checkpoint:
       global that no weights need (by its name; nothing of it was run), lacks a key, or an array
       does not fit its bytes.
   """
-  path = pathlib.Path(path)
+  with _errors_named(path), zipfile.ZipFile(path) as archive:
+    top, content = read_pickle(archive)
+    return _checkpoint(content, _Storages(archive, top))
+
+
+@contextlib.contextmanager
+def _errors_named(path: os.PathLike | str) -> Iterator[None]:
+  """Errors of a file as FileError with its name."""
   try:
-    with zipfile.ZipFile(path) as archive:
-      top, content = read_pickle(archive)
-      return _checkpoint(content, _Storages(archive, top))
+    yield
   except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
     raise errors.FileError(f"{path}: {error}; {_REMEDY}") from error
 
@@ -183,10 +199,14 @@ def _checkpoint(content: Any, storages: _Storages) -> Checkpoint:
     )
   return Checkpoint(
     {name: storages.array(name, tensor) for name, tensor in weights.items()},
-    _key(_key(content, "init_args", dict), "configuration", str),
+    _configuration(content),
     _key(content, "trainer_name", str),
     tuple(axes),
   )
+
+
+def _configuration(content: Any) -> str:
+  return _key(_key(content, "init_args", dict), "configuration", str)
 
 
 def _key(content: Any, key: str, kind: type) -> Any:

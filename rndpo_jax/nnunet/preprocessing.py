@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rndpo_jax.data import intensity
+
 # Class names of nnU-Net's and those of `data.intensity.SCHEMES`.
-_SCHEMES = {
+SCHEMES = {
   "ZScoreNormalization": "zscore",
   "CTNormalization": "ct",
   "NoNormalization": "none",
   "RescaleTo01Normalization": "zero_to_one",
   "RGBTo01Normalization": "rgb",
 }
-_RESAMPLING = "resample_data_or_seg_to_shape"
-_ORDERS = {"data": 3, "seg": 1, "probabilities": 1}
+RESAMPLING = "resample_data_or_seg_to_shape"
+ORDERS = {"data": 3, "seg": 1, "probabilities": 1}
 
 
 class Preprocessing(NamedTuple):
@@ -51,27 +53,36 @@ def read(
   name = own.get("preprocessor_name", "DefaultPreprocessor")
   if name != "DefaultPreprocessor":
     raise ValueError(f"'preprocessor_name' is {name!r}, expected 'DefaultPreprocessor'")
-  for what, order in _ORDERS.items():
+  for what, order in ORDERS.items():
     _check_resampling(own, what, order)
   statistics = plans.get("foreground_intensity_properties_per_channel")
   statistics = statistics or plans.get("foreground_intensity_properties_by_modality") or {}
+  schemes = _schemes(own, num_channels)
+  known = tuple(statistics.get(str(n)) for n in range(num_channels))
+  for n, scheme in enumerate(schemes):
+    missing = [name for name in intensity.STATISTICS if name not in (known[n] or {})]
+    if scheme == "ct" and missing:
+      raise ValueError(
+        f"'foreground_intensity_properties_per_channel' lacks {missing[0]!r} of channel {n}, which "
+        "CTNormalization reads"
+      )
   return Preprocessing(
     spacing=_by_axis(own, "spacing", axes, float),
     patch_size=_by_axis(own, "patch_size", axes, int),
-    schemes=_schemes(own, num_channels),
-    statistics=tuple(statistics.get(str(n)) for n in range(num_channels)),
+    schemes=schemes,
+    statistics=known,
   )
 
 
 def _check_resampling(own: Mapping[str, Any], what: str, order: int) -> None:
   """Old plans lack the keys: then it is the same resampling."""
-  name = own.get(f"resampling_fn_{what}", _RESAMPLING)
+  name = own.get(f"resampling_fn_{what}", RESAMPLING)
   options = own.get(f"resampling_fn_{what}_kwargs") or {}
   wanted = {"order": order, "order_z": 0, "force_separate_z": None}
   found = {key: options.get(key, value) for key, value in wanted.items()}
-  if name != _RESAMPLING or found != wanted:
+  if name != RESAMPLING or found != wanted:
     raise ValueError(
-      f"'resampling_fn_{what}' is {name!r} with {dict(options)!r}, expected {_RESAMPLING!r} with "
+      f"'resampling_fn_{what}' is {name!r} with {dict(options)!r}, expected {RESAMPLING!r} with "
       f"{wanted}, as nnU-Net plans it"
     )
 
@@ -85,12 +96,12 @@ def _schemes(own: Mapping[str, Any], num_channels: int) -> tuple[str, ...]:
       f"'normalization_schemes' has {len(names)} entries and 'use_mask_for_norm' {len(in_mask)}, "
       f"expected {num_channels}, one a channel"
     )
-  unknown = [name for name in names if name not in _SCHEMES]
+  unknown = [name for name in names if name not in SCHEMES]
   if unknown:
     raise ValueError(
-      f"'normalization_schemes' has {unknown[0]!r}, expected one of {', '.join(_SCHEMES)}"
+      f"'normalization_schemes' has {unknown[0]!r}, expected one of {', '.join(SCHEMES)}"
     )
-  found = (_SCHEMES[name] for name in names)
+  found = (SCHEMES[name] for name in names)
   return tuple(
     "zscore_in_mask" if scheme == "zscore" and masked else scheme
     for scheme, masked in zip(found, in_mask, strict=True)

@@ -45,7 +45,7 @@ def write(path, num_images: int, num_batches: int, outputs: Iterator) -> None:
 
 
 def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarray]:
-  """What is written of one image: `shards.FIELDS`.
+  """What is written of one image: `shards.FIELDS`, and of `shards.OPTIONAL` what is there.
 
   Args:
     out: of the mining program, leading axis b.
@@ -58,7 +58,7 @@ def record(out, row: int, index: int, mined: types.Pairs) -> dict[str, np.ndarra
     "valid": mined.valid.astype(np.float32),
     "score_gap": mined.score_gap,
   }
-  names = [*shards.FIELDS, *({shards.CONSENSUS} & out.keys())]
+  names = [*shards.FIELDS, *(name for name in shards.OPTIONAL if name in out)]
   return {name: values[name] if name in values else out[name][row] for name in names}
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import geometry, loader, split_batches
+from rndpo_jax.data import geometry, loader, split_batches, tiles
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.mining import judge_gate, reliability
 from rndpo_jax.pairs import shards
@@ -46,7 +47,8 @@ def stream_of(
   # Name -> (stream, its order).
   parts = {}
   if "pairs" in read:
-    parts["pairs"] = (_pairs_of(config, directory, dataset, whole), seeds.pairs_order)
+    pairs = _pairs_of(config, directory, tiles.view(dataset), whole)
+    parts["pairs"] = (pairs, seeds.pairs_order)
   if "labelled" in read:
     stream = split_batches.stream_of_split(
       config, dataset, "labelled", options.labelled_batch_size, whole
@@ -74,13 +76,19 @@ def _pairs_of(
   directory = epath.Path(directory)
   table = shards.read(directory)
   weigh = weights_by_gap(config, directory)
+  smooth = smoothing_by_gap(config, directory)
   volume = voxel_volumes(config, dataset)
-  with_consensus = config.finetune.terms.consensus.weight > 0
+  optional = {
+    shards.CONSENSUS: config.finetune.terms.consensus.weight > 0,
+    shards.TOP_SCORE: config_lib.weighs_images(config),
+  }
 
   @loader.cached
   def load(row: int) -> dict:
     record = table[row]
-    more = {shards.CONSENSUS: record[shards.CONSENSUS]} if with_consensus else {}
+    more = {name: record[name] for name, is_read in optional.items() if is_read}
+    if smooth is not None:
+      more["smoothing"] = smooth(record["score_gap"]).astype(np.float32)
     index = int(record["index"])
     return {
       "images": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
@@ -116,10 +124,7 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
   options = weight_options(config)
   if not reliability.reads_calibration(**options):
     return lambda gap: reliability.worth_of_pairs(gap, None, **options)
-  table = files.read_json(directory / "judges.json")
-  name = judge_gate.used(table, config.judge.name)
-  table = files.read_json(directory / "judges.json", **{name: dict})
-  calibration = table[name]["calibration"]
+  name, calibration = _calibration(config, directory)
   best = max(calibration["accuracy"])
   if options["kind"] == "reliability" and best <= 0.5:
     raise ConfigError(
@@ -134,6 +139,31 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
       "take another judge"
     )
   return lambda gap: reliability.worth_of_pairs(gap, calibration, **options)
+
+
+def smoothing_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray] | None:
+  """Score gaps f32[P] -> f64[P] as `reliability.smoothing_of_pairs` says; None if it is not asked.
+
+  Raises:
+    ConfigError: if no pair would teach anything.
+  """
+  if config.finetune.pair_smoothing == "none":
+    return None
+  name, calibration = _calibration(config, directory)
+  if max(calibration["accuracy"]) <= 0.5:
+    raise ConfigError(
+      f"config.finetune.pair_smoothing: 'reliability' smooths every pair by 1/2, for the judge "
+      f"{name!r} has at no gap more than half of the pairs right on validation; take another judge"
+    )
+  return lambda gap: reliability.smoothing_of_pairs(gap, calibration)
+
+
+def _calibration(config, directory: epath.Path) -> tuple[str, dict]:
+  """The judge that mined, and how often it is right, by `judges.json`."""
+  table = files.read_json(directory / "judges.json")
+  name = judge_gate.used(table, config.judge.name)
+  table = files.read_json(directory / "judges.json", **{name: dict})
+  return name, table[name]["calibration"]
 
 
 def weight_options(config) -> dict:

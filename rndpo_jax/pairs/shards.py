@@ -38,8 +38,10 @@ FIELDS = {
   "valid": Field(np.float32, ("P",)),  # 1, or 0 if the slot has no pair
   "score_gap": Field(np.float32, ("P",)),
 }
-# Also there if a term of fine-tuning reads it; its axes are those of the image, and C.
-CONSENSUS = "consensus"  # the mean of the proposals' probabilities, in 255ths
+# Also there if a term of fine-tuning reads them.
+CONSENSUS = "consensus"  # the mean of the proposals' probabilities, in 255ths, u8[*S, C]
+TOP_SCORE = "top_score"  # the highest that the judge gave one of the proposals, f32[]
+OPTIONAL = (CONSENSUS, TOP_SCORE)
 TRAINING_FIELDS = tuple(name for name, field in FIELDS.items() if field.trained)
 
 
@@ -126,7 +128,7 @@ def _write_records(temporary: epath.Path, path: epath.Path, records) -> tuple[in
 
 
 def _check_fields(record: dict[str, np.ndarray]) -> None:
-  if record.keys() - {CONSENSUS} != FIELDS.keys():
+  if record.keys() - {*OPTIONAL} != FIELDS.keys():
     raise ValueError(f"a record holds {', '.join(record)}, expected {', '.join(FIELDS)}")
   for name, field in FIELDS.items():
     value = record[name]

@@ -8,41 +8,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import serialization
 from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, models, pipeline, types
 from rndpo_jax import workdir as workdir_lib
-from rndpo_jax.data import builder, reader, records, sources, splits
-from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import builder
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.evaluation import metrics, predict
+from rndpo_jax.evaluation import metrics
 from rndpo_jax.mining import proposals
+from rndpo_jax.nnunet import imported
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.planning import cost, programs, storage, timing
+from rndpo_jax.planning import cost, data_set, storage, timing
+from rndpo_jax.planning.data_set import Data
 from rndpo_jax.runtime import files, progress, sharding
-from rndpo_jax.stages import measure_judges, prepare
-
-
-class Data(NamedTuple):
-  """The data set of a config: `problem`, images of each split, images stored (also those of no
-  split), their bytes on their own grids (before compression if it is not prepared), and the
-  prepared set, or the source if the stage 'prepare' has not run."""
-
-  problem: programs.Problem
-  num_images: dict[str, int]
-  num_stored: int
-  num_bytes: int
-  dataset: dataset_lib.Dataset | None
-  source: records.Source | None
+from rndpo_jax.stages import measure_judges
 
 
 def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
@@ -60,6 +45,7 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     ConfigError: what cannot work or does not fit; the lines are said before that.
     records.DataError: from the source.
   """
+  config = imported.resolve(config)
   config_checks.validate(config)
   workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
@@ -67,9 +53,9 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     config_lib.of_phase(config, number) for number in range(1, config_lib.num_phases(config))
   ]
   config = config_lib.of_phase(config)
-  data = describe_data(config, workdir)
+  data = data_set.describe_data(config, workdir)
   if num_unlabelled:
-    data = _with_unlabelled(data, num_unlabelled)
+    data = data_set.with_unlabelled(data, num_unlabelled)
   shards.check_num_shards(config, data.num_images["unlabelled"])
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
   segmenter = models.build(
@@ -111,35 +97,6 @@ def _phases(earlier) -> list[str]:
   ]
 
 
-def describe_data(config, workdir: os.PathLike) -> Data:
-  """The prepared data set if there is one, else what the source's file headers tell."""
-  home = epath.Path(config.base.workdir or workdir)
-  if prepare.is_done(home):
-    dataset, source = dataset_lib.open_dataset(config, workdir), None
-    facts, entries = dataset._asdict(), dataset.records
-    counts = {name: len(indices) for name, indices in dataset.splits.items()}
-    shown = [entries[i]["shape"] for name in predict.SPLITS for i in dataset.splits[name]]
-    stored = [path.stat() for path in reader.folder(home / "data").glob("*/*") if path.is_file()]
-    num_bytes = sum(stat.length for stat in stored)
-  else:
-    dataset, source = None, sources.SOURCES[config.data.source].open(config)
-    facts, entries = source._asdict(), source.records
-    cases = prepare.split_cases(config.data, entries)
-    split_of = {case: name for name, ids in cases.items() for case in ids}
-    counts = Counter(split_of.get(entry["case_id"]) for entry in entries)
-    shown = [e["shape"] for e in entries if split_of.get(e["case_id"]) in predict.SPLITS]
-    num_bytes = sum(records.num_bytes(source, entry) for entry in entries)
-  problem = programs.Problem(
-    facts["num_classes"],
-    facts["num_channels"],
-    facts["spatial_dims"],
-    tuple(config.data.size),
-    native=tuple(int(n) for n in np.max(shown, axis=0)),
-  )
-  counts = {name: counts[name] for name in splits.NAMES}
-  return Data(problem, counts, len(entries), num_bytes, dataset, source)
-
-
 def example_record(out_info) -> dict[str, np.ndarray]:
   """A mined image as it is written, from the shapes of the mining program's results."""
   out = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), out_info)
@@ -177,6 +134,7 @@ def _head(data: Data, mesh: Mesh, params) -> list[str]:
   problem, device = data.problem, mesh.devices.flat[0]
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   counts = ", ".join(f"{count:,} {name}" for name, count in data.num_images.items())
+  counts += " (tiles)" if data.num_evaluated is not None else ""
   return [
     f"devices   {mesh.size} of kind {device.device_kind}, {jax.process_count()} process"
     f"{'es' if jax.process_count() > 1 else ''}; mesh: {axes}",
@@ -231,11 +189,13 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
   processes = jax.process_count()
   judged = sum(-(-counts[split] // local) for split in measure_judges.SPLITS)  # by process 0
   # Each process measures some of the checkpoints, and of the base, on its own devices.
-  measured = -(-(evaluations + 1) // processes)
+  # Once more the base, by RankSEG, by process 0.
+  measured = -(-(evaluations + 1) // processes) + 1
   own = trials["evaluate"].batch_size // processes
   if set(config.evaluate.metrics) & set(metrics.SURFACE):
     measured += 3  # base, last and selected checkpoint again, by process 0
-  evaluated = -(-(counts["val"] + counts["test"]) // own)
+  seen = data.num_evaluated or counts["val"] + counts["test"]
+  evaluated = -(-seen // own)
   found = {
     "base": supervised * base.num_steps,
     "judge": config.judge.learned.num_steps,
@@ -278,13 +238,3 @@ def _preparing(data: Data, remote: bool) -> list[str]:
     f"process{'es share' if processes > 1 else ' writes'}",
     "reading   not measured, for nothing is prepared; run --stages=prepare and look again",
   ]
-
-
-def _with_unlabelled(data: Data, count: int) -> Data:
-  """The data set with another number of unlabelled images, of the mean size of what is stored."""
-  num_stored = data.num_stored - data.num_images["unlabelled"] + count
-  return data._replace(
-    num_images={**data.num_images, "unlabelled": count},
-    num_stored=num_stored,
-    num_bytes=data.num_bytes * num_stored // data.num_stored,
-  )

@@ -19,11 +19,12 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses, models, types
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import judge_gate
+from rndpo_jax.mining import fused, judge_gate, judges
 from rndpo_jax.mining.program import (
   make_mine_batch,
   make_rule,
@@ -96,7 +97,7 @@ def problem_of(config, num_channels: int, num_classes: int) -> Problem:
       "--num_classes: config.data.num_classes is 0 (a data set would tell); give it, as in "
       "--num_classes=4"
     )
-  size = tuple(config.data.size)
+  size = config_lib.input_size(config)
   return Problem(classes, num_channels, config.data.spatial_dims, size, native=size)
 
 
@@ -165,13 +166,17 @@ def _mine(config, problem, score):
 
 def _measure(config, problem, score):
   rule = make_rule(config, problem)
-  return measure_judges.make_measure(score, used_judges(config), problem, rule)
+  names = tuple(name for name in used_judges(config) if name != judges.FUSED)
+  return measure_judges.make_measure(score, names, problem, rule)
 
 
 def _on_own_images(config, problem, mesh, params, batch, make):
   """A program that mining runs under `jax.pmap`: each device has its own images."""
   ensemble = [params] * (config.base.num_members - 1)
-  weights = {"policy": params, "ensemble": ensemble, "learned": None}
+  log_odds = None
+  if config.judge.name == judges.FUSED:
+    log_odds = jax.ShapeDtypeStruct((len(fused.members(config)),), jnp.float32)
+  weights = {"policy": params, "ensemble": ensemble, "learned": None, "log_odds": log_odds}
   learned_apply = None
   if config.judge.name == "learned" or "learned" in config.judge.compare:
     init, learned_apply = train_judge.build(config, problem)
@@ -233,6 +238,10 @@ def _finetune_step(config, problem, mesh, segmenter, params, batch):
     reference_log_prob=number,
     weight=number,
     voxel_volume=jax.ShapeDtypeStruct(pairs[:1], jnp.float32),
+    smoothing=None if config.finetune.pair_smoothing == "none" else number,
+    top_score=jax.ShapeDtypeStruct(pairs[:1], jnp.float32)
+    if config_lib.weighs_images(config)
+    else None,
   )
   read = image_terms.reads_of(config)
   labelled, unlabelled = (

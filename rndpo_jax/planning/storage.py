@@ -24,7 +24,7 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
 
   Args:
     config: the whole config.
-    data: of `dry_run.describe_data`.
+    data: of `data_set.describe_data`.
     params: of the network, or their shapes.
     record: a mined image as it is written.
   """

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import records, writer
+from rndpo_jax.data import records, tiles, writer
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.evaluation import sliding_window
 from rndpo_jax.pairs import shards
 from rndpo_jax.planning import programs, roofline
 from rndpo_jax.runtime import multihost, sharding
@@ -73,13 +74,17 @@ def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   sizes = {"base": config.base.batch_size} if config_lib.trains_base(config) else {}
   if "learned" in (config.judge.name, *config.judge.compare):
     sizes["judge"] = config.judge.learned.batch_size
+  if config.data.spacing:  # tiles; masks are brought to their own grids on the host
+    evaluate = {"evaluate": sliding_window.batch_size(config.data.patch_size) // local * mesh.size}
+  else:
+    size = -(-config.evaluate.batch_size // local) * mesh.size
+    evaluate = {"evaluate": size, "resize": size}
   return sizes | {
     "measure": config.mine.batch_size * mesh.size,
     "mine": config.mine.batch_size * mesh.size,
     "finetune": config.finetune.batch_size,
     "validate": -(-config.evaluate.batch_size // parts) * parts,
-    "evaluate": -(-config.evaluate.batch_size // local) * mesh.size,
-    "resize": -(-config.evaluate.batch_size // local) * mesh.size,
+    **evaluate,
   }
 
 
@@ -87,6 +92,7 @@ def host_seconds(dataset, record, batch_size: int) -> tuple[float | None, float]
   """Seconds of a process to read a mining batch (None before `prepare`), and to write its pairs."""
   read = None
   if dataset is not None:
+    dataset = tiles.view(dataset)
     indices = np.resize(dataset.splits["unlabelled"], _NUM_TRIALS)
     start = time.perf_counter()
     for index in indices:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from rndpo_jax import errors
+from rndpo_jax.data.sources import cases, itk
 from rndpo_jax.predict import inputs
 from rndpo_jax.runtime import files
 
@@ -41,8 +41,7 @@ class Predicted(NamedTuple):
 def write(output: epath.Path, case: Predicted) -> None:
   """Writes a case's files, each by rename."""
   name = case.source.mask_name
-  encode = _nifti if case.source.is_nifti else _image
-  files.write_bytes(output / name, encode(case.source, case.mask))
+  files.write_bytes(output / name, _encode(case.source, case.mask))
   if case.probabilities is not None:
     content = io.BytesIO()
     np.savez_compressed(content, probabilities=case.probabilities)
@@ -86,8 +85,17 @@ def _npz(source: inputs.Input) -> str:
   return f"{source.case_id}.npz"
 
 
-def _image(source: inputs.Input, mask: np.ndarray) -> bytes:
-  kind = "TIFF" if pathlib.Path(source.mask_name).suffix.lower() in (".tif", ".tiff") else "PNG"
+def _encode(source: inputs.Input, mask: np.ndarray) -> bytes:
+  """The mask's file, in the input's format."""
+  if source.is_picture:
+    return _picture(source, mask)
+  if source.ending.lower() in cases.ITK:
+    return itk.encode_mask(source.files[0], mask, source.mask_ending)
+  return _nifti_of_series(source, mask) if source.is_series else _nifti(source, mask)
+
+
+def _picture(source: inputs.Input, mask: np.ndarray) -> bytes:
+  kind = "TIFF" if source.mask_ending.lower() in (".tif", ".tiff") else "PNG"
   content = io.BytesIO()
   Image.fromarray(mask).save(content, format=kind)
   return content.getvalue()
@@ -103,3 +111,12 @@ def _nifti(source: inputs.Input, mask: np.ndarray) -> bytes:
   header["cal_min"], header["cal_max"] = 0, 0
   content = type(image)(mask.reshape(image.shape), None, header).to_bytes()
   return gzip.compress(content, 1, mtime=0) if source.ending.lower() == ".nii.gz" else content
+
+
+def _nifti_of_series(source: inputs.Input, mask: np.ndarray) -> bytes:
+  """A NIfTI file on the grid of a DICOM series."""
+  image = nibabel.Nifti1Image(mask, cases.open_file(source.files[0]).affine)
+  image.header.set_xyzt_units("mm")
+  image.set_qform(image.affine, code=1)
+  image.set_sform(image.affine, code=1)
+  return gzip.compress(image.to_bytes(), 1, mtime=0)

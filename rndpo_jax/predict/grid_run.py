@@ -13,6 +13,7 @@ import numpy as np
 from rndpo_jax import models
 from rndpo_jax.data import loader
 from rndpo_jax.evaluation import predict
+from rndpo_jax.models import mirroring
 from rndpo_jax.predict import case_files, case_reader, programs, score_table
 from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.predict.job import KEPT, Job, Options, read_ahead
@@ -62,7 +63,7 @@ def make_predictor(trained: trained_lib.Trained, options: Options) -> Predictor:
   )
   apply, to_masks = predict.programs(segmenter)
   if options.mirror:
-    apply = sharding.over_local_devices(programs.mirrored(segmenter.apply))
+    apply = sharding.over_local_devices(mirroring.mirrored(segmenter.apply))
   to_probabilities = sharding.over_local_devices(
     lambda _, rows: programs.native_probabilities(*rows)
   )

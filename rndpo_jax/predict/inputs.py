@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks
+from rndpo_jax.data.sources import cases, dicom
 from rndpo_jax.data.sources.folder import natural
 
-NIFTI = (".nii.gz", ".nii")
-IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+ENDINGS = (*cases.ENDINGS, *cases.LOSSY)
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".dcm", ".gz", ".mha", ".mhd", ".nrrd", ".npy")
+_UNREADABLE = (".bmp", ".gif", ".webp", ".gz", ".nhdr", ".npy")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
-_MASK_ENDING = {".jpg": ".png", ".jpeg": ".png"}  # JPEG changes class ids
+_SERIES = ""  # ending of a folder
+# JPEG changes class ids; .mhd is two files; DICOM has no plain mask.
+_MASK_ENDING = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", _SERIES: ".nii.gz"}
 
 
 class Input(NamedTuple):
@@ -25,8 +27,8 @@ class Input(NamedTuple):
 
   Attributes:
     case_id: what its mask is named by.
-    files: its channels in order; of a 2D image one file, which holds all.
-    ending: of the files, as they spell it.
+    files: its channels in order, of an RGB image in one file; the folder of a DICOM series.
+    ending: of the files, as they spell it; empty for a series.
     problem: why it cannot be predicted; empty where nothing is known against it.
   """
 
@@ -36,20 +38,31 @@ class Input(NamedTuple):
   problem: str = ""
 
   @property
-  def is_nifti(self) -> bool:
-    return self.ending.lower() in NIFTI
+  def is_picture(self) -> bool:
+    return _is_picture(self.ending)
+
+  @property
+  def is_series(self) -> bool:
+    return self.ending == _SERIES
+
+  @property
+  def mask_ending(self) -> str:
+    """Of the mask's file: the input's, but PNG for JPEG, .mha for .mhd, NIfTI for a series."""
+    return _MASK_ENDING.get(self.ending.lower(), self.ending)
 
   @property
   def mask_name(self) -> str:
-    """Of the mask's file: the input's format, but PNG for JPEG."""
-    return self.case_id + _MASK_ENDING.get(self.ending.lower(), self.ending)
+    return self.case_id + self.mask_ending
 
 
 def list_inputs(path: str, num_channels: int) -> list[Input]:
   """The cases of a folder, or that of one file, in natural order of their ids.
 
-  NIfTI files are channels, as nnU-Net names them (`ID_0000.nii.gz`), if all of the folder are
-  named so; else each is a case.
+  Volumes' files are channels, as nnU-Net names them (`ID_0000.nii.gz`), if all of the folder are
+  named so; else each is a case. Pictures' files are channels if, further, each case has the numbers
+  from 0000 on and no more than the network's channels: `slice_0001.png` is a name like any other.
+  A folder with DICOM files in it is a case, be it `path` itself or in it.
+  What lies beside a file decides on its name's meaning, be it asked for alone or with the folder.
 
   Args:
     path: `--input`.
@@ -62,33 +75,51 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
     raise errors.DataError(
       f"--input: a bucket cannot be read, found {path!r}; mount it and give that folder"
     )
-  place = pathlib.Path(path).expanduser()
+  place = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if place.is_dir():
-    found = _listed(sorted(place.iterdir()))
+    inputs = _in_folder(place, num_channels)
+    _check_ids(inputs)
   elif place.is_file():
-    found = _listed([place])
-    match = _CHANNEL.fullmatch(next(iter(found))[0]) if found else None
-    if match and found[0][1].lower() in NIFTI:  # with the other channels of its case
-      same = [name for name in sorted(place.parent.iterdir()) if _is_channel(name, match[1])]
-      found = [entry for entry in _listed(same) if entry[1] == found[0][1]]
+    beside = _in_folder(place.parent, num_channels)
+    inputs = [one for one in beside if place in (*one.files, *_slices(one))]
   else:
     raise errors.DataError(f"--input: {place}: no such folder or file; give that of the images")
-  if not found:
+  if not inputs:
     raise errors.DataError(
-      f"--input: {place}: no images; expected files {', '.join((*NIFTI, *IMAGES))}{_hint(place)}"
+      f"--input: {place}: no images; expected files {', '.join(ENDINGS)} or folders of "
+      f"DICOM series{_hint(place)}"
     )
-  volumes = [entry for entry in found if entry[1].lower() in NIFTI]
-  inputs = [
-    Input(stem, (file,), ending, problem)
-    for stem, ending, file, problem in found
-    if ending.lower() not in NIFTI
-  ]
-  if all(_CHANNEL.fullmatch(entry[0]) for entry in volumes):
-    inputs += _channels(volumes, num_channels)
-  else:
-    inputs += [Input(stem, (file,), ending) for stem, ending, file, _ in volumes]
-  _check_ids(inputs)
   return sorted(inputs, key=lambda one: natural(one.case_id))
+
+
+def _in_folder(place: pathlib.Path, num_channels: int) -> list[Input]:
+  """The cases of a folder, in any order."""
+  names = sorted(place.iterdir())
+  found = _listed(names)
+  pictures = [entry for entry in found if _is_picture(entry[1])]
+  readable = [entry for entry in found if entry[1].lower() in ENDINGS]
+  volumes = [entry for entry in readable if not _is_picture(entry[1])]
+  inputs = [
+    Input(stem, (file,), ending, problem) for stem, ending, file, problem in found if problem
+  ]
+  for part in (volumes, pictures):
+    joined = _channels(part, num_channels)
+    if part is pictures and any(one.problem for one in joined):
+      joined = []
+    inputs += joined or [Input(stem, (file,), ending) for stem, ending, file, _ in part]
+  folders = [name for name in names if name.is_dir() and not name.name.startswith(".")]
+  for folder in (place, *folders):
+    if dicom.files_of(folder):
+      inputs.append(Input(file_checks.check_text(folder.name, str(folder)), (folder,), _SERIES))
+  return inputs
+
+
+def _slices(one: Input) -> list[pathlib.Path]:
+  return dicom.files_of(one.files[0]) if one.is_series else []
+
+
+def _is_picture(ending: str) -> bool:
+  return ending.lower() in (*cases.PICTURES, *cases.LOSSY)
 
 
 def stamp(one: Input) -> str:
@@ -97,51 +128,46 @@ def stamp(one: Input) -> str:
   Raises:
     errors.DataError: if a file is gone.
   """
+  files = [part for file in one.files for part in cases.files_of(file)]
   try:
-    stats = [(file.name, os.stat(file)) for file in one.files]
+    stats = [(file.name, os.stat(file)) for file in files]
   except OSError as error:
     raise errors.DataError(f"{error.filename}: {error.strerror}; bring it back") from error
   return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-
-
-def _is_channel(path: pathlib.Path, case_id: str) -> bool:
-  match = _CHANNEL.fullmatch(_split(path.name)[0])
-  return match is not None and match[1] == case_id
-
-
-def _split(name: str) -> tuple[str, str]:
-  """(stem, ending), '.nii.gz' being one ending."""
-  ending = next((e for e in NIFTI if name.lower().endswith(e)), pathlib.Path(name).suffix)
-  return (name[: -len(ending)], name[-len(ending) :]) if ending else (name, "")
 
 
 def _listed(paths: list[pathlib.Path]) -> list[tuple[str, str, pathlib.Path, str]]:
   """(stem, ending, path, problem) of each file that is an image by its name."""
   found = []
   for path in paths:
-    stem, ending = _split(path.name)
+    stem, ending = cases.split_name(path.name)
     kind = ending.lower()
     if path.name.startswith(".") or path.is_dir():
       continue
-    if kind in (*NIFTI, *IMAGES):
+    if kind in ENDINGS:
       found.append((file_checks.check_text(stem, str(path)), ending, path, ""))
     elif kind in _UNREADABLE:
-      taken = ", ".join((*NIFTI, *IMAGES))
+      taken = ", ".join(ENDINGS)
       problem = f"{path}: not a format that is read; expected {taken}; convert or remove it"
       found.append((file_checks.check_text(stem, str(path)), ending, path, problem))
   return found
 
 
-def _channels(volumes, num_channels: int) -> list[Input]:
-  cases: dict[tuple[str, str], dict[int, pathlib.Path]] = {}
-  for stem, ending, file, _ in volumes:
-    match = _CHANNEL.fullmatch(stem)
-    cases.setdefault((match[1], ending), {})[int(match[2])] = file
+def _channels(found, num_channels: int) -> list[Input]:
+  """The files as channels of cases; nothing if one is not named so."""
+  named = [_CHANNEL.fullmatch(stem) for stem, *_ in found]
+  if not all(named):
+    return []
+  of_case: dict[tuple[str, str], dict[int, pathlib.Path]] = {}
+  for match, (_, ending, file, _) in zip(named, found, strict=True):
+    of_case.setdefault((match[1], ending), {})[int(match[2])] = file
   inputs = []
-  for (name, ending), of_number in cases.items():
+  for (name, ending), of_number in of_case.items():
     numbers, problem = sorted(of_number), ""
     first = of_number[numbers[0]]
-    if numbers != list(range(num_channels)):
+    # A picture's file may hold several.
+    count = min(len(numbers), num_channels) if _is_picture(ending) else num_channels
+    if numbers != list(range(count)):
       found = ", ".join(f"{n:04d}" for n in numbers)
       problem = (
         f"{first}: case {name!r} has the channels {found}, but the network was trained on "

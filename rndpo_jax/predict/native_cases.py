@@ -8,8 +8,8 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import intensity, nonzero, records, resample
-from rndpo_jax.data.sources import images, nifti
-from rndpo_jax.predict import inputs
+from rndpo_jax.data.sources import cases
+from rndpo_jax.predict import case_reader, inputs
 from rndpo_jax.predict.native_network import NativeNetwork
 
 
@@ -52,7 +52,7 @@ def read(source: inputs.Input, network: NativeNetwork) -> NativeCase:
   if source.problem:
     raise errors.DataError(source.problem)
   stamp = inputs.stamp(source)
-  image, spacing = (_volume if source.is_nifti else _picture)(source, network)
+  image, spacing = _pixels(source, network)
   shape, box = image.shape[:-1], nonzero.box(image)
   in_mask = "zscore_in_mask" in network.schemes
   mask = nonzero.mask(image[box]) if in_mask else None
@@ -66,46 +66,16 @@ def read(source: inputs.Input, network: NativeNetwork) -> NativeCase:
   return NativeCase(source, stamp, shape, box, spacing, new_spacing, image, new_shape)
 
 
-def _volume(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
-  first = source.files[0]
-  if len(source.files) != network.num_channels:
+def _pixels(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
+  """([*S, I], mm a pixel)."""
+  case = case_reader.open_case(source, network)
+  spacing = (1.0, 1.0) if source.is_picture else case.spacing  # as nnU-Net has it of pictures
+  if spacing is None:
     raise errors.DataError(
-      f"{first}: {len(source.files)} channel, but the network was trained on "
-      f"{network.num_channels}; expected files {source.case_id}_0000{source.ending} to "
-      f"{source.case_id}_{network.num_channels - 1:04d}{source.ending}, and all names of this kind"
-    )
-  case = nifti.open_case(list(source.files), None, 2)
-  if len(case.shape) < network.spatial_dims:
-    raise errors.DataError(
-      f"{first}: a 2D image of shape {case.shape}, but the network was trained on volumes; give "
-      "volumes"
-    )
-  if case.spacing is None:
-    raise errors.DataError(
-      f"{first}: the header gives no spacing, but the network takes images at "
+      f"{source.files[0]}: the header gives no spacing, but the network takes images at "
       f"{network.spacing} mm a pixel; write pixdim into the header"
     )
-  (pixels,) = nifti.read_case(case, len(case.shape), network.num_classes, False)
-  _check(pixels, source, network)
-  return pixels.image, case.spacing
-
-
-def _picture(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
-  path = source.files[0]
-  if network.spatial_dims != 2:
-    raise errors.DataError(
-      f"{path}: a 2D image, but the network was trained on volumes; expected NIfTI"
-    )
-  image = images.read_image(path)
-  if image.shape[-1] != network.num_channels:
-    raise errors.DataError(
-      f"{path}: {image.shape[-1]} channels, but the network was trained on "
-      f"{network.num_channels}; expected the same, convert or remove it"
-    )
-  _check(records.Pixels(image, None, np.eye(4), str(path)), source, network)
-  return image, (1.0, 1.0)  # as nnU-Net's reader of pictures has it
-
-
-def _check(pixels: records.Pixels, source: inputs.Input, network: NativeNetwork) -> None:
+  (pixels,) = cases.read_case(case, len(case.shape), network.num_classes, False)
   entry = {"shape": pixels.image.shape[:-1], "record_id": source.case_id}
   records.check_pixels(pixels, entry, network.num_classes)
+  return pixels.image, spacing

@@ -1,4 +1,4 @@
-"""A network that takes images at a spacing of its own, in patches; read from an nnU-Net folder."""
+"""A network that takes images at a spacing of its own, in patches, of a run or of nnU-Net."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rndpo_jax import errors, types
+from rndpo_jax import errors, models, types
 from rndpo_jax.nnunet import folder as folder_lib
+from rndpo_jax.predict.trained import Trained
 
 
 class NativeNetwork(NamedTuple):
@@ -71,9 +72,9 @@ def read_nnunet(folder: os.PathLike | str, folds: Sequence[int | str]) -> Native
   """
   place = pathlib.Path(folder).expanduser()
   _check_there(place, folds)
-  models = [folder_lib.read(place, fold) for fold in folds]
-  first = models[0]
-  kinds = [model.checkpoint.configuration for model in models]
+  members = [folder_lib.read(place, fold) for fold in folds]
+  first = members[0]
+  kinds = [model.checkpoint.configuration for model in members]
   if len(set(kinds)) > 1:
     raise errors.ConfigError(
       f"--fold: the folds of {place} are of the configurations {', '.join(kinds)}; expected one"
@@ -84,7 +85,7 @@ def read_nnunet(folder: os.PathLike | str, folds: Sequence[int | str]) -> Native
   mirrored = first.checkpoint.mirroring_axes
   return NativeNetwork(
     apply=first.segmenter.apply,
-    params=tuple(model.params for model in models),
+    params=tuple(model.params for model in members),
     num_channels=plans.num_channels,
     class_names=plans.class_names,
     spacing=plans.preprocessing.spacing,
@@ -99,6 +100,27 @@ def read_nnunet(folder: os.PathLike | str, folds: Sequence[int | str]) -> Native
       "patch_size": list(plans.preprocessing.patch_size),
       "schemes": list(plans.preprocessing.schemes),
     },
+  )
+
+
+def of_run(trained: Trained) -> NativeNetwork:
+  """The network of a work directory that was trained in the native mode."""
+  native = trained.native
+  segmenter = models.build(
+    trained.config.model, num_classes=trained.num_classes, spatial_dims=trained.spatial_dims
+  )
+  return NativeNetwork(
+    apply=segmenter.apply,
+    params=(trained.params,),
+    num_channels=trained.num_channels,
+    class_names=tuple(trained.class_names),
+    spacing=native.spacing,
+    patch_size=trained.size,
+    schemes=native.schemes,
+    statistics=native.statistics,
+    mirror_axes=trained.mirror_axes,
+    title=f"the checkpoint of step {trained.step}" if trained.step else "the base",
+    settings={"step": trained.step},
   )
 
 

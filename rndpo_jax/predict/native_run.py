@@ -19,9 +19,6 @@ from rndpo_jax.predict.native_network import NativeNetwork
 from rndpo_jax.runtime import preemption, sharding, threads
 
 BORDER = 3  # pixels around a mask's foreground whose entropy counts, too, as in `config.judge`
-# Pixels of a batch on a device, at most; of a CPU few: they stay in its cache.
-_BATCH_PIXELS = {"cpu": 2**16}
-_BATCH_PIXELS_ELSEWHERE = 2**22
 
 
 def job(network: NativeNetwork, options: Options) -> Job:
@@ -38,7 +35,7 @@ def job(network: NativeNetwork, options: Options) -> Job:
   window = sliding_window.make(
     network.apply,
     network.patch_size,
-    batch_size=_batch_size(network.patch_size),
+    batch_size=sliding_window.batch_size(network.patch_size),
     mirror_axes=network.mirror_axes if options.mirror else (),
   )
   window = window._replace(apply_tiles=of_ensemble(window.apply_tiles))
@@ -139,8 +136,3 @@ def _certain_background(case: NativeCase, network: NativeNetwork) -> np.ndarray:
   probabilities = np.zeros((*case.shape, network.num_classes), np.float16)
   probabilities[..., 0] = 1
   return probabilities
-
-
-def _batch_size(patch_size: tuple[int, ...]) -> int:
-  pixels = _BATCH_PIXELS.get(jax.default_backend(), _BATCH_PIXELS_ELSEWHERE)
-  return jax.local_device_count() * max(1, pixels // int(np.prod(patch_size)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,26 +11,6 @@ from rndpo_jax import seeds, types
 from rndpo_jax.mining import judges, overlap, proposals
 
 SCORES = ("agreement", "confidence", "entropy")
-
-
-def mirrored(apply: Callable) -> Callable:
-  """(params, images f32[B, *S, I]) -> log of the mean probabilities over all flips, f32[B, *S, C].
-
-  The image is flipped along every set of its spatial axes, 4 or 8 of them, and each flip undone.
-  Logarithms take the place of logits: their softmax is the mean.
-  """
-
-  def mean(params, images):
-    axes = range(1, images.ndim - 1)
-    flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-    total = None
-    for flip in flips:
-      logits = jnp.flip(apply(params, jnp.flip(images, flip)), flip)
-      one = jax.nn.log_softmax(logits, axis=-1)
-      total = one if total is None else jnp.logaddexp(total, one)
-    return total - jnp.log(float(len(flips)))
-
-  return mean
 
 
 def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callable:

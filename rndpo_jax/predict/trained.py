@@ -13,6 +13,7 @@ from rndpo_jax import errors, types
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.data import records
 from rndpo_jax.evaluation import delivered
+from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import evaluate, phases
 from rndpo_jax.training import checkpoint
@@ -29,9 +30,12 @@ class Trained(NamedTuple):
     class_names: one a class, background first.
     num_channels: I.
     spatial_dims: 2 or 3.
-    size: the model's grid.
+    size: the network's input: the model's grid, or in the native mode a patch of it.
     crop: centre crop in source pixels, () for none.
     normalization: 'zscore' or 'minmax'.
+    native: how images come to the model's spacing; None in the simple mode.
+    mirror_axes: spatial axes along which training flipped images.
+    has_ignored: whether masks of the data may have held pixels of unknown class.
     fingerprint: of the prepared data that it was trained on.
     step: of the parameters, counted over all phases; 0 is the base.
     params: a numpy tree.
@@ -45,6 +49,9 @@ class Trained(NamedTuple):
   size: tuple[int, ...]
   crop: tuple[int, ...]
   normalization: str
+  native: records.Native | None
+  mirror_axes: tuple[int, ...]
+  has_ignored: bool
   fingerprint: str
   step: int = 0
   params: types.Params = None
@@ -78,13 +85,25 @@ def load(workdir: os.PathLike, which: str) -> Trained:
   facts = records.read(home / "data")
   trained = Trained(
     config=config_lib.of_phase(config),
-    size=tuple(config.data.size),
+    size=config_lib.input_size(config),
     crop=tuple(config.data.crop),
     normalization=config.data.normalization,
+    mirror_axes=_mirror_axes(config, workdir, facts["spatial_dims"]),
     **{name: facts[name] for name in Trained._fields if name in facts},
   )
   step, params = _params(workdir, config, trained, which)
   return trained._replace(step=step, params=params)
+
+
+def _mirror_axes(config, workdir: epath.Path, spatial_dims: int) -> tuple[int, ...]:
+  """Of an imported base those of its training, which fine-tuning goes on from."""
+  home = workdir / "base" / imported.KEPT
+  if home.exists():
+    model = imported.read_kept(home)
+    axes = model.checkpoint.mirroring_axes
+    return tuple(n for n, axis in enumerate(model.plans.axes) if axis in axes)
+  is_flipped = config.base.augment and config.augment.flip > 0
+  return tuple(range(spatial_dims)) if is_flipped else ()
 
 
 def _config(workdir: epath.Path) -> ml_collections.ConfigDict:

@@ -93,6 +93,9 @@ def _rows(results: Mapping, split: str) -> list[dict[str, str]]:
         "name": metric.title,
         "unit": _unit(results, name),
         "base": show(base, digits),
+        "rankseg": show(results["rankseg"][split][name], digits)
+        if name in results["rankseg"][split]
+        else "",
         "finetuned": show(final, digits),
         "change": signed(change, digits),
         "kind": _kind(-change if metric.distance else change),

@@ -1,11 +1,13 @@
-"""Stage `base`: supervised training of the base segmenter on the labelled split."""
+"""Stage `base`: the base segmenter, trained on the labelled split or imported from nnU-Net."""
 
 from __future__ import annotations
 
+import json
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -14,6 +16,7 @@ from rndpo_jax import losses, models, provenance, seeds, types
 from rndpo_jax.data import augment, split_batches
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.training import (
   checkpoint,
@@ -65,17 +68,21 @@ def run(config, workdir: os.PathLike) -> None:
 
   Writes `base/` (the first member: the base segmenter) and `base/member-N/`, each with `params/`,
   `metrics.jsonl` and `selected.json`; keeps the selected and the last parameters. With
-  `config.base.workdir` the members of that work directory are copied.
+  `config.base.workdir` the members of that work directory are copied; with
+  `config.base.nnunet_folder` they are the folds of that model, and `base/nnunet/` keeps what the
+  first one came as.
 
   Raises:
     training.TrainingError, checkpoint.CheckpointError, config.ConfigError.
+    errors.DataError, errors.FileError: if a model of nnU-Net cannot be used for these data.
   """
   if config.base.workdir:
     _copy_members(config, workdir)
     return
+  make_member = _import_member if config.base.nnunet_folder else _train_member
   # The first member comes last: its selected.json is the sign that the stage is done.
   for member in reversed(range(config.base.num_members)):
-    _train_member(config, workdir, member)
+    make_member(config, workdir, member)
 
 
 def load(workdir: os.PathLike, dataset, member: int = 0) -> types.Params:
@@ -131,7 +138,7 @@ def _train_member(config, workdir, member: int) -> None:
     train_step.make_state(params, transformation, mesh, fsdp_min_size=min_size),
     split_batches.labelled_batches(
       config,
-      dataset,
+      shown_to(config, dataset, member),
       mesh,
       batch_size=config.base.batch_size,
       seed=seeds.base_order(config.seed, member),
@@ -155,6 +162,45 @@ def _train_member(config, workdir, member: int) -> None:
     _select(config, directory, dataset.fingerprint)
 
 
+def shown_to(config, dataset, member: int) -> dataset_lib.Dataset:
+  """The data set with the labelled groups that a member is trained on.
+
+  The first sees all, each other one a share `config.base.member_labels` of its own, one group at
+  least: bagging (Breiman, "Bagging predictors", Machine Learning 1996), drawn without replacement.
+  """
+  labelled = dataset.splits["labelled"]
+  groups = np.array([dataset.records[index]["group_id"] for index in labelled])
+  names = np.unique(groups)
+  count = max(1, round(config.base.member_labels * len(names)))
+  if member == 0 or count == len(names):
+    return dataset
+  rng = np.random.default_rng(seeds.base_order(config.seed, member))
+  own = labelled[np.isin(groups, rng.choice(names, count, replace=False))]
+  return dataset._replace(splits={**dataset.splits, "labelled": own})
+
+
+def _import_member(config, workdir, member: int) -> None:
+  directory = member_directory(workdir, member)
+  if multihost.broadcast((directory / "selected.json").exists):
+    return
+  fold = imported.folds(config)[member]
+  dataset = dataset_lib.open_dataset(config, workdir)
+  params = imported.read(config, fold, dataset).params
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
+  figures = make_validate(config, dataset, segmenter, mesh)(params)
+  checkpoint.save(directory / "params", 0, params)
+  if not multihost.is_first():
+    return
+  if member == 0:
+    imported.keep(config, fold, directory)
+  row = {"step": 0, "kind": "val", **figures}
+  files.write_text(directory / "metrics.jsonl", json.dumps(row) + "\n")
+  _write_selected(config, directory, row, f"nnU-Net, fold {fold}", dataset.fingerprint)
+
+
 def make_validate(
   config,
   dataset,
@@ -173,17 +219,21 @@ def _select(config, directory: epath.Path, data: str) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
   rows = metric_writer.read_rows(directory, "val")
   chosen = checkpoint_manager.best_row(rows) if config.base.select == "best" else rows[-1]
+  _write_selected(config, directory, chosen, config.base.select, data)
+  checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
+
+
+def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: str) -> None:
   files.write_json(
     directory / "selected.json",
     {
-      "step": chosen["step"],
-      "rule": config.base.select,
-      "val_dice": chosen["val_dice"],
+      "step": row["step"],
+      "rule": rule,
+      "val_dice": row["val_dice"],
       "seed": config.seed,
       "fingerprints": {"data": data},
     },
   )
-  checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
 
 
 def _copy_members(config, workdir) -> None:
@@ -203,5 +253,7 @@ def _copy_members(config, workdir) -> None:
     checkpoint.save(target / "params", selected["step"], params)
     if not multihost.is_first():
       continue
+    if (source / imported.KEPT).exists():
+      files.copy(source / imported.KEPT, target / imported.KEPT)
     files.write_text(target / "metrics.jsonl", (source / "metrics.jsonl").read_text())
     files.write_json(target / "selected.json", selected)

@@ -26,6 +26,7 @@ from rndpo_jax.evaluation import (
   harm,
   metrics,
   predict,
+  rankseg,
   results,
   validation_pairs,
 )
@@ -94,11 +95,18 @@ def run(config, workdir: os.PathLike) -> None:
   content["harm"] = {name: value for name, value in found.items() if name != "curve"}
   content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
+  content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   if "pairs" in image_terms.reads_of(config):
     content["warnings"] += _gate_warning(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def _rankseg(cases, names) -> dict:
+  """The metrics of overlap of `rankseg`, the base without any training."""
+  overlap = [name for name in names if name not in metrics.SURFACE]
+  return {split: results.mean_metrics(cases, split, overlap) for split in predict.SPLITS}
 
 
 def _delivered(chosen: dict, models) -> dict:

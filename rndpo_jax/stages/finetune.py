@@ -15,6 +15,7 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax import models, provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.models import mirroring
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import base, phases
@@ -24,6 +25,7 @@ from rndpo_jax.training import (
   loss_fns,
   metric_writer,
   pair_terms,
+  term_inputs,
   train_loop,
   train_step,
 )
@@ -134,7 +136,7 @@ def make_loss_fn(
   pairs = pair_terms.Settings(
     apply=apply,
     num_classes=num_classes,
-    size=tuple(config.data.size),
+    size=config_lib.input_size(config),
     objective={
       "objective": options.objective,
       "objective_weights": tuple(options.objective_weights),
@@ -152,13 +154,16 @@ def make_loss_fn(
     dropout=options.dropout,
     dice_weight=dice_weight,
   )
-  images = image_terms.Settings(
+  images = term_inputs.Settings(
     apply=apply,
     num_classes=num_classes,
     dice_weight=dice_weight,
     has_ignored=has_ignored,
     augment=weak if config.base.augment else None,
     strong=strong,
+    teach=mirroring.TEACHER_VIEWS[options.teacher_views](apply),
+    objective=pairs.objective,
+    region_classes=pairs.region_classes,
   )
   terms = config_lib.active_terms(config)
   return loss_fns.make_loss_fn(pairs, images, terms, weak=weak, ramp_steps=options.ramp_steps)

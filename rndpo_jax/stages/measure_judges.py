@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import errors, types
+from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes, objectives
-from rndpo_jax.mining import judge_gate, judges, proposals, reliability
+from rndpo_jax.mining import fused, judge_gate, judges, program, proposals, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files
 
@@ -84,6 +84,9 @@ def write_reliability(
     case_ids[split] = [dataset.records[index]["case_id"] for index in indices[split]]
   check_foreground(measured["val"]["base_foreground"])
   truth = measured["val"]["truth"]
+  weights = {}
+  if judges.FUSED in program.used_judges(config):
+    weights = _add_fused(config, dataset, measured, case_ids["val"], indices["val"])
   files.write_json(
     directory / "proposals.json",
     {
@@ -129,6 +132,8 @@ def write_reliability(
     judge = judge_gate.best(table, config.judge.compare)
   for name, entry in table.items():
     entry["used"] = name == judge
+  if weights:
+    table[judges.FUSED]["weights"] = weights
   validation_pairs.write(
     directory / validation_pairs.FILE,
     indices["val"],
@@ -137,6 +142,29 @@ def write_reliability(
     measured["val"]["mined"][judge],
   )
   files.write_json(directory / "judges.json", table)
+
+
+def _add_fused(config, dataset, measured: dict, case_ids, indices) -> dict[str, float]:
+  """Adds the scores of the judge `fused`, and its pairs on validation; returns its weights."""
+  names, val = fused.members(config), measured["val"]
+  whole, left_out = fused.log_odds(
+    {name: val["scores"][name] for name in names}, val["truth"], case_ids
+  )
+  for split, weights in (("val", left_out), ("labelled", whole)):
+    scores = measured[split]["scores"]
+    together = jnp.stack([scores[name] for name in names], axis=1)
+    scores[judges.FUSED] = np.asarray(fused.fuse(together, weights))
+  mine = jax.jit(program.with_keys(program.make_rule_scored(config, dataset)))
+  key, parts, count = seeds.mining_key(config.seed), [], len(indices)
+  for start in range(0, count, config.mine.batch_size):
+    rows = np.minimum(np.arange(start, start + config.mine.batch_size), count - 1)
+    masks = bit_planes.unpack(val["packed"][rows], tuple(dataset.size), dataset.num_classes)
+    scored = program.Scored(
+      np.asarray(indices[rows], np.int32), masks, None, val["scores"][judges.FUSED][rows]
+    )
+    parts.append(jax.tree.map(np.asarray, mine(None, key, scored)))
+  val["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+  return dict(zip(names, whole.tolist(), strict=True))
 
 
 def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -> np.ndarray:
@@ -166,6 +194,8 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
   """`reliability.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
 
+  Times 1 - 2 e if pairs are smoothed by e, which is what smoothing leaves of the slope at h = 0.
+
   Args:
     config: the whole config.
     score_gap: f32[N, P]. valid: bool[N, P].
@@ -174,6 +204,8 @@ def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping)
   worth = reliability.worth_of_pairs(
     score_gap, entry.get("calibration"), **pair_batches.weight_options(config)
   )
+  if config.finetune.pair_smoothing != "none":
+    worth = worth * (1.0 - 2.0 * reliability.smoothing_of_pairs(score_gap, entry["calibration"]))
   return np.where(valid, worth, 0.0)
 
 

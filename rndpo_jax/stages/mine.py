@@ -18,8 +18,8 @@ from etils import epath
 
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader
-from rndpo_jax.mining import judge_gate, judges, user_judges
+from rndpo_jax.data import loader, tiles
+from rndpo_jax.mining import fused, judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
   host_judges,
@@ -60,7 +60,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = dataset_lib.open_dataset(config, workdir)
+  dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
   weights, score = make_scorer(config, workdir, dataset)
@@ -79,6 +79,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
       }
       measure_judges.write_reliability(config, directory, dataset, outputs)
   config = pass_gate(config, directory)
+  weights["log_odds"] = read_log_odds(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted)
   with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
@@ -125,6 +126,14 @@ def pass_gate(config, directory: epath.Path):
   return judge_gate.with_judge(config, names[multihost.broadcast(look)])
 
 
+def read_log_odds(config, directory: epath.Path) -> np.ndarray | None:
+  """The weights of the judge `fused`, f32[J], which measuring wrote; None for another judge."""
+  if config.judge.name != judges.FUSED:
+    return None
+  found = files.read_json(directory / "judges.json", **{judges.FUSED: dict})[judges.FUSED]
+  return np.array([found["weights"][name] for name in fused.members(config)], np.float32)
+
+
 def _fingerprints(dataset, weights) -> dict[str, str]:
   """Of the data, and of what `make_scorer` loads."""
   of = {"base": weights["policy"], "ensemble": weights["ensemble"], "judge": weights["learned"]}
@@ -142,7 +151,7 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   """
   others = [base.load(workdir, dataset, n) for n in range(1, config.base.num_members)]
   policy = phases.start(config, workdir, dataset)
-  weights = {"policy": policy, "ensemble": others, "learned": None}
+  weights = {"policy": policy, "ensemble": others, "learned": None, "log_odds": None}
   learned_apply = None
   if "learned" in (config.judge.name, *config.judge.compare):
     learned_apply, weights["learned"] = train_judge.train(config, workdir, dataset)
@@ -153,7 +162,7 @@ def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callab
   """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
   names, rule = used_judges(config), make_rule(config, dataset)
   here = [name for name in names if name in hosted]
-  there = tuple(name for name in names if name not in hosted)
+  there = tuple(name for name in names if name not in hosted and name != judges.FUSED)
   function = measure_judges.make_measure(score, there, dataset, rule, bool(here))
   measure = on_local_devices(function, weights)
   if not here:

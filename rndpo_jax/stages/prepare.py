@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import errors
-from rndpo_jax.data import builder, records, sources, splits
+from rndpo_jax.data import builder, native, records, sources, splits
 from rndpo_jax.mining import judges
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, progress
@@ -43,12 +43,15 @@ def run(config, workdir: epath.PathLike) -> None:
   unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
   shards.check_num_shards(config, len(unlabelled))
   check_truth(config, source.records, unlabelled)
-  pixels = builder.build(source, directory)
+  source = native.of_source(source, native.settings(config, source, parts["labelled"]))
+  written = builder.build(source, directory)
   if multihost.is_first():
+    pixels = [one["pixels_fingerprint"] for one in written]
     files.write_json(workdir / splits.FILE, parts)
     facts = [pixels, source.num_classes, splits.sha256(parts)]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    records.write(directory, source, fingerprint, splits.sha256(parts))
+    boxes = [box for one in written for box in one.get("boxes", ())]
+    records.write(directory, source, fingerprint, splits.sha256(parts), boxes)
 
 
 def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> None:
@@ -87,8 +90,18 @@ def split_cases(data, entries: Sequence[dict]) -> dict[str, list[str]]:
   Raises:
     records.DataError: if they cannot be split so.
   """
-  if data.split_file:
+  if data.split_file and data.split_fold < 0:
     return splits.read_split_file(epath.Path(data.split_file), entries)
+  if data.split_file:
+    return splits.read_fold(
+      epath.Path(data.split_file),
+      entries,
+      fold=data.split_fold,
+      num_labelled=data.num_labelled,
+      num_test=data.num_test,
+      num_unlabelled=data.num_unlabelled,
+      seed=data.split_seed,
+    )
   return splits.make_splits(
     entries,
     num_labelled=data.num_labelled,

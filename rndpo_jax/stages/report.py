@@ -15,7 +15,7 @@ from rndpo_jax.report import charts, figures, pictures, tables
 from rndpo_jax.runtime import files
 
 # Entries of `results.json` that are tables of their own.
-RESULTS = ("base", "finetuned", "selected", "delivered", "sustained", "judges", "pairs")
+RESULTS = ("base", "rankseg", "finetuned", "selected", "delivered", "sustained", "judges", "pairs")
 TEMPLATE = pathlib.Path(__file__).parents[1] / "report" / "report.html.j2"
 
 

@@ -167,8 +167,8 @@ def _cells(study, arm, apply_recipe, roots) -> Iterator[Cell]:
         raise ConfigError(f"cell {name}: {error}") from error
       for section in _BASE_SECTIONS:
         first[section] = config[section].copy_and_resolve_references()
-      base = {**_changed(first), "augment": first.augment.to_dict()}
-      base = {k: v for k, v in base.items() if k.partition(".")[0] in (*_BASE_SECTIONS, "augment")}
+      sections = (*_BASE_SECTIONS, "augment")
+      base = {k: v for k, v in _changed(first).items() if k.partition(".")[0] in sections}
       yield Cell(
         f"{name}-{_digest(_changed(config))}", data, budget, draw, seed, recipe, axes,
         bool(arm.get("tuning")), config, f"{data}-n{budget}-d{draw}-s{seed}-{_digest(base)}", first,

@@ -20,56 +20,13 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import losses, types
 from rndpo_jax.data import augment, components, mixing
 from rndpo_jax.losses import consistency as losses_without_labels
+from rndpo_jax.training import online_terms
+from rndpo_jax.training.term_inputs import Inputs, Settings, strong_view
 
 # Shares of an image that a pasted box has. CutMix: French et al. (BMVC 2020), half of the image at
 # most. BCP: Bai et al. (CVPR 2023), two thirds of each axis.
 _CUTMIX_SHARES = (0.02, 0.4)
 _BCP_SHARE_OF_AXIS = 2 / 3
-
-
-class Settings(NamedTuple):
-  """What all terms share.
-
-  Attributes:
-    apply: (params, images, key=None) -> logits f32[B, *S, C]; a key switches dropout on.
-    num_classes: C.
-    dice_weight: factor of soft Dice beside cross-entropy.
-    has_ignored: whether labels may hold `types.IGNORED`.
-    augment: options of `augment.augment` for labelled images, or None.
-    strong: options of `augment.augment` that make the strong view of the weak one.
-  """
-
-  apply: Callable[..., jax.Array]
-  num_classes: int
-  dice_weight: float
-  has_ignored: bool
-  augment: Mapping[str, float] | None
-  strong: Mapping[str, float]
-
-
-class Inputs(NamedTuple):
-  """What a term on images reads; a part that none reads is None.
-
-  Attributes:
-    settings: see there.
-    params: of the policy. partner: of a second network that is trained beside it.
-    teacher: the moving average. base: the frozen network that fine-tuning started from.
-    labelled: {"image", "label"}.
-    weak: f32[B, *S, I], the weak view of unlabelled images. strong: likewise.
-    student_logits: f32[B, *S, C], the policy's on the strong view, dropout on.
-    key: of this term and step.
-  """
-
-  settings: Settings
-  params: types.Params
-  partner: types.Params | None
-  teacher: types.Params | None
-  base: types.Params | None
-  labelled: dict[str, types.Array] | None
-  weak: types.Array | None
-  strong: types.Array | None
-  student_logits: types.Array | None
-  key: jax.Array
 
 
 def labelled(inputs: Inputs, options):
@@ -106,7 +63,7 @@ def pseudo(inputs: Inputs, options):
   2022.
   """
   source = inputs.base if options["teacher"] == "base" else inputs.teacher
-  teacher = inputs.settings.apply(source, inputs.weak)
+  teacher = inputs.settings.teach(source, inputs.weak)
   return _against_classes(inputs, inputs.student_logits, teacher, options["threshold"])
 
 
@@ -121,7 +78,7 @@ def weak_to_strong(inputs: Inputs, options):
   CVPR 2023.
   """
   settings, threshold = inputs.settings, options["threshold"]
-  teacher = settings.apply(inputs.teacher, inputs.weak)
+  teacher = settings.teach(inputs.teacher, inputs.weak)
   keys = jax.random.split(inputs.key, 4)
 
   def of_view(images, key):
@@ -149,7 +106,7 @@ def consistency(inputs: Inputs, options):
   """
   settings, share = inputs.settings, options["max_entropy"]
   if share == 0:
-    teacher = settings.apply(inputs.teacher, inputs.weak)
+    teacher = settings.teach(inputs.teacher, inputs.weak)
     loss = losses_without_labels.consistency_loss(inputs.student_logits, teacher)
     return jnp.mean(loss), {}
   keys = jax.random.split(inputs.key, options["passes"])
@@ -183,7 +140,7 @@ def copy_paste(inputs: Inputs, options):
   Source: Bai et al., "Bidirectional Copy-Paste", CVPR 2023 (without its own pretraining).
   """
   settings, known = inputs.settings, inputs.labelled
-  teacher = jnp.argmax(settings.apply(inputs.teacher, inputs.weak), axis=-1).astype(jnp.uint8)
+  teacher = jnp.argmax(settings.teach(inputs.teacher, inputs.weak), axis=-1).astype(jnp.uint8)
   guess = components.largest(teacher, settings.num_classes)
   box_key, *keys = jax.random.split(inputs.key, 4)
   images, labels = known["image"], known["label"]
@@ -210,13 +167,6 @@ def entropy(inputs: Inputs, options):
   """
   del options
   return jnp.mean(losses_without_labels.entropy_loss(inputs.student_logits)), {}
-
-
-def strong_view(key: jax.Array, weak: jax.Array, options: Mapping[str, float]) -> jax.Array:
-  """f32[B, *S, I]: `options` of intensity, gamma and noise; no pixel moves."""
-  still = dict.fromkeys(("flip", "turn", "elastic", "elastic_scale", "elastic_smoothing"), 0.0)
-  masks = jnp.zeros((weak.shape[0], 0, *weak.shape[1:-1]), jnp.uint8)
-  return augment.augment(key, weak, masks, **options, **still)[0]
 
 
 def _cutmix(key, images, logits, probability) -> tuple[jax.Array, Any]:
@@ -281,6 +231,7 @@ TERMS = {
   "cross_pseudo": Term(cross_pseudo, ("unlabelled", "student", "partner")),
   "copy_paste": Term(copy_paste, ("labelled", "unlabelled", "teacher")),
   "entropy": Term(entropy, ("unlabelled", "student")),
+  "online": Term(online_terms.online, ("unlabelled", "teacher", "base")),
 }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rndpo_jax import types
 from rndpo_jax.data import augment
-from rndpo_jax.training import image_terms, pair_terms
+from rndpo_jax.training import image_terms, pair_terms, term_inputs
 
 # What is drawn from a step's key beside the view of the pairs, which takes the places from 0 up.
 _FIRST_PLACE = 2**31
@@ -19,7 +19,7 @@ _PLACES = ("weak", "strong", "student", "pair_view", "pair_dropout", *image_term
 
 def make_loss_fn(
   pairs: pair_terms.Settings,
-  images: image_terms.Settings,
+  images: term_inputs.Settings,
   terms: Mapping[str, Mapping[str, Any]],
   *,
   weak: Mapping[str, float],
@@ -87,7 +87,7 @@ def _weighted(name: str, value, weight: float, rise):
   return value * rise if rise is not None and image_terms.TERMS[name].rises else value
 
 
-def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> image_terms.Inputs:
+def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> term_inputs.Inputs:
   """What terms on images read, their own key left out."""
   weak_view = strong = student = None
   policy = types.policy_of(params)
@@ -95,10 +95,10 @@ def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> image_t
     shown = batch.unlabelled["image"]
     masks = jnp.zeros((shown.shape[0], 0, *shown.shape[1:-1]), jnp.uint8)
     weak_view = augment.augment(keys["weak"], shown, masks, **weak)[0]
-    strong = image_terms.strong_view(keys["strong"], weak_view, settings.strong)
+    strong = term_inputs.strong_view(keys["strong"], weak_view, settings.strong)
   if "student" in read:
     student = settings.apply(policy, strong, keys["student"])
-  return image_terms.Inputs(
+  return term_inputs.Inputs(
     settings=settings,
     params=policy,
     partner=params.partner if isinstance(params, types.Partners) else None,
@@ -109,4 +109,5 @@ def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> image_t
     strong=strong,
     student_logits=student,
     key=inputs.key,
+    beta=inputs.beta,
   )

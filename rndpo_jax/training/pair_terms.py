@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rndpo_jax import losses, types
 from rndpo_jax.data import augment
 from rndpo_jax.losses import bit_planes, consistency, objectives
-from rndpo_jax.training import image_terms
+from rndpo_jax.training import term_inputs
 
 
 class Settings(NamedTuple):
@@ -25,13 +25,13 @@ class Settings(NamedTuple):
     apply: (params, images, key=None) -> logits f32[B, *S, C].
     num_classes: C.
     size: S, the model's grid.
-    objective: keyword arguments of `preference.preference_loss`; the beta of the inputs takes the
-      place of the one here.
+    objective: keyword arguments of `preference.preference_loss`; the beta of the inputs and the
+      smoothing of a batch take the place of those here.
     region_classes: see `margins.region`.
     reference: "cached" (margins in the batch), "online" (parameters in the inputs) or "none" (a
       reference margin of 0).
     augment: options of `augment.augment`, or None.
-    strong: options of `image_terms.strong_view`, or None: what the policy alone sees.
+    strong: options of `term_inputs.strong_view`, or None: what the policy alone sees.
     dropout: whether the policy has dropout on.
     dice_weight: factor of soft Dice beside cross-entropy.
   """
@@ -74,7 +74,9 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
       policy_log_prob, reference_log_prob = log_probs(logits)
     else:
       policy_log_prob, reference_log_prob = _if_logged(log_probs, logits, inputs, margin)
-    beta = {} if inputs.beta is None else {"beta": inputs.beta}
+    own = {} if inputs.beta is None else {"beta": inputs.beta}
+    if batch.smoothing is not None:
+      own["label_smoothing"] = batch.smoothing
     return losses.preference_loss(
       margin,
       reference_margin,
@@ -83,14 +85,14 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
       policy_log_prob=policy_log_prob,
       reference_log_prob=reference_log_prob,
       voxel_volume=batch.voxel_volume[:, None],
-      **{**settings.objective, **beta},
+      **{**settings.objective, **own},
     )
 
   def pair_losses(params, batch: types.PairBatch, inputs: types.StepInputs, key, dropout_key):
     images, masks, consensus = _view(settings, batch, inputs.key)
     seen = images
     if settings.strong is not None:
-      seen = image_terms.strong_view(key, images, settings.strong)
+      seen = term_inputs.strong_view(key, images, settings.strong)
     logits = settings.apply(params, seen, *([dropout_key] if settings.dropout else []))
     found, metrics = {}, {}
     if "preference" in terms:
@@ -98,13 +100,35 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
     if "chosen" in terms:
       # Of the pairs that the preference loss is a mean of, so that parts of a batch add up.
       weight = batch.weight * (losses.region_size(*masks, **region_options) > 0)
-      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
       metrics.setdefault("weight", jnp.sum(weight))
+      if (temperature := terms["chosen"]["image_temperature"]) > 0:
+        weight = weight * image_weights(batch.top_score, temperature)[:, None]
+      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
     if "consensus" in terms:
-      found["consensus"] = jnp.mean(consistency.soft_label_loss(logits, consensus))
+      values = consistency.soft_label_loss(logits, consensus)
+      if (temperature := terms["consensus"]["image_temperature"]) > 0:
+        values = values * image_weights(batch.top_score, temperature)
+      found["consensus"] = jnp.mean(values)
     return found, metrics
 
   return pair_losses
+
+
+def image_weights(top_score: jax.Array, temperature: float) -> jax.Array:
+  """Weights of the images of a batch by their judge's top scores, with mean 1.
+
+      w = B softmax(top_score / temperature)
+
+  An image of whose proposals one is sure to be good teaches more than one on which all are poor.
+
+  Args:
+    top_score: f32[B].
+    temperature: in the unit of the score, above 0.
+
+  Returns:
+    f32[B].
+  """
+  return len(top_score) * jax.nn.softmax(top_score / temperature)
 
 
 def _chosen(logits, chosen, weight, dice_weight):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rndpo_jax.data import records
-from rndpo_jax.data.sources import folder, nnunet, phantom
+from rndpo_jax.data.sources import dicom_folder, folder, nnunet, phantom
 
 
 class Row(NamedTuple):
@@ -23,5 +23,6 @@ class Row(NamedTuple):
 SOURCES = {
   "phantom": Row(phantom.open_source, options=("phantom",)),
   "folder": Row(folder.open_source, options=("root", "case_pattern")),
+  "dicom": Row(dicom_folder.open_source, options=("root",)),
   "nnunet": Row(nnunet.open_source, options=("root",)),
 }

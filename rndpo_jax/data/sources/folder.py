@@ -45,9 +45,14 @@ def open_source(config) -> records.Source:
   mask_files = _list(root / "masks", _LOSSLESS, "masks")
   orphans = sorted(set(mask_files) - set(image_files))
   if orphans:
+    hint = (
+      "; names as ID_0000 are nnU-Net's: config.data.source='nnunet' reads such files from "
+      "imagesTr and labelsTr, beside a dataset.json"
+    )
     raise errors.DataError(
       f"{mask_files[orphans[0]]}: mask without image; expected {root / 'images' / orphans[0]}"
-      ".png (or .jpg, .tif); add it or remove the mask"
+      f".png (or .jpg, .tif); add it or remove the mask"
+      f"{hint if f'{orphans[0]}_0000' in image_files else ''}"
     )
   ids = sorted(image_files, key=natural)
   headers = {name: images.header(image_files[name]) for name in ids}
@@ -71,11 +76,10 @@ def open_source(config) -> records.Source:
     )
 
   eight_bit = all(header.dtype == "uint8" for header in headers.values())
-  names = [f"class {c}" for c in range(1, data.num_classes)]
   return records.Source(
     name=data.name,
     num_classes=data.num_classes,
-    class_names=["background", *(names if data.num_classes > 2 else ["foreground"])],
+    class_names=class_names(data.num_classes),
     num_channels=headers[ids[0]].channels,
     spatial_dims=2,
     spacing_unit="voxel",
@@ -85,6 +89,12 @@ def open_source(config) -> records.Source:
     fingerprint=fingerprint,
     notes=tuple(_notes(image_files, headers)),
   )
+
+
+def class_names(num_classes: int) -> list[str]:
+  """Names where the files tell none."""
+  names = [f"class {c}" for c in range(1, num_classes)]
+  return ["background", *(names if num_classes > 2 else ["foreground"])]
 
 
 def _notes(files, headers) -> Iterator[str]:
@@ -129,6 +139,7 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
   if not folder.is_dir():
     raise errors.DataError(
       f"{folder}: no such folder; expected images/ID.png and masks/ID.png under config.data.root"
+      f"{_hint(folder.parent)}"
     )
   files: dict[str, pathlib.Path] = {}
   for path in sorted(folder.iterdir()):
@@ -155,6 +166,13 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
   if not files:
     raise errors.DataError(f"{folder}: no {what}; expected files ID{'|'.join(suffixes)}")
   return files
+
+
+def _hint(root: pathlib.Path) -> str:
+  """The remedy for a folder that another source reads."""
+  is_nnunet = (root / "dataset.json").exists() or (root / "imagesTr").is_dir()
+  found = "; this looks like an nnU-Net raw folder, which config.data.source='nnunet' reads"
+  return found if is_nnunet else ""
 
 
 def _check_channels(files, headers) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks
+from rndpo_jax.data.sources import volume
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "I": 1, "F": 1}
 _FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow would read dozens, some by other programs
@@ -35,6 +36,35 @@ class Header(NamedTuple):
   channels: int  # 1 or 3
   dtype: str  # uint8 or float32
   orientation: int  # EXIF's or TIFF's, 1 for none
+
+
+def open_file(path: pathlib.Path) -> volume.Volume:
+  """An image as one of several files of a case, its header read.
+
+  Raises:
+    records.DataError: as `header`; reading raises it as `read_image` or `read_mask`, and if the tag
+      of a TIFF turns the image to another shape.
+  """
+  found = header(path)
+
+  def read(as_bytes: bool) -> np.ndarray:
+    image = read_image(path)
+    if image.shape[:-1] != found.shape:
+      raise errors.DataError(
+        f"{path}: tagged with orientation {found.orientation}, which turns {found.shape} pixels to "
+        f"{image.shape[:-1]}; save it upright"
+      )
+    return image if as_bytes else image.astype(np.float32, copy=False)
+
+  return volume.Volume(
+    shape=found.shape,
+    affine=np.eye(4),
+    spacing=None,
+    eight_bit=found.dtype == "uint8",
+    read=read,
+    num_channels=found.channels,
+    read_ids=lambda num_ids: read_mask(path, num_ids),
+  )
 
 
 def header(path: pathlib.Path) -> Header:

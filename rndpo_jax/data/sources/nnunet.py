@@ -1,16 +1,15 @@
 """An nnU-Net raw folder: `dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`.
 
-The layout is that of nnU-Net (Isensee et al., Nature Methods 2021), version 2 and 1. Channels
-CASE_0000, CASE_0001 ... are stacked. Cases without a label file, and those in `imagesTs`, are
-unlabelled. nnU-Net's `ignore` label, the highest id, becomes `types.IGNORED`. If `dataset.json`
-lists the training cases' files under `dataset`, those are taken and `imagesTr` and `labelsTr` are
-not looked at. Spacing is the header's pixdim, in mm if the header names no unit, as in nnU-Net and
-ITK. With two spatial dimensions each slice along a volume's last axis is a record.
+The layout is that of nnU-Net (Isensee et al., Nature Methods 2021), version 2 and 1, in the formats
+of `cases.ENDINGS`. Channels CASE_0000, CASE_0001 ... are stacked; an RGB picture is three channels.
+Cases without a label file, and those in `imagesTs`, are unlabelled. nnU-Net's `ignore` label, the
+highest id, becomes `types.IGNORED`. If `dataset.json` lists the training cases' files under
+`dataset`, those are taken and `imagesTr` and `labelsTr` are not looked at. With two spatial
+dimensions each slice along a volume's last axis is a record.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import pathlib
 import re
@@ -19,9 +18,9 @@ from typing import Any
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import folder, nifti
+from rndpo_jax.data.sources import case_source, folder
+from rndpo_jax.data.sources import cases as cases_lib
 
-_ENDINGS = (".nii.gz", ".nii")
 _MAX_CLASSES = types.IGNORED  # masks are kept as u8
 _IGNORE = "ignore"  # nnU-Net's name for pixels of unknown class
 # Names of channels for which nnU-Net does not take the z-score.
@@ -56,42 +55,32 @@ def open_source(config) -> records.Source:
       f"{root / 'dataset.json'}: 'channel_names' is {channel_names!r}, expected an object of the "
       "channels' numbers and names"
     )
-  num_channels = len(channel_names)
-  files = _case_files(root, info, num_channels)
-  cases = {name: nifti.open_case(*files[name], data.spatial_dims) for name in files}
-  known = all(case.spacing is not None for case in cases.values())
-  entries = [entry for name, case in cases.items() for entry in _entries(data, name, case, known)]
-
-  def read(start: int) -> Iterator[records.Pixels]:
-    for name, group in itertools.groupby(entries[start:], key=lambda entry: entry["case_id"]):
-      sliced = next(group)["slice"]
-      pixels = nifti.read_case(cases[name], data.spatial_dims, len(names), has_ignored)
-      yield from itertools.islice(pixels, max(sliced, 0), None)
-
-  def fingerprint(place: int) -> str:
-    case = cases[entries[place]["case_id"]]
-    return records.file_fingerprint(*case.channels, *([case.label] if case.label else []))
-
-  return records.Source(
-    name=data.name,
-    num_classes=len(names),
-    class_names=names,
-    has_ignored=has_ignored,
-    num_channels=num_channels,
-    spatial_dims=data.spatial_dims,
-    spacing_unit="mm" if known else "voxel",
-    dtype="uint8" if all(case.eight_bit for case in cases.values()) else "float32",
-    records=entries,
-    read=read,
-    fingerprint=fingerprint,
-    notes=(
-      *_notes_of_folder(root, channel_names, data.normalization, has_ignored),
-      *nifti.notes_of_headers(list(cases.values())),
-    ),
-  )
+  files = _case_files(root, info, len(channel_names))
+  cases = {name: cases_lib.open_case(*files[name], data.spatial_dims) for name in files}
+  for case in cases.values():
+    if case.num_channels != len(channel_names):
+      raise errors.DataError(
+        f"{case.channels[0]}: {case.num_channels} channels in {len(case.channels)} files of the "
+        f"case, but {root / 'dataset.json'} lists {len(channel_names)}; expected as many (an RGB "
+        "picture is three, a grey one is one)"
+      )
+  notes = _notes_of_folder(root, channel_names, data, has_ignored)
+  return case_source.make_source(
+    data, cases, names,
+    channel_names=_texts(channel_names), has_ignored=has_ignored, notes=notes,
+  )  # fmt: skip
 
 
-def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool) -> Iterator[str]:
+def _texts(channel_names) -> tuple[str, ...]:
+  """The names in the order of the channels' numbers."""
+  if isinstance(channel_names, list):
+    return tuple(map(str, channel_names))
+  numbered = all(str(key).isdecimal() for key in channel_names)
+  keys = sorted(channel_names, key=int) if numbered else channel_names
+  return tuple(str(channel_names[key]) for key in keys)
+
+
+def _notes_of_folder(root, channel_names, data, has_ignored: bool) -> Iterator[str]:
   """What of the folder's own description has another effect here than a reader might think."""
   if has_ignored:
     yield (
@@ -100,15 +89,16 @@ def _notes_of_folder(root, channel_names, normalization: str, has_ignored: bool)
     )
   names = channel_names.values() if isinstance(channel_names, dict) else channel_names
   own = [str(name) for name in names if str(name).lower() in _OWN_NORMALIZATION]
-  if own:
+  if own and not data.spacing:  # in the native mode it is done as nnU-Net does
     yield (
       f"{root / 'dataset.json'}: nnU-Net normalises the channel {own[0]!r} in its own way; here "
-      f"every channel is normalised by config.data.normalization={normalization!r}"
+      f"every channel is normalised by config.data.normalization={data.normalization!r}"
     )
-  if (root / "splits_final.json").exists():
+  folds = root / "splits_final.json"
+  if folds.exists() and not data.split_file:
     yield (
-      f"{root / 'splits_final.json'}: not read; the splits are drawn from config.data.split_seed, "
-      "or read from config.data.split_file"
+      f"{folds}: not read; the splits are drawn from config.data.split_seed; to hold out what fold "
+      f"0 does, set --config.data.split_file={folds} --config.data.split_fold=0"
     )
 
 
@@ -149,12 +139,10 @@ def _class_names(root: pathlib.Path, info: dict[str, Any]) -> tuple[list[str], b
 def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tuple[list, Any]]:
   """(channel files, label file or None) of each case, in natural order of the case ids."""
   ending = info.get("file_ending", ".nii.gz")
-  if ending not in _ENDINGS:
-    images_only = "a folder of 2D images is config.data.source='folder', else "
+  if ending not in cases_lib.ENDINGS:
     raise errors.DataError(
-      f"{root / 'dataset.json'}: file_ending {ending!r}; expected one of {', '.join(_ENDINGS)}: "
-      f"{images_only if ending in ('.png', '.tif', '.tiff', '.jpg') else ''}convert the files to "
-      "NIfTI"
+      f"{root / 'dataset.json'}: file_ending {ending!r}; expected one of "
+      f"{', '.join(cases_lib.ENDINGS)}: convert the files to one of them"
     )
   listed = "dataset" in info
   cases, labels = _listed_files(root, info["dataset"]) if listed else ({}, {})
@@ -178,7 +166,8 @@ def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tupl
   if not cases:
     raise errors.DataError(f"{root / 'imagesTr'}: no images; expected files CASE_0000{ending}")
   for name, channels in cases.items():
-    if sorted(channels) != list(range(num_channels)):
+    count = len(channels) if ending in cases_lib.PICTURES else num_channels  # several in one file
+    if sorted(channels) != list(range(count)):
       raise errors.DataError(
         f"{next(iter(channels.values()))}: case {name!r} has the channels {sorted(channels)}, "
         f"dataset.json lists {num_channels}; expected each of 0..{num_channels - 1}"
@@ -190,7 +179,7 @@ def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tupl
       f"{root / 'imagesTr' / orphans[0]}_0000{ending}; add it or remove the mask"
     )
   order = sorted(cases, key=folder.natural)
-  return {n: ([cases[n][c] for c in range(num_channels)], labels.get(n)) for n in order}
+  return {n: ([file for _, file in sorted(cases[n].items())], labels.get(n)) for n in order}
 
 
 def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
@@ -258,20 +247,3 @@ def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
   for path in found:
     file_checks.check_text(path.name, str(path))
   return found
-
-
-def _entries(data, name: str, case: nifti.Case, known: bool) -> Iterator[dict[str, Any]]:
-  group = records.extract(data.group_pattern, name, "group_pattern")
-  dims = data.spatial_dims
-  sliced = len(case.shape) > dims
-  for index in range(case.shape[2]) if sliced else (-1,):
-    yield records.record(
-      record_id=f"{name}#z{index:03d}" if sliced else name,
-      case_id=name,
-      group_id=group,
-      slice_index=index,
-      shape=case.shape[:dims],
-      spacing=case.spacing[:dims] if known else None,
-      slice_spacing=case.spacing[2] if known and sliced else None,
-      has_mask=case.label is not None,
-    )

@@ -1,0 +1,26 @@
+"""ACDC at a finer grid, in patches, instead of 64 x 64 crops; 5 labelled patients, slices in 2D.
+
+  python -m launch.run --config=configs/acdc_native.py --config.data.root=DIR --workdir=OUT
+
+DIR as of configs/acdc.py. Cases are cropped to what is not zero, normalised one by one and brought
+to 1.5 mm a pixel, half of what the 64 x 64 crops have; the network sees patches of 96 x 96, and
+masks are put together by sliding window on the cases' own grids.
+"""
+
+from configs import acdc, recipes
+
+
+def get_config(recipe=""):
+  config = acdc.get_config()
+  with config.unlocked():
+    config.data.crop = ()
+    config.data.spacing = (1.5, 1.5)
+    config.data.patch_size = (96, 96)
+    config.base.num_steps = 400
+    config.proposals.mix = "base:1,tta+threshold:3"
+    config.mine.pairs_per_image = 3
+    config.finetune.num_steps = 200
+    config.finetune.batch_size = 8
+    config.finetune.eval_every_steps = 100
+    recipes.apply(config, recipe)
+  return config.lock()

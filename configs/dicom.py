@@ -1,0 +1,18 @@
+"""DICOM series in images/ID/, a folder each; those without masks/ID.nii.gz are unlabelled.
+
+  python -m launch.run --config=configs/dicom.py --config.data.root=DIR --workdir=OUT
+
+Needs the extra `dicom`. Masks are NIfTI, .mha or .nrrd on the grid of their series, with class ids
+0..C-1 (--config.data.num_classes=C). Trains on slices; for volumes add
+--config.data.spatial_dims=3 --config.data.size='(64,64,32)'.
+"""
+
+from configs import nnunet
+
+
+def get_config(recipe=""):
+  config = nnunet.get_config(recipe).unlock()
+  config.data.source = "dicom"
+  config.data.name = "dicom"
+  config.data.num_classes = 2
+  return config.lock()

@@ -1,0 +1,264 @@
+"""The native mode: images at a spacing in mm, by nnU-Net's order of steps.
+
+A case is cropped to what is not zero, normalised channel by channel, and resampled; then its slices
+are taken apart where records are slices. Slices outside the crop have nothing to train on: their
+box is empty, and their mask the background.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from rndpo_jax import errors, types
+from rndpo_jax.data import intensity, nonzero, records, resample
+
+_NUM_INTENSITIES = 10**7  # of all cases together, from which CT's percentiles are taken
+
+
+def settings(config, source: records.Source, labelled: Collection[str]) -> records.Native | None:
+  """Spacing, schemes and statistics of a data set; None in the simple mode.
+
+  What is measured is measured on the labelled split: the median spacing of its cases, and for the
+  scheme 'ct' the intensities under its masks.
+
+  Args:
+    config: `data.spacing` and `data.schemes` are read.
+    source: the data set.
+    labelled: case ids of that split.
+
+  Raises:
+    records.DataError: if a spacing is unknown, or there are not as many schemes as channels.
+  """
+  if not config.data.spacing:
+    return None
+  spacing = spacing_of(config, source.records, labelled)
+  schemes = tuple(config.data.schemes)
+  if not schemes:
+    names = source.channel_names or ("",) * source.num_channels
+    schemes = tuple(map(intensity.scheme_of_channel, names))
+  if len(schemes) != source.num_channels:
+    raise errors.DataError(
+      f"config.data.schemes: found {schemes}, expected {source.num_channels}, one a channel of "
+      f"{source.name}"
+    )
+  return records.Native(
+    spacing=spacing,
+    schemes=schemes,
+    statistics=_given(config.data.statistics) or _statistics(source, schemes, labelled),
+  )
+
+
+def _given(text: str) -> tuple[dict | None, ...]:
+  """What `config.data.statistics` holds; () if that is empty."""
+  try:
+    content = json.loads(text or "[]")
+    return tuple(None if one is None else {k: float(v) for k, v in one.items()} for one in content)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise errors.DataError(
+      f"config.data.statistics: found {text!r} ({error}), expected a JSON list, an object of "
+      f"{', '.join(intensity.STATISTICS)} or null a channel"
+    ) from error
+
+
+def spacing_of(config, entries: Sequence[dict], labelled: Collection[str]) -> tuple[float, ...]:
+  """`config.data.spacing`, with the median of the labelled cases where it says 0.
+
+  Raises:
+    records.DataError: if the spacing of a record is unknown.
+  """
+  wanted = tuple(config.data.spacing)
+  unknown = [entry["record_id"] for entry in entries if entry["spacing"] is None]
+  if unknown:
+    raise errors.DataError(
+      f"config.data.spacing: found {wanted}, but the spacing of {unknown[0]!r} is unknown "
+      f"({len(unknown)} of {len(entries)} records); set it in the header, or leave "
+      "config.data.spacing empty and give config.data.size"
+    )
+  of_case = {entry["case_id"]: entry["spacing"] for entry in entries}
+  median = np.median([of_case[case] for case in labelled], axis=0)
+  return tuple(float(mm or found) for mm, found in zip(wanted, median, strict=True))
+
+
+def _statistics(source, schemes, labelled: Collection[str]) -> tuple[dict | None, ...]:
+  """What 'ct' reads, of the pixels under the labelled masks, each case with equal weight."""
+  if "ct" not in schemes:
+    return (None,) * len(schemes)
+  rng = np.random.default_rng(1234)
+  pools: list[np.ndarray] = []
+  for first, end in _units(source.records):
+    if source.records[first]["case_id"] not in labelled:
+      continue
+    pixels = list(itertools.islice(source.read(first), end - first))
+    for one, entry in zip(pixels, source.records[first:end], strict=True):
+      records.check_pixels(one, entry, source.num_classes)
+    known = [(one.mask > 0) & (one.mask != types.IGNORED) for one in pixels]
+    found = np.concatenate([p.image[k] for p, k in zip(pixels, known, strict=True)])
+    if len(found):
+      pools.append(found[rng.integers(len(found), size=_NUM_INTENSITIES // len(labelled))])
+  if not pools:
+    raise errors.DataError(
+      f"{source.name}: every labelled mask is empty, so the scheme 'ct' has no percentiles; check "
+      "the masks, or set config.data.schemes"
+    )
+  pool = np.concatenate(pools).astype(np.float64)
+  low, high = np.percentile(pool, (0.5, 99.5), axis=0)
+  columns = zip(pool.mean(0), pool.std(0), low, high, strict=True)
+  named = [dict(zip(intensity.STATISTICS, map(float, values), strict=True)) for values in columns]
+  return tuple(n if scheme == "ct" else None for n, scheme in zip(named, schemes, strict=True))
+
+
+def of_source(source: records.Source, native: records.Native | None) -> records.Source:
+  """The source with `Pixels.on_spacing`; the source itself in the simple mode."""
+  if native is None:
+    return source
+  ends = dict(itertools.chain.from_iterable(_places(*unit) for unit in _units(source.records)))
+
+  def read(start: int) -> Iterator[records.Pixels]:
+    first, _ = ends[start] if start < len(source.records) else (start, start)
+    pixels, place = source.read(first), first
+    while place < len(source.records):
+      end = ends[place][1]
+      unit = list(itertools.islice(pixels, end - place))
+      for one, entry in zip(unit, source.records[place:end], strict=True):
+        records.check_pixels(one, entry, source.num_classes)
+      entry = source.records[place]
+      found = on_spacing(unit, case_spacing(entry), native, source.num_classes)
+      for number, (one, own) in enumerate(zip(unit, found, strict=True), place):
+        if number >= start:
+          yield one._replace(on_spacing=own)
+      place = end
+
+  return source._replace(read=read, native=native)
+
+
+def _places(first: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+  return ((place, (first, end)) for place in range(first, end))
+
+
+def _units(entries: Sequence[dict]) -> list[tuple[int, int]]:
+  """[first, end) of the records that are prepared together: a volume's slices, or one record."""
+  units = []
+  for place, entry in enumerate(entries):
+    if units and entry["slice"] > 0 and entry["slice_spacing"] is not None:
+      units[-1] = (units[-1][0], place + 1)
+    else:
+      units.append((place, place + 1))
+  return units
+
+
+def case_spacing(entry: dict) -> tuple[float, ...]:
+  """mm a voxel of what `on_spacing` takes together, from a record of it."""
+  between = entry["slice_spacing"]
+  return (*entry["spacing"], *(() if between is None else (between,)))
+
+
+def on_spacing(
+  pixels: Sequence[records.Pixels],
+  spacing: Sequence[float],
+  native: records.Native,
+  num_classes: int,
+) -> list[records.OnSpacing]:
+  """Crops, normalises and resamples one case.
+
+  Args:
+    pixels: of its records: the case, or its slices in order.
+    spacing: mm a voxel of the case, one an axis; three where there are slices.
+    native: of the data set.
+    num_classes: C.
+
+  Returns:
+    One a record.
+  """
+  dims = len(native.spacing)
+  sliced = len(spacing) > dims
+  image = np.stack([p.image for p in pixels], axis=dims) if sliced else pixels[0].image
+  box = nonzero.box(image)
+  inside = nonzero.mask(image)[box] if "zscore_in_mask" in native.schemes else None
+  try:
+    image = intensity.normalize(image[box], native.schemes, native.statistics, inside)
+  except ValueError as error:
+    raise errors.DataError(
+      f"{pixels[0].image_path}: config.data.schemes: {error}; choose other schemes"
+    ) from error
+  # A volume is resampled as one, though its slices keep their distance: splines are clipped to what
+  # the volume has.
+  options = {"spacing": tuple(spacing), "new_spacing": (*native.spacing, *spacing[dims:])}
+  new_shape = resample.resampled_shape(image.shape[:-1], **options)
+  image = resample.resample_image(image, new_shape, **options)
+  edges = np.array([(s.start, s.stop) for s in box[:dims]], np.int32)
+  options = {"spacing": options["spacing"][:dims], "new_spacing": native.spacing}
+  options["ids"] = (*range(1, num_classes), types.IGNORED)
+  found = []
+  for number, one in enumerate(pixels):
+    if sliced and not box[-1].start <= number < box[-1].stop:
+      found.append(_empty(dims, image.shape[-1], one.mask is not None))
+      continue
+    own, mask = image[:, :, number - box[-1].start] if sliced else image, one.mask
+    if mask is not None:
+      mask = resample.resample_mask(mask[box[:dims]], new_shape[:dims], **options)
+    found.append(records.OnSpacing(np.ascontiguousarray(own, np.float32), mask, edges))
+  return found
+
+
+def _empty(dims: int, num_channels: int, has_mask: bool) -> records.OnSpacing:
+  """A slice outside the crop; one pixel, for TFDS cannot read images without any."""
+  pixel = (1,) * dims
+  mask = np.zeros(pixel, np.uint8) if has_mask else None
+  return records.OnSpacing(
+    np.zeros((*pixel, num_channels), np.float32), mask, np.zeros((dims, 2), np.int32)
+  )
+
+
+def to_own_spacing(
+  values: np.ndarray, box: np.ndarray, spacing: Sequence[float], native: records.Native
+) -> np.ndarray:
+  """Brings f32[*M, C] on the model's spacing back to a record's box, linearly.
+
+  Args:
+    values: logits, or an image.
+    box: i32[dims, 2] of the record; it is not empty.
+    spacing: mm a pixel of the record.
+    native: of the data set.
+  """
+  lengths = (box[:, 1] - box[:, 0]).tolist()
+  return resample.resample_logits(values, lengths, spacing=native.spacing, new_spacing=spacing)
+
+
+def paste(values: np.ndarray | None, box: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """What stands in a record's box, on its own grid [*shape, ...] with zeros around.
+
+  Args:
+    values: [*box, ...], or None where the box is empty: u8 zeros then.
+    box: i32[dims, 2] of the record.
+    shape: S of the record.
+  """
+  if values is None:
+    return np.zeros(tuple(shape), np.uint8)
+  out = np.zeros((*shape, *values.shape[len(box) :]), values.dtype)
+  out[tuple(slice(*edges) for edges in box)] = values
+  return out
+
+
+def is_seen(box: np.ndarray) -> bool:
+  """Whether a record has pixels on the model's spacing."""
+  return bool((box[:, 1] > box[:, 0]).all())
+
+
+def model_shape(
+  box: np.ndarray, spacing: Sequence[float], new_spacing: Sequence[float]
+) -> tuple[int, ...]:
+  """M of a record: the shape of its box on the model's spacing; zeros if the box is empty.
+
+  Args:
+    box: i32[dims, 2].
+    spacing: mm a pixel of the record.
+    new_spacing: of the model.
+  """
+  if not is_seen(box):
+    return (0,) * len(box)
+  lengths = (box[:, 1] - box[:, 0]).tolist()
+  return resample.resampled_shape(lengths, spacing, new_spacing)

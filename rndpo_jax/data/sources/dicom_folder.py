@@ -1,0 +1,83 @@
+"""DICOM series and masks: `images/ID/`, a folder with one series, and `masks/ID.nii.gz`.
+
+Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd or .nrrd on the grid of their
+series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each slice
+is a record.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from rndpo_jax import errors
+from rndpo_jax.data import file_checks, records
+from rndpo_jax.data.sources import case_source, folder
+from rndpo_jax.data.sources import cases as cases_lib
+
+_MASKS = (*cases_lib.NIFTI, *cases_lib.ITK)
+
+
+def open_source(config) -> records.Source:
+  """The folder `config.data.root`, from file names and headers.
+
+  Raises:
+    records.DataError: on a missing or empty folder, a series or mask that cannot be used, a mask
+      without series or on another grid.
+  """
+  data = config.data
+  if data.num_classes < 2:
+    raise errors.DataError(
+      f"config.data.num_classes: found {data.num_classes}; a folder does not tell, set it"
+    )
+  root = folder.check_root(data.root)
+  series, masks = _series(root / "images"), _masks(root / "masks")
+  orphans = sorted(set(masks) - set(series))
+  if orphans:
+    raise errors.DataError(
+      f"{masks[orphans[0]]}: mask without series; expected a folder "
+      f"{root / 'images' / orphans[0]}; add it or remove the mask"
+    )
+  cases = {
+    name: cases_lib.open_case([series[name]], masks.get(name), data.spatial_dims)
+    for name in sorted(series, key=folder.natural)
+  }
+  return case_source.make_source(data, cases, folder.class_names(data.num_classes))
+
+
+def _series(place: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Folder of each case."""
+  if not place.is_dir():
+    raise errors.DataError(
+      f"{place}: no such folder; expected images/ID/, each a folder of one DICOM series, and "
+      "masks/ID.nii.gz under config.data.root"
+    )
+  found = {}
+  for path in sorted(place.iterdir()):
+    if path.name.startswith("."):
+      continue
+    if not path.is_dir():
+      raise errors.DataError(
+        f"{path}: a file; expected a folder for each series, with its slices; move or remove it"
+      )
+    found[file_checks.check_text(path.name, str(path))] = path
+  if not found:
+    raise errors.DataError(f"{place}: no series; expected a folder for each, with its slices")
+  return found
+
+
+def _masks(place: pathlib.Path) -> dict[str, pathlib.Path]:
+  """File of each case's mask."""
+  found: dict[str, pathlib.Path] = {}
+  for path in sorted(place.iterdir()) if place.is_dir() else ():
+    stem, ending = cases_lib.split_name(path.name)
+    if path.name.startswith(".") or ending.lower() in (".raw", ".zraw"):  # voxels of .mhd
+      continue
+    if ending.lower() not in _MASKS:
+      raise errors.DataError(
+        f"{path}: not a format taken for masks; expected {', '.join(_MASKS)}; convert or remove it"
+      )
+    name = file_checks.check_text(stem, str(path))
+    if name in found:
+      raise errors.DataError(f"{path}: second mask of {name!r}, beside {found[name]}; keep one")
+    found[name] = path
+  return found

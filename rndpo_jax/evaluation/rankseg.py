@@ -1,0 +1,99 @@
+"""A baseline without training: the masks of which the base's probabilities expect the best Dice.
+
+Of each record and foreground class, with p the probabilities of the class on the record's own grid,
+
+    d = max over t of (2 (p_(1) + ... + p_(t)) + 1) / (t + sum p + 1)      p_(1) >= p_(2) >= ...
+
+and the class claims the pixels with 2 p > d, which are those of the best t: a pixel raises a ratio
+if what it adds to it is larger. So the threshold is d / 2, an image's own and at most 1/2. A pixel
+that several classes claim goes to the likeliest of them, one that none claims to the background.
+This is the rule of Dai and Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation",
+JMLR 2023, with the expectation of the ratio taken as the ratio of expectations, which many pixels
+make close; compare Wang and Dai, "RankSEG-RMA", NeurIPS 2025. Nothing is tuned. `argmax` is the
+rule for pixel accuracy instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rndpo_jax import models
+from rndpo_jax.evaluation import cases, predict, results
+from rndpo_jax.runtime import sharding
+
+FOLDER = "rankseg"  # in `evaluate/`
+
+
+def of_base(config, evaluation: predict.Evaluation) -> list[results.Case]:
+  """Pixel counts of every case by this rule, from `evaluate/rankseg/` if known.
+
+  Args:
+    config: the whole config.
+    evaluation: of the run; step 0 is the base.
+  """
+  dataset = evaluation.dataset
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  apply = sharding.over_local_devices(segmenter.apply)
+  to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
+
+  def predict_batch(params, images, resize):
+    return to_masks(None, (apply(params, images), resize))
+
+  folder = evaluation.folder / FOLDER
+  folder.mkdir(exist_ok=True)
+  return cases.overlap_cases(
+    evaluation._replace(folder=folder, predict_batch=predict_batch), step=0
+  )
+
+
+def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
+  """As `predict.native_masks`, by the rule above in place of the argmax.
+
+  Args:
+    logits: f32[B, *size, C].
+    resize: of `predict.resize_matrices`; where its rows are zeros the background is certain.
+
+  Returns:
+    u8[B, *N].
+  """
+
+  def one(item):
+    values, matrices = item
+    seen = jnp.ones(())
+    for axis, matrix in enumerate(matrices):
+      values = jnp.tensordot(matrix, values, axes=(1, axis), precision="highest")
+      values = jnp.moveaxis(values, 0, axis)
+      seen = seen[..., None] * jnp.any(matrix != 0, axis=1).reshape((1,) * axis + (-1,))
+    return best_masks(jax.nn.softmax(values, axis=-1) * seen[..., None])
+
+  return jax.lax.map(one, (logits, tuple(resize)))
+
+
+def best_masks(probs: jax.Array) -> jax.Array:
+  """The rule above.
+
+  Args:
+    probs: f32[*N, C] of one image; pixels of zeros are background.
+
+  Returns:
+    u8[*N].
+  """
+  chex.assert_rank(probs, {2, 3, 4})
+  foreground = jnp.moveaxis(probs[..., 1:], -1, 0)
+
+  def claimed(p):
+    falling = -jnp.sort(-p.ravel())
+    total = jnp.sum(falling)
+    expected = (2 * jnp.cumsum(falling) + 1) / (jnp.arange(1, p.size + 1) + total + 1)
+    best = jnp.maximum(jnp.max(expected), 1 / (total + 1))
+    return jnp.where(2 * p > best, p, 0.0)
+
+  found = jax.lax.map(claimed, foreground)
+  likeliest = jnp.argmax(found, axis=0) + 1
+  return jnp.where(jnp.max(found, axis=0) > 0, likeliest, 0).astype(jnp.uint8)

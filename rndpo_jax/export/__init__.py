@@ -1,0 +1,1 @@
+"""Trained networks as other programs read them: nnU-Net, safetensors, StableHLO."""

@@ -1,0 +1,169 @@
+"""A trained nnU-Net as the base of a run: what its plans decide, and what the run keeps of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import errors
+from rndpo_jax.data import intensity
+from rndpo_jax.nnunet import checkpoint_pth, folder
+from rndpo_jax.nnunet import plans as plans_lib
+from rndpo_jax.nnunet.preprocessing import Preprocessing
+from rndpo_jax.runtime import files, progress
+
+KEPT = "nnunet"  # folder of the work directory's `base/` that holds the model as it came
+CHECKPOINT = "checkpoint_final.pth"
+_NEEDED = ("plans.json", "dataset.json")
+_PERHAPS = ("dataset_fingerprint.json",)
+
+
+def folds(config) -> list[str]:
+  """The folds of `config.base.fold`, the first of which is the base segmenter.
+
+  Raises:
+    ConfigError: if it is no number, "all", or several with commas between.
+  """
+  names = [name.strip() for name in config.base.fold.split(",")]
+  if not all(name == "all" or name.isdecimal() for name in names) or len(set(names)) < len(names):
+    raise errors.ConfigError(
+      f"config.base.fold: found {config.base.fold!r}, expected a fold as in '0' or 'all', or "
+      "several different ones as in '0,1,2'"
+    )
+  return names
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with what the plans of `config.base.nnunet_folder` decide; without it as it is.
+
+  Raises:
+    ConfigError: if a key that they decide was given another value.
+    errors.FileError, errors.DataError: naming the file of the folder that cannot be used.
+  """
+  if not config.base.nnunet_folder:
+    return config
+  root = pathlib.Path(config.base.nnunet_folder).expanduser()
+  names = folds(config)
+  path = root / f"fold_{names[0]}" / CHECKPOINT
+  plans = plans_lib.read(root, checkpoint_pth.read_configuration(path))
+  decided = _decided(config, plans) | {"base.num_members": len(names)}
+  defaults, values = config_lib.leaves(config_lib.base_config()), config_lib.leaves(config)
+  for key, value in decided.items():
+    # 0 classes are those of the data set.
+    free = (defaults[key], value, *((0,) if key == "data.num_classes" else ()))
+    if values[key] not in free:
+      raise errors.ConfigError(
+        f"config.{key}: found {values[key]!r}, but {root} has {value!r}; leave it out"
+      )
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(decided)
+  return config
+
+
+def _decided(config, plans: plans_lib.Plans) -> dict[str, Any]:
+  """What the plans say, by the keys of the config."""
+  network, images = plans.architecture.transposed(plans.axes), plans.preprocessing
+  depth = 1  # of the learned judge: what the patch can be halved to
+  while depth < len(network.features) and not any(n % 2**depth for n in images.patch_size):
+    depth += 1
+  return {
+    "model.name": "nnunet_residual" if network.is_residual else "nnunet_plain",
+    "model.architecture": network.to_json(),
+    "model.depth": depth,
+    "data.spatial_dims": len(plans.axes),
+    "data.num_classes": plans.num_classes,
+    "data.spacing": images.spacing,
+    "data.patch_size": images.patch_size,
+    "data.schemes": images.schemes,
+    "data.statistics": _statistics(images) if "ct" in images.schemes else "",
+  }
+
+
+def _statistics(images: Preprocessing) -> str:
+  """What the scheme 'ct' reads, as `config.data.statistics` has it."""
+  return json.dumps(
+    [
+      {name: own[name] for name in intensity.STATISTICS} if scheme == "ct" else None
+      for scheme, own in zip(images.schemes, images.statistics, strict=True)
+    ]
+  )
+
+
+def read(config, fold: str, dataset) -> folder.Model:
+  """A fold of the model, checked to be of such data.
+
+  Args:
+    config: `base.nnunet_folder` is read.
+    fold: one of `folds`.
+    dataset: the prepared data.
+
+  Raises:
+    errors.DataError: if channels or classes differ.
+    errors.FileError: naming the file of the model that cannot be used.
+  """
+  root = pathlib.Path(config.base.nnunet_folder).expanduser()
+  model = folder.read(root, fold, CHECKPOINT)
+  plans = model.plans
+  if plans.num_channels != dataset.num_channels:
+    raise errors.DataError(
+      f"config.base.nnunet_folder: {root} was trained on {plans.num_channels} channels, the images "
+      f"of config.data.root have {dataset.num_channels}; take the images that it was trained on"
+    )
+  names = list(dataset.class_names)
+  if len(names) != plans.num_classes:
+    raise errors.DataError(
+      f"config.base.nnunet_folder: {root} has the classes {', '.join(plans.class_names)}, the data "
+      f"{', '.join(names)}; relabel the data as the model has them"
+    )
+  for n, name in enumerate(names):
+    if name in plans.class_names and plans.class_names[n] != name:
+      raise errors.DataError(
+        f"config.base.nnunet_folder: the class {name!r} has the id {n} in the data and "
+        f"{plans.class_names.index(name)} in {root}; relabel the data"
+      )
+  if names != list(plans.class_names):
+    progress.say(
+      f"classes of the data ({', '.join(names)}) are taken for those of the model "
+      f"({', '.join(plans.class_names)}), by their ids"
+    )
+  return model
+
+
+def read_kept(home: os.PathLike) -> folder.Model:
+  """The model that `keep` has copied to `base/nnunet/`, of its one fold.
+
+  Raises:
+    errors.FileError: naming the file that cannot be used.
+  """
+  home = pathlib.Path(home)
+  return folder.read(home, kept_fold(home), CHECKPOINT)
+
+
+def kept_fold(home: pathlib.Path) -> str:
+  """The fold in `base/nnunet/`.
+
+  Raises:
+    errors.FileError: if there is not exactly one.
+  """
+  found = [path.name.removeprefix("fold_") for path in home.glob("fold_*")]
+  if len(found) != 1:
+    raise errors.FileError(
+      f"{home}: found {len(found)} folders fold_F, expected one; bring back what the stage 'base' "
+      "copied there"
+    )
+  return found[0]
+
+
+def keep(config, fold: str, directory: epath.Path) -> None:
+  """Copies the model as it came, for `launch.export`: `directory`/nnunet/, of this fold."""
+  source = epath.Path(config.base.nnunet_folder).expanduser()
+  target = directory / KEPT
+  there = [name for name in _PERHAPS if (source / name).exists()]
+  for name in (*_NEEDED, *there, f"fold_{fold}/{CHECKPOINT}"):
+    files.write_bytes(target / name, (source / name).read_bytes())

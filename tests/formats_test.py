@@ -1,0 +1,190 @@
+"""MetaImage, NRRD and pictures under nnU-Net's names: as a source, and around prediction."""
+
+import json
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from rndpo_jax import config as config_lib
+from rndpo_jax import errors
+from rndpo_jax.data import records
+from rndpo_jax.data.sources import cases, folder, nnunet
+from rndpo_jax.predict import case_files, inputs
+
+sitk = pytest.importorskip("SimpleITK", reason="needs the extra 'itk'")
+DRAW = np.random.default_rng(0)
+# (x, y, z), of more than one size, turned, and away from the origin.
+IMAGE = DRAW.integers(-900, 900, (5, 6, 3)).astype(np.int16)
+MASK = DRAW.integers(0, 3, (5, 6, 3)).astype(np.uint8)
+GRID = dict(
+  spacing=(2, 1.5, 8), origin=(10, -20, 30), direction=(0, -1, 0, 0.6, 0, 0.8, -0.8, 0, 0.6)
+)
+RGB = DRAW.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+
+
+def _save(path, array, *, spacing, origin, direction):
+  image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+  image.SetSpacing(spacing)
+  image.SetOrigin(origin)
+  image.SetDirection(direction)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  sitk.WriteImage(image, str(path))
+  return path
+
+
+def _write(path, array):
+  return _save(path, array, **GRID)
+
+
+def _picture(path, array):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(array).save(path)
+  return path
+
+
+def _describe(root, ending, channels=1):
+  names = {str(n): "MR" for n in range(channels)}
+  labels = {"background": 0, "a": 1, "b": 2}
+  info = {"labels": labels, "channel_names": names, "file_ending": ending}
+  root.mkdir(exist_ok=True)
+  (root / "dataset.json").write_text(json.dumps(info))
+
+
+def _open(root, **changes):
+  config = config_lib.base_config()
+  config.data.update({"source": "nnunet", "root": str(root), "num_classes": 0, **changes})
+  return nnunet.open_source(config)
+
+
+def _read(root, **changes):
+  source = _open(root, **changes)
+  pixels = list(source.read(0))
+  for entry, one in zip(source.records, pixels, strict=True):
+    records.check_pixels(one, entry, source.num_classes)
+  return source, pixels
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("ending", cases.ITK)
+def test_a_source_is_that_of_the_same_data_as_nifti(tmp_path, ending, dims):
+  found = []
+  for kind in (".nii.gz", ending):
+    root = tmp_path / kind
+    _describe(root, kind)
+    _write(root / "imagesTr" / f"a_0000{kind}", IMAGE)
+    _write(root / "labelsTr" / f"a{kind}", MASK)
+    found.append(_read(root, spatial_dims=dims))
+  (nifti, expected), (source, pixels) = found
+  assert source.spacing_unit == "mm" and source.dtype == "float32"
+  for entry, other in zip(source.records, nifti.records, strict=True):
+    np.testing.assert_allclose(entry.pop("spacing"), other.pop("spacing"), rtol=1e-6)
+    assert entry == other
+  for one, other in zip(pixels, expected, strict=True):
+    np.testing.assert_array_equal(one.image, other.image)
+    np.testing.assert_array_equal(one.mask, other.mask)
+    np.testing.assert_allclose(one.affine, other.affine, atol=1e-5)
+
+
+def test_bytes_stay_bytes_and_voxels_beside_a_header_tell_a_change(tmp_path):
+  _describe(tmp_path, ".mhd")
+  for name in ("imagesTr/a_0000", "labelsTr/a"):
+    _write(tmp_path / f"{name}.mhd", MASK)
+  source, pixels = _read(tmp_path)
+  assert source.dtype == "uint8" and pixels[0].image.dtype == np.uint8
+  before = source.fingerprint(0)
+  (tmp_path / "labelsTr" / "a.raw").write_bytes(bytes(MASK.size))
+  assert source.fingerprint(0) != before
+  (tmp_path / "labelsTr" / "a.raw").unlink()
+  with pytest.raises(
+    errors.DataError, match=r"a\.mhd: its voxels are in .*a\.raw, which is missing"
+  ):
+    _open(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_pictures_under_the_names_of_nnunet(tmp_path, ending):
+  _describe(tmp_path, ending, channels=4)
+  _picture(tmp_path / "imagesTr" / f"a_0000{ending}", RGB)
+  _picture(tmp_path / "imagesTr" / f"a_0001{ending}", RGB[..., 0])
+  _picture(tmp_path / "labelsTr" / f"a{ending}", MASK[..., 0])
+  source, pixels = _read(tmp_path)
+  assert source.num_channels == 4 and source.records[0]["case_id"] == "a"
+  assert (source.dtype, source.spacing_unit) == ("uint8", "voxel")
+  np.testing.assert_array_equal(pixels[0].image, np.concatenate([RGB, RGB[..., :1]], -1))
+  np.testing.assert_array_equal(pixels[0].mask, MASK[..., 0])
+  (tmp_path / "imagesTr" / f"a_0001{ending}").unlink()
+  with pytest.raises(errors.DataError, match=r"3 channels in 1 files .*dataset\.json lists 4"):
+    _open(tmp_path)
+
+
+def test_the_source_of_folders_names_that_of_nnunet(tmp_path):
+  config = config_lib.base_config()
+  config.data.update({"source": "folder", "root": str(tmp_path)})
+  _picture(tmp_path / "imagesTr" / "a_0000.png", RGB)
+  with pytest.raises(errors.DataError, match="images: no such folder.*source='nnunet' reads"):
+    folder.open_source(config)
+  _picture(tmp_path / "images" / "a_0000.png", RGB)
+  _picture(tmp_path / "masks" / "a.png", MASK[..., 0])
+  with pytest.raises(errors.DataError, match=r"a\.png: mask without image.*source='nnunet' reads"):
+    folder.open_source(config)
+
+
+def _predicted(files, ending, mask):
+  source = inputs.Input("case", tuple(files), ending)
+  return case_files.Predicted(source, "", mask, None, {})
+
+
+@pytest.mark.parametrize(
+  "name, written", [("a.mha", "case.mha"), ("a.mhd", "case.mha"), ("a.NRRD", "case.NRRD")]
+)
+def test_a_mask_has_the_format_and_geometry_of_its_image(tmp_path, name, written):
+  path = _write(tmp_path / name, IMAGE)
+  output = epath.Path(tmp_path / "out")
+  output.mkdir()
+  case_files.write(output, _predicted([path], path.suffix, MASK))
+  found, image = sitk.ReadImage(str(output / written)), sitk.ReadImage(str(path))
+  np.testing.assert_array_equal(sitk.GetArrayFromImage(found).T, MASK)
+  assert found.GetPixelID() == sitk.sitkUInt8
+  for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+    np.testing.assert_array_equal(getattr(found, get)(), getattr(image, get)())
+
+
+def test_which_pictures_are_channels(tmp_path):
+  def ids(num_channels, *names, alone=None):
+    place = tmp_path / str(len(list(tmp_path.iterdir())))
+    place.mkdir()
+    for name in names:
+      (place / name).touch()
+    found = inputs.list_inputs(str(place / alone if alone else place), num_channels)
+    assert not any(one.problem for one in found)
+    return [(one.case_id, len(one.files), one.mask_name) for one in found]
+
+  assert ids(3, "a_0000.png", "b_0000.png") == [("a", 1, "a.png"), ("b", 1, "b.png")]
+  assert ids(2, "a_0000.tif", "a_0001.tif") == [("a", 2, "a.tif")]
+  numbered = ["z_0000.png", "z_0001.png", "z_0002.png"]  # slices, not channels
+  plain = [(name[:-4], 1, name) for name in numbered]
+  assert ids(1, *numbered) == plain and ids(1, *numbered, alone=numbered[0]) == plain[:1]
+  assert ids(1, "a_0000.png", "b.png") == [("a_0000", 1, "a_0000.png"), ("b", 1, "b.png")]
+  assert ids(1, "a_0000.png", "b_0000.mha") == [("a", 1, "a.png"), ("b", 1, "b.mha")]
+
+
+def test_without_simpleitk_the_extra_is_named(tmp_path, monkeypatch):
+  path = _write(tmp_path / "a.mha", IMAGE)
+  monkeypatch.setitem(sys.modules, "SimpleITK", None)
+  with pytest.raises(errors.DataError, match=r"a\.mha: .*pip install 'rndpo_jax\[itk\]'"):
+    cases.open_file(path)
+
+
+def test_files_of_two_formats_on_one_grid_are_one_case(tmp_path):
+  image = _write(tmp_path / "a_0000.mha", IMAGE)
+  label = _write(tmp_path / "a.nii.gz", MASK)
+  assert cases.open_case([image], label, 3).shape == (5, 6, 3)
+  header = nibabel.load(label)
+  header.affine[0, 3] += 5
+  nibabel.save(nibabel.Nifti1Image(MASK, header.affine), label)
+  with pytest.raises(errors.DataError, match=r"a\.nii\.gz: its header places voxels"):
+    cases.open_case([image], label, 3)
