@@ -10,6 +10,7 @@ from rndpo_jax import errors
 from rndpo_jax.data import dataset, records
 from rndpo_jax.data.sources import cases
 from rndpo_jax.predict import inputs
+from rndpo_jax.predict.native_network import NativeNetwork
 from rndpo_jax.predict.trained import Trained
 
 
@@ -62,7 +63,7 @@ def open_case(source: inputs.Input, trained) -> cases.Case:
   """
   case = cases.open_case(list(source.files), None, 2)
   first, count = source.files[0], case.num_channels
-  if len(case.shape) < trained.spatial_dims:
+  if len(case.shape) < network.spatial_dims:
     raise errors.DataError(
       f"{first}: a 2D image of shape {case.shape}, but the network was trained on volumes; give "
       "volumes, as NIfTI, or a network with config.data.spatial_dims=2"
