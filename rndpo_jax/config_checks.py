@@ -6,14 +6,14 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import (
+from rndpo_jax import workdir
+from rndpo_jax.checks import (
   config_files,
   config_geometry,
   config_mix,
   config_model,
   config_ranges,
   config_unread,
-  workdir,
 )
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError

@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, config_ranges, errors, pipeline
+from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax.checks import config_ranges
 from rndpo_jax.mining import proposals
 from rndpo_jax.planning import dry_run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model
+from rndpo_jax.checks import config_model
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.mining import proposals
 
