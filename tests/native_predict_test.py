@@ -19,6 +19,7 @@ from scipy import ndimage
 from rndpo_jax import errors
 from rndpo_jax.data import resample
 from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.nnunet import folder as folder_lib
 from rndpo_jax.predict import (
   inputs,
   native_cases,
@@ -70,7 +71,7 @@ def _save(array, path, affine=AFFINE):
 
 def _run(place, source, output, folds="0", **options):
   output_folder.check(str(source), str(output))
-  network = native_network.read_nnunet(place, native_network.parse_folds(folds))
+  network = native_network.read_nnunet(place, folder_lib.parse_folds(folds, "--fold"))
   options = Options(**options)
   run.run(native_run.job(network, options), str(source), output, options)
 
@@ -227,7 +228,7 @@ def test_what_cannot_be_predicted_raises_naming_it(tmp_path, model, images):
     native_run.job(network._replace(mirror_axes=()), Options(mirror=True))
   for folds in ("", "0,0", "x", "1,-2"):
     with pytest.raises(errors.ConfigError, match="--fold: found"):
-      native_network.parse_folds(folds)
+      folder_lib.parse_folds(folds, "--fold")
   with pytest.raises(errors.ConfigError, match="no fold 3; there are 0, 1"):
     native_network.read_nnunet(place, [3])
   (tmp_path / "above" / "a").mkdir(parents=True)

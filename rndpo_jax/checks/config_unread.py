@@ -160,7 +160,7 @@ def _of_model(config, used_judges: set[str]) -> Readers:
   for key in ("model.dropout", "model.lanes"):
     is_read, where = table[key]
     table[key] = (is_read or "learned" in used_judges, f"{where} or the judge 'learned'")
-  derived = (not config.model.architecture, "an empty config.model.architecture")
+  derived = (not models.has_architecture(config.model), "an empty config.model.architecture")
   return {**table, "model.width": derived, "model.max_width": derived}
 
 
