@@ -85,6 +85,7 @@ def _check_network():
 
 
 def _job(options):
+  from rndpo_jax.nnunet import folder
   from rndpo_jax.predict import grid_run, native_network, native_run, trained
 
   if _WORKDIR.value is not None:
@@ -92,7 +93,7 @@ def _job(options):
     if found.native is None:
       return grid_run.job(found, options)
     return native_run.job(native_network.of_run(found), options)
-  folds = native_network.parse_folds(_FOLD.value)
+  folds = folder.parse_folds(_FOLD.value, "--fold")
   return native_run.job(native_network.read_nnunet(_NNUNET_FOLDER.value, folds), options)
 
 

@@ -165,7 +165,7 @@ def test_safetensors_hold_every_parameter(imported, tmp_path):
   assert [start for start, _ in ends] == [0, *(end for _, end in ends)][:-1]
   assert ends[-1][1] == len(data) - 8 - length
   described = json.loads((tmp_path / "out" / "model.json").read_text())
-  assert described["network"]["kernels"] == [[3, 1], [3, 3]]
+  assert described["network"]["kernels"] == [[3, 1], [3, 3], [3, 3]]
   assert described["input"]["spacing_mm"] == [1.5, 1.25]
   assert described["input"]["patch_size"] == [12, 10]
   assert described["checkpoint"]["step"] == 5

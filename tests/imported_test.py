@@ -55,7 +55,7 @@ def test_the_plans_decide_network_and_images(model):
     ("data.num_classes", 4, "config.data.num_classes: found 4, but .* has 3"),
     ("base.num_members", 2, "config.base.num_members: found 2, but .* has 1"),
     ("base.fold", "1", "fold_1/checkpoint_final.pth: .*No such file"),
-    ("base.fold", "0,0", "config.base.fold: found '0,0', expected a fold as in '0' or 'all'"),
+    ("base.fold", "0,0", "config.base.fold: found '0,0', expected a number, several as 0,1,2"),
     ("base.fold", "best", "config.base.fold: found 'best'"),
     ("base.nnunet_folder", "/no/such/folder", "/no/such/folder/fold_0/checkpoint_final.pth"),
   ],

@@ -19,6 +19,7 @@ from scipy import ndimage
 from rndpo_jax import errors
 from rndpo_jax.data import resample
 from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.nnunet import folder as folder_lib
 from rndpo_jax.predict import (
   inputs,
   native_cases,
@@ -70,7 +71,7 @@ def _save(array, path, affine=AFFINE):
 
 def _run(place, source, output, folds="0", **options):
   output_folder.check(str(source), str(output))
-  network = native_network.read_nnunet(place, native_network.parse_folds(folds))
+  network = native_network.read_nnunet(place, folder_lib.parse_folds(folds, "--fold"))
   options = Options(**options)
   run.run(native_run.job(network, options), str(source), output, options)
 
@@ -211,11 +212,11 @@ def test_what_cannot_be_predicted_raises_naming_it(tmp_path, model, images):
   nibabel.save(blank, tmp_path / "blank.nii")
   Image.new("RGB", (9, 9)).save(tmp_path / "rgb.png")
   sources = {one.case_id: one for one in inputs.list_inputs(str(tmp_path), 1)}
-  for name, message in (("blank", "gives no spacing"), ("rgb", "3 channels, but the network")):
+  for name, message in (("blank", "gives no spacing"), ("rgb", r"3 channels \(RGB\), but")):
     with pytest.raises(errors.DataError, match=message):
       native_cases.read(sources[name], network)
   two = sources["blank"]._replace(files=sources["blank"].files * 2)
-  with pytest.raises(errors.DataError, match="2 channel, but the network was trained on 1"):
+  with pytest.raises(errors.DataError, match="2 channels, but the network was trained on 1"):
     native_cases.read(two, network)
   deep = network._replace(patch_size=(4, 6, 4), spacing=(1, 1, 1))
   nibabel.save(nibabel.Nifti1Image(images[1][:, :, 0], AFFINE), tmp_path / "flat.nii")
@@ -227,7 +228,7 @@ def test_what_cannot_be_predicted_raises_naming_it(tmp_path, model, images):
     native_run.job(network._replace(mirror_axes=()), Options(mirror=True))
   for folds in ("", "0,0", "x", "1,-2"):
     with pytest.raises(errors.ConfigError, match="--fold: found"):
-      native_network.parse_folds(folds)
+      folder_lib.parse_folds(folds, "--fold")
   with pytest.raises(errors.ConfigError, match="no fold 3; there are 0, 1"):
     native_network.read_nnunet(place, [3])
   (tmp_path / "above" / "a").mkdir(parents=True)

@@ -12,8 +12,8 @@ from rndpo_jax.nnunet.preprocessing import Preprocessing
 
 # Axes (y, x): other kernels, strides and pixels along each.
 MADE = nnunet_architecture.derive(
-  is_residual=False, spatial_dims=2, width=2, depth=2, max_width=8
-)._replace(kernels=((1, 3), (3, 3)), strides=((1, 1), (1, 2)))
+  is_residual=False, spatial_dims=2, width=2, depth=3, max_width=8
+)._replace(kernels=((1, 3), (3, 3), (3, 3)), strides=((1, 1), (1, 2), (1, 1)))
 IMAGES = Preprocessing((1.25, 1.5), (10, 12), ("zscore",), (None,))
 CLASSES = ("background", "a", "b")
 
@@ -25,7 +25,9 @@ def random_weights(architecture, num_classes, seed=0):
   params = jax.eval_shape(segmenter.init, jax.random.key(0), image)
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-  return weights.from_params(params, architecture)
+  named = weights.from_params(params, architecture)
+  heads = {name: array for name, array in named.items() if ".seg_layers.0." in name}
+  return named | {name: rng.normal(size=a.shape).astype(np.float32) for name, a in heads.items()}
 
 
 def write(folder, folds=("0",), classes=CLASSES):

@@ -9,7 +9,8 @@ import nnunet_reference
 import numpy as np
 import pytest
 
-from rndpo_jax import pipeline
+from rndpo_jax import config as config_lib
+from rndpo_jax import errors, models, pipeline
 from rndpo_jax.models import nnunet, nnunet_architecture
 from rndpo_jax.nnunet import weights
 from rndpo_jax.pairs import shards
@@ -139,3 +140,25 @@ def test_it_is_a_base_that_is_trained_and_mined_from(tiny_config, tmp_path):
   config = tiny_config(model__name="nnunet_plain", base__num_steps=50, proposals__mix="tta:4")
   pipeline.run(config, tmp_path, ["prepare", "base", "mine"])
   assert len(list(shards.read(tmp_path / "pairs"))) > 10
+
+
+@pytest.mark.parametrize("made", [PLAIN, RESIDUAL])
+def test_an_architecture_goes_through_the_config(made):
+  text = made.to_json()
+  assert nnunet_architecture.from_json(text) == made
+  config = config_lib.base_config().model
+  config.name = "nnunet_residual" if made.is_residual else "nnunet_plain"
+  config.architecture = text
+  dims = len(made.kernels[0])
+  assert models.architecture(config, spatial_dims=dims) == made
+  assert models.divisors(config, spatial_dims=dims) == made.divisors
+  wrong = {
+    "{}": "expected an object of is_residual, features",
+    "x": "Expecting value",
+    text.replace("[2, ", "[0, ", 1): "expected lists of whole numbers above 0",
+    (RESIDUAL if made is PLAIN else PLAIN).to_json(): "and is_residual=",
+  }
+  for text, message in wrong.items():
+    config.architecture = text
+    with pytest.raises(errors.ConfigError, match=f"^config.model.architecture: .*{message}"):
+      models.divisors(config, spatial_dims=dims)

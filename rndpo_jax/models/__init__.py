@@ -70,9 +70,15 @@ def architecture(model_config, *, spatial_dims: int) -> nnunet_architecture.Arch
   return made
 
 
+def has_architecture(model_config) -> bool:
+  """Whether `model.architecture` says what network it is, and not width and depth."""
+  is_ours = model_config.name in ARCHITECTURES
+  return is_ours and reads(model_config.name, "architecture") and bool(model_config.architecture)
+
+
 def divisors(model_config, *, spatial_dims: int) -> tuple[int, ...]:
   """What the size of an image must be a multiple of, an entry an axis."""
-  if reads(model_config.name, "architecture") and model_config.architecture:
+  if has_architecture(model_config):
     return architecture(model_config, spatial_dims=spatial_dims).divisors
   return (2 ** (model_config.depth - 1),) * spatial_dims
 

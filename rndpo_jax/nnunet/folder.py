@@ -30,6 +30,19 @@ class Model(NamedTuple):
   other_heads: dict[str, Any]
 
 
+def parse_folds(text: str, key: str) -> list[int | str]:
+  """'0', 'all' or '0,1,2' -> the folds.
+
+  Raises:
+    errors.ConfigError: naming `key`, the flag or key of the config that it came from.
+  """
+  names = [name.strip() for name in text.split(",")]
+  known = all(name == "all" or (name.isascii() and name.isdecimal()) for name in names)
+  if not known or len(set(names)) < len(names):
+    raise errors.ConfigError(f"{key}: found {text!r}, expected a number, several as 0,1,2, or all")
+  return [name if name == "all" else int(name) for name in names]
+
+
 def read(
   folder: os.PathLike | str, fold: int | str = 0, name: str = "checkpoint_final.pth"
 ) -> Model:

@@ -24,19 +24,13 @@ _NEEDED = ("plans.json", "dataset.json")
 _PERHAPS = ("dataset_fingerprint.json",)
 
 
-def folds(config) -> list[str]:
+def folds(config) -> list[int | str]:
   """The folds of `config.base.fold`, the first of which is the base segmenter.
 
   Raises:
     ConfigError: if it is no number, "all", or several with commas between.
   """
-  names = [name.strip() for name in config.base.fold.split(",")]
-  if not all(name == "all" or name.isdecimal() for name in names) or len(set(names)) < len(names):
-    raise errors.ConfigError(
-      f"config.base.fold: found {config.base.fold!r}, expected a fold as in '0' or 'all', or "
-      "several different ones as in '0,1,2'"
-    )
-  return names
+  return folder.parse_folds(config.base.fold, "config.base.fold")
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -95,7 +89,7 @@ def _statistics(images: Preprocessing) -> str:
   )
 
 
-def read(config, fold: str, dataset) -> folder.Model:
+def read(config, fold: int | str, dataset) -> folder.Model:
   """A fold of the model, checked to be of such data.
 
   Args:
@@ -160,7 +154,7 @@ def kept_fold(home: pathlib.Path) -> str:
   return found[0]
 
 
-def keep(config, fold: str, directory: epath.Path) -> dict[str, str]:
+def keep(config, fold: int | str, directory: epath.Path) -> dict[str, Any]:
   """Copies the model as it came, for `launch.export`: `directory`/nnunet/, of this fold.
 
   Returns:

@@ -50,19 +50,6 @@ class NativeNetwork(NamedTuple):
     return len(self.patch_size)
 
 
-def parse_folds(text: str) -> list[int | str]:
-  """'0', 'all' or '0,1,2' -> the folds.
-
-  Raises:
-    errors.ConfigError: naming the flag.
-  """
-  names = [name.strip() for name in text.split(",")]
-  known = all(name == "all" or (name.isascii() and name.isdecimal()) for name in names)
-  if not known or len(set(names)) < len(names):
-    raise errors.ConfigError(f"--fold: found {text!r}, expected a number, several as 0,1,2, or all")
-  return [name if name == "all" else int(name) for name in names]
-
-
 def read_nnunet(folder: os.PathLike | str, folds: Sequence[int | str]) -> NativeNetwork:
   """The folds of a model folder that nnU-Net wrote, as one network.
 

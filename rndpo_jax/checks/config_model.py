@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_unread, models
+from rndpo_jax import models
+from rndpo_jax.checks import config_unread
 from rndpo_jax.errors import ConfigError
 
 _CHOICES = {"norm": ("group", "instance"), "dtype": ("float32", "bfloat16")}
@@ -46,7 +47,8 @@ def check_size(config) -> None:
   size = config_lib.input_size(config)
   key = "patch_size" if config.data.spacing else "size"
   steps = models.divisors(config.model, spatial_dims=len(size))
-  made_of = "architecture" if config.model.architecture else f"depth={config.model.depth}"
+  has_architecture = models.has_architecture(config.model)
+  made_of = "architecture" if has_architecture else f"depth={config.model.depth}"
   if any(s % step for s, step in zip(size, steps, strict=True)):
     multiples = f"multiples of {steps[0] if len(set(steps)) == 1 else steps}"
     raise ConfigError(
