@@ -94,10 +94,11 @@ def show(config, topology, problem):
   import jax
 
   from rndpo_jax.planning import programs, roofline
+  from rndpo_jax.planning import topology as topology_lib
   from rndpo_jax.runtime import sharding
 
   axes = config.mesh
-  chip, mesh = programs.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
+  chip, mesh = topology_lib.open_topology(topology, fsdp=axes.fsdp, space=axes.space)
   batch = _BATCH.value
   of_chips = (
     "a chip" if axes.space == 1 else f"for {axes.space} chips (mining and evaluating, a chip)"
@@ -131,10 +132,11 @@ def show(config, topology, problem):
 
 def show_losses(mesh):
   """Prints what the loss alone moves."""
-  from rndpo_jax.planning import programs, roofline
+  from rndpo_jax.planning import roofline
+  from rndpo_jax.planning import topology as topology_lib
 
   for shape, dtype in LOSSES:
-    lowered, minimum = programs.lower_loss(mesh, shape, dtype)
+    lowered, minimum = topology_lib.lower_loss(mesh, shape, dtype)
     report = roofline.measure(lowered.compile())
     print("\n".join(roofline.describe_loss(f"{dtype}{list(shape)}", report, minimum)))
 

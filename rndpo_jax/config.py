@@ -45,6 +45,8 @@ def base_config() -> ml_collections.ConfigDict:
   data.group_pattern = ""  # regex whose group 1 is the patient of a case id; "" the whole id
   data.split_file = ""  # JSON {"labelled": [case ids], "unlabelled": ..., "val": ..., "test": ...}
   data.split_fold = -1  # of an nnU-Net splits_final.json in split_file; -1: it is no such file
+  data.proposals = ""  # folder of masks NAME/ID.png that proposals.mix takes as file:COUNT
+  data.preferences = ""  # CSV image,chosen,rejected: pairs as they are, in place of mined ones
   data.num_labelled = 8  # groups to train the base on (patients, or cases without group_pattern)
   data.num_val = 16  # groups that choose checkpoints and measure judges
   data.num_test = 32  # groups that are only tested

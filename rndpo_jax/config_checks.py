@@ -6,13 +6,14 @@ import math
 import re
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import (
+from rndpo_jax import workdir
+from rndpo_jax.checks import (
+  config_files,
   config_geometry,
   config_mix,
   config_model,
   config_ranges,
   config_unread,
-  workdir,
 )
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
@@ -46,7 +47,9 @@ def _validate_phase(config) -> None:
   config_geometry.check(config)
   mix = proposals.parse_mix(config.proposals.mix)
   config_mix.check(config, mix)
-  _check_pairs(config, sum(n for _, n in mix))
+  config_files.check(config, mix)
+  if not config.data.preferences:
+    _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
   _check_terms(config)
   if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:

@@ -13,17 +13,34 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax import config_checks, errors, models
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
 from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
-from rndpo_jax.stages import base, evaluate, finetune, mine, phases, prepare, report
+from rndpo_jax.stages import (
+  base,
+  evaluate,
+  finetune,
+  mine,
+  mine_preferences,
+  phases,
+  prepare,
+  report,
+)
 from rndpo_jax.training import image_terms
+
+
+def _mine(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
+  """Pairs by a judge, or those of `config.data.preferences`."""
+  stage = mine_preferences if config.data.preferences else mine
+  stage.run(config, workdir, folder)
+
 
 RUNNERS = {
   "prepare": prepare.run,
   "base": base.run,
-  "mine": mine.run,
+  "mine": _mine,
   "finetune": finetune.run,
   "evaluate": evaluate.run,
   "report": report.run,
@@ -130,7 +147,7 @@ def _run_earlier_phases(config, workdir: epath.Path) -> None:
     progress.say(f"[phase {number} of {len(every)}] {', '.join(terms)}")
     mined = folder / "pairs" / "manifest.json"
     if "pairs" in image_terms.reads(terms) and not multihost.broadcast(mined.exists):
-      mine.run(own, workdir, folder)
+      _mine(own, workdir, folder)
     multihost.barrier(f"phase {number} is mined")
     for path in (workdir, folder, folder / "pairs"):
       files.refresh(path)
@@ -185,7 +202,10 @@ def _check_phase_here(config, stages) -> None:
   Raises:
     errors.ConfigError: a mesh that the devices cannot make; a batch that they cannot share; a
       judge or a network of the user's own that cannot be imported.
+    errors.DataError: a folder of proposals that is missing, or not what the mix says.
   """
+  if "mine" in stages and proposal_files.count(config):
+    proposal_files.generators(config)
   names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
   if not config_lib.trains_base(config):

@@ -24,6 +24,20 @@ Array = jax.Array | np.ndarray
 Params = Any
 
 
+class FileProposals(NamedTuple):
+  """F proposals an image that come from files, see `data.proposal_files`.
+
+  Attributes:
+    masks: u8[B, F, *S]; in place of a missing one stands another of the image, or background.
+    present: bool[B, F], False where an image lacks the mask.
+    scores: f32[B, F], NaN where there is none.
+  """
+
+  masks: Array
+  present: Array
+  scores: Array
+
+
 class Batch(NamedTuple):
   """A batch of images on the model's grid.
 
@@ -33,12 +47,14 @@ class Batch(NamedTuple):
     index: i32[B], position of the record in the prepared data set. Random keys are folded
       from it, so that no result depends on how images are batched.
     valid: bool[B], False if the entry only pads the batch.
+    files: proposals from files, if mining takes some.
   """
 
   images: Array
   labels: Array
   index: Array
   valid: Array
+  files: FileProposals | None = None
 
 
 class Proposals(NamedTuple):
@@ -48,11 +64,15 @@ class Proposals(NamedTuple):
     masks: u8[B, K, *S] class ids, the argmax of the logits.
     logits: f32[B, K, *S, C] each proposal's own logits.
     base_logits: f32[B, *S, C] the base segmenter's, without dropout or noise.
+    present: bool[B, K], False where an image lacks a proposal of a file; None if none can lack.
+    file_scores: f32[B, K], scores that came with the files, NaN for all others; None without files.
   """
 
   masks: Array
   logits: Array
   base_logits: Array
+  present: Array | None = None
+  file_scores: Array | None = None
 
 
 class Pairs(NamedTuple):

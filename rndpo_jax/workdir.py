@@ -32,7 +32,10 @@ OPERATIONAL = (
   "finetune.checkpoint_minutes",
 )  # fmt: skip
 # Also what another job may have otherwise that takes its data and base from a work directory.
-_OF_THE_OTHER_JOB = ("base.workdir", "base.num_members", "model.remat", "model.lanes")
+_OF_THE_OTHER_JOB = (
+  "base.workdir", "base.num_members", "model.remat", "model.lanes",
+  "data.proposals", "data.preferences",
+)  # fmt: skip
 
 
 def check_path(key: str, path: os.PathLike | str) -> None:

@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, config_ranges, errors, pipeline
+from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax.checks import config_ranges
 from rndpo_jax.mining import proposals
 from rndpo_jax.planning import dry_run
 
@@ -70,6 +71,32 @@ WRONG = [
   ("data.phantom.seed", -1, "config.data.phantom.seed: found -1"),
 ]
 
+# On files: what is set, and what the message expects.
+FILES = [
+  ({"proposals.mix": "file:4"}, "config.data.proposals: not set"),
+  ({"proposals.mix": "file+threshold:4"}, "use 'file:4'"),
+  ({"proposals.mix": "file:2,file:2"}, "'file' is there twice"),
+  ({"judge.name": "file"}, "'file' scores proposals from files, and config.proposals.mix has none"),
+  (
+    {"proposals.mix": "base:1,file:4", "data.proposals": "/own"},
+    "config.judge: 'entropy' looks at the probabilities of each proposal",
+  ),
+  ({"data.proposals": "s3://a/b"}, "config.data.proposals: found 's3://a/b'"),
+  ({"data.preferences": "s3://a/b"}, "config.data.preferences: found 's3://a/b'"),
+  (
+    {"data.preferences": "/p.csv", "finetune.terms.consensus.weight": 1.0},
+    "config.finetune.terms.consensus: it learns the mean of mined proposals",
+  ),
+  (
+    {"data.preferences": "/p.csv", "finetune.pair_weight": "reliability"},
+    "config.finetune.pair_weight: found 'reliability', but pairs of config.data.preferences",
+  ),
+  (
+    {"data.preferences": "/p.csv", "data.proposals": "/own"},
+    "config.data.proposals: found '/own', which nothing reads",
+  ),
+]
+
 # Types: key, value, and what the message expects.
 WRONG_TYPES = [
   ("data.size", ("64", 64), "whole numbers"),
@@ -114,6 +141,14 @@ ABSURD = [
 ]
 JUDGES = [":", ".x:f", "x.:f", "x:", ":f", "x:f:g", "x:f.g", "1x:f", "x y:f", "../x:f"]
 BUCKETS = ["s3://bucket/run", "http://host/run", "https://host/run", "gs://bucket/run"]
+
+
+@pytest.mark.parametrize("changes,says", FILES)
+def test_keys_on_files_that_do_not_fit_raise(changes, says):
+  config = config_lib.base_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.ConfigError, match=says):
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize("key,value,kind", WRONG_TYPES)

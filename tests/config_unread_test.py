@@ -6,9 +6,10 @@ import re
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, config_unread, errors
+from rndpo_jax import config_checks, errors
+from rndpo_jax.checks import config_unread
 
-PACKAGE = pathlib.Path(config_unread.__file__).parent
+PACKAGE = pathlib.Path(config_checks.__file__).parent
 KEYS = config_lib.leaves(config_lib.base_config())
 NATIVE = {"data.spacing": (1.0, 1.0), "data.patch_size": (64, 64)}
 SIMPLE = {"data.spacing": (), "data.patch_size": ()}
@@ -42,6 +43,21 @@ CONDITIONAL = [
   ("judge.learned.num_steps", 5, {"judge.name": "learned"}),
   ("judge.flip_rate", 0.1, {"judge.name": "noisy_oracle"}),
   ("judge.noise_level", 0.1, {"judge.name": "noisy_oracle"}),
+  ("mine.rule", "adjacent", {"data.preferences": ""}),
+  ("mine.min_score_gap", 0.1, {"data.preferences": ""}),
+  ("mine.min_region_size", 2, {"data.preferences": ""}),
+  ("mine.max_region_size", 99, {"data.preferences": ""}),
+  ("proposals.mix", "base:1,tta:6", {"data.preferences": ""}),
+  ("judge.name", "confidence", {"data.preferences": ""}),
+  ("judge.compare", ("confidence",), {"data.preferences": ""}),
+  ("judge.num_bootstrap", 9, {"data.preferences": ""}),
+  ("judge.gate.action", "off", {"data.preferences": ""}),
+  ("data.proposals", "/masks", {"proposals.mix": "file:5"}),
+  (
+    "data.preferences",
+    "/p.csv",
+    {"finetune.terms.preference.weight": 1.0, "finetune.terms.labelled.weight": 0.0},
+  ),
   ("judge.gate.min_accuracy", 0.6, {"judge.gate.action": "warn"}),
   ("finetune.power_floor", 2.0, {"finetune.objective": "dpo", "finetune.normalization": "power"}),
   (
@@ -103,8 +119,14 @@ def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, 
   if key == "data.root":
     reader, bare = {"data.source": "folder"}, {"data.source": "phantom"}
   else:
-    bare = {"judge.gate.action": "off"} if key.startswith("judge.gate") else {}
+    bare = {"judge.gate.action": "off"} if key == "judge.gate.min_accuracy" else {}
     bare = NATIVE if reader is SIMPLE else bare
+  if reader == {"data.preferences": ""}:
+    bare = {name: KEYS[name] for name in ("judge.compare", "proposals.mix")}
+    bare["data.preferences"] = "/p.csv"
+  if key == "data.preferences":
+    bare = {name: KEYS[name] for name in ("judge.compare", "proposals.mix")}
+    bare |= {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
   wanted = re.escape(f"config.{key}: found {value!r}, which nothing reads")
   with pytest.raises(
     errors.ConfigError, match=f"{wanted}; .* would: choose that, or leave the key"

@@ -225,7 +225,7 @@ def test_error_for_what_does_not_fit_names_the_key(tiny_run, tried, monkeypatch,
     dry_run.run(config, workdir)
   lines = capsys.readouterr().out.splitlines()
   rows = {row[0]: row[3:] for row in (re.split(r"  +", line) for line in lines) if len(row) == 7}
-  assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "3", "-", "-"]
+  assert rows["mine"] == ["-", "4", "-", "-"] and rows["evaluate"] == ["-", "4", "-", "-"]
   monkeypatch.undo()
   monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
   with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB more, its disk has"):

@@ -149,10 +149,11 @@ def test_permuting_proposals_permutes_scores(name):
   judge = build(
     name, 3, border=1, learned_apply=lambda p, x, m: jnp.mean(m * x[..., 0], axis=(1, 2))
   )
-  context = judges.Context(KEYS, None, labels, learned_params=())
+  context = judges.Context(KEYS, None, labels, (), file_scores=masks.mean((2, 3), np.float32))
   got = judge(images, masks, probs, context)
   order = np.array([2, 0, 3, 1])
-  after = judge(images, masks[:, order], probs[:, order], context)
+  moved = context._replace(file_scores=context.file_scores[:, order])
+  after = judge(images, masks[:, order], probs[:, order], moved)
   assert got.shape == (2, 4) and got.dtype == np.float32
   np.testing.assert_allclose(after, got[:, order], rtol=1e-5, atol=1e-7)
 
@@ -166,10 +167,25 @@ def test_judges_without_truth_ignore_labels(name):
   np.testing.assert_array_equal(blind, seeing)
 
 
+@pytest.mark.parametrize("name", ["agreement", "confidence"])
+def test_a_missing_proposal_tells_nothing_of_the_others(name):
+  images, masks, probs, _ = case(6)
+  judge = build(name, 3)
+  present = np.array([[True, False, True, True], [True, True, True, False]])
+  got = judge(images, masks, probs, judges.Context(KEYS, masks[:, :1], present=present))
+  for n, there in enumerate(present):
+    few = (x[n : n + 1] for x in (images, masks[:, there], probs[:, there]))
+    alone = judge(*few, judges.Context(KEYS, masks[n : n + 1, :1]))
+    np.testing.assert_allclose(got[n, there], alone[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   "name,what",
-  [("learned", "learned_params"), ("oracle", "labels"), ("noisy_oracle", "labels")],
-)
+  [
+    ("learned", "learned_params"), ("oracle", "labels"), ("noisy_oracle", "labels"),
+    ("file", "file_scores"),
+  ],
+)  # fmt: skip
 def test_what_is_missing_is_named_at_trace_time(name, what):
   images, masks, probs, _ = case()
   judge = build(name, 3)

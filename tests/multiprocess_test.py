@@ -95,6 +95,9 @@ def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tm
   margins = [found["harm"].pop("last") for found in results]  # no counts: they differ by rounding
   wrong = [found["region"]["wrong_mass"] for found in margins]
   assert wrong[0] == pytest.approx(wrong[1], rel=1e-2)
+  free = [found.pop("label_free")["checkpoints"] for found in results]
+  for ours, theirs in zip(*free, strict=True):
+    assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-2)
   assert results[0] == results[1] and results[0]["pairs"]["region_size"]["p50"] > 0
   # Masks of nothing would be equal whatever went wrong.
   dice = [results[0][name]["test"]["dice"] for name in ("base", "finetuned")]

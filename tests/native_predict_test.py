@@ -212,11 +212,11 @@ def test_what_cannot_be_predicted_raises_naming_it(tmp_path, model, images):
   nibabel.save(blank, tmp_path / "blank.nii")
   Image.new("RGB", (9, 9)).save(tmp_path / "rgb.png")
   sources = {one.case_id: one for one in inputs.list_inputs(str(tmp_path), 1)}
-  for name, message in (("blank", "gives no spacing"), ("rgb", "3 channels, but the network")):
+  for name, message in (("blank", "gives no spacing"), ("rgb", r"3 channels \(RGB\), but")):
     with pytest.raises(errors.DataError, match=message):
       native_cases.read(sources[name], network)
   two = sources["blank"]._replace(files=sources["blank"].files * 2)
-  with pytest.raises(errors.DataError, match="2 channel, but the network was trained on 1"):
+  with pytest.raises(errors.DataError, match="2 channels, but the network was trained on 1"):
     native_cases.read(two, network)
   deep = network._replace(patch_size=(4, 6, 4), spacing=(1, 1, 1))
   nibabel.save(nibabel.Nifti1Image(images[1][:, :, 0], AFFINE), tmp_path / "flat.nii")

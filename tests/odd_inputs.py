@@ -142,12 +142,14 @@ def judge(row: Row, code: int, text: str, num_bytes: int, ended: bool) -> tuple[
 def rows(short: bool) -> list[Row]:
   """The table; its short form has one row of each kind of remedy."""
   import odd_configs
+  import odd_files
   import odd_formats
   import odd_images
   import odd_volumes
 
   every = [
     *odd_images.rows(), *odd_volumes.rows(), *odd_formats.rows(), *odd_configs.rows(),
+    *odd_files.rows(),
   ]  # fmt: skip
   return [row for row in every if (row.kind, row.name) in SHORT] if short else every
 
@@ -169,6 +171,8 @@ SHORT = {
   ("itk", ".mhd voxels in a device, as label"), ("nnunet", ".tif 16 bits, as image"),
   ("dicom", "a slice without an ending"), ("dicom", "a slice missing"),
   ("dicom", "FIFO as a slice"),
+  ("scores", "symlink to /dev/zero"), ("masks", "bomb of 10^10 pixels"),
+  ("lines", "as it should be"),
 }  # fmt: skip
 
 

@@ -156,6 +156,19 @@ def test_scores_that_are_not_finite_are_dropped_and_counted(rule):
 
 
 @pytest.mark.parametrize("rule", ["top_vs_bottom", "adjacent"])
+def test_a_proposal_that_is_not_there_is_in_no_pair_and_in_no_count(rule):
+  """Whatever its mask and score: pairs are those of the others alone."""
+  present = np.array([[True, False, True, True, True]])
+  few = mine(SCORES[present][None], MASKS[present][None], rule, pairs_per_image=4)
+  for score in (9.0, np.nan):
+    scores = np.where(present, SCORES, score)
+    got = mine(scores, np.where(present[..., None, None], MASKS, 1), rule, present=present)
+    places = np.flatnonzero(present[0])
+    assert pairs_of(got) == [(places[i], places[j]) for i, j in pairs_of(few)] and pairs_of(got)
+    np.testing.assert_array_equal(got.dropped, few.dropped)
+
+
+@pytest.mark.parametrize("rule", ["top_vs_bottom", "adjacent"])
 def test_permuting_proposals_permutes_the_pairs(rule):
   scores, masks = random_case(2)
   order = np.random.default_rng(3).permutation(5)

@@ -62,7 +62,7 @@ def test_foreground_is_drawn_by_class_then_by_pixel():
   assert set(found) - {(6, 6)} == {(0, column) for column in range(5)}
 
 
-@pytest.mark.parametrize("batch_size,forced", [(1, 0), (2, 1), (3, 1), (8, 3), (12, 4), (16, 5)])
+@pytest.mark.parametrize("batch_size,forced", [(1, 0), (2, 1), (3, 1), (6, 2), (8, 3), (16, 5)])
 def test_a_third_of_a_batch_is_sure_of_foreground(batch_size, forced):
   assert patches.num_forced(batch_size) == forced
   draw = _draw(batch_size=batch_size)
@@ -70,6 +70,9 @@ def test_a_third_of_a_batch_is_sure_of_foreground(batch_size, forced):
     rows = [draw(step * batch_size + row) for row in range(batch_size)]
     assert all((row["label"] > 0).any() for row in rows[batch_size - forced :])
     assert all(row["index"] == 2 for row in rows[batch_size - forced :])
+  # The rows of a batch are drawn apart, also those of one record.
+  places = [{draw(step * 6 + row)["image"].tobytes() for row in (4, 5)} for step in range(20)]
+  assert batch_size != 6 or max(map(len, places)) == 2
 
 
 def test_free_rows_go_through_all_records_and_cut_image_and_label_alike():

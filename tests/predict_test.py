@@ -14,6 +14,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
@@ -222,6 +223,14 @@ def test_scores_follow_their_definitions(network, truth):
       b = config.judge.border
       near[max(i - b, 0) : i + b + 1, max(j - b, 0) : j + b + 1] = True
     assert got["entropy"][n] == pytest.approx((p * np.log(p)).sum(-1)[near].mean(), rel=1e-4)
+
+
+def test_new_images_have_no_files_and_no_other_members():
+  mix = "base:1, file:3,member+threshold:2, threshold:4"
+  assert programs.drawn_mix(mix) == "base:1,threshold:4"
+  default = config_lib.base_config().proposals.mix
+  assert programs.drawn_mix(default) == default
+  assert programs.drawn_mix("base:1,file:3") == programs.drawn_mix("file:3") == default
 
 
 def test_a_slice_counts_by_what_is_seen_in_it():

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.planning import chips, programs, roofline
+from rndpo_jax.planning import topology as topology_lib
 from rndpo_jax.runtime import sharding
 
 needs_libtpu = pytest.mark.skipif(
@@ -25,7 +26,7 @@ PROGRAMS = ("mine", "base", "finetune", "validate", "evaluate", "resize")
 
 @pytest.fixture(scope="module")
 def slice_of_four():
-  return programs.open_topology("v5e:2x2")
+  return topology_lib.open_topology("v5e:2x2")
 
 
 def test_programs_follow_the_stages_without_libtpu(tiny_config):
@@ -66,7 +67,7 @@ def test_lanes_are_those_of_the_devices_that_it_is_compiled_for(tiny_config):
 def test_slices_of_the_scaling_table_can_be_opened(name):
   assert set(chips.CHIPS[name].slices) == {8, 64, 256}
   for count, shape in chips.CHIPS[name].slices.items():
-    chip, mesh = programs.open_topology(f"{name}:{shape}")
+    chip, mesh = topology_lib.open_topology(f"{name}:{shape}")
     assert chip is chips.CHIPS[name] and mesh.size == count
 
 
@@ -74,7 +75,7 @@ def test_slices_of_the_scaling_table_can_be_opened(name):
 @pytest.mark.parametrize("name,shape", [("v5e", "2x2"), ("v6e", "2x2"), ("v5p", "2x2x1")])
 def test_memory_is_what_the_compiler_allows(name, shape):
   """A TiB is more than any chip has; the error says what it has."""
-  chip, mesh = programs.open_topology(f"{name}:{shape}")
+  chip, mesh = topology_lib.open_topology(f"{name}:{shape}")
   one_device = SingleDeviceSharding(mesh.devices.flat[0])
   large = jax.ShapeDtypeStruct((2**38,), jnp.float32, sharding=one_device)
   with pytest.raises(jax.errors.JaxRuntimeError) as refused:
@@ -85,7 +86,7 @@ def test_memory_is_what_the_compiler_allows(name, shape):
 @needs_libtpu
 def test_rows_of_a_batch_are_where_their_process_reads_them():
   """A slice of four hosts, which the mesh that suits its wires would go through out of order."""
-  _, mesh = programs.open_topology("v5e:4x4")
+  _, mesh = topology_lib.open_topology("v5e:4x4")
   owners = [device.process_index for device in mesh.devices.flat]
   assert owners == sorted(owners) and len(set(owners)) == 4
 
@@ -143,7 +144,7 @@ def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
 @needs_libtpu
 def test_loss_reads_and_writes_close_to_the_minimum(slice_of_four):
   _, mesh = slice_of_four
-  lowered, minimum = programs.lower_loss(mesh, (16, 256, 256, 4), "float32")
+  lowered, minimum = topology_lib.lower_loss(mesh, (16, 256, 256, 4), "float32")
   assert minimum == 16 * 256 * 256 * (2 * 4 * 4 + 2)
   found = roofline.measure(lowered.compile())
   assert 0.99 * minimum < found.hbm_bytes < 1.1 * minimum
@@ -151,7 +152,7 @@ def test_loss_reads_and_writes_close_to_the_minimum(slice_of_four):
 
 def test_unknown_chip_or_number_of_classes_raises(tiny_config):
   with pytest.raises(ConfigError, match=r"--topology: found 'v9z:2x2'"):
-    programs.open_topology("v9z:2x2")
+    topology_lib.open_topology("v9z:2x2")
   with pytest.raises(ConfigError, match="--num_classes"):
     programs.problem_of(tiny_config(data__num_classes=0), 1, 0)
 
@@ -159,7 +160,7 @@ def test_unknown_chip_or_number_of_classes_raises(tiny_config):
 @needs_libtpu
 def test_a_slice_that_does_not_exist_raises():
   with pytest.raises(ConfigError, match="v5e:3x5"):
-    programs.open_topology("v5e:3x5")
+    topology_lib.open_topology("v5e:3x5")
 
 
 def compile_tpu(*arguments):

@@ -9,7 +9,7 @@ import pytest
 
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import mask_edits, proposals
+from rndpo_jax.mining import mask_edits, overlap, proposals
 
 OPTIONS = {
   "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
@@ -192,9 +192,35 @@ def test_noise_is_smooth_as_asked():
     assert abs(got - np.exp(-(distance**2) / 64)) < 0.09
 
 
+def test_masks_of_files_come_as_they_are_beside_those_of_samplers():
+  masks = np.random.default_rng(1).integers(0, 2, (3, 2, 4, 4)).astype(np.uint8)
+  present = np.array([[True, False], [True, True], [False, False]])
+  files = types.FileProposals(masks, present, np.where(present, 0.5, np.nan).astype(np.float32))
+  keys = jax.random.split(jax.random.key(3), 3)
+  images = np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype(np.float32)
+  segmenter = ramp_segmenter([])
+  mix = proposals.parse_mix("base:1,file:2,threshold:1")
+  got = proposals.sample(segmenter, jnp.float32(0.1), images, keys, mix=mix, files=files, **OPTIONS)
+  np.testing.assert_array_equal(got.masks[:, 1:3], masks)
+  probs = jax.nn.softmax(got.logits[:, 1:3])
+  np.testing.assert_array_equal(probs, np.stack([1 - masks, masks], -1))  # certain
+  np.testing.assert_array_equal(got.present, np.pad(present, ((0, 0), (1, 1)), constant_values=1))
+  np.testing.assert_array_equal(got.file_scores[:, 1:3], files.scores)
+  assert np.isnan(got.file_scores[:, ::3]).all()
+  alone = proposals.sample(
+    segmenter, jnp.float32(0.1), images, keys, mix=proposals.parse_mix("base:1,threshold:1"),
+    **OPTIONS,
+  )  # fmt: skip
+  np.testing.assert_array_equal(got.masks[:, ::3], alone.masks)
+  assert alone.present is None and alone.file_scores is None
+
+
 def test_diversity_by_hand():
   masks = np.zeros((2, 3, 2, 2), np.uint8)
   masks[0, 0, 0] = 1  # two pixels
   masks[0, 1, 0, 0] = 1  # one of them
   # Pairs: 2 / 3, and 0 with the empty mask twice. All empty: all the same.
-  np.testing.assert_allclose(proposals.diversity(masks, 2), [2 / 9, 1], rtol=1e-6)
+  np.testing.assert_allclose(overlap.diversity(masks, 2), [2 / 9, 1], rtol=1e-6)
+  # Without the empty one the pair of 2 / 3; of one mask there is no pair.
+  present = np.array([[True, True, False], [True, False, False]])
+  np.testing.assert_allclose(overlap.diversity(masks, 2, present), [2 / 3, np.nan], rtol=1e-6)

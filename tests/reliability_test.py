@@ -26,6 +26,16 @@ def test_by_hand():
   assert got["top1_regret"] == pytest.approx(0.2)
 
 
+def test_proposals_that_do_not_count_change_nothing():
+  scores, truth = [[0.9, 5.0, 0.2, 0.3], [0.1, 0.9, np.nan, 0.2]], [[0.8, 0.9, 0.6, 0.5]] * 2
+  judged = np.array([[True, False, True, True], [False, False, False, False]])
+  got = reliability(scores, truth, ["a", "b"], num_bootstrap=9, seed=0, judged=judged)
+  assert got == reliability([[0.9, 0.2, 0.3]], [[0.8, 0.6, 0.5]], ["a"], num_bootstrap=9, seed=0)
+  assert got["pair_accuracy"] == pytest.approx(2 / 3) and got["num_cases"] == 1
+  none = reliability(scores, truth, ["a", "b"], num_bootstrap=9, seed=0, judged=0 * judged > 0)
+  assert none["pair_accuracy"] is none["top1_regret"] is None and none["num_cases"] == 0
+
+
 def test_perfect_and_reversed_judges():
   truth = np.random.default_rng(0).random((6, 5))
   good, bad = measure(truth, truth), measure(-truth, truth)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +138,11 @@ def load_native(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str,
     "spacing": None if entry["spacing"] is None else tuple(entry["spacing"]),
     "affine": example["affine"],
   }
+
+
+def affine_of(dataset: Dataset) -> Callable[[int], np.ndarray]:
+  """Index of a record -> its affine f32[4, 4]; see `load_native`."""
+  return lambda index: dataset.blind_source[int(index)]["affine"]
 
 
 def _on_own_grid(dataset: Dataset, index: int, entry, image: np.ndarray) -> np.ndarray:

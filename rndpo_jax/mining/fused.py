@@ -32,7 +32,10 @@ def members(config) -> tuple[str, ...]:
 
 
 def log_odds(
-  scores: Mapping[str, np.ndarray], truth: np.ndarray, case_ids: Sequence[str]
+  scores: Mapping[str, np.ndarray],
+  truth: np.ndarray,
+  case_ids: Sequence[str],
+  judged: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The judges' weights.
 
@@ -40,6 +43,7 @@ def log_odds(
     scores: judge -> f[N, K], of J judges.
     truth: f[N, K], the true scores.
     case_ids: N, the case of each image.
+    judged: judge -> bool[N, K], the proposals that count; None for all.
 
   Returns:
     (w f32[J], f32[N, J]: w as the other cases than the image's give it). p_j is the mean over cases
@@ -47,8 +51,8 @@ def log_odds(
   """
   _, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
   whole, others = [], []
-  for values in scores.values():
-    accuracy = reliability.pair_accuracy(values, truth)
+  for name, values in scores.items():
+    accuracy = reliability.pair_accuracy(values, truth, judged and judged[name])
     known = np.isfinite(accuracy)
     count = np.bincount(case_index, weights=known)
     total = np.bincount(case_index, weights=np.where(known, accuracy, 0.0))

@@ -19,6 +19,8 @@ from rndpo_jax.mining import overlap, user_judges
 
 # No judge, but the one of `config.judge.compare` that has most of the mined pairs right.
 AUTO = "auto"
+# The one whose scores came with proposals from files.
+FILE = "file"
 # A judge that reads the others' scores; see `mining.fused`, which makes them one.
 FUSED = "fused"
 
@@ -31,12 +33,17 @@ class Context(NamedTuple):
     ensemble_masks: u8[b, M, *S], masks of other base models.
     labels: u8[b, *S]; given to `oracle` and `noisy_oracle` alone.
     learned_params: parameters of the learned judge.
+    present: bool[b, K], False where a proposal is missing and another stands in; None if none can
+      be. What a judge makes of the others does not depend on it, and its own score is not read.
+    file_scores: f32[b, K], scores that came with proposals from files, NaN for all others.
   """
 
   keys: jax.Array
   ensemble_masks: jax.Array | None = None
   labels: jax.Array | None = None
   learned_params: types.Params | None = None
+  present: jax.Array | None = None
+  file_scores: jax.Array | None = None
 
 
 class Settings(NamedTuple):
@@ -126,10 +133,13 @@ def agreement(images, masks, probs, context, settings):
   # The sum runs over the proposal itself too and its 1 is taken off after: so equal masks have
   # equal sums to the last bit, and tie.
   total, terms = jnp.sum(with_others, axis=2) - 1.0, count - 1
+  if context.present is not None:
+    total = jnp.sum(jnp.where(context.present[:, None, :], with_others, 0.0), axis=2) - 1.0
+    terms = jnp.sum(context.present, axis=1, keepdims=True) - 1
   if context.ensemble_masks is not None:
     dice = overlap.pairwise_dice(masks, context.ensemble_masks, settings.num_classes)
     total, terms = total + jnp.sum(dice, axis=2), terms + dice.shape[2]
-  return total / terms
+  return total / terms if context.present is None else total / jnp.maximum(terms, 1)
 
 
 def confidence(images, masks, probs, context, settings):
@@ -139,8 +149,13 @@ def confidence(images, masks, probs, context, settings):
   any other: it scores near 0 where q sees foreground, near 1 where it sees none. A mask's own
   probabilities tell less: they move along with its errors.
   """
-  del images, context
-  return overlap.expected_dice(masks, jnp.mean(probs, axis=1), settings.num_classes)
+  del images
+  mean_probs = jnp.mean(probs, axis=1)
+  if context is not None and context.present is not None:
+    there = context.present.reshape(*context.present.shape, *(1,) * (probs.ndim - 2))
+    total = jnp.sum(jnp.where(there, probs, 0.0), axis=1)
+    mean_probs = total / jnp.maximum(jnp.sum(there, axis=1), 1)
+  return overlap.expected_dice(masks, mean_probs, settings.num_classes)
 
 
 def entropy(images, masks, probs, context, settings):
@@ -170,6 +185,12 @@ def learned(images, masks, probs, context, settings):
   return jax.vmap(apply, in_axes=1, out_axes=1)(masks)
 
 
+def file(images, masks, probs, context, settings):
+  """The score that came with a proposal from a file."""
+  del images, masks, probs, settings
+  return context.file_scores
+
+
 def oracle(images, masks, probs, context, settings):
   """The true score; for studies."""
   del images, probs
@@ -196,18 +217,22 @@ class Judge(NamedTuple):
     score: (images, masks, probs, Context, Settings) -> f32[b, K].
     needs: fields of `Context` that must be there.
     options: keys of `config.judge` that it alone reads.
+    reads_own_probs: whether it looks at each proposal's own probabilities; a mask from a file has
+      none.
   """
 
   score: Callable[..., jax.Array]
   needs: tuple[str, ...] = ()
   options: tuple[str, ...] = ()
+  reads_own_probs: bool = False
 
 
 JUDGES = {
   "agreement": Judge(agreement),
   "confidence": Judge(confidence),
-  "entropy": Judge(entropy, options=("border",)),
+  "entropy": Judge(entropy, options=("border",), reads_own_probs=True),
   "learned": Judge(learned, needs=("learned_params",), options=("learned",)),
+  FILE: Judge(file, needs=("file_scores",)),
   "oracle": Judge(oracle, needs=("labels",)),
   "noisy_oracle": Judge(noisy_oracle, needs=("labels",), options=("flip_rate", "noise_level")),
 }

@@ -110,3 +110,22 @@ def expected_dice(masks: jax.Array, probs: jax.Array, num_classes: int) -> jax.A
     return (2 * jnp.sum(drawn * expected, axis=axes) + 1) / (total + 1)
 
   return jnp.mean(jax.lax.map(soft_dice, jnp.arange(1, num_classes)), axis=0)
+
+
+def diversity(masks: jax.Array, num_classes: int, present: jax.Array | None = None) -> jax.Array:
+  """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
+
+  Args:
+    masks: u8[b, K, *S], K >= 2. num_classes: C.
+    present: bool[b, K], the proposals that count; None for all.
+
+  Returns:
+    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice; NaN where fewer than
+    two are present.
+  """
+  count = masks.shape[1]
+  dice = pairwise_dice(masks, masks, num_classes)
+  if present is not None:
+    pairs = present[:, :, None] & present[:, None, :] & ~jnp.eye(count, dtype=bool)[None]
+    return jnp.sum(jnp.where(pairs, dice, 0.0), axis=(1, 2)) / jnp.sum(pairs, axis=(1, 2))
+  return (jnp.sum(dice, axis=(1, 2)) - count) / (count * (count - 1))

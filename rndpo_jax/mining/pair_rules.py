@@ -30,6 +30,7 @@ def mine(
   min_region_size: int,
   max_region_size: int,
   region_classes: tuple[int, ...] | None = None,
+  present: jax.Array | None = None,
 ) -> types.Pairs:
   """Mines up to P preference pairs an image.
 
@@ -50,6 +51,7 @@ def mine(
     min_region_size: least |D| of a pair, in pixels.
     max_region_size: greatest |D|; 0 sets no limit.
     region_classes: D counts pixels of these class ids alone, see `margins.region`; None for all.
+    present: bool[b, K]; a proposal that is not there makes no candidate. None if all are.
 
   Returns:
     types.Pairs; slots without a pair have valid False and zeros.
@@ -65,12 +67,16 @@ def mine(
       f"pairs_per_image is {pairs_per_image}, but {count} proposals make "
       f"{count * (count - 1) // 2} pairs"
     )
+  if present is not None:
+    scores = jnp.where(present, scores, jnp.nan)
   finite = jnp.isfinite(scores)
   ranked = jnp.where(finite, scores, -jnp.inf)
   candidate, priority = jax.vmap(RULES[rule])(ranked, keys)
   # A proposal paired with itself is no pair, whatever the rule says.
   others = jnp.broadcast_to(~jnp.eye(count, dtype=bool), candidate.shape)
   candidate = candidate & others
+  if present is not None:
+    candidate = candidate & present[:, :, None] & present[:, None, :]
   known = jnp.where(finite, scores, 0.0)
   gap = known[:, :, None] - known[:, None, :]
   size = overlap.pairwise_region_size(masks, num_classes, region_classes)

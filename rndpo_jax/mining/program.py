@@ -23,6 +23,7 @@ class Scored(NamedTuple):
     base_logits: f32[b, *S, C]; None for `make_rule_scored`.
     scores: f32[b, K].
     probs: f32[b, K, *S, C]; None likewise.
+    present: bool[b, K], as in `types.Proposals`.
   """
 
   index: types.Array
@@ -30,6 +31,7 @@ class Scored(NamedTuple):
   base_logits: types.Array | None
   scores: types.Array
   probs: types.Array | None = None
+  present: types.Array | None = None
 
 
 def used_judges(config) -> tuple[str, ...]:
@@ -109,6 +111,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       batch.images,
       keys[:, 0],
       **options,
+      files=batch.files,
       member_logits=jnp.stack(others, axis=1) if others else None,
     )
     ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
@@ -117,6 +120,8 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
       labels=batch.labels,
       learned_params=weights["learned"],
+      present=sampled.present,
+      file_scores=sampled.file_scores,
     )
     probs = jax.nn.softmax(sampled.logits, axis=-1)
 
@@ -125,7 +130,9 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
         return jnp.zeros(sampled.masks.shape[:2])
       if name == judges.FUSED:
         return fused.fuse(jnp.stack(list(map(of, fused_of)), axis=1), weights["log_odds"])
-      return table[name](batch.images, sampled.masks, probs, context)
+      found = table[name](batch.images, sampled.masks, probs, context)
+      # Without a vote in `fused`, too.
+      return found if sampled.present is None else jnp.where(sampled.present, found, jnp.nan)
 
     return sampled, {name: of(name) for name in chosen_names}
 
@@ -142,7 +149,7 @@ def make_mine_batch(config, dataset, score) -> Callable:
   def mine_batch(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, (name,))
     probs = jax.nn.softmax(sampled.logits, axis=-1)
-    return pairs_of(keys, sampled.masks, sampled.base_logits, scores[name], probs)
+    return pairs_of(keys, sampled.masks, sampled.base_logits, scores[name], probs, sampled.present)
 
   return mine_batch
 
@@ -153,7 +160,8 @@ def make_propose_batch(score) -> Callable:
   def propose_batch(weights, keys, batch: types.Batch):
     sampled, _ = score(weights, keys, batch, ())
     probs = jax.nn.softmax(sampled.logits, axis=-1)
-    return {"masks": sampled.masks, "probs": probs, "base_logits": sampled.base_logits}
+    out = {"masks": sampled.masks, "probs": probs, "base_logits": sampled.base_logits}
+    return {**out, "present": sampled.present}
 
   return propose_batch
 
@@ -170,7 +178,7 @@ def make_mine_scored(config, dataset) -> Callable:
 
 
 def make_rule(config, dataset) -> Callable:
-  """(keys [b, 3], masks, scores) -> `types.Pairs`, by `config.mine`."""
+  """(keys [b, 3], masks, scores, present) -> `types.Pairs`, by `config.mine`."""
   options = {
     "num_classes": dataset.num_classes,
     "rule": config.mine.rule,
@@ -181,8 +189,8 @@ def make_rule(config, dataset) -> Callable:
     "region_classes": config_lib.region_classes(config),
   }
 
-  def rule(keys, masks, scores) -> types.Pairs:
-    return pair_rules.mine(scores, masks, keys[:, 2], **options)
+  def rule(keys, masks, scores, present=None) -> types.Pairs:
+    return pair_rules.mine(scores, masks, keys[:, 2], present=present, **options)
 
   return rule
 
@@ -190,17 +198,19 @@ def make_rule(config, dataset) -> Callable:
 def make_rule_scored(config, dataset) -> Callable:
   """(None, keys, Scored) -> `types.Pairs`: the rule, for a judge on the host."""
   rule = make_rule(config, dataset)
-  return lambda weights, keys, scored: rule(keys, scored.masks, scored.scores)
+  return lambda weights, keys, scored: rule(keys, scored.masks, scored.scores, scored.present)
 
 
 def _make_pairs_of(config, dataset) -> Callable:
-  """(keys, masks, base_logits, scores, probs) -> what `make_mine_batch` says."""
+  """(keys, masks, base_logits, scores, probs, present) -> what `make_mine_batch` says."""
   consensus = config.finetune.terms.consensus
   rule = make_rule(config, dataset)
   region_options = {"classes": config_lib.region_classes(config)}
 
-  def pairs_of(keys, masks, base_logits, scores, probs):
-    mined = rule(keys, masks, scores)
+  def pairs_of(keys, masks, base_logits, scores, probs, present=None):
+    if present is not None:
+      scores = jnp.where(present, scores, jnp.nan)
+    mined = rule(keys, masks, scores, present)
     take = jax.vmap(lambda masks, places: masks[places])
     chosen, rejected = take(masks, mined.chosen), take(masks, mined.rejected)
 
@@ -209,7 +219,7 @@ def _make_pairs_of(config, dataset) -> Callable:
 
     more = {}
     if consensus.weight > 0:
-      more["consensus"] = mean_probs(scores, probs, consensus.temperature)
+      more["consensus"] = mean_probs(scores, probs, consensus.temperature, present)
     if config_lib.weighs_images(config):
       more["top_score"] = jnp.max(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
     return {
@@ -226,19 +236,24 @@ def _make_pairs_of(config, dataset) -> Callable:
   return pairs_of
 
 
-def mean_probs(scores: jax.Array, probs: jax.Array, temperature: float) -> jax.Array:
+def mean_probs(
+  scores: jax.Array, probs: jax.Array, temperature: float, present: jax.Array | None = None
+) -> jax.Array:
   """The consensus of an image's proposals: the mean of their probabilities, in 255ths.
 
   Args:
     scores: f32[b, K]; one that is not finite weighs nothing.
     probs: f32[b, K, *S, C].
     temperature: T of the weights softmax(score / T) of the proposals; 0 weighs them equally.
+    present: bool[b, K], the proposals that count; None for all.
 
   Returns:
     u8[b, *S, C].
   """
   ranked = jnp.where(jnp.isfinite(scores), scores, -jnp.inf)
   weight = jax.nn.softmax(ranked / temperature) if temperature > 0 else jnp.ones_like(scores)
+  if present is not None:
+    weight = jnp.where(present, weight, 0.0)
   weight = weight / jnp.sum(weight, axis=1, keepdims=True)
   weight = weight.reshape(*weight.shape, *(1,) * (probs.ndim - 2))
   mean = jnp.sum(jnp.where(weight > 0, weight * probs, 0.0), axis=1)

@@ -19,7 +19,7 @@ import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import mask_edits, overlap
+from rndpo_jax.mining import file_masks, mask_edits
 
 
 def sample(
@@ -34,11 +34,13 @@ def sample(
   temperature_low: float,
   temperature_high: float,
   threshold_shift: float,
+  files: types.FileProposals | None = None,
   member_logits: jax.Array | None = None,
 ) -> types.Proposals:
   """Samples K proposals of each image.
 
-  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass.
+  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass. The
+  logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
 
   Args:
     segmenter: pure functions of `params`.
@@ -52,6 +54,7 @@ def sample(
     temperature_high: the last one.
     threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
       from minus this to plus this over the proposals of an entry: more foreground each time.
+    files: what the entry `file` takes, leading axis b.
     member_logits: f32[b, M, *S, C] of the other base models, which `member` takes in turn.
 
   Returns:
@@ -63,7 +66,9 @@ def sample(
   for atoms, count in mix:
     dropout_keys, noise_keys = _proposal_keys(keys, start, count)
     dropout_keys = dropout_keys if "mc_dropout" in atoms else None
-    if "member" in atoms:
+    if "file" in atoms:
+      entry = file_masks.logits(files, base_logits.shape[-1])
+    elif "member" in atoms:
       entry = member_logits[:, np.arange(count) % member_logits.shape[1]].astype(jnp.float32)
     elif "tta" in atoms:
       entry = _decode_views(segmenter, params, images, dropout_keys, count)
@@ -82,7 +87,8 @@ def sample(
     logits.append(entry)
     start += count
   logits = jnp.concatenate(logits, axis=1)
-  return types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
+  sampled = types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
+  return sampled if files is None else file_masks.add(sampled, mix, files)
 
 
 class Sampler(NamedTuple):
@@ -101,6 +107,7 @@ class Sampler(NamedTuple):
 
 # In the order in which `sample` applies them.
 SAMPLERS = {
+  "file": Sampler(),  # masks of config.data.proposals, by themselves
   "base": Sampler(),
   "member": Sampler(),
   "tta": Sampler(),
@@ -153,6 +160,11 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
       "config.proposals.mix: a temperature alone leaves every argmax as it is; compose it, "
       "as in 'temperature+logit_noise:8'"
     )
+  if "file" in atoms and len(atoms) > 1:
+    raise errors.ConfigError(
+      f"config.proposals.mix: found {entry[:80]!r}; 'file' takes masks as they are: use 'file:"
+      f"{int(count)}', a mask for each folder of config.data.proposals"
+    )
   others = {"tta", "mc_dropout"} & set(atoms)
   if "member" in atoms and others:
     raise errors.ConfigError(
@@ -193,20 +205,6 @@ def perturbed(
   shift = _per_proposal(np.linspace(-threshold_shift, threshold_shift, count - 1), others)
   others = others - shift * _background(others)
   return jnp.concatenate([logits[:, None].astype(jnp.float32), others], axis=1)
-
-
-def diversity(masks: jax.Array, num_classes: int) -> jax.Array:
-  """Mean pairwise Dice of an image's proposals: 1 when all are the same, lower when they differ.
-
-  Args:
-    masks: u8[b, K, *S], K >= 2. num_classes: C.
-
-  Returns:
-    f32[b], the mean over the K (K - 1) / 2 pairs of the mean foreground Dice.
-  """
-  count = masks.shape[1]
-  dice = overlap.pairwise_dice(masks, masks, num_classes)
-  return (jnp.sum(dice, axis=(1, 2)) - count) / (count * (count - 1))
 
 
 def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:

@@ -19,6 +19,7 @@ def reliability(
   *,
   num_bootstrap: int,
   seed: int,
+  judged: np.ndarray | None = None,
 ) -> dict:
   """Measures a judge on images whose truth is known.
 
@@ -36,6 +37,7 @@ def reliability(
     case_ids: N, the case of each image.
     num_bootstrap: resamples.
     seed: of the resampling.
+    judged: bool[N, K], the proposals that are there and this judge's to score; None for all.
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "kendall_tau", "kendall_tau_ci",
@@ -53,10 +55,15 @@ def reliability(
     )
   if not np.all(np.isfinite(truth)):
     raise ValueError("true scores are not all finite")
-  cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
-  accuracy, tau = _pair_figures(scores, truth)
-  top = np.argmax(np.where(np.isfinite(scores), scores, -np.inf), axis=1)
-  regret = truth.max(axis=1) - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
+  judged = np.ones(scores.shape, bool) if judged is None else np.asarray(judged)
+  keep = judged.any(axis=1)  # an image without such a proposal tells nothing of the judge
+  scores, truth, judged = scores[keep], truth[keep], judged[keep]
+  cases, case_index = np.unique(np.asarray(case_ids, dtype=str)[keep], return_inverse=True)
+  accuracy, tau = _pair_figures(scores, truth, judged)
+  ranked = np.where(np.isfinite(scores), scores, np.finfo(np.float64).min)
+  top = np.argmax(np.where(judged, ranked, -np.inf), axis=1)
+  best = np.where(judged, truth, -np.inf).max(axis=1)
+  regret = best - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
   result = {}
   for name, values in (("pair_accuracy", accuracy), ("kendall_tau", tau), ("top1_regret", regret)):
     per_case = _case_means(values, case_index, len(cases))
@@ -66,14 +73,17 @@ def reliability(
   return result
 
 
-def pair_accuracy(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def pair_accuracy(
+  scores: np.ndarray, truth: np.ndarray, judged: np.ndarray | None = None
+) -> np.ndarray:
   """That of `reliability` of each image, f64[N]; NaN if its proposals are all equally good.
 
   Args:
     scores: f[N, K], the judge's.
     truth: f[N, K], the true scores.
+    judged: bool[N, K], the proposals that count; None for all.
   """
-  return _pair_figures(np.asarray(scores, np.float64), np.asarray(truth, np.float64))[0]
+  return _pair_figures(np.asarray(scores, np.float64), np.asarray(truth, np.float64), judged)[0]
 
 
 def mined(
@@ -249,13 +259,16 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   }
 
 
-def _pair_figures(scores, truth):
+def _pair_figures(scores, truth, judged=None):
   """Pair accuracy and tau-b f[N] of each image, NaN if no pair differs in truth."""
   first, second = np.triu_indices(scores.shape[1], 1)
   usable = np.isfinite(scores[:, first]) & np.isfinite(scores[:, second])
   clean = np.where(np.isfinite(scores), scores, 0.0)
   by_score = np.where(usable, np.sign(clean[:, first] - clean[:, second]), 0.0)
   by_truth = np.sign(truth[:, first] - truth[:, second])
+  if judged is not None:
+    both = judged[:, first] & judged[:, second]
+    by_score, by_truth = np.where(both, by_score, 0.0), np.where(both, by_truth, 0.0)
   balance = np.sum(by_score * by_truth, axis=1)
   informative = np.sum(by_truth != 0, axis=1)
   untied = np.sum(by_score != 0, axis=1)

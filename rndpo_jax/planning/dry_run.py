@@ -212,11 +212,13 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
 def _foot(config, data: Data, record, planned, left, free: int | None) -> list[str]:
   most = data.num_images["unlabelled"] * config.mine.pairs_per_image
   num_proposals = sum(count for _, count in proposals.parse_mix(config.proposals.mix))
+  count = f"at most {most:,}: {config.mine.pairs_per_image} an image, of {num_proposals} proposals"
+  if config.data.preferences:
+    count = f"those of {config.data.preferences}"
   size = len(serialization.msgpack_serialize(record)) / config.mine.pairs_per_image
   return [
     "",
-    f"pairs     at most {most:,}: {config.mine.pairs_per_image} an image, of {num_proposals} "
-    f"proposals; {size:,.0f} bytes a pair before compression",
+    f"pairs     {count}; {size:,.0f} bytes a pair before compression",
     f"storage   at most {cost.show_bytes(sum(planned))}: "
     + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in planned._asdict().items())
     + ("" if left == planned else f"; {cost.show_bytes(sum(left))} of it to come")

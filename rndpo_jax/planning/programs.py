@@ -10,17 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import losses, models, types
+from rndpo_jax import models, types
+from rndpo_jax.data import proposal_files
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
@@ -32,18 +30,9 @@ from rndpo_jax.mining.program import (
   used_judges,
   with_keys,
 )
-from rndpo_jax.planning import chips
 from rndpo_jax.runtime import sharding
-from rndpo_jax.stages import base, finetune, measure_judges, train_judge
+from rndpo_jax.stages import base, finetune, measure_judges, mine_preferences, train_judge
 from rndpo_jax.training import image_terms, train_step, validation
-
-# Read when libtpu is loaded: it shall neither look for a TPU, nor log that there is none.
-_ENVIRONMENT = {
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 class Problem(NamedTuple):
@@ -57,30 +46,6 @@ class Problem(NamedTuple):
   spatial_dims: int
   size: tuple[int, ...]
   native: tuple[int, ...]
-
-
-def open_topology(name: str, *, fsdp: int = 1, space: int = 1) -> tuple[chips.Chip, Mesh]:
-  """The chip of a topology such as "v5e:4x4", and a mesh of it as `config.mesh` says.
-
-  Raises:
-    ConfigError: if the topology or libtpu is missing, or the chips cannot make the mesh.
-  """
-  generation = name.partition(":")[0]
-  if generation not in chips.CHIPS:
-    raise ConfigError(
-      f"--topology: found {name!r}, expected CHIP:AxB[xC] with a chip of "
-      f"{', '.join(chips.CHIPS)}, as in v5e:4x4"
-    )
-  for key, value in _ENVIRONMENT.items():
-    os.environ.setdefault(key, value)
-  try:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise ConfigError(
-      f"--topology: {name!r} cannot be opened ({error}); it needs the extra tpu-aot "
-      "(pip install -e '.[tpu-aot]') and a slice that the chip is sold in, as in v5e:4x4"
-    ) from error
-  return chips.CHIPS[generation], sharding.make_mesh(topology.devices, fsdp=fsdp, space=space)
 
 
 def problem_of(config, num_channels: int, num_classes: int) -> Problem:
@@ -107,7 +72,7 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
   Args:
     config: the whole config.
     problem: what the data would tell.
-    mesh: from `open_topology`.
+    mesh: from `topology.open_topology`.
     images: of each program at once, on all devices together.
   """
   config = copy.deepcopy(config)
@@ -127,35 +92,14 @@ def programs(config, problem: Problem, mesh: Mesh, images: dict[str, int]) -> di
     "judge": _judge_step,
   }
 
+  if config.data.preferences:
+    lowers["mine"] = _mine_preferences
+
   def lower(name):
     batch = _batch(problem, images[name])
     return lowers[name](config, problem, mesh, params=params, batch=batch)
 
   return {name: functools.partial(lower, name) for name in images}
-
-
-def lower_loss(mesh: Mesh, shape: tuple[int, ...], dtype: str):
-  """Value and gradient of RN-DPO alone, one pair an image, cached margin, on one device.
-
-  The compiler chooses the layouts of arguments and results, as it does between a network and its
-  loss.
-
-  Returns:
-    (lowered, minimum): minimum is the bytes of logits read, masks read and gradient written, once
-    each.
-  """
-
-  def loss_fn(logits, chosen, rejected, reference_margin):
-    margin, size = losses.margin_and_size(logits, chosen, rejected)
-    return losses.preference_loss(margin, reference_margin, size, beta=10.0)[0]
-
-  layout = Format(Layout.AUTO, SingleDeviceSharding(mesh.devices.flat[0]))
-  logits = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-  masks = jax.ShapeDtypeStruct(shape[:-1], jnp.uint8)
-  margin = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-  program = jax.jit(jax.value_and_grad(loss_fn), in_shardings=layout, out_shardings=layout)
-  minimum = 2 * logits.size * logits.dtype.itemsize + 2 * masks.size
-  return program.lower(logits, masks, masks, margin), minimum
 
 
 def _mine(config, problem, score):
@@ -172,6 +116,12 @@ def _measure(config, problem, score):
 
 def _on_own_images(config, problem, mesh, params, batch, make):
   """A program that mining runs under `jax.pmap`: each device has its own images."""
+  count = proposal_files.count(config)
+  if count:
+    struct, shape = jax.ShapeDtypeStruct, (batch.index.shape[0], count)
+    masks = struct((*shape, *problem.size), jnp.uint8)
+    files = types.FileProposals(masks, struct(shape, jnp.bool_), struct(shape, jnp.float32))
+    batch = batch._replace(files=files)
   ensemble = [params] * (config.base.num_members - 1)
   log_odds = None
   if config.judge.name == judges.FUSED:
@@ -182,9 +132,24 @@ def _on_own_images(config, problem, mesh, params, batch, make):
     init, learned_apply = train_judge.build(config, problem)
     weights["learned"] = jax.eval_shape(init, _key(), batch.images)
   score = make_score(config, problem, learned_apply)
+  return _with_keys(make(config, problem, score), mesh, weights, batch)
+
+
+def _mine_preferences(config, problem, mesh, params, batch):
+  """The same of pairs that come from a file."""
+  struct, shape = jax.ShapeDtypeStruct, (batch.index.shape[0], config.mine.pairs_per_image)
+  masks = struct((*shape, *problem.size), jnp.uint8)
+  rows = mine_preferences.Rows(
+    batch.index, batch.images, masks, masks, struct(shape, jnp.bool_), batch.valid
+  )
+  function = mine_preferences.make_batch(config, problem)
+  return _with_keys(function, mesh, {"policy": params}, rows)
+
+
+def _with_keys(function, mesh, weights, batch):
   whole, split = sharding.replicated(mesh), sharding.over_all(mesh)
   program = jax.shard_map(
-    with_keys(make(config, problem, score)),
+    with_keys(function),
     mesh=mesh,
     in_specs=(whole.spec, whole.spec, split.spec),
     out_specs=split.spec,

@@ -74,13 +74,14 @@ def batch_sizes(config, mesh: Mesh) -> dict[str, int]:
   sizes = {"base": config.base.batch_size} if config_lib.trains_base(config) else {}
   if "learned" in (config.judge.name, *config.judge.compare):
     sizes["judge"] = config.judge.learned.batch_size
+  if not config.data.preferences:
+    sizes["measure"] = config.mine.batch_size * mesh.size
   if config.data.spacing:  # tiles; masks are brought to their own grids on the host
     evaluate = {"evaluate": sliding_window.batch_size(config.data.patch_size) // local * mesh.size}
   else:
     size = -(-config.evaluate.batch_size // local) * mesh.size
     evaluate = {"evaluate": size, "resize": size}
   return sizes | {
-    "measure": config.mine.batch_size * mesh.size,
     "mine": config.mine.batch_size * mesh.size,
     "finetune": config.finetune.batch_size,
     "validate": -(-config.evaluate.batch_size // parts) * parts,

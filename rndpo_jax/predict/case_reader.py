@@ -50,28 +50,28 @@ def read(source: inputs.Input, trained: Trained) -> Case:
   return Case(source, stamp, found, shape, len(opened.shape) > trained.spatial_dims)
 
 
-def open_case(source: inputs.Input, trained) -> cases.Case:
+def open_case(source: inputs.Input, network) -> cases.Case:
   """The case, its headers checked to be what the network takes.
 
   Args:
     source: without a problem.
-    trained: a Trained, or what else has its `spatial_dims` and `num_channels`.
+    network: a Trained, or what else has its `spatial_dims` and `num_channels`.
 
   Raises:
     errors.DataError: naming the file, what was found and the remedy.
   """
   case = cases.open_case(list(source.files), None, 2)
   first, count = source.files[0], case.num_channels
-  if len(case.shape) < trained.spatial_dims:
+  if len(case.shape) < network.spatial_dims:
     raise errors.DataError(
       f"{first}: a 2D image of shape {case.shape}, but the network was trained on volumes; give "
       "volumes, as NIfTI, or a network with config.data.spatial_dims=2"
     )
-  if count != trained.num_channels:
+  if count != network.num_channels:
     names = [f"{source.case_id}_{n:04d}{source.ending}" for n in range(2)]
     raise errors.DataError(
       f"{first}: {count} channel{'s' * (count > 1)}, but the network was trained on "
-      f"{trained.num_channels}; expected as many (an RGB picture is three): convert or remove it, "
+      f"{network.num_channels}; expected as many (an RGB picture is three): convert or remove it, "
       f"or give channels as files {', '.join(names)} and so on, and all names of this kind"
     )
   return case

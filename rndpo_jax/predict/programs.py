@@ -7,10 +7,23 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
 from rndpo_jax.mining import judges, overlap, proposals
 
 SCORES = ("agreement", "confidence", "entropy")
+
+
+def drawn_mix(mix: str) -> str:
+  """What a mix draws of the one network; the default mix if that makes no two proposals.
+
+  New images have no masks in files, and there is no other member of an ensemble.
+  """
+  parts = [entry.strip().partition(":") for entry in mix.split(",")]
+  parts = [part for part in parts if not {"file", "member"} & set(part[0].strip().split("+"))]
+  if sum(int(count) for _, _, count in parts) < 2:
+    return config_lib.base_config().proposals.mix
+  return ",".join(map("".join, parts))
 
 
 def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callable:
@@ -24,7 +37,8 @@ def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callabl
   Returns:
     scores(params, (images f32[b, *S, I], logits f32[b, *S, C], number u32[b])) -> {"agreement",
     "confidence", "entropy", "weight"}, f32[b] each. With y the argmax of `logits` and m_1..m_K the
-    proposals that `config.proposals` draws of `params`, keys folded from `number`:
+    proposals that `config.proposals` draws of `params` (by `drawn_mix`),
+    keys folded from `number`:
 
       agreement   the mean over k of the mean foreground Dice of y and m_k
       confidence  `judges.confidence` of y under the K proposals' mean probabilities
@@ -32,7 +46,7 @@ def make_scores(config, segmenter: types.Segmenter, num_classes: int) -> Callabl
       weight      pixels that are foreground in y or any m_k
   """
   options = {name: value for name, value in config.proposals.items() if name != "mix"}
-  mix = proposals.parse_mix(config.proposals.mix)
+  mix = proposals.parse_mix(drawn_mix(config.proposals.mix))
   settings = judges.Settings(num_classes, config.judge.border, 0.0, 0.0, None)
   key = seeds.mining_key(config.seed)
 

@@ -66,5 +66,6 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
 def _say_start(job: Job, found: list[inputs.Input]) -> None:
   classes = ", ".join(f"{n} {name}" for n, name in enumerate(job.class_names))
   progress.say(f"{len(found)} cases, by {job.title}; classes in the masks: {classes}")
-  if any(one.mask_name != one.case_id + one.ending for one in found):
-    progress.say("masks of JPEG images are written as PNG, for JPEG would change class ids")
+  for ending, of_mask in sorted({(one.ending.lower(), one.mask_ending.lower()) for one in found}):
+    if of_mask != ending:
+      progress.say(f"masks of {ending or 'DICOM series'} are written as {of_mask}")

@@ -43,7 +43,7 @@ def examples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
           "record_id": str(record_id),
           "image": _pair(image, masks[chosen], masks[rejected]),
           "text": (
-            f"scores {scores[chosen]:.3f} and {scores[rejected]:.3f}, "
+            f"{_score_text(scores[chosen], scores[rejected])}"
             f"{int((content['masks'][n][chosen] != content['masks'][n][rejected]).sum())} pixels"
           ),
         }
@@ -51,9 +51,16 @@ def examples(path: epath.Path) -> dict[str, list[dict[str, Any]]]:
   return {"proposals": proposals, "pairs": pairs}
 
 
+def _score_text(chosen: float, rejected: float) -> str:
+  return "" if np.isnan(chosen) else f"scores {chosen:.3f} and {rejected:.3f}, "
+
+
 def _proposals(image, masks, scores, chosen: int, rejected: int) -> list[dict[str, str]]:
   """The image, then proposals by falling score; the pair's two are always among them."""
-  order = sorted(range(len(masks)), key=lambda k: (-scores[k], k))
+  known = ~np.isnan(scores)
+  # One without a score is missing, or not this judge's to score; readers' pairs have none at all.
+  drawn = np.flatnonzero(known if known.any() else ~known).tolist()
+  order = sorted(drawn, key=lambda k: (-scores[k] if known[k] else 0.0, k))
   pair = [k for k in (chosen, rejected) if k >= 0]
   others = [k for k in order if k not in pair]
   shown = set(pair + others[: MAX_PROPOSALS - len(pair)])
@@ -61,8 +68,8 @@ def _proposals(image, masks, scores, chosen: int, rejected: int) -> list[dict[st
   for k in (k for k in order if k in shown):
     outlines = _outlines(masks[k], None, "solid")
     badge = "chosen" if k == chosen else "rejected" if k == rejected else ""
-    text = f"score {scores[k]:.3f}"
-    alt = f"proposal {k}, {text}"
+    text = f"score {scores[k]:.3f}" if known[k] else ""
+    alt = f"proposal {k}, {text}" if text else f"mask {k}"
     parts.append({"image": figures.tile(image, outlines), "alt": alt, "text": text, "badge": badge})
   return parts
 

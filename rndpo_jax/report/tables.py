@@ -34,8 +34,12 @@ def with_interval(entry: Mapping[str, Any], key: str) -> str:
 def headline(results: Mapping) -> dict[str, str]:
   """Title and subtitle."""
   objective = results["objective"].replace("_", "-").upper()
+  judged = f"with the judge {results['judge']}"
   return {
-    "title": f"{results['dataset']}: {objective} with the judge {results['judge']}",
+    "title": (
+      f"{results['dataset']}: {objective} "
+      f"{'on preferences of readers' if results['judge'] == 'preferences' else judged}"
+    ),
     "subtitle": (
       f"{results['num_labelled_cases']} labelled cases, "
       f"{results['num_cases']['unlabelled']} unlabelled, {results['num_cases']['val']} for "

@@ -20,6 +20,7 @@ from etils import epath
 
 from rndpo_jax import provenance, types
 from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import preference_file
 from rndpo_jax.evaluation import (
   delivered,
   gallery,
@@ -216,6 +217,8 @@ def _measured(models, steps, curve, names) -> dict:
 
 def _gate_warning(config, content) -> list[str]:
   """What the gate has to say of the judge, if a run went on in spite of it."""
+  if config.data.preferences:  # nothing was judged
+    return []
   found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
   return [f"{found[0].upper()}{found[1:]}."] if found else []
 
@@ -223,7 +226,9 @@ def _gate_warning(config, content) -> list[str]:
 def _context(config, workdir, dataset) -> dict:
   """The part of `results.json` that says what was measured, and what earlier stages found."""
   path = workdir / "pairs" / "judges.json"
-  judge = judge_gate.used(files.read_json(path), config.judge.name)
+  judge = preference_file.NAME
+  if not config.data.preferences:
+    judge = judge_gate.used(files.read_json(path), config.judge.name)
   judges = files.read_json(path, **{judge: dict})
   pairs = files.read_json(
     workdir / "pairs" / "manifest.json", num_pairs=int, dropped=dict, region_size=dict
@@ -240,7 +245,7 @@ def _context(config, workdir, dataset) -> dict:
     "beta": config.finetune.beta,
     "judge": judge,
     "study": judges_lib.needs(judge, "labels"),
-    "rule": config.mine.rule,
+    "rule": preference_file.NAME if config.data.preferences else config.mine.rule,
     "num_labelled_cases": cases["labelled"],
     "num_cases": cases,
     "class_names": list(dataset.class_names),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -13,11 +12,10 @@ from etils import epath
 from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes, objectives
-from rndpo_jax.mining import fused, judge_gate, judges, program, proposals, reliability
+from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, reliability
 from rndpo_jax.pairs import pair_batches
-from rndpo_jax.runtime import files
+from rndpo_jax.runtime import files, progress
 
-NUM_EXAMPLES = 6
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
 # says little about unlabelled images, and is kept apart.
 SPLITS = ("val", "labelled")
@@ -45,14 +43,15 @@ def make_measure(
     return {
       **(proposed if with_proposals else {}),
       "scores": scores,
-      "mined": {name: rule(keys, sampled.masks, scores[name]) for name in names},
+      "mined": {name: rule(keys, sampled.masks, scores[name], sampled.present) for name in names},
+      "present": sampled.present,
       "packed": bit_planes.pack(sampled.masks, num_classes, dataset.spatial_dims),
       # Whether any pixel is labelled: where all are ignored, every proposal would be perfect.
       "known": jnp.any(batch.labels != types.IGNORED, axis=tuple(range(1, batch.labels.ndim))),
       "truth": judges.true_scores(sampled.masks, batch.labels, num_classes),
       "base_foreground": jnp.any(base_masks > 0, axis=tuple(range(1, base_masks.ndim))),
       "base": judges.true_scores(base_masks[:, None], batch.labels, num_classes)[:, 0],
-      "diversity": proposals.diversity(sampled.masks, num_classes),
+      "diversity": overlap.diversity(sampled.masks, num_classes, sampled.present),
     }
 
   return measure
@@ -87,16 +86,7 @@ def write_reliability(
   weights = {}
   if judges.FUSED in program.used_judges(config):
     weights = _add_fused(config, dataset, measured, case_ids["val"], indices["val"])
-  files.write_json(
-    directory / "proposals.json",
-    {
-      "split": "val",
-      "diversity": float(measured["val"]["diversity"].mean()),
-      "base_dice": float(measured["val"]["base"].mean()),
-      "mean_dice": float(truth.mean()),
-      "best_dice": float(truth.max(axis=1).mean()),
-    },
-  )
+  files.write_json(directory / "proposals.json", proposal_figures(measured["val"]))
 
   def figures(name: str, split: str) -> dict:
     return reliability.reliability(
@@ -105,12 +95,15 @@ def write_reliability(
       case_ids[split],
       num_bootstrap=config.judge.num_bootstrap,
       seed=config.seed,
+      judged=_judged(measured[split], name),
     )
 
   table = {
     name: {
       **figures(name, "val"),
-      "calibration": reliability.calibration(measured["val"]["scores"][name], truth),
+      "calibration": reliability.calibration(
+        np.where(_judged(measured["val"], name), measured["val"]["scores"][name], np.nan), truth
+      ),
       "split": "val",
       "labelled": figures(name, "labelled"),
     }
@@ -132,6 +125,11 @@ def write_reliability(
     judge = judge_gate.best(table, config.judge.compare)
   for name, entry in table.items():
     entry["used"] = name == judge
+    if entry["mined"]["weighted_accuracy"] is None:
+      progress.say(
+        f"judge {name!r}: how often it is right is unknown, for no pair could be made of the "
+        "proposals of the validation images"
+      )
   if weights:
     table[judges.FUSED]["weights"] = weights
   validation_pairs.write(
@@ -144,11 +142,43 @@ def write_reliability(
   files.write_json(directory / "judges.json", table)
 
 
+def _judged(measured: Mapping, name: str) -> np.ndarray:
+  """bool[N, K], the proposals that a judge scores: all that are there, and `file` its own alone."""
+  scores, present = measured["scores"][name], measured["present"]
+  judged = np.ones(scores.shape, bool) if present is None else present
+  return judged & np.isfinite(scores) if name == judges.FILE else judged
+
+
+def proposal_figures(measured: Mapping) -> dict:
+  """What `proposals.json` says; None where no image has a proposal.
+
+  Args:
+    measured: of the validation split: "truth" f32[N, K], "present" bool[N, K] or None, "base" and
+      "diversity" f32[N].
+  """
+  truth, present, diversity = (measured[name] for name in ("truth", "present", "diversity"))
+  best = truth
+  if present is not None:
+    some = present.any(axis=1)
+    best = np.where(present, truth, -1.0)[some]
+    truth, diversity = truth[present], diversity[np.isfinite(diversity)]
+  return {
+    "split": "val",
+    "diversity": float(diversity.mean()) if diversity.size else None,
+    "base_dice": float(measured["base"].mean()),
+    "mean_dice": float(truth.mean()) if truth.size else None,
+    "best_dice": float(best.max(axis=1).mean()) if best.size else None,
+  }
+
+
 def _add_fused(config, dataset, measured: dict, case_ids, indices) -> dict[str, float]:
   """Adds the scores of the judge `fused`, and its pairs on validation; returns its weights."""
   names, val = fused.members(config), measured["val"]
   whole, left_out = fused.log_odds(
-    {name: val["scores"][name] for name in names}, val["truth"], case_ids
+    {name: val["scores"][name] for name in names},
+    val["truth"],
+    case_ids,
+    {name: _judged(val, name) for name in names},
   )
   for split, weights in (("val", left_out), ("labelled", whole)):
     scores = measured[split]["scores"]
@@ -160,7 +190,11 @@ def _add_fused(config, dataset, measured: dict, case_ids, indices) -> dict[str, 
     rows = np.minimum(np.arange(start, start + config.mine.batch_size), count - 1)
     masks = bit_planes.unpack(val["packed"][rows], tuple(dataset.size), dataset.num_classes)
     scored = program.Scored(
-      np.asarray(indices[rows], np.int32), masks, None, val["scores"][judges.FUSED][rows]
+      np.asarray(indices[rows], np.int32),
+      masks,
+      None,
+      val["scores"][judges.FUSED][rows],
+      present=None if val["present"] is None else val["present"][rows],
     )
     parts.append(jax.tree.map(np.asarray, mine(None, key, scored)))
   val["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
@@ -230,39 +264,3 @@ def _whole(outputs: Iterable) -> dict:
   """Joins the valid rows of all batches."""
   parts = [jax.tree.map(lambda x, valid=batch.valid: x[valid], out) for batch, out in outputs]
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-
-
-def example_indices(dataset) -> np.ndarray:
-  """A few unlabelled records, spread over the split."""
-  unlabelled = dataset.splits["unlabelled"]
-  count = min(NUM_EXAMPLES, len(unlabelled))
-  return unlabelled[np.linspace(0, len(unlabelled) - 1, count).round().astype(int)]
-
-
-def write_examples(path: epath.Path, dataset, outputs: Iterable) -> None:
-  """Writes the proposals, scores and first pair of the `example_indices` as .npz.
-
-  Args:
-    path: `pairs/examples.npz`.
-    outputs: (batch, output of the mining program) over `example_indices`.
-  """
-  parts = []
-  for batch, out in outputs:
-    keep = batch.valid
-    has_pair = out["pairs"].valid[:, 0]
-    parts.append(
-      {
-        "image": batch.images[keep],
-        "masks": out["masks"][keep],
-        "scores": out["scores"][keep],
-        "chosen": np.where(has_pair, out["pairs"].chosen[:, 0], -1)[keep],
-        "rejected": np.where(has_pair, out["pairs"].rejected[:, 0], -1)[keep],
-      }
-    )
-  whole = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-  whole["record_id"] = np.array(
-    [dataset.records[index]["record_id"] for index in example_indices(dataset)]
-  )
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, **whole)
-  files.write_bytes(path, buffer.getvalue())

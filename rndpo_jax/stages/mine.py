@@ -18,7 +18,7 @@ from etils import epath
 
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader, tiles
+from rndpo_jax.data import loader, proposal_files, tiles
 from rndpo_jax.mining import fused, judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
@@ -33,8 +33,8 @@ from rndpo_jax.mining.program import (
   with_keys,
 )
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
-from rndpo_jax.stages import base, measure_judges, phases, prepare, train_judge
+from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
+from rndpo_jax.stages import base, examples, measure_judges, phases, prepare, train_judge
 from rndpo_jax.training import image_terms
 
 _KEPT = "mine: finished shards are kept"
@@ -63,8 +63,12 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
   prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
+  with preemption.together(_KEPT):
+    proposed = prepare.open_proposals(config, dataset)
   weights, score = make_scorer(config, workdir, dataset)
-  shards.claim(directory, _fingerprints(dataset, weights))
+  shards.claim(directory, _fingerprints(dataset, weights, proposed))
+  load_files = proposed and proposal_files.make_load(proposed, dataset)
+  batches = functools.partial(run_batches, config, dataset, load_files=load_files)
   hosted = host_judges(config, dataset)
   if multihost.is_first():
     for name, reason in hosted.items():
@@ -74,7 +78,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     if multihost.is_first() and not all(path.exists() for path in measured):
       measure = _measure_program(config, dataset, weights, score, hosted)
       outputs = {
-        split: run_batches(config, dataset, dataset.splits[split], measure, with_labels=True)
+        split: batches(dataset.splits[split], measure, with_labels=True)
         for split in measure_judges.SPLITS
       }
       measure_judges.write_reliability(config, directory, dataset, outputs)
@@ -82,10 +86,10 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   weights["log_odds"] = read_log_odds(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted)
   with_labels = judges.needs(config.judge.name, "labels")
-  mined = functools.partial(run_batches, config, dataset, program=program, with_labels=with_labels)
+  mined = functools.partial(batches, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
-    outputs = mined(measure_judges.example_indices(dataset))
-    measure_judges.write_examples(directory / "examples.npz", dataset, outputs)
+    outputs = mined(examples.indices(dataset))
+    examples.write(directory / "examples.npz", dataset, outputs)
   if "pairs" not in image_terms.reads_of(config):
     if multihost.is_first():
       manifest.write_empty(config, directory)
@@ -134,11 +138,12 @@ def read_log_odds(config, directory: epath.Path) -> np.ndarray | None:
   return np.array([found["weights"][name] for name in fused.members(config)], np.float32)
 
 
-def _fingerprints(dataset, weights) -> dict[str, str]:
-  """Of the data, and of what `make_scorer` loads."""
+def _fingerprints(dataset, weights, proposed=None) -> dict[str, str]:
+  """Of the data, of what `make_scorer` loads, and of proposals from files."""
   of = {"base": weights["policy"], "ensemble": weights["ensemble"], "judge": weights["learned"]}
   return {
     "data": dataset.fingerprint,
+    **({"proposals": proposal_files.fingerprint(proposed)} if proposed else {}),
     **{name: provenance.fingerprint(tree) for name, tree in of.items()},
   }
 
@@ -172,9 +177,11 @@ def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callab
   def program(key, batch: types.Batch):
     out = dict(measure(key, batch))
     proposed = out.pop("masks"), out.pop("probs")
+    there = out["present"]
     scores = {name: _score_on_host(name, batch.images, *proposed) for name in here}
     mined = {
-      name: finish(key, Scored(batch.index, proposed[0], None, scores[name])) for name in here
+      name: finish(key, Scored(batch.index, proposed[0], None, scores[name], present=there))
+      for name in here
     }
     return {**out, "scores": {**out["scores"], **scores}, "mined": {**out["mined"], **mined}}
 
@@ -191,7 +198,8 @@ def _mine_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
   def program(key, batch: types.Batch):
     out = propose(key, batch)
     scores = _score_on_host(config.judge.name, batch.images, out["masks"], out["probs"])
-    return finish(key, Scored(batch.index, out["masks"], out["base_logits"], scores, out["probs"]))
+    proposed = out["masks"], out["base_logits"], scores, out["probs"], out["present"]
+    return finish(key, Scored(batch.index, *proposed))
 
   return program
 
@@ -219,8 +227,9 @@ def on_local_devices(function: Callable, weights) -> Callable:
 
 
 def run_batches(
-  config, dataset, indices, program: Callable, with_labels: bool, stays: tuple[str, ...] = ()
-) -> Iterator:
+  config, dataset, indices, program: Callable, with_labels: bool, stays: tuple[str, ...] = (),
+  load_files: Callable[[int], types.FileProposals] | None = None,
+) -> Iterator:  # fmt: skip
   """Yields (batch, output) of a pmap program over batches of records, both as numpy arrays.
 
   The devices have the next batch to work on while one is fetched and written.
@@ -229,6 +238,7 @@ def run_batches(
     program: from `on_local_devices`.
     with_labels: whether the masks of the records are read.
     stays: entries of the output that never leave the devices.
+    load_files: from `proposal_files.make_load`, if the mix takes proposals from files.
   """
   key = seeds.mining_key(config.seed)
 
@@ -244,8 +254,20 @@ def run_batches(
     with_labels=with_labels,
     num_workers=config.data.num_workers,
   )
+  if load_files is not None:
+    loaded = _with_files(loaded, load_files)
   for batch, out in loader.prefetch(loaded, start, depth=1):
     yield batch, sharding.join_local_devices(out)
+
+
+def _with_files(loaded: Iterator, load: Callable) -> Iterator:
+  """Batches with their proposals from files, which one thread reads ahead."""
+
+  def add(batch: types.Batch) -> types.Batch:
+    rows = [load(int(index)) for index in batch.index]
+    return batch._replace(files=jax.tree.map(lambda *xs: np.stack(xs), *rows))
+
+  return threads.in_order(add, loaded, count=1)
 
 
 def _batch_size(config) -> int:

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import errors
-from rndpo_jax.data import builder, native, records, sources, splits
+from rndpo_jax.data import (
+  builder,
+  native,
+  preference_file,
+  proposal_files,
+  records,
+  sources,
+  splits,
+)
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, progress
@@ -43,6 +52,7 @@ def run(config, workdir: epath.PathLike) -> None:
   unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
   shards.check_num_shards(config, len(unlabelled))
   check_truth(config, source.records, unlabelled)
+  check_files(config, source.records, parts, source.num_classes)
   source = native.of_source(source, native.settings(config, source, parts["labelled"]))
   written = builder.build(source, directory)
   if multihost.is_first():
@@ -68,6 +78,48 @@ def check_truth(config, entries: Sequence[dict], unlabelled: Sequence[int]) -> N
         f"config.judge.name: {config.judge.name!r} needs the truth of every unlabelled image, and "
         f"{entries[index]['record_id']!r} has no mask; take another judge, or add its mask"
       )
+
+
+def check_files(config, entries: Sequence[dict], parts: dict, num_classes: int) -> None:
+  """Reads the proposals or preferences that come from files, long before mining needs them.
+
+  Args:
+    config: the whole config.
+    entries: of `records.json`.
+    parts: case ids of each split.
+    num_classes: C.
+
+  Raises:
+    records.DataError: with the file, and the line that named it.
+  """
+  if config.data.preferences:
+    split_of = {case: split for split, cases in parts.items() for case in cases}
+    found, grids = preference_file.read(config, entries, split_of)
+    preference_file.check(found, grids, num_classes)
+    return
+  proposed = proposal_files.open_files(config, entries)
+  if proposed is not None:
+    proposal_files.check(proposed, num_classes)
+
+
+def open_proposals(config, dataset) -> proposal_files.ProposalFiles | None:
+  """The proposals from files, each read once to see that it can be used; None if the mix has none.
+
+  Raises:
+    errors.DataError: naming the file, and the line that named it.
+  """
+  found = proposal_files.open_files(config, dataset.records)
+  if found is None:
+    return None
+  proposal_files.check(found, dataset.num_classes, dataset_lib.affine_of(dataset))
+  if multihost.is_first() and config.judge.name == judges.FILE:
+    samplers = [entry for entry in config.proposals.mix.split(",") if judges.FILE not in entry]
+    if samplers:
+      progress.say(
+        f"judge {judges.FILE!r}: the proposals of {', '.join(samplers)} have no score in a file, "
+        "so no pair is made of them"
+      )
+  return found
 
 
 def is_done(workdir: epath.Path) -> bool:

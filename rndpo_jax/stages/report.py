@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from etils import epath
 
+from rndpo_jax.data import preference_file
 from rndpo_jax.report import charts, figures, pictures, tables
 from rndpo_jax.runtime import files
 
@@ -32,7 +33,9 @@ def run(config, workdir: os.PathLike) -> None:
     workdir / "results.json", study=bool, curve=list, class_names=list, **kinds
   )
   manifest = files.read_json(
-    workdir / "pairs" / "manifest.json", region_size=dict, score_gap=dict, proposals=dict, mix=str
+    workdir / "pairs" / "manifest.json",
+    **dict.fromkeys(("region_size", "score_gap", "proposals"), dict),
+    **dict.fromkeys(("mix", "judge"), str),
   )
   made = _read_made(workdir)
   harm = files.read_json(workdir / "evaluate" / "harm.json", bins=list, curve=list, beta=dict)
@@ -106,7 +109,7 @@ def _mining_part(results, manifest) -> dict[str, Any]:
     "proposal_rows": tables.proposal_rows(manifest),
     "pair_rows": tables.pair_rows(manifest),
     "mining_text": (
-      f"Proposals were drawn by {manifest['mix']}. A pair of equal scores or of identical masks "
+      f"{_origin(manifest)} A pair of equal scores or of identical masks "
       "tells the network nothing. Score gap of the kept pairs, 5th, 50th and 95th percentile: "
       f"{', '.join(tables.show(manifest['score_gap'][q]) for q in ('p5', 'p50', 'p95'))}."
     ),
@@ -116,6 +119,12 @@ def _mining_part(results, manifest) -> dict[str, Any]:
       "RN-DPO divides by it, so that a few gross proposals do not rule the training."
     ),
   }
+
+
+def _origin(manifest) -> str:
+  if manifest["judge"] == preference_file.NAME:
+    return "The pairs are preferences of readers, which no judge scored."
+  return f"Proposals were drawn by {manifest['mix']}."
 
 
 def _split_name(entry: Mapping[str, Any]) -> str:

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_unread
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.checks import config_unread
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.training import image_terms
 

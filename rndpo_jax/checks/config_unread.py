@@ -20,12 +20,11 @@ from rndpo_jax.training import image_terms
 
 # Keys, and sections with all their keys, that every run reads.
 ALWAYS = (
-  "seed", "mesh", "mine", "base.workdir", "base.nnunet_folder", "base.num_members",
+  "seed", "mesh", "mine.pairs_per_image", "mine.batch_size", "mine.num_shards",
+  "base.workdir", "base.nnunet_folder", "base.num_members",
   "model.name", "model.depth", "model.dtype", "model.remat",
   "data.source", "data.name", "data.spatial_dims", "data.num_classes", "data.spacing",
   "data.group_pattern", "data.split_file", "data.num_workers", "data.prefetch",
-  "proposals.mix",
-  "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
   "phases", "finetune.rounds", "finetune.region_classes", "finetune.num_steps",
   "finetune.accumulate_steps",
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
@@ -86,13 +85,30 @@ def readers(config) -> Readers:
     **_of_rows(
       "evaluate", metrics.METRICS, set(config.evaluate.metrics), "in config.evaluate.metrics"
     ),
-    "judge.gate.min_accuracy": (
-      config.judge.gate.action != "off",
-      "config.judge.gate.action 'refuse' or 'warn'",
-    ),
+    **_of_mining(config, used_samplers),
     **_of_augmentation(config, used_judges),
     **_of_terms(config),
     **_of_finetuning(config.finetune),
+  }
+
+
+# Keys of mining that pairs of `data.preferences` do without.
+_OF_MINING = (
+  "proposals.mix", "judge.name", "judge.compare", "judge.num_bootstrap", "judge.gate.action",
+  "mine.rule", "mine.min_score_gap", "mine.min_region_size", "mine.max_region_size",
+)  # fmt: skip
+
+
+def _of_mining(config, used_samplers: set[str]) -> Readers:
+  mines = not config.data.preferences
+  where = "an empty config.data.preferences"
+  gated = mines and config.judge.gate.action != "off"
+  reads_pairs = "pairs" in image_terms.reads_of(config)
+  return {
+    **{key: (mines, where) for key in _OF_MINING},
+    "judge.gate.min_accuracy": (gated, "config.judge.gate.action 'refuse' or 'warn'"),
+    "data.proposals": (mines and "file" in used_samplers, "'file' in config.proposals.mix"),
+    "data.preferences": (reads_pairs, f"config.finetune.terms {_terms_that_read('pairs')}"),
   }
 
 

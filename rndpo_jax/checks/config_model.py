@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_unread, models
+from rndpo_jax import models
+from rndpo_jax.checks import config_unread
 from rndpo_jax.errors import ConfigError
 
 _CHOICES = {"norm": ("group", "instance"), "dtype": ("float32", "bfloat16")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model
+from rndpo_jax.checks import config_model
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.mining import proposals
 
@@ -37,7 +37,8 @@ def check(config, mix) -> None:
         f"config.proposals.mix: {name!r} is there twice and draws nothing at random, so the second "
         "would repeat the first; make it one entry with the sum of the counts"
       )
-    _check_repeats(config, atoms, count, bool(strengths) or frozenset(atoms) not in fixed)
+    if "file" not in atoms:  # as many different masks as there are folders
+      _check_repeats(config, atoms, count, bool(strengths) or frozenset(atoms) not in fixed)
     if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
         f"config.proposals.mix: found {name}:{count}, but data.{grid}={size} has "

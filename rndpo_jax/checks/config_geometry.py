@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_model
+from rndpo_jax.checks import config_model
 from rndpo_jax.data import intensity
 from rndpo_jax.errors import ConfigError
 
