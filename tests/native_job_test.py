@@ -75,7 +75,7 @@ def test_the_job_is_whole_and_its_pairs_are_of_tiles(job):
   mined = {int(table[row]["index"]) for row in range(len(table))}
   assert mined <= unlabelled and len(unlabelled) > len(dataset.splits["unlabelled"])
   assert view.size == tuple(config.data.patch_size) and dataset.native.spacing[1] == 1.25
-  assert (workdir / "report.html").exists()
+  assert (workdir / "report.html").exists() and results["rankseg"] == {"val": {}, "test": {}}
 
 
 def _weights(patch):

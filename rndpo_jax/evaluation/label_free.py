@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rndpo_jax import models
+from rndpo_jax.data import tiles
 from rndpo_jax.evaluation import metrics, predict
 from rndpo_jax.mining import overlap
 from rndpo_jax.runtime import preemption, sharding
@@ -38,7 +39,7 @@ def measure(config, evaluation: predict.Evaluation, steps: Sequence[int]) -> lis
     steps: rising, the base (0) first.
   """
   dataset = evaluation.dataset
-  unlabelled = dataset.splits["unlabelled"]
+  unlabelled = tiles.view(dataset).splits["unlabelled"]  # as `evaluation.batches` counts them
   places = np.linspace(0, len(unlabelled) - 1, min(NUM_IMAGES, len(unlabelled))).round().astype(int)
   batches = list(evaluation.batches(tuple(map(int, unlabelled[places]))))
   segmenter = models.build(

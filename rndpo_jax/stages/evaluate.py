@@ -98,7 +98,10 @@ def run(config, workdir: os.PathLike) -> None:
   content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
   content["label_free"] = _label_free(config, evaluation, steps, curve)
-  content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
+  # The rule works on whole records on the device, which the native mode does not have there.
+  content["rankseg"] = {split: {} for split in predict.SPLITS}
+  if dataset.native is None:
+    content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   if "pairs" in image_terms.reads_of(config):

@@ -126,7 +126,7 @@ def make(
     "mb": {"base": _megabytes(base_workdir), "cell": _megabytes(workdir)},
     "steps": last,
     "base": {split: _round(results["base"][split]["dice"]) for split in splits},
-    "rankseg": {s: _round(results["rankseg"][s]["dice"]) for s in splits if "rankseg" in results},
+    "rankseg": {s: _round(results["rankseg"][s]["dice"]) for s in splits if _has_rankseg(results)},
     "curve": _curve(results["curve"], splits, _val_kl(workdir, results["curve"][-1]["step"]))
     | _label_free(results),
     "val": _sustained([point["val_dice"] for point in results["curve"]]),
@@ -255,3 +255,8 @@ def _rounded(value: Any) -> Any:
   if isinstance(value, (list, tuple)):
     return [_rounded(item) for item in value]
   return _round(value) if isinstance(value, (float, np.floating)) else value
+
+
+def _has_rankseg(results) -> bool:
+  """Older results lack it, and those of the native mode have none."""
+  return all(results.get("rankseg", {"": None}).values())
