@@ -329,6 +329,7 @@ def _stack_evaluation(folder, masks):
     size=(2, 4),
     crop=(),
     normalization="zscore",
+    native=None,
     fingerprint="",
   )
 
