@@ -11,7 +11,7 @@ import numpy as np
 from fault_runs import wait_until
 
 PREDICT = (sys.executable, "-m", "launch.predict")
-CASES = 24
+CASES = 150  # so that most are left when the first mask is there
 
 
 def predictions(campaign):
@@ -26,6 +26,7 @@ def predictions(campaign):
   }
   for name, network in networks.items():
     given = [network, f"--input={images}"]
+    shutil.rmtree(campaign.folder / "predict-whole", ignore_errors=True)
     ended, want = _predict(campaign, "predict-whole", given)
     assert not any(ended.codes), ended.output()
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -57,7 +58,7 @@ def _predict(campaign, name, given, number=None):
   processes = campaign.start_programs(name, [*given, f"--output={output}"], programs)
   if number is not None:
     wait_until(processes, lambda: any(output.glob("scores/*.json")))
-    time.sleep(campaign.random.uniform(0, 0.2))
+    time.sleep(campaign.random.uniform(0, 0.1))
     for process in processes:
       process.send_signal(number)
   ended = campaign.end(processes)
