@@ -8,7 +8,7 @@ on the cases' own grids. Test Dice of the last checkpoint 0.731, of the base 0.7
 0.700 of configs/acdc.py (seed 0, judge agreement); on validation it is 0.760 after 0.763, so the
 base is delivered. That copy of ACDC had lost its spacing (1 mm in every header): the grid was of
 1.5 of its pixels, that of configs/acdc.py of 3. Steps and proposals are few, for 2 CPU cores:
-about an hour on a busy machine.
+about an hour on a busy machine. Base and fine-tuning of these figures ran in two work directories.
 """
 
 from configs import acdc, recipes

@@ -184,14 +184,26 @@ def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
   """
 
   def one(item):
-    values, matrices = item
-    for axis, matrix in enumerate(matrices):
-      values = jnp.tensordot(matrix, values, axes=(1, axis), precision="highest")
-      values = jnp.moveaxis(values, 0, axis)
-    return jnp.argmax(values, axis=-1).astype(jnp.uint8)
+    return jnp.argmax(on_own_grid(*item), axis=-1).astype(jnp.uint8)
 
   # One record at a time: a batch of volumes on their own grids would not fit.
   return jax.lax.map(one, (logits, tuple(resize)))
+
+
+def on_own_grid(values: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+  """Logits f32[*size, C] of one record -> f32[*N, C], by one f32[N, n] an axis."""
+  for axis, matrix in enumerate(matrices):
+    values = jnp.tensordot(matrix, values, axes=(1, axis), precision="highest")
+    values = jnp.moveaxis(values, 0, axis)
+  return values
+
+
+def is_seen(matrices: Sequence[jax.Array]) -> jax.Array:
+  """bool[*N]: where the model saw the record, which is where no axis has a row of zeros."""
+  seen = jnp.ones((), bool)
+  for axis, matrix in enumerate(matrices):
+    seen = seen[..., None] & jnp.any(matrix != 0, axis=1).reshape((1,) * axis + (-1,))
+  return seen
 
 
 def resize_matrices(shapes, size, crop) -> list[np.ndarray]:

@@ -65,12 +65,8 @@ def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
 
   def one(item):
     values, matrices = item
-    seen = jnp.ones(())
-    for axis, matrix in enumerate(matrices):
-      values = jnp.tensordot(matrix, values, axes=(1, axis), precision="highest")
-      values = jnp.moveaxis(values, 0, axis)
-      seen = seen[..., None] * jnp.any(matrix != 0, axis=1).reshape((1,) * axis + (-1,))
-    return best_masks(jax.nn.softmax(values, axis=-1) * seen[..., None])
+    values = predict.on_own_grid(values, matrices)
+    return best_masks(jax.nn.softmax(values, axis=-1) * predict.is_seen(matrices)[..., None])
 
   return jax.lax.map(one, (logits, tuple(resize)))
 

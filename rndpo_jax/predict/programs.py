@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import seeds, types
+from rndpo_jax.evaluation import predict
 from rndpo_jax.mining import judges, overlap, proposals
 
 SCORES = ("agreement", "confidence", "entropy")
@@ -82,13 +83,9 @@ def native_probabilities(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.
 
   def one(item):
     values, matrices = item
-    seen = jnp.ones(())
-    for axis, matrix in enumerate(matrices):
-      values = jnp.tensordot(matrix, values, axes=(1, axis), precision="highest")
-      values = jnp.moveaxis(values, 0, axis)
-      seen = seen[..., None] * jnp.any(matrix != 0, axis=1).reshape((1,) * axis + (-1,))
+    values, seen = predict.on_own_grid(values, matrices), predict.is_seen(matrices)
     background = jax.nn.one_hot(jnp.zeros(seen.shape, jnp.int32), values.shape[-1])
-    found = jnp.where(seen[..., None] > 0, jax.nn.softmax(values, axis=-1), background)
+    found = jnp.where(seen[..., None], jax.nn.softmax(values, axis=-1), background)
     return found.astype(jnp.float16)
 
   return jax.lax.map(one, (logits, tuple(resize)))
