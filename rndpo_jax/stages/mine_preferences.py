@@ -1,7 +1,8 @@
 """Stage `mine` where pairs are readers' preferences: no proposals, no judge, no rule, no gate.
 
 The pairs of `config.data.preferences` get reference margins of the base and are written as mined
-ones are. A volume whose slices are records gives a pair a slice in which its two masks differ.
+ones are. A volume whose slices are records gives a pair a slice in which its two masks differ; in
+the native mode every tile in which they do has one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, losses, models, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader, mask_files, preference_file
+from rndpo_jax.data import loader, mask_files, preference_file, tiles
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import pair_rules, reliability
@@ -62,16 +63,17 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = dataset_lib.open_dataset(config, workdir)
+  whole = dataset_lib.open_dataset(config, workdir)
+  dataset = tiles.view(whole)
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
-  found, grids = preference_file.read(config, dataset.records, _split_of(dataset))
+  found, grids = preference_file.read(config, whole.records, _split_of(whole))
   with preemption.together(_KEPT):
     affine_of = dataset_lib.affine_of(dataset)
     preference_file.check(found, grids, dataset.num_classes, affine_of)
   params = phases.start(config, workdir, dataset)
   fingerprints = provenance.of_finetuning(dataset, params)
   shards.claim(directory, {**fingerprints, "preferences": preference_file.fingerprint(found)})
-  items = items_of(found, dataset.records, config.mine.pairs_per_image)
+  items = items_of(found, dataset, config.mine.pairs_per_image)
   program = mine.on_local_devices(make_batch(config, dataset), {"policy": params})
   batches = functools.partial(_batches, config, dataset, found, grids)
   if multihost.is_first():
@@ -80,7 +82,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
       "no judge scores them, and the gate is off"
     )
     _write_unjudged(config, directory, dataset)
-    if not (directory / "examples.npz").exists():
+    if items and not (directory / "examples.npz").exists():
       _write_examples(directory / "examples.npz", dataset, batches(_some(items), None))
   with preemption.together(_KEPT):
     for shard, part in enumerate(_split(items, config.mine.num_shards)):
@@ -101,16 +103,28 @@ def _split_of(dataset) -> dict[str, str]:
 
 
 def items_of(
-  preferences: Sequence[preference_file.Preference], entries, num_slots: int
+  preferences: Sequence[preference_file.Preference], dataset, num_slots: int
 ) -> list[tuple[int, tuple[int, ...]]]:
-  """(index of a record, places of its preferences, at most `num_slots`), by rising index."""
+  """(index of a record or tile, places of its preferences, at most `num_slots`), by rising index.
+
+  Args:
+    preferences: the lines.
+    dataset: by records or by tiles.
+    num_slots: see above.
+  """
   of_image: dict[str, list[int]] = {}
   for place, item in enumerate(preferences):
     of_image.setdefault(item.image, []).append(place)
+  entries = tiles.whole(dataset).records
+  of_record = {
+    record: places
+    for record, entry in enumerate(entries)
+    if (places := of_image.get(mask_files.image_id(entry)))
+  }
   return [
     (index, tuple(places[start : start + num_slots]))
-    for index, entry in enumerate(entries)
-    if (places := of_image.get(mask_files.image_id(entry)))
+    for index in range(len(dataset.records))
+    if (places := of_record.get(tiles.record_of(dataset, index)))
     for start in range(0, len(places), num_slots)
   ]
 
@@ -158,6 +172,10 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
   """(Rows, output of the program as numpy arrays) over items; without a program, no output."""
   slots = config.mine.pairs_per_image
 
+  @functools.lru_cache(maxsize=4)  # a record's masks, for its tiles
+  def on_grid(place: int, record: int) -> list[np.ndarray]:
+    return [mask_files.on_grid(mask, dataset, record) for mask in read(place)]
+
   @functools.lru_cache(maxsize=4)  # a volume's masks, for its slices
   def read(place: int) -> tuple[np.ndarray, np.ndarray]:
     item = preferences[place]
@@ -169,11 +187,11 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
 
   def load(item: tuple[int, tuple[int, ...]], valid: bool) -> Rows:
     index, places = item
-    entry = dataset.records[index]
+    record = tiles.record_of(dataset, index)
     masks = np.zeros((2, slots, *dataset.size), np.uint8)
     for slot, place in enumerate(places):
-      for side, mask in enumerate(read(place)):
-        masks[side, slot] = mask_files.on_grid(mask, entry, dataset.size, dataset.crop)
+      for side, mask in enumerate(on_grid(place, record)):
+        masks[side, slot] = tiles.part_of(dataset, index, mask)
     image = dataset_lib.load_example(dataset, index, with_labels=False)["image"]
     given = np.arange(slots) < len(places)
     return Rows(np.int32(index), image, *masks, given, np.bool_(valid))
@@ -253,7 +271,8 @@ def _write_manifest(config, directory: epath.Path, num_preferences: int) -> None
   if not sum(files.read_json(path)["num_pairs"] for path in paths):
     raise errors.MiningError(
       f"{config.data.preferences}: the masks of none of {num_preferences} lines differ on the "
-      "model's grid; take a larger config.data.size, another config.data.crop, or other masks"
+      "model's grid; take a finer one (config.data.size or config.data.spacing), another "
+      "config.data.crop, or other masks"
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():
