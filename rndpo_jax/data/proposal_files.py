@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rndpo_jax import errors, types
-from rndpo_jax.data import csv_rows, file_checks, mask_files, tiles
+from rndpo_jax.data import csv_rows, file_checks, mask_files, native, tiles
 from rndpo_jax.data.sources import folder as folder_source
 from rndpo_jax.mining import judges, proposals
 
@@ -229,15 +229,22 @@ def make_load(files: ProposalFiles, dataset) -> Callable[[int], types.FilePropos
       for mask in masks_of(image_of(record))
     ]
 
+  def background(record: int) -> np.ndarray:
+    if dataset.native is None:
+      return np.zeros(dataset.size, np.uint8)
+    spacing = tiles.whole(dataset).records[record]["spacing"]
+    shape = native.model_shape(dataset.boxes[record], spacing, dataset.native.spacing)
+    return np.zeros(shape, np.uint8)
+
   def load(index: int) -> types.FileProposals:
     record = tiles.record_of(dataset, index)
     image = image_of(record)
-    found = [
-      None if mask is None else tiles.part_of(dataset, index, mask) for mask in of_record(record)
-    ]
+    found = of_record(record)
     present = np.array([mask is not None for mask in found])
-    filling = next((mask for mask in found if mask is not None), np.zeros(dataset.size, np.uint8))
-    masks = np.stack([filling if mask is None else mask for mask in found])
+    filling = next((mask for mask in found if mask is not None), None)
+    filling = background(record) if filling is None else filling
+    found = [filling if mask is None else mask for mask in found]
+    masks = np.stack([tiles.part_of(dataset, index, mask) for mask in found])
     unscored = np.full(len(found), np.nan, np.float32)
     scores = unscored if files.scores is None else files.scores[image]
     return types.FileProposals(masks, present, scores)

@@ -11,44 +11,24 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import config as config_lib
-from rndpo_jax import errors, losses, models, provenance, types
+from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, mask_files, preference_file, tiles
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import pair_rules, reliability
+from rndpo_jax.mining import given_pairs, reliability
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 from rndpo_jax.stages import examples, mine, phases
 
 _KEPT = "mine: finished shards are kept"
-
-
-class Rows(NamedTuple):
-  """Records with preferences: `pairs` numbers of lines, at most P; leading axis b in a batch.
-
-  Attributes:
-    index: i32[b], of the record.
-    images: f32[b, *S, I].
-    chosen: u8[b, P, *S]. rejected: likewise.
-    given: bool[b, P], False if a slot has no pair.
-    valid: bool[b], False if the entry only pads the batch.
-  """
-
-  index: types.Array
-  images: types.Array
-  chosen: types.Array
-  rejected: types.Array
-  given: types.Array
-  valid: types.Array
 
 
 def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
@@ -74,7 +54,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   fingerprints = provenance.of_finetuning(dataset, params)
   shards.claim(directory, {**fingerprints, "preferences": preference_file.fingerprint(found)})
   items = items_of(found, dataset, config.mine.pairs_per_image)
-  program = mine.on_local_devices(make_batch(config, dataset), {"policy": params})
+  program = mine.on_local_devices(given_pairs.make_batch(config, dataset), {"policy": params})
   batches = functools.partial(_batches, config, dataset, found, grids)
   if multihost.is_first():
     progress.say(
@@ -133,41 +113,6 @@ def _split(items: list, count: int) -> list[list]:
   return [[items[i] for i in part] for part in np.array_split(np.arange(len(items)), count)]
 
 
-def make_batch(config, dataset) -> Callable:
-  """(weights, keys, Rows) -> what `manifest.write` takes: pairs, packed masks, margins."""
-  segmenter = models.build(
-    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
-  )
-  options = {"classes": config_lib.region_classes(config)}
-
-  def batch(weights, keys, rows: Rows):
-    del keys
-    logits = segmenter.apply(weights["policy"], rows.images)
-    size = losses.region_size(
-      rows.chosen, rows.rejected, spatial_dims=dataset.spatial_dims, **options
-    )
-    valid = rows.given & (size > 0)
-    dropped = jnp.zeros((len(rows.index), len(pair_rules.FILTERS)), jnp.int32)
-    identical = jnp.sum(rows.given & (size == 0), axis=1, dtype=jnp.int32)
-    zeros = jnp.zeros_like(size)
-    return {
-      "pairs": types.Pairs(
-        chosen=zeros,
-        rejected=zeros,
-        score_gap=jnp.zeros(size.shape, jnp.float32),
-        region_size=jnp.where(valid, size, 0),
-        valid=valid,
-        dropped=dropped.at[:, pair_rules.FILTERS.index("identical")].set(identical),
-      ),
-      "chosen": bit_planes.pack(rows.chosen, dataset.num_classes, dataset.spatial_dims),
-      "rejected": bit_planes.pack(rows.rejected, dataset.num_classes, dataset.spatial_dims),
-      "reference_margin": losses.pair_margin(logits, rows.chosen, rows.rejected, **options),
-      "reference_log_prob": losses.pair_log_prob(logits, rows.chosen, rows.rejected, **options),
-    }
-
-  return batch
-
-
 def _batches(config, dataset, preferences, grids, items, program: Callable | None) -> Iterator:
   """(Rows, output of the program as numpy arrays) over items; without a program, no output."""
   slots = config.mine.pairs_per_image
@@ -185,7 +130,7 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
     )
     return chosen, rejected
 
-  def load(item: tuple[int, tuple[int, ...]], valid: bool) -> Rows:
+  def load(item: tuple[int, tuple[int, ...]], valid: bool) -> given_pairs.Rows:
     index, places = item
     record = tiles.record_of(dataset, index)
     masks = np.zeros((2, slots, *dataset.size), np.uint8)
@@ -194,17 +139,19 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
         masks[side, slot] = tiles.part_of(dataset, index, mask)
     image = dataset_lib.load_example(dataset, index, with_labels=False)["image"]
     given = np.arange(slots) < len(places)
-    return Rows(np.int32(index), image, *masks, given, np.bool_(valid))
+    return given_pairs.Rows(np.int32(index), image, *masks, given, np.bool_(valid))
 
   # Each device's share is the config's, so that its program does not depend on their number.
   size = config.mine.batch_size * jax.local_device_count()
 
-  def load_batch(start: int) -> Rows:
+  def load_batch(start: int) -> given_pairs.Rows:
     own = items[start : start + size]
     own = [(item, True) for item in own] + [(own[-1], False)] * (size - len(own))
-    return Rows(*(np.stack(arrays) for arrays in zip(*(load(*x) for x in own), strict=True)))
+    return given_pairs.Rows(
+      *(np.stack(arrays) for arrays in zip(*(load(*x) for x in own), strict=True))
+    )
 
-  def begin(rows: Rows):
+  def begin(rows: given_pairs.Rows):
     preemption.check(_KEPT)
     return rows, program and program(jax.random.key(0), sharding.split_over_local_devices(rows))
 
