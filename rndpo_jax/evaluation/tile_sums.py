@@ -115,14 +115,19 @@ class TiledImage:
     """[*patch, I], the axes in the network's order."""
     tile = self._image[tuple(slice(s, s + p) for s, p in zip(start, self.patch, strict=True))]
     tile = tile[0] if self.has_slices else np.moveaxis(tile, 0, self.axis)
-    return np.flip(tile, self.flips[flip])
+    return self.flip(tile, flip)
+
+  def flip(self, tile: np.ndarray, number: int) -> np.ndarray:
+    """Along a set of axes; most often along none, which is to cost nothing."""
+    axes = self.flips[number]
+    return np.flip(tile, axes) if axes else tile
 
   def slab(self, start: int, sums: np.ndarray, is_last: bool) -> Slab:
     """What sums f32[n, *others, C] from place `start` on come to, the padding taken away."""
     first, *rest = self._totals
-    logits = sums / _along(0, first[start : start + len(sums)], sums.ndim)
+    logits = sums / _along(0, first[start : start + len(sums)], sums.shape)
     for axis, total in enumerate(rest, 1):
-      logits /= _along(axis, total, logits.ndim)
+      logits /= _along(axis, total, logits.shape)
     if len(self.flips) > 1:
       logits /= len(self.flips)
     inside = [slice(low, n - high) for n, (low, high) in zip(self.size, self.pads, strict=True)]
@@ -150,7 +155,7 @@ class HostSums:
     for row, own in zip(rows, logits, strict=True):
       if row.start[0] > self._done:
         yield self._slab(row.start[0] - self._done, is_last=False)
-      own = np.flip(own, image.flips[row.flip])
+      own = image.flip(own, row.flip)
       own = own[None] if image.has_slices else np.moveaxis(own, image.axis, 0)
       place = [slice(s, s + p) for s, p in zip(row.start[1:], image.patch[1:], strict=True)]
       self._sums[(slice(None), *place)] += own
@@ -267,8 +272,11 @@ def _part(sums, start, *, rows):
   return jax.lax.dynamic_slice_in_dim(sums, start, rows)
 
 
-def _along(axis: int, values: np.ndarray, ndim: int) -> np.ndarray:
-  return values.astype(np.float32).reshape([-1 if n == axis else 1 for n in range(ndim)])
+def _along(axis: int, values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """Values of one axis f32[1, .., n, .., C or 1], to be broadcast to [*S, C]; those of the last of
+  S are repeated for every class, for numpy is slow where the inmost loop is of C alone."""
+  values = values.astype(np.float32).reshape([-1 if n == axis else 1 for n in range(len(shape))])
+  return np.repeat(values, shape[-1], axis=-1) if axis == len(shape) - 2 else values
 
 
 def _to_front(values: Sequence, axis: int) -> list:
