@@ -234,6 +234,7 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
+  evaluate.mirror = False  # averages over flips, 4 passes an image or 8: launch.predict --mirror
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
   evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels if the spacing is unknown

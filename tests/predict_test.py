@@ -16,6 +16,7 @@ from PIL import Image
 
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.evaluation import cases as cases_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
 from rndpo_jax.predict import (
   case_files,
@@ -29,6 +30,7 @@ from rndpo_jax.predict import (
 from rndpo_jax.predict import run as run_lib
 from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.runtime import preemption
+from rndpo_jax.stages import evaluate
 
 AFFINE = np.array([[0, -1.5, 0, 7], [2.5, 0, 0, -3], [0, 0, 4, 11], [0, 0, 0, 1.0]])
 
@@ -283,6 +285,26 @@ def test_options_reach_the_files(tmp_path, network, truth):
     mask = np.asarray(Image.open(output / f"case{index}.png"))
     sure = np.abs(probs[..., 1] - 0.5) > 1e-3
     np.testing.assert_array_equal(mask[sure], (probs[..., 1] > 0.5)[sure])
+
+
+def test_a_mirrored_evaluation_is_predicted_bit_for_bit(tmp_path, network, truth, tiny_run):
+  config, workdir = tiny_run
+  config = config.copy_and_resolve_references()
+  config.evaluate.mirror = True
+  dataset = dataset_lib.open_dataset(config, workdir)
+  axes = evaluate.mirror_axes(config, workdir, dataset)
+  evaluation = evaluation_lib.open_evaluation(config, dataset, tmp_path, lambda _: 0, axes)
+  want = dict(evaluation_lib.predict(evaluation, network.params, list(truth)))
+  folder, output = _write_png(tmp_path / "in", truth), tmp_path / "out"
+  assert not network.mirrors
+  network = network._replace(config=config)
+  _run(network, folder, output, run_lib.Options(mirror=network.mirrors, scores=False))
+  for index in truth:
+    mask = np.asarray(Image.open(output / f"case{index}.png"))
+    np.testing.assert_array_equal(mask, want[index])
+  assert any((want[index] != mask).any() for index, (_, mask) in truth.items())
+  plain = evaluation._replace(mirror_axes=())
+  assert cases_lib._fingerprint(plain, {}) != cases_lib._fingerprint(evaluation, {})
 
 
 def test_output_must_be_a_place_of_its_own(tmp_path, network, truth):

@@ -30,7 +30,8 @@ ALWAYS = (
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
   "finetune.ema_decay", "finetune.log_every_steps", "finetune.eval_every_steps",
   "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
-  "evaluate.batch_size", "evaluate.metrics", "evaluate.delivered_min_probability",
+  "evaluate.batch_size", "evaluate.mirror", "evaluate.metrics",
+  "evaluate.delivered_min_probability",
 )  # fmt: skip
 # The files in `configs/` set these, so that a split file beside them is no error: it is said.
 SAID = (

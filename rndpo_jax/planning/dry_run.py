@@ -196,6 +196,8 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
     measured += 3  # base, last and selected checkpoint again, by process 0
   seen = data.num_evaluated or counts["val"] + counts["test"]
   evaluated = -(-seen // own)
+  # The program is of one pass; so many flips are averaged over.
+  passes = 2**config.data.spatial_dims if config.evaluate.mirror else 1
   found = {
     "base": supervised * base.num_steps,
     "judge": config.judge.learned.num_steps,
@@ -203,7 +205,7 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
     "finetune": tuned.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
-    "evaluate": measured * evaluated,
+    "evaluate": measured * evaluated * passes,
     "resize": measured * evaluated,
   }
   return {name: count for name, count in found.items() if name in trials}
