@@ -76,7 +76,7 @@ def test_a_record_of_tuning_holds_no_test_figure(ran):
   cell = cells[1]
   places = workdir / "cells" / cell.key, workdir / "bases" / cell.base_key
   line = cell_records.make(cell._replace(tuning=True), *map(epath.Path, places), {})
-  columns = {"step", "val", "val_kl", "kl", "agreement"}
+  columns = {"step", "val", "val_kl", "kl", "agreement", "dice_to_base", "labelled_dice"}
   assert "cases" not in line and line["curve"].keys() == columns
   assert line["rankseg"].keys() == {"val"}
   del line["config"]

@@ -11,9 +11,10 @@ from PIL import Image
 
 from configs import folder as folder_config
 from configs import nnunet as nnunet_config
-from rndpo_jax import models, pipeline
+from rndpo_jax import errors, models, pipeline
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
+from rndpo_jax.predict import trained
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint
@@ -210,3 +211,42 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
   images = np.zeros((1, 16, 16, 1), np.float32)
   assert "bf16" in str(jax.make_jaxpr(segmenter.apply)(params, images))
   assert (workdir / "report.html").exists()
+
+
+def test_a_job_without_validation_and_test_cases(tiny_config, tmp_path, capsys):
+  """The gate warns, `label_free` chooses, nothing is known of Dice, and prediction works."""
+  config = tiny_config(
+    data__num_val=0,
+    data__num_test=0,
+    judge__gate__action="refuse",
+    judge__compare=(),
+    model__depth=1,
+    base__num_steps=40,
+    base__learning_rate=0.05,
+    base__eval_every_steps=20,
+    finetune__num_steps=2,
+    finetune__eval_every_steps=1,
+  )
+  workdir = tmp_path / "run"
+  pipeline.run(config, workdir)
+  assert "warning: how often the judge 'agreement' is right is unknown" in capsys.readouterr().out
+  assert files.read_json(workdir / "base" / "selected.json")["step"] == 40
+  results = files.read_json(workdir / "results.json")
+  assert results["num_cases"] == {"labelled": 4, "unlabelled": 26, "val": 0, "test": 0}
+  assert results["finetuned"]["test"] == results["selected"]["val"] == {"dice": None, "iou": None}
+  assert results["selected"]["step"] is None and results["label_free"]["oracle"] is None
+  assert results["judges"]["agreement"]["mined"]["weighted_accuracy"] is None
+  assert results["judges"]["agreement"]["labelled"]["pair_accuracy"] is not None
+  found = files.read_json(workdir / "delivered" / "delivered.json")
+  assert found["chosen_by"] == "label_free" and found["step"] == results["delivered"]["step"] == 2
+  assert found["checkpoints"] == results["label_free"]["checkpoints"][1:]
+  summary = pipeline.summary(workdir)
+  assert "there are no validation cases" in summary and found["reason"] in summary
+  assert "selected on val" not in summary
+  text = (workdir / "report.html").read_text()
+  assert "There are no test cases" in text and "no validation cases" in text
+  assert trained.load(workdir, "delivered").step == 2
+  with pytest.raises(errors.ConfigError, match="no validation cases"):
+    trained.load(workdir, "best")
+  pipeline.run(config, workdir)  # what is done is seen to be
+  assert "[evaluate] done before" in capsys.readouterr().out
