@@ -162,6 +162,7 @@ def base_config() -> ml_collections.ConfigDict:
   mine.min_score_gap = 0.0  # a pair needs a gap of the judge's scores above it
   mine.min_region_size = 1  # pixels in which the masks of a pair differ, at least
   mine.max_region_size = 0  # pixels, at most; 0 sets no limit
+  mine.whole_images = False  # native mode: proposals, scores and |D| of whole images, not of tiles
   mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
   mine.num_shards = 4  # files of pairs; the processes share them
 

@@ -108,6 +108,10 @@ def _of_mining(config, used_samplers: set[str]) -> Readers:
   reads_pairs = "pairs" in image_terms.reads_of(config)
   return {
     **{key: (mines, where) for key in _OF_MINING},
+    "mine.whole_images": (
+      mines and bool(config.data.spacing),
+      f"config.data.spacing with {where} of config.data.preferences" if mines else where,
+    ),
     "judge.gate.min_accuracy": (gated, "config.judge.gate.action 'refuse' or 'warn'"),
     "data.proposals": (mines and "file" in used_samplers, "'file' in config.proposals.mix"),
     "data.preferences": (reads_pairs, f"config.finetune.terms {_terms_that_read('pairs')}"),
