@@ -58,7 +58,7 @@ def nnunet_root(tmp_path):
 
 
 def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
-  """Of four classes, with instance normalisation, surfaces, and plain DPO on cached margins."""
+  """Of four classes, with surfaces, and plain DPO on cached margins."""
   config = tiny(
     nnunet_config.get_config(),
     data__root=str(nnunet_root),
@@ -67,7 +67,7 @@ def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
     data__num_labelled=4,
     data__num_val=2,
     data__num_test=3,
-    model__norm="instance",
+    model__depth=2,
     base__augment=False,
     finetune__augment=False,
     finetune__reference="cached",
