@@ -31,10 +31,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The longest files, which start first: beside one that came last, the other worker would be idle.
 LONGEST = (
-  "pipeline_test", "multiprocess_test", "whole_jobs_test", "run_test", "fault_campaign_test",
-  "gpu_report_test", "study_test", "mesh_test", "unet_test", "native_job_test", "mine_test",
-  "phases_test", "never_worse_test", "dry_run_test", "own_pairs_test", "finetune_test",
+  "multiprocess_test", "pipeline_test", "gpu_report_test", "run_test", "whole_jobs_test",
+  "study_test", "mesh_test", "native_job_test", "fault_campaign_test", "mine_test", "unet_test",
+  "never_worse_test", "dry_run_test", "own_pairs_test", "phases_test", "finetune_test",
   "benchmark_network_test", "population_test", "augment_test", "sweep_test", "proposals_test",
+  "mesh_config_test", "user_judges_test", "surroundings_test",
 )  # fmt: skip
 
 

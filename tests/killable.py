@@ -41,7 +41,6 @@ def main():
   import nibabel  # noqa: F401
   import optax  # noqa: F401
   import orbax.checkpoint  # noqa: F401
-  import scipy.stats  # noqa: F401
   import tensorflow_datasets  # noqa: F401
 
   module, *arguments = sys.argv[1:]

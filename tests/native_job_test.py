@@ -11,6 +11,7 @@ import nnunet_models
 import numpy as np
 import own_files
 import pytest
+import tiny_jobs
 from scipy import ndimage
 
 from configs import nnunet as nnunet_config
@@ -28,28 +29,14 @@ from rndpo_jax.predict import native_network, native_run, trained
 from rndpo_jax.predict import run as predict_run
 from rndpo_jax.stages import base, evaluate
 
-TINY = {
+TINY = tiny_jobs.TINY | {
   "data.num_labelled": 3,
   "data.num_val": 2,
   "data.num_test": 3,
-  "model.width": 4,
   "model.depth": 2,
   "augment.turn": 0.0,
-  "base.num_steps": 30,
-  "base.batch_size": 8,
-  "base.warmup_steps": 2,
-  "base.eval_every_steps": 30,
   "proposals.mix": "base:1,threshold:3",
-  "judge.num_bootstrap": 20,
   "judge.compare": (),
-  "judge.gate.action": "off",
-  "mine.batch_size": 8,
-  "mine.num_shards": 2,
-  "mine.pairs_per_image": 2,
-  "finetune.num_steps": 3,
-  "finetune.batch_size": 8,
-  "finetune.eval_every_steps": 3,
-  "evaluate.batch_size": 8,
 }
 GEOMETRY = {
   2: {"data.spacing": (1.5, 0.0), "data.patch_size": (12, 10)},

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_jobs import tiny
 
 from configs import folder as folder_config
 from configs import nnunet as nnunet_config
@@ -18,31 +19,6 @@ from rndpo_jax.predict import trained
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint
-
-TINY = {
-  "model.width": 4,
-  "model.depth": 1,
-  "base.num_steps": 30,
-  "base.batch_size": 8,
-  "base.warmup_steps": 2,
-  "base.eval_every_steps": 30,
-  "proposals.mix": "base:1,tta+threshold:3",
-  "judge.num_bootstrap": 20,
-  "mine.batch_size": 8,
-  "mine.num_shards": 2,
-  "mine.pairs_per_image": 2,
-  "finetune.num_steps": 3,
-  "finetune.batch_size": 8,
-  "finetune.eval_every_steps": 3,
-  "evaluate.batch_size": 8,
-  "judge.gate.action": "off",
-}
-
-
-def tiny(config, **changes):
-  with config.unlocked():
-    config.update_from_flattened_dict(TINY | {k.replace("__", "."): v for k, v in changes.items()})
-  return config
 
 
 def case_rows(workdir, model="finetuned"):
@@ -83,7 +59,7 @@ def nnunet_root(tmp_path):
 
 
 def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
-  """Of four classes, with instance normalisation, surfaces, and plain DPO on cached margins."""
+  """Of four classes, with surfaces, and plain DPO on cached margins."""
   config = tiny(
     nnunet_config.get_config(),
     data__root=str(nnunet_root),
@@ -92,7 +68,7 @@ def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
     data__num_labelled=4,
     data__num_val=2,
     data__num_test=3,
-    model__norm="instance",
+    model__depth=2,
     base__augment=False,
     finetune__augment=False,
     finetune__reference="cached",
