@@ -14,6 +14,7 @@ from rndpo_jax.checks import (
   config_model,
   config_ranges,
   config_unread,
+  config_validation,
 )
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
@@ -36,6 +37,8 @@ def validate(config) -> None:
   phases = [config_lib.of_phase(config, number) for number in numbers]
   for own in phases:
     _validate_phase(own)
+  if not config_validation.may_have_cases(config):
+    config_validation.check_without_cases(config)
   config_unread.check(phases)
 
 
@@ -242,6 +245,11 @@ def _check_judges(config) -> None:
     raise ConfigError(
       f"config.judge.compare: found {tuple(options.compare)}; the judge 'fused' weighs those of "
       "them that read no labels: name two or more"
+    )
+  if config.mine.whole_images and judges.FUSED in (options.name, *options.compare):
+    raise ConfigError(
+      "config.mine.whole_images: the judge 'fused' is measured on masks of one size; take another "
+      "judge, or set it to False"
     )
   for name in {options.name, *options.compare} - {judges.AUTO}:
     try:

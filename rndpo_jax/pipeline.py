@@ -275,13 +275,17 @@ def summary(workdir: os.PathLike) -> str:
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
   for label, key in SUMMARY_ROWS:
     scores = results[key]
+    if key == "selected" and scores["step"] is None:
+      continue
     note = f"  {_what_is_delivered(scores)}" if key == "delivered" else ""
-    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}{note}")
+    val, test = (_dice(scores[split]) for split in ("val", "test"))
+    lines.append(f"{label:24}{val:>10}{test:>11}{note}")
   for name, judge in results["judges"].items():
     accuracy = judge["pair_accuracy"]
     shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    where = f"on {judge['split']}" if judge["split"] else "(there are no validation cases)"
     used = "  <- used" if name == results["judge"] else ""
-    lines.append(f"judge {name:18}{shown:>10} of pairs right on {judge['split']}{used}")
+    lines.append(f"judge {name:18}{shown:>10} of pairs right {where}{used}")
   pairs = results["pairs"]
   size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]
   if pairs["count"]:
@@ -292,6 +296,10 @@ def summary(workdir: os.PathLike) -> str:
   lines.append(results["delivered"]["reason"])
   lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
+
+
+def _dice(scores) -> str:
+  return "-" if scores["dice"] is None else f"{scores['dice']:.4f}"
 
 
 def _what_is_delivered(delivered) -> str:

@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # the same), and every worker and program that a test starts takes from one folder what another has
 # compiled.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _cache = tempfile.TemporaryDirectory(prefix="rndpo_jax_tests_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

@@ -70,9 +70,10 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
     min_probability: p that a checkpoint needs; 0 takes the last, 1 the base.
 
   Returns:
-    {"step", "is_base", "rule", "reason" (a sentence), "val_dice", "base_val_dice", "mean", "ci" and
-    "probability" of `paired` (of the base: 0, [0, 0], 1), "min_probability", "num_cases",
-    "checkpoints": [{"step", "val_dice", "mean", "ci", "probability"}, ...] without the base}.
+    {"step", "is_base", "chosen_by": "validation", "rule", "reason" (a sentence), "val_dice",
+    "base_val_dice", "mean", "ci" and "probability" of `paired` (of the base: 0, [0, 0], 1),
+    "min_probability", "num_cases", "checkpoints": [{"step", "val_dice", "mean", "ci",
+    "probability"}, ...] without the base}.
 
   Raises:
     ValueError: shapes that do not fit, or Dice that is not finite.
@@ -93,6 +94,7 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
   return {
     **taken,
     "is_base": not passing,
+    "chosen_by": "validation",
     "rule": RULE,
     "reason": _reason(taken, checkpoints, figures, not passing),
     **figures,

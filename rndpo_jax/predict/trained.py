@@ -128,6 +128,11 @@ def _params(workdir, config, trained, which: str) -> tuple[int, types.Params]:
         "take --checkpoint=last"
       )
     step = files.read_json(path, selected=dict)["selected"]["step"]
+    if step is None:
+      raise errors.ConfigError(
+        f"--checkpoint: 'best' is the best on validation, and {workdir} has no validation cases; "
+        "take 'delivered' or 'last'"
+      )
   else:
     step = {"base": 0, "last": None}.get(which, which)
   if not (workdir / "base" / "selected.json").exists():

@@ -72,14 +72,13 @@ def run(config, workdir: os.PathLike) -> None:
   # What the other processes measured is read from their files.
   cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
-  chosen = delivered.choose(
-    steps,
-    np.array([results.split_dice(cases[step], "val") for step in steps]),
-    min_probability=config.evaluate.delivered_min_probability,
-  )
+  points = label_free.measure(config, evaluation, steps)
+  chosen = _choose(config, steps, cases, points)
   delivered.write(workdir, results.plain(chosen), params(chosen["step"]), made_of)
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   reported["delivered"] = chosen["step"]
+  if reported["selected"] is None:
+    del reported["selected"]
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
@@ -98,7 +97,8 @@ def run(config, workdir: os.PathLike) -> None:
   content["harm"] = {name: value for name, value in found.items() if name != "curve"}
   content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
-  content["label_free"] = _label_free(config, evaluation, steps, curve)
+  stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
+  content["label_free"] = {"checkpoints": points, **stops}
   content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
@@ -128,10 +128,13 @@ def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
   return found
 
 
-def _label_free(config, evaluation, steps, curve) -> dict:
-  """What unlabelled images tell of each checkpoint; see `label_free`."""
-  points = label_free.measure(config, evaluation, steps)
-  return {"checkpoints": points, **label_free.stops(points, curve)}
+def _choose(config, steps, cases, points) -> dict:
+  """Which model is delivered: by validation, or by `label_free` if there are no such cases."""
+  options = config.evaluate
+  dice = np.array([results.split_dice(cases[step], "val") for step in steps])
+  if dice.size:
+    return delivered.choose(steps, dice, min_probability=options.delivered_min_probability)
+  return label_free.choose(points, max_kl=options.delivered_max_kl)
 
 
 def _rankseg(cases, names) -> dict:
@@ -143,10 +146,13 @@ def _rankseg(cases, names) -> dict:
 def _delivered(chosen: dict, models) -> dict:
   """What `results.json` says of the delivered model besides its metrics."""
   test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
-  difference = {"val": {key: chosen[key] for key in ("mean", "ci", "probability")}}
-  difference["test"] = delivered.paired(test[0] - test[1])
-  names = ("step", "is_base", "rule", "reason", "min_probability")
-  return {**{name: chosen[name] for name in names}, "difference": difference}
+  difference = {"val": None, "test": None}
+  if chosen["chosen_by"] == "validation":
+    difference["val"] = {key: chosen[key] for key in ("mean", "ci", "probability")}
+  if test[0].size:
+    difference["test"] = delivered.paired(test[0] - test[1])
+  names = ("step", "is_base", "chosen_by", "rule", "reason", "min_probability", "max_kl")
+  return {**{name: chosen[name] for name in names if name in chosen}, "difference": difference}
 
 
 def _harm(config, workdir, evaluation, steps, judge) -> dict:
@@ -225,7 +231,8 @@ def _measured(models, steps, curve, names) -> dict:
     for model, cases in models.items()
   }
   content["finetuned"]["step"] = steps["finetuned"]
-  content["selected"] |= {"step": steps["selected"], "rule": "validation"}
+  content.setdefault("selected", {split: dict.fromkeys(names) for split in predict.SPLITS})
+  content["selected"] |= {"step": steps.get("selected"), "rule": "validation"}
   empty = {
     model: {split: results.empty_masks(cases, split) for split in predict.SPLITS}
     for model, cases in models.items()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import errors
+from rndpo_jax.checks import config_validation
 from rndpo_jax.data import (
   builder,
   native,
@@ -17,6 +18,7 @@ from rndpo_jax.data import (
   records,
   sources,
   splits,
+  tiles,
 )
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
@@ -34,6 +36,7 @@ def run(config, workdir: epath.PathLike) -> None:
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
+    errors.ConfigError: if the splits lack the validation cases that the config needs.
     OSError: if the work directory cannot be written.
   """
   workdir = epath.Path(workdir)
@@ -48,6 +51,8 @@ def run(config, workdir: epath.PathLike) -> None:
     for note in source.notes:
       progress.say(f"[prepare] {note}")
   parts = split_cases(config.data, source.records)
+  if not parts["val"]:
+    config_validation.check_without_cases(config)
   blind = set(parts["unlabelled"])
   unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
   shards.check_num_shards(config, len(unlabelled))
@@ -108,7 +113,7 @@ def open_proposals(config, dataset) -> proposal_files.ProposalFiles | None:
   Raises:
     errors.DataError: naming the file, and the line that named it.
   """
-  found = proposal_files.open_files(config, dataset.records)
+  found = proposal_files.open_files(config, tiles.whole(dataset).records)
   if found is None:
     return None
   proposal_files.check(found, dataset.num_classes, dataset_lib.affine_of(dataset))

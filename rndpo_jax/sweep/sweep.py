@@ -84,6 +84,11 @@ def run(
     files.refresh(directory)
     _claim(directory, grid)
   dataset = dataset_lib.open_dataset(config, workdir)
+  if not len(dataset.splits["val"]):
+    raise ConfigError(
+      f"--workdir: {workdir} has no validation cases, by whose Dice a sweep is judged; prepare the "
+      "data with config.data.num_val above 0, in another --workdir"
+    )
   params = phases.start(config, workdir, dataset)
   if multihost.broadcast((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
