@@ -114,15 +114,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
       files=batch.files,
       member_logits=jnp.stack(others, axis=1) if others else None,
     )
-    ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
-    context = judges.Context(
-      keys=keys[:, 1],
-      ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
-      labels=batch.labels,
-      learned_params=weights["learned"],
-      present=sampled.present,
-      file_scores=sampled.file_scores,
-    )
+    context = _context(weights, keys, batch, others, sampled)
     probs = jax.nn.softmax(sampled.logits, axis=-1)
 
     def of(name):
@@ -137,6 +129,19 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     return sampled, {name: of(name) for name in chosen_names}
 
   return score
+
+
+def _context(weights, keys, batch: types.Batch, others, sampled) -> judges.Context:
+  """What judges may look at besides images and proposals; `others` are the members' logits."""
+  ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
+  return judges.Context(
+    keys=keys[:, 1],
+    ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
+    labels=batch.labels,
+    learned_params=weights["learned"],
+    present=sampled.present,
+    file_scores=sampled.file_scores,
+  )
 
 
 def make_mine_batch(config, dataset, score) -> Callable:
