@@ -17,6 +17,7 @@ from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
 from rndpo_jax.nnunet import imported
+from rndpo_jax.report import tables
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import (
   base,
@@ -277,12 +278,13 @@ def summary(workdir: os.PathLike) -> str:
     scores = results[key]
     if key == "selected" and scores["step"] is None:
       continue
-    note = f"  {_what_is_delivered(scores)}" if key == "delivered" else ""
-    val, test = (_dice(scores[split]) for split in ("val", "test"))
+    note = ""
+    if key == "delivered":
+      note = "  <- the base" if scores["is_base"] else f"  <- step {scores['step']}"
+    val, test = (tables.show(scores[split]["dice"], 4) for split in ("val", "test"))
     lines.append(f"{label:24}{val:>10}{test:>11}{note}")
   for name, judge in results["judges"].items():
-    accuracy = judge["pair_accuracy"]
-    shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    shown = tables.show(judge["pair_accuracy"])
     where = f"on {judge['split']}" if judge["split"] else "(there are no validation cases)"
     used = "  <- used" if name == results["judge"] else ""
     lines.append(f"judge {name:18}{shown:>10} of pairs right {where}{used}")
@@ -296,11 +298,3 @@ def summary(workdir: os.PathLike) -> str:
   lines.append(results["delivered"]["reason"])
   lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
-
-
-def _dice(scores) -> str:
-  return "-" if scores["dice"] is None else f"{scores['dice']:.4f}"
-
-
-def _what_is_delivered(delivered) -> str:
-  return "<- the base" if delivered["is_base"] else f"<- step {delivered['step']}"
