@@ -4,7 +4,8 @@ import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.planning import dry_run
 
 # On files: what is set, and what the message expects.

@@ -3,7 +3,8 @@
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors
+from rndpo_jax import errors
+from rndpo_jax.checks import config_checks
 from rndpo_jax.mining import proposals
 
 

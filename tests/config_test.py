@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
-from rndpo_jax.checks import config_ranges
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks, config_ranges
 
 CONFIGS = sorted(
   path.stem

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, models, provenance, types
+from rndpo_jax import errors, models, provenance, types
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
 from rndpo_jax.evaluation import cases, metrics, predict, results, validation_pairs

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from rndpo_jax import config_checks, pipeline
+from rndpo_jax import pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.training import checkpoint, metric_writer

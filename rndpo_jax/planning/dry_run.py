@@ -16,8 +16,9 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, models, pipeline, types
+from rndpo_jax import models, pipeline, types
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import builder
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics
