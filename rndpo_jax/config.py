@@ -48,8 +48,8 @@ def base_config() -> ml_collections.ConfigDict:
   data.proposals = ""  # folder of masks NAME/ID.png that proposals.mix takes as file:COUNT
   data.preferences = ""  # CSV image,chosen,rejected: pairs as they are, in place of mined ones
   data.num_labelled = 8  # groups to train the base on (patients, or cases without group_pattern)
-  data.num_val = 16  # groups that choose checkpoints and measure judges
-  data.num_test = 32  # groups that are only tested
+  data.num_val = 16  # groups that choose checkpoints and measure judges; 0: label_free chooses
+  data.num_test = 32  # groups that are only tested; 0 for none
   data.num_unlabelled = -1  # groups to mine pairs from; -1 takes all that are left
   data.split_seed = 0  # which groups go where; apart from `seed` so that seeds share a split
   data.num_workers = 0  # Grain worker processes; 0 reads in this process
@@ -122,7 +122,7 @@ def base_config() -> ml_collections.ConfigDict:
   base.clip_norm = 1.0  # of the whole gradient; 0 does not clip
   base.dice_weight = 1.0  # loss = cross-entropy + dice_weight * (1 - soft Dice)
   base.augment = True  # as `augment` says
-  base.select = "best"  # best | last checkpoint is the base segmenter
+  base.select = "best"  # best | last checkpoint is the base; without validation cases the last
   base.log_every_steps = 20  # a row of metrics.jsonl
   base.eval_every_steps = 100  # validation and checkpoint
   base.keep_checkpoints = 2  # states to go on from; an older one if the latest is corrupt
@@ -147,7 +147,8 @@ def base_config() -> ml_collections.ConfigDict:
   judge.num_bootstrap = 1000  # resamples of cases for intervals
   judge.gate = gate = ml_collections.ConfigDict()
   gate.min_accuracy = 0.5  # share of the mined pairs right, lower bound of 95%; 0.5 breaks even
-  gate.action = "refuse"  # refuse | warn | off, for a judge below it
+  # refuse | warn | off, for a judge below it; one that no validation case measures is not refused
+  gate.action = "refuse"
   judge.learned = learned = ml_collections.ConfigDict()
   learned.width = 8  # channels of the first level; depth and dropout are the model's
   learned.num_steps = 300  # optimiser steps
@@ -235,8 +236,10 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
+  evaluate.mirror = False  # averages over flips, 4 passes an image or 8: launch.predict --mirror
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
+  evaluate.delivered_max_kl = 0.05  # nats a pixel from the base, if there are no validation cases
   evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels if the spacing is unknown
   # fmt: on
   return config

@@ -11,12 +11,14 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, models
+from rndpo_jax import errors, models
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
 from rndpo_jax.nnunet import imported
+from rndpo_jax.report import tables
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
 from rndpo_jax.stages import (
   base,
@@ -275,13 +277,18 @@ def summary(workdir: os.PathLike) -> str:
   lines = [f"{'':24}{'val Dice':>10}{'test Dice':>11}"]
   for label, key in SUMMARY_ROWS:
     scores = results[key]
-    note = f"  {_what_is_delivered(scores)}" if key == "delivered" else ""
-    lines.append(f"{label:24}{scores['val']['dice']:10.4f}{scores['test']['dice']:11.4f}{note}")
+    if key == "selected" and scores["step"] is None:
+      continue
+    note = ""
+    if key == "delivered":
+      note = "  <- the base" if scores["is_base"] else f"  <- step {scores['step']}"
+    val, test = (tables.show(scores[split]["dice"], 4) for split in ("val", "test"))
+    lines.append(f"{label:24}{val:>10}{test:>11}{note}")
   for name, judge in results["judges"].items():
-    accuracy = judge["pair_accuracy"]
-    shown = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    shown = tables.show(judge["pair_accuracy"])
+    where = f"on {judge['split']}" if judge["split"] else "(there are no validation cases)"
     used = "  <- used" if name == results["judge"] else ""
-    lines.append(f"judge {name:18}{shown:>10} of pairs right on {judge['split']}{used}")
+    lines.append(f"judge {name:18}{shown:>10} of pairs right {where}{used}")
   pairs = results["pairs"]
   size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]
   if pairs["count"]:
@@ -292,7 +299,3 @@ def summary(workdir: os.PathLike) -> str:
   lines.append(results["delivered"]["reason"])
   lines += [f"warning: {text}" for text in results["warnings"]]
   return "\n".join(lines)
-
-
-def _what_is_delivered(delivered) -> str:
-  return "<- the base" if delivered["is_base"] else f"<- step {delivered['step']}"

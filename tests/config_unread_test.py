@@ -6,10 +6,10 @@ import re
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors
-from rndpo_jax.checks import config_unread
+from rndpo_jax import errors
+from rndpo_jax.checks import config_checks, config_unread
 
-PACKAGE = pathlib.Path(config_checks.__file__).parent
+PACKAGE = pathlib.Path(config_checks.__file__).parent.parent
 KEYS = config_lib.leaves(config_lib.base_config())
 NATIVE = {"data.spacing": (1.0, 1.0), "data.patch_size": (64, 64)}
 SIMPLE = {"data.spacing": (), "data.patch_size": ()}
@@ -60,6 +60,7 @@ CONDITIONAL = [
     {"finetune.terms.preference.weight": 1.0, "finetune.terms.labelled.weight": 0.0},
   ),
   ("judge.gate.min_accuracy", 0.6, {"judge.gate.action": "warn"}),
+  ("evaluate.delivered_min_probability", 0.5, {"data.num_val": 16}),
   ("finetune.power_floor", 2.0, {"finetune.objective": "dpo", "finetune.normalization": "power"}),
   (
     "finetune.power_exponent",
@@ -122,6 +123,7 @@ def test_a_key_that_nothing_reads_raises_until_its_reader_is_chosen(key, value, 
   else:
     bare = {"judge.gate.action": "off"} if key == "judge.gate.min_accuracy" else {}
     bare = NATIVE if reader is SIMPLE else bare
+    bare = {"data.num_val": 0} if reader == {"data.num_val": 16} else bare
   if reader == {"data.preferences": ""}:
     bare = {name: KEYS[name] for name in ("judge.compare", "proposals.mix")}
     bare["data.preferences"] = "/p.csv"

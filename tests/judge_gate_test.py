@@ -49,6 +49,14 @@ def test_warn_says_it_and_off_says_nothing():
   assert judge_gate.check(TABLE, "entropy", min_accuracy=0.5, action="off") is None
 
 
+def test_a_judge_that_no_validation_case_measures_is_not_refused_but_said():
+  table = {"agreement": {**TABLE["agreement"], "split": None}, "confidence": TABLE["confidence"]}
+  for action in ("refuse", "warn"):
+    found = judge_gate.check(table, "agreement", min_accuracy=0.5, action=action)
+    assert "'agreement' is right is unknown: there are no validation cases" in found
+  assert judge_gate.check(table, "agreement", min_accuracy=0.5, action="off") is None
+
+
 def test_auto_is_the_best_lower_bound():
   names = ("entropy", "agreement", "confidence")
   assert judge_gate.best(TABLE, names) == "confidence"

@@ -8,6 +8,6 @@ from rndpo_jax.stages import measure_judges
 
 
 def test_base_without_any_foreground_is_refused_before_mining():
-  measure_judges.check_foreground(np.array([False, True, False]))
+  measure_judges.check_foreground(np.array([False, True, False]), "val")
   with pytest.raises(errors.MiningError, match="no foreground in any of 3 .*num_steps"):
-    measure_judges.check_foreground(np.zeros(3, bool))
+    measure_judges.check_foreground(np.zeros(3, bool), "val")

@@ -21,10 +21,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 OPTIONS = (
   "--config=tests/tiny_config.py",
   # Few and small steps: rounding, which differs with the order of the sums, has no time to grow.
-  "--config.base.num_steps=40", "--config.base.eval_every_steps=20",
-  "--config.base.learning_rate=0.05", "--config.finetune.num_steps=4",
-  "--config.finetune.eval_every_steps=2", "--config.judge.compare=()",
-  "--config.model.depth=1",
+  "--config.finetune.num_steps=4", "--config.finetune.eval_every_steps=2",
+  "--config.judge.compare=()",
+  # A phase before, which mines and trains on its own.
+  "--config.phases=({'finetune.terms.labelled.weight': 1.0, 'finetune.num_steps': 2}, {})",
 )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tm
   outputs = finish(start_two(tmp_path))
   for index, output in enumerate(outputs):
     assert f"[process {index}] base: going on from step" in output
-    assert f"[process {index}] mine pairs-0000{index}-of-00002" in output
+    assert output.count(f"[process {index}] mine pairs-0000{index}-of-00002") >= 2  # a phase each
   assert "fine-tuned (last)" in outputs[0] and "fine-tuned (last)" not in outputs[1]
   results = [files.read_json(workdir / "results.json") for workdir in (alone, tmp_path)]
   margins = [found["harm"].pop("last") for found in results]  # no counts: they differ by rounding
@@ -109,6 +109,7 @@ def test_one_killed_stops_the_other_and_both_go_on_to_the_same_results(alone, tm
   ]
   for ours, theirs in zip(*map(jax.tree.leaves, params), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+  assert [point["step"] for point in results[0]["curve"]] == [0, 2, 4, 6]
   assert (tmp_path / "finetune/metrics.jsonl").read_text().count('"val"') == 2
   assert files.read_json(tmp_path / "config.json")["num_processes"] == 2
 

@@ -30,6 +30,15 @@ def test_mean_is_over_classes_then_cases_and_keeps_empty_masks():
   assert results.case_dice(CASES[3]) == 0.75
 
 
+def test_a_split_without_cases_is_unknown():
+  some = [case for case in CASES if case.split == "val"]
+  point = results.curve_point(5, some)
+  assert point == {"step": 5, "val_dice": 1.0, "test_dice": None}
+  assert set(results.sustained([point, point]).values()) == {None}
+  assert results.select_step([results.curve_point(0, CASES[1:])]) is None
+  assert results.empty_masks(some, "test") == dict.fromkeys(results.empty_masks(CASES, "test"), 0)
+
+
 def test_surface_metrics_are_read_class_by_class():
   surface = [{"hd95": 1.0, "assd": 0.5, "nsd": 1.0}, {"hd95": 4.0, "assd": 2.5, "nsd": 0.5}]
   case = CASES[0]._replace(surface=surface)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from etils import epath
 
 from rndpo_jax import errors
 from rndpo_jax.data import records, splits
@@ -66,6 +67,14 @@ def test_unlabelled_can_be_limited():
   assert _make(_entries(), num_unlabelled=0)["unlabelled"] == []
 
 
+def test_there_may_be_neither_validation_nor_test(tmp_path):
+  parts = _make(_entries(), num_val=0, num_test=0)
+  assert parts["val"] == parts["test"] == [] and len(_groups(parts["unlabelled"])) == 6
+  path = epath.Path(tmp_path / "splits.json")
+  path.write_text(json.dumps(parts))
+  assert splits.read_split_file(path, _entries()) == parts
+
+
 def test_more_labels_asked_for_than_there_are():
   with pytest.raises(errors.DataError, match="num_labelled=6.*9 groups with masks, found 8 of 8"):
     _make(_entries(), num_labelled=6)
@@ -102,7 +111,7 @@ def test_split_file_is_taken_as_it_is(tmp_path):
     ({"val": ["g0c0"]}, "'g0c0' stands in 'labelled' and in 'val'"),
     ({"val": ["g2c0", "g2c0"]}, "'g2c0' stands in 'val' and in 'val'"),
     ({"val": ["g3c1"]}, "one group, 'g3'"),
-    ({"val": []}, "'val' is no list of case ids, or an empty one"),
+    ({"labelled": []}, "'labelled' is no list of case ids, or an empty one"),
     ({"val": "g2c0"}, "'val' is no list"),
     ({"train": ["g4c0"]}, "found the keys"),
     ({"test": ["g4c0"]}, "'g4c0' in 'test' has a record without mask"),

@@ -16,13 +16,17 @@ ROUNDS = {
 }
 # Judges by agreement, each trained on other patients; they cost three more bases.
 ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
-VARIANTS = {
+LABELLED = {"finetune.terms.labelled.weight": 1.0}
+OF_ROUNDS = {
   "rounds": ROUNDS,
-  "labelled": {"phases": ({}, {**SECOND, "finetune.terms.labelled.weight": 1.0})},
+  "rounds, labelled": {**ROUNDS, "phases": ({}, {**ROUNDS["phases"][1], **LABELLED})},
+  "rounds of the oracle": {**ROUNDS, "judge.name": "oracle"},
+}
+VARIANTS = {
+  "labelled": {"phases": ({}, {**SECOND, **LABELLED})},
   "average, rate 3e-4": {
     "phases": ({}, {**SECOND, "finetune.ema_decay": 0.99, "finetune.learning_rate": 3e-4}),
   },
-  "rounds of the oracle": {**ROUNDS, "judge.name": "oracle"},
   "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
   "random_pair": {"mine.rule": "random_pair"},
   "reliability": {"finetune.pair_weight": "reliability"},
@@ -70,6 +74,9 @@ def get_study():
     "arms": [
       {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
+      {
+        "recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": OF_ROUNDS}, "draws": (0, 1, 2),
+      },
       {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
     ],
-  }
+  }  # fmt: skip

@@ -39,7 +39,7 @@ _STEPS, _BATCH, _WIDTH = Range(1, 10**7), Range(1, 2**16), Range(1, 2**14)
 _PIXELS, _KEPT = Range(0, 2**31 - 1), Range(1, 1000)
 RANGES = {
   "seed": _SEED,
-  "data.num_labelled": Range(1), "data.num_val": Range(1), "data.num_test": Range(1),
+  "data.num_labelled": Range(1), "data.num_val": Range(0), "data.num_test": Range(0),
   "data.num_unlabelled": Range(-1), "data.split_fold": Range(-1), "data.split_seed": _SEED,
   "data.num_workers": Range(0, 1024), "data.prefetch": Range(0, 1024),
   "data.spatial_dims": Range(2, 3), "data.num_classes": Range(0, IGNORED),
@@ -95,6 +95,7 @@ RANGES = {
   "finetune.log_every_steps": _STEPS, "finetune.eval_every_steps": _STEPS,
   "finetune.keep_checkpoints": _KEPT, "finetune.checkpoint_minutes": _FROM_0,
   "evaluate.batch_size": _BATCH, "evaluate.delivered_min_probability": _SHARE,
+  "evaluate.delivered_max_kl": _FROM_0,
   "evaluate.nsd_tolerance_mm": _FROM_0,
 }  # fmt: skip
 # What the entries of a tuple are.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import models
+from rndpo_jax.checks import config_validation
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics
@@ -30,7 +31,7 @@ ALWAYS = (
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
   "finetune.ema_decay", "finetune.log_every_steps", "finetune.eval_every_steps",
   "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
-  "evaluate.batch_size", "evaluate.metrics", "evaluate.delivered_min_probability",
+  "evaluate.batch_size", "evaluate.mirror", "evaluate.metrics", "evaluate.delivered_max_kl",
 )  # fmt: skip
 # The files in `configs/` set these, so that a split file beside them is no error: it is said.
 SAID = (
@@ -89,6 +90,7 @@ def readers(config) -> Readers:
     **_of_augmentation(config, used_judges),
     **_of_terms(config),
     **_of_finetuning(config.finetune),
+    **_of_delivered(config),
   }
 
 
@@ -122,6 +124,16 @@ def _of_splits(data) -> Readers:
   said = dict.fromkeys(SAID, (drawn or of_fold, "an empty config.data.split_file"))
   said["data.num_val"] = (drawn, "an empty config.data.split_file")
   return {**said, "data.split_fold": (not drawn, "config.data.split_file")}
+
+
+def _of_delivered(config) -> Readers:
+  """Validation cases choose the delivered model, or if there are none a label-free stop."""
+  return {
+    "evaluate.delivered_min_probability": (
+      config_validation.may_have_cases(config),
+      "config.data.num_val above 0",
+    ),
+  }
 
 
 def _of_geometry(is_native: bool) -> Readers:

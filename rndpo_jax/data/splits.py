@@ -85,7 +85,7 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
 
   Raises:
     records.DataError: on a missing or unknown key, an unknown case, a case or a group in two
-      splits, an empty split, or a case without masks in labelled, val or test.
+      splits, an empty split but val or test, or a case without masks in labelled, val or test.
   """
   content = records.read_json(
     path,
@@ -96,7 +96,7 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
     raise errors.DataError(
       f"{path}: found the keys {sorted(content)}, expected {sorted(NAMES)}, each a list of case ids"
     )
-  _check(path, content, entries)
+  _check(path, content, entries, may_be_empty=("val", "test"))
   return {name: sorted(content[name]) for name in NAMES}
 
 
@@ -168,14 +168,14 @@ def _fold(path: epath.Path, fold: int, entries) -> tuple[set[str], set[str]]:
   return set(parts["train"]), set(parts["val"])
 
 
-def _check(path, parts, entries, may_lack_masks=("unlabelled",)) -> None:
+def _check(path, parts, entries, may_lack_masks=("unlabelled",), may_be_empty=()) -> None:
   """Refuses splits with unknown or double cases, groups in two, or without masks."""
   groups = {entry["case_id"]: entry["group_id"] for entry in entries}
   bare = {entry["case_id"] for entry in entries if not entry["has_mask"]}
   seen: dict[str, str] = {}
   owner: dict[str, tuple[str, str]] = {}
   for name, cases in parts.items():
-    if not isinstance(cases, list) or not cases:
+    if not isinstance(cases, list) or not (cases or name in may_be_empty):
       raise errors.DataError(f"{path}: {name!r} is no list of case ids, or an empty one")
     for case in cases:
       if not isinstance(case, str) or case not in groups:

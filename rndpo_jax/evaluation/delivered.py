@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import stats
+from scipy import special
 
 from rndpo_jax import errors, provenance, types
 from rndpo_jax.runtime import files
@@ -52,8 +52,9 @@ def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dic
   share = np.mean(means >= 0)
   probability = share
   if count > 1:
-    expanded = stats.norm.ppf(share) * np.sqrt((count - 1) / count)
-    probability = stats.t.cdf(expanded, count - 1)
+    # Of the normal distribution and of t; `scipy.stats`, which calls these, is slow to import.
+    expanded = special.ndtri(share) * np.sqrt((count - 1) / count)
+    probability = special.stdtr(count - 1, expanded)
   return {
     "mean": float(difference.mean()),
     "ci": [float(low), float(high)] if count > 1 else None,
@@ -70,9 +71,10 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
     min_probability: p that a checkpoint needs; 0 takes the last, 1 the base.
 
   Returns:
-    {"step", "is_base", "rule", "reason" (a sentence), "val_dice", "base_val_dice", "mean", "ci" and
-    "probability" of `paired` (of the base: 0, [0, 0], 1), "min_probability", "num_cases",
-    "checkpoints": [{"step", "val_dice", "mean", "ci", "probability"}, ...] without the base}.
+    {"step", "is_base", "chosen_by": "validation", "rule", "reason" (a sentence), "val_dice",
+    "base_val_dice", "mean", "ci" and "probability" of `paired` (of the base: 0, [0, 0], 1),
+    "min_probability", "num_cases", "checkpoints": [{"step", "val_dice", "mean", "ci",
+    "probability"}, ...] without the base}.
 
   Raises:
     ValueError: shapes that do not fit, or Dice that is not finite.
@@ -93,6 +95,7 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
   return {
     **taken,
     "is_base": not passing,
+    "chosen_by": "validation",
     "rule": RULE,
     "reason": _reason(taken, checkpoints, figures, not passing),
     **figures,

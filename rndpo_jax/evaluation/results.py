@@ -53,9 +53,16 @@ def split_dice(cases: Sequence[Case], split: str) -> np.ndarray:
   return np.array([case_dice(case) for case in cases if case.split == split])
 
 
-def mean_metrics(cases: Sequence[Case], split: str, names: Sequence[str]) -> dict[str, float]:
-  """Mean over the split's cases of the mean over foreground classes; empty masks stay in."""
+def mean_metrics(
+  cases: Sequence[Case], split: str, names: Sequence[str]
+) -> dict[str, float | None]:
+  """Mean over the split's cases of the mean over foreground classes; empty masks stay in.
+
+  None of a split without cases.
+  """
   rows = [case_values(case, names) for case in cases if case.split == split]
+  if not rows:
+    return dict.fromkeys(names)
   return {name: float(np.mean([np.mean(row[name]) for row in rows])) for name in names}
 
 
@@ -66,8 +73,8 @@ def empty_masks(cases: Sequence[Case], split: str) -> dict[str, int]:
   'label_only': the other way round, a structure made up.
   """
   found = [metrics.overlap(case.counts) for case in cases if case.split == split]
-  mask = np.array([entry["mask_empty"] for entry in found])
-  label = np.array([entry["label_empty"] for entry in found])
+  mask = np.array([entry["mask_empty"] for entry in found], bool)
+  label = np.array([entry["label_empty"] for entry in found], bool)
   return {
     "total": int(mask.size),
     "both": int((mask & label).sum()),
@@ -76,18 +83,23 @@ def empty_masks(cases: Sequence[Case], split: str) -> dict[str, int]:
   }
 
 
-def curve_point(step: int, cases: Sequence[Case]) -> dict[str, float]:
-  """One entry of the curve: mean Dice on validation and test after `step` steps."""
+def curve_point(step: int, cases: Sequence[Case]) -> dict[str, float | None]:
+  """One entry of the curve: mean Dice on validation and test after `step` steps; None without."""
   dice = {split: mean_metrics(cases, split, ["dice"])["dice"] for split in ("val", "test")}
   return {"step": step, "val_dice": dice["val"], "test_dice": dice["test"]}
 
 
-def select_step(curve: Sequence[Mapping[str, float]]) -> int:
-  """The step with the highest validation Dice, the earliest on ties; 0 is the base."""
+def select_step(curve: Sequence[Mapping[str, float]]) -> int | None:
+  """The step with the highest validation Dice, the earliest on ties; 0 is the base.
+
+  None without validation cases.
+  """
+  if curve[0]["val_dice"] is None:
+    return None
   return min(curve, key=lambda point: (-point["val_dice"], point["step"]))["step"]
 
 
-def sustained(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def sustained(curve: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
   """How well the gain on test Dice holds over the fine-tuned checkpoints, steps above 0.
 
   Args:
@@ -96,8 +108,11 @@ def sustained(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
   Returns:
     "peak" and "final": the highest and the last test Dice. "last_third_mean": mean of the last
     max(1, n // 3) of n checkpoints. "fraction_above_base": share of checkpoints strictly above
-    the base. "drop_from_peak": peak - final.
+    the base. "drop_from_peak": peak - final. All None without test cases.
   """
+  if curve[0]["test_dice"] is None:
+    names = ("peak", "final", "last_third_mean", "fraction_above_base", "drop_from_peak")
+    return dict.fromkeys(names)
   base, dice = curve[0]["test_dice"], [point["test_dice"] for point in curve[1:]]
   return {
     "peak": max(dice),
@@ -118,6 +133,12 @@ def warnings(content: Mapping[str, Any]) -> list[str]:
     One text for each that holds: the base has learned nothing, the last checkpoint is worse than
     the base or far below the peak, the judge of the run is at chance or below.
   """
+  found = [] if content["base"]["test"]["dice"] is None else _test_warnings(content)
+  return found + _judge_warning(content["judge"], content["judges"].get(content["judge"], {}))
+
+
+def _test_warnings(content: Mapping[str, Any]) -> list[str]:
+  """Those by test Dice."""
   held, base = content["sustained"], content["base"]["test"]["dice"]
   found = []
   if base < LEARNED_NOTHING:
@@ -137,7 +158,7 @@ def warnings(content: Mapping[str, Any]) -> list[str]:
       f"({held['peak']:.3f}): the gain did not last. A larger beta holds the network closer to "
       "the base."
     )
-  return found + _judge_warning(content["judge"], content["judges"].get(content["judge"], {}))
+  return found
 
 
 def _judge_warning(name: str, judge: Mapping[str, Any]) -> list[str]:

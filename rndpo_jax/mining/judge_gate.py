@@ -2,6 +2,7 @@
 
 The figure is `reliability.mined`'s share of right pairs, weighted by the gradient that each pair
 gets; what is asked is that the lower bound of its 95% interval reaches `judge.gate.min_accuracy`.
+Without validation cases there is no figure, and no judge can be refused for it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from rndpo_jax import errors
 from rndpo_jax.mining import judges
 
 ACTIONS = ("refuse", "warn", "off")
+
+
+def is_measured(entry: Mapping[str, Any]) -> bool:
+  """Whether there were validation cases to measure a judge by, by its entry in `judges.json`."""
+  return entry.get("split", "val") is not None
 
 
 def lower_bound(entry: Mapping[str, Any]) -> float:
@@ -71,6 +77,13 @@ def finding(
   entry = table[name]
   if action == "off" or name == "oracle" or lower_bound(entry) >= min_accuracy:
     return None
+  if not is_measured(entry):
+    return (
+      f"how often the judge {name!r} is right is unknown: there are no validation cases to measure "
+      "it by, so nothing was asked of it before training (config.judge.gate). A judge that is "
+      "wrong more often than right makes a model worse; a few validation labels "
+      "(config.data.num_val) would show it"
+    )
   others = [
     other
     for other, found in table.items()
@@ -94,10 +107,10 @@ def check(
   """`finding`, for who goes on in spite of it.
 
   Raises:
-    MiningError: if there is one and the action is `refuse`.
+    MiningError: if there is one of a judge that was measured, and the action is `refuse`.
   """
   found = finding(table, name, min_accuracy=min_accuracy, action=action)
-  if found and action == "refuse":
+  if found and action == "refuse" and is_measured(table[name]):
     raise errors.MiningError(
       f"{found}. Take another judge (config.judge.name, or 'auto'), a base trained longer or on "
       "more labels, or more validation cases, in a new --workdir (--config.base.workdir keeps the "

@@ -60,13 +60,7 @@ def mine(
     ValueError: unknown rule, or more pairs asked for than K proposals make.
   """
   count = scores.shape[1]
-  if rule not in RULES:
-    raise ValueError(f"unknown mining rule {rule!r}; known: {', '.join(RULES)}")
-  if not 1 <= pairs_per_image <= count * (count - 1) // 2:
-    raise ValueError(
-      f"pairs_per_image is {pairs_per_image}, but {count} proposals make "
-      f"{count * (count - 1) // 2} pairs"
-    )
+  _check(rule, pairs_per_image, count)
   if present is not None:
     scores = jnp.where(present, scores, jnp.nan)
   finite = jnp.isfinite(scores)
@@ -92,6 +86,17 @@ def mine(
   candidate, dropped = _filter(candidate, takers)
   select = partial(_select, pairs_per_image=pairs_per_image)
   return types.Pairs(*jax.vmap(select)(candidate, priority, gap, size), dropped)
+
+
+def _check(rule: str, pairs_per_image: int, count: int) -> None:
+  """Raises ValueError if the rule is unknown, or K = count proposals do not make so many pairs."""
+  if rule not in RULES:
+    raise ValueError(f"unknown mining rule {rule!r}; known: {', '.join(RULES)}")
+  most = count * (count - 1) // 2
+  if not 1 <= pairs_per_image <= most:
+    raise ValueError(
+      f"pairs_per_image is {pairs_per_image}, but {count} proposals make {most} pairs"
+    )
 
 
 def _filter(candidate, takers):

@@ -127,17 +127,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     sampled = proposals.of_logits(
       network, keys[:, 0], **options, files=batch.files, inside=batch.inside
     )
-    ensemble = network.members
-    if ensemble is not None:
-      ensemble = jnp.argmax(ensemble, axis=-1).astype(jnp.uint8)
-    context = judges.Context(
-      keys=keys[:, 1],
-      ensemble_masks=ensemble,
-      labels=batch.labels,
-      learned_params=weights["learned"],
-      present=sampled.present,
-      file_scores=sampled.file_scores,
-    )
+    context = _context(weights, keys, batch, network.members, sampled)
     probs = jax.nn.softmax(sampled.logits, axis=-1)
 
     def of(name):
@@ -152,6 +142,19 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     return sampled, {name: of(name) for name in chosen_names}
 
   return score
+
+
+def _context(weights, keys, batch: types.Batch, members, sampled) -> judges.Context:
+  """What judges may look at besides images and proposals; `members` are f32[b, M, *S, C]."""
+  masks = None if members is None else jnp.argmax(members, axis=-1).astype(jnp.uint8)
+  return judges.Context(
+    keys=keys[:, 1],
+    ensemble_masks=masks,
+    labels=batch.labels,
+    learned_params=weights["learned"],
+    present=sampled.present,
+    file_scores=sampled.file_scores,
+  )
 
 
 def make_mine_batch(config, dataset, score) -> Callable:

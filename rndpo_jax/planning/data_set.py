@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import config as config_lib
+from rndpo_jax.checks import config_validation
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import native, reader, records, sources, splits, tiles
 from rndpo_jax.errors import ConfigError
@@ -58,7 +59,10 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     for index, entry in enumerate(entries):
       parts.get(split_of.get(entry["case_id"]), []).append(index)
     num_bytes = sum(records.num_bytes(source, entry) for entry in entries)
+  if not len(parts["val"]):
+    config_validation.check_without_cases(config)
   shown = [entries[i]["shape"] for name in predict.SPLITS for i in parts[name]]
+  shown = shown or [entry["shape"] for entry in entries]  # then no mask is brought to such a grid
   problem = programs.Problem(
     facts["num_classes"],
     facts["num_channels"],

@@ -12,19 +12,29 @@ from rndpo_jax.report import figures
 from rndpo_jax.training import metric_writer
 
 
-def curve_chart(results: Mapping) -> str:
-  """Dice on validation and test over steps, the base as dashed lines, peak and final marked."""
+def curve_chart(results: Mapping) -> str | None:
+  """Dice on validation and test over steps, the base as dashed lines, peak and final marked.
+
+  None if there are neither validation nor test cases.
+  """
   curve = results["curve"]
   steps = [point["step"] for point in curve]
   val, test = ([point[key] for point in curve] for key in ("val_dice", "test_dice"))
   ends = [steps[0], steps[-1]]
   dashed = {"linestyle": "--", "linewidth": 1.2}
-  series = {
-    "test": (steps, test, {"color": figures.BLUE, "marker": "."}),
-    "test, base": (ends, [test[0]] * 2, {"color": figures.BLUE, **dashed}),
-    "validation": (steps, val, {"color": figures.ORANGE, "marker": "."}),
-    "validation, base": (ends, [val[0]] * 2, {"color": figures.ORANGE, **dashed}),
-  }
+  series = {}
+  for name, dice, color in (("test", test, figures.BLUE), ("validation", val, figures.ORANGE)):
+    if dice[0] is not None:
+      series[name] = (steps, dice, {"color": color, "marker": "."})
+      series[f"{name}, base"] = (ends, [dice[0]] * 2, {"color": color, **dashed})
+  if not series:
+    return None
+  marks = _marks(steps, test) if "test" in series else []
+  return figures.lines(series, ylabel="mean Dice over cases", marks=marks, wide=True)
+
+
+def _marks(steps, test) -> list[tuple]:
+  """Of the peak and the last point of test Dice."""
   peak = 1 + int(np.argmax(test[1:]))
   last = len(test) - 1
   marks = [(steps[last], test[last], f"final {test[last]:.3f}", figures.GREEN)]
@@ -32,7 +42,7 @@ def curve_chart(results: Mapping) -> str:
     marks.append((steps[peak], test[peak], f"peak {test[peak]:.3f}", figures.RED))
   else:
     marks[0] = (steps[last], test[last], f"peak and final {test[last]:.3f}", figures.GREEN)
-  return figures.lines(series, ylabel="mean Dice over cases", marks=marks, wide=True)
+  return marks
 
 
 def harm_chart(harm: Mapping) -> str | None:

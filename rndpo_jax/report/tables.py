@@ -15,8 +15,10 @@ def show(value: float | None, digits: int = 3) -> str:
   return "unknown" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
 
 
-def signed(value: float, digits: int = 3) -> str:
-  """A difference with its sign, as '+0.012' or '\u22120.012' (a true minus)."""
+def signed(value: float | None, digits: int = 3) -> str:
+  """A difference with its sign, as '+0.012' or '\u22120.012' (a true minus); 'unknown' for None."""
+  if value is None:
+    return "unknown"
   value = round(value, digits) + 0.0  # no '-0.000'
   return f"{value:+.{digits}f}".replace("-", "\u2212")
 
@@ -52,7 +54,8 @@ def headline(results: Mapping) -> dict[str, str]:
 def tiles(results: Mapping) -> list[dict[str, str]]:
   """The figures at the top of the page."""
   base, held = results["base"]["test"]["dice"], results["sustained"]
-  change = held["final"] - base
+  change = _change(base, held["final"])
+  above, drop = held["fraction_above_base"], show(held["drop_from_peak"])
   judge = results["judges"].get(results["judge"], {})
   return [
     {"label": "Base, test Dice", "value": show(base), "note": "before fine-tuning", "kind": "soft"},
@@ -64,8 +67,8 @@ def tiles(results: Mapping) -> list[dict[str, str]]:
     },
     {
       "label": "Checkpoints above the base",
-      "value": f"{100 * held['fraction_above_base']:.0f} %",
-      "note": f"the last is {show(held['drop_from_peak'])} below the peak",
+      "value": "unknown" if above is None else f"{100 * above:.0f} %",
+      "note": f"the last is {drop} below the peak",
       "kind": "soft",
     },
     {
@@ -77,11 +80,16 @@ def tiles(results: Mapping) -> list[dict[str, str]]:
   ]
 
 
+def _change(before: float | None, after: float | None) -> float | None:
+  return None if before is None else after - before
+
+
 def result_groups(results: Mapping) -> list[dict[str, Any]]:
-  """Rows of the result table, by split: test first."""
+  """Rows of the result table, by split: test first; none of a split without cases."""
   return [
     {"name": f"{title} ({results['num_cases'][split]} cases)", "rows": _rows(results, split)}
     for split, title in SPLITS.items()
+    if results["num_cases"][split]
   ]
 
 
@@ -119,24 +127,32 @@ def _unit(results: Mapping, name: str) -> str:
   return "0 to 1"
 
 
-def _kind(gain: float) -> str:
-  return "better" if gain > 0 else "worse" if gain < 0 else "soft"
+def _kind(gain: float | None) -> str:
+  return "soft" if not gain else "better" if gain > 0 else "worse"
 
 
 def result_text(results: Mapping) -> str:
   """The result in one sentence, with what it was chosen by."""
   base, final = results["base"]["test"]["dice"], results["finetuned"]["test"]["dice"]
+  if base is None:
+    return "There are no test cases, so that what fine-tuning gave is not known."
   word = "raised" if final > base else "lowered" if final < base else "left"
   change = f"from {show(base)} to {show(final)} ({signed(final - base)})"
+  selected = (
+    "The 'selected' one is the best on validation, and needs validation labels to be found."
+  )
+  if results["selected"]["step"] is None:
+    selected = "There are no validation cases, so that none is selected and no judge is measured."
   return (
-    f"Fine-tuning {word} test Dice {change} at its last checkpoint, which nobody chose. The "
-    "'selected' one is the best on validation, and needs validation labels to be found."
+    f"Fine-tuning {word} test Dice {change} at its last checkpoint, which nobody chose. {selected}"
   )
 
 
 def delivered_text(results: Mapping) -> str:
   """What `delivered/` holds and why, and what that gives on test."""
   found = results["delivered"]["difference"]["test"]
+  if found is None:
+    return results["delivered"]["reason"]
   interval = ""
   if found["ci"]:
     interval = f", 95% interval over cases {' to '.join(signed(x) for x in found['ci'])}"
@@ -147,6 +163,8 @@ def delivered_text(results: Mapping) -> str:
 def empty_text(results: Mapping) -> str:
   """How many masks were empty, and how they counted."""
   count = results["empty_masks"]["finetuned"]["test"]
+  if not count["total"]:
+    return ""
   return (
     f"Of the {count['total']} test masks (one a case and class) of the last checkpoint, "
     f"{count['mask_only']} were empty where the truth is not, {count['label_only']} the other way "

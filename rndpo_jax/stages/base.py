@@ -106,6 +106,17 @@ def load(workdir: os.PathLike, dataset, member: int = 0) -> types.Params:
   )
 
 
+def mirror_axes(config, workdir: os.PathLike, spatial_dims: int) -> tuple[int, ...]:
+  """Spatial axes along which the base's training flipped images, that of an imported one too."""
+  home = epath.Path(workdir) / "base" / imported.KEPT
+  if home.exists():
+    model = imported.read_kept(home)
+    axes = model.checkpoint.mirroring_axes
+    return tuple(n for n, axis in enumerate(model.plans.axes) if axis in axes)
+  is_flipped = config.base.augment and config.augment.flip > 0
+  return tuple(range(spatial_dims)) if is_flipped else ()
+
+
 def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
   """`base/` for the first member, `base/member-N/` for the others."""
   directory = epath.Path(workdir) / "base"
@@ -190,13 +201,17 @@ def _import_member(config, workdir, member: int) -> None:
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, space=config.mesh.space)
-  figures = make_validate(config, dataset, segmenter, mesh)(params)
+  validate = make_validate(config, dataset, segmenter, mesh)
+  figures = None if validate is None else validate(params)
   checkpoint.save(directory / "params", 0, params)
   if not multihost.is_first():
     return
   came_from = imported.keep(config, fold, directory) if member == 0 else {"fold": fold}
-  row = {"step": 0, "kind": "val", **figures}
-  files.write_text(directory / "metrics.jsonl", json.dumps(row) + "\n")
+  row, lines = {"step": 0, "val_dice": None}, ""
+  if figures is not None:
+    row = {"step": 0, "kind": "val", **figures}
+    lines = json.dumps(row) + "\n"
+  files.write_text(directory / "metrics.jsonl", lines)
   _write_selected(config, directory, row, "imported", dataset.fingerprint, nnunet=came_from)
 
 
@@ -207,7 +222,9 @@ def make_validate(
   mesh: Mesh,
   reference: types.Params | None = None,
 ):
-  """`validation.make_validate` on the validation split."""
+  """`validation.make_validate` on the validation split; None if there is none."""
+  if not len(dataset.splits["val"]):
+    return None
   batches = split_batches.validation_batches(config, dataset)
   return validation.make_validate(
     segmenter.apply, dataset.num_classes, batches, mesh, reference, config.mesh.fsdp_min_size
@@ -217,9 +234,12 @@ def make_validate(
 def _select(config, directory: epath.Path, data: str) -> None:
   """Writes selected.json by `config.base.select`, then deletes the parameters of other steps."""
   rows = metric_writer.read_rows(directory, "val")
-  chosen = checkpoint_manager.best_row(rows) if config.base.select == "best" else rows[-1]
-  _write_selected(config, directory, chosen, config.base.select, data)
-  checkpoint.keep_only(directory / "params", (chosen["step"], rows[-1]["step"]))
+  last, rule = {"step": config.base.num_steps, "val_dice": None}, "last"
+  if rows:
+    last, rule = rows[-1], config.base.select
+  chosen = checkpoint_manager.best_row(rows) if rule == "best" else last
+  _write_selected(config, directory, chosen, rule, data)
+  checkpoint.keep_only(directory / "params", (chosen["step"], last["step"]))
 
 
 def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: str, **more) -> None:

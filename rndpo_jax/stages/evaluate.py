@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rndpo_jax import provenance, types
+from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import preference_file
 from rndpo_jax.evaluation import (
@@ -59,7 +59,8 @@ def run(config, workdir: os.PathLike) -> None:
   for own, folder, _ in phases.of_job(config, workdir):
     start = phases.start(own, workdir, dataset)
     finetune.check_made_of(folder / "finetune", "done.json", dataset, start)
-  evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params)
+  axes = mirror_axes(config, workdir, dataset)
+  evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params, axes)
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
@@ -71,14 +72,13 @@ def run(config, workdir: os.PathLike) -> None:
   # What the other processes measured is read from their files.
   cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
-  chosen = delivered.choose(
-    steps,
-    np.array([results.split_dice(cases[step], "val") for step in steps]),
-    min_probability=config.evaluate.delivered_min_probability,
-  )
+  points = label_free.measure(config, evaluation, steps)
+  chosen = _choose(config, steps, cases, points)
   delivered.write(workdir, results.plain(chosen), params(chosen["step"]), made_of)
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   reported["delivered"] = chosen["step"]
+  if reported["selected"] is None:
+    del reported["selected"]
   names = list(config.evaluate.metrics)
   if set(names) & set(metrics.SURFACE):
     wanted = sorted(set(reported.values()))
@@ -97,11 +97,9 @@ def run(config, workdir: os.PathLike) -> None:
   content["harm"] = {name: value for name, value in found.items() if name != "curve"}
   content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
   content |= _measured(models, reported, curve, names)
-  content["label_free"] = _label_free(config, evaluation, steps, curve)
-  # The rule works on whole records on the device, which the native mode does not have there.
-  content["rankseg"] = {split: {} for split in predict.SPLITS}
-  if dataset.native is None:
-    content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
+  stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
+  content["label_free"] = {"checkpoints": points, **stops}
+  content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   if "pairs" in image_terms.reads_of(config):
@@ -109,10 +107,34 @@ def run(config, workdir: os.PathLike) -> None:
   files.write_json(workdir / "results.json", results.plain(content))
 
 
-def _label_free(config, evaluation, steps, curve) -> dict:
-  """What unlabelled images tell of each checkpoint; see `label_free`."""
-  points = label_free.measure(config, evaluation, steps)
-  return {"checkpoints": points, **label_free.stops(points, curve)}
+def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
+  """Axes whose flips `config.evaluate.mirror` averages over, as `launch.predict --mirror` does.
+
+  All in the simple mode; in the native mode those that training flipped.
+
+  Raises:
+    ConfigError: if there are none of those.
+  """
+  if not config.evaluate.mirror:
+    return ()
+  if dataset.native is None:
+    return tuple(range(dataset.spatial_dims))
+  found = base.mirror_axes(config, workdir, dataset.spatial_dims)
+  if not found:
+    raise errors.ConfigError(
+      "config.evaluate.mirror: found True, but the base was trained without flips, so those of its "
+      "input would harm; leave it at False"
+    )
+  return found
+
+
+def _choose(config, steps, cases, points) -> dict:
+  """Which model is delivered: by validation, or by `label_free` if there are no such cases."""
+  options = config.evaluate
+  dice = np.array([results.split_dice(cases[step], "val") for step in steps])
+  if dice.size:
+    return delivered.choose(steps, dice, min_probability=options.delivered_min_probability)
+  return label_free.choose(points, max_kl=options.delivered_max_kl)
 
 
 def _rankseg(cases, names) -> dict:
@@ -124,10 +146,13 @@ def _rankseg(cases, names) -> dict:
 def _delivered(chosen: dict, models) -> dict:
   """What `results.json` says of the delivered model besides its metrics."""
   test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
-  difference = {"val": {key: chosen[key] for key in ("mean", "ci", "probability")}}
-  difference["test"] = delivered.paired(test[0] - test[1])
-  names = ("step", "is_base", "rule", "reason", "min_probability")
-  return {**{name: chosen[name] for name in names}, "difference": difference}
+  difference = {"val": None, "test": None}
+  if chosen["chosen_by"] == "validation":
+    difference["val"] = {key: chosen[key] for key in ("mean", "ci", "probability")}
+  if test[0].size:
+    difference["test"] = delivered.paired(test[0] - test[1])
+  names = ("step", "is_base", "chosen_by", "rule", "reason", "min_probability", "max_kl")
+  return {**{name: chosen[name] for name in names if name in chosen}, "difference": difference}
 
 
 def _harm(config, workdir, evaluation, steps, judge) -> dict:
@@ -206,7 +231,8 @@ def _measured(models, steps, curve, names) -> dict:
     for model, cases in models.items()
   }
   content["finetuned"]["step"] = steps["finetuned"]
-  content["selected"] |= {"step": steps["selected"], "rule": "validation"}
+  content.setdefault("selected", {split: dict.fromkeys(names) for split in predict.SPLITS})
+  content["selected"] |= {"step": steps.get("selected"), "rule": "validation"}
   empty = {
     model: {split: results.empty_masks(cases, split) for split in predict.SPLITS}
     for model, cases in models.items()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import models, provenance, seeds, types
@@ -56,33 +57,14 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     check_made_of(directory, "done.json", dataset, params)
     return
   fingerprints = provenance.of_finetuning(dataset, params)
-  loss_fn = make_loss_fn(
-    config,
-    sharding.data_parallel(segmenter.apply, mesh),
-    num_classes=dataset.num_classes,
-    has_ignored=dataset.has_ignored,
-  )
-  transformation, min_size = optimizer(config.finetune), config.mesh.fsdp_min_size
-  reference = None
-  if needs_base(config):
-    reference = sharding.put_params(params, mesh, min_size)
-  step = train_step.make_train_step(
-    loss_fn,
-    transformation,
-    mesh,
-    config.finetune.accumulate_steps,
-    config.finetune.ema_decay,
-    min_size,
-    config.finetune.log_every_steps,
-  )
   train_loop.fit(
-    lambda state, batch, key: step(state, batch, key, reference),
+    _make_step(config, dataset, segmenter, mesh, params),
     train_step.make_state(
       with_partner(config, workdir, dataset, params),
-      transformation,
+      optimizer(config.finetune),
       mesh,
       config.finetune.ema_decay > 0,
-      min_size,
+      config.mesh.fsdp_min_size,
     ),
     pair_batches.on_devices(
       config, pairs, reliable.shown_to(config, workdir, directory, dataset), mesh
@@ -103,6 +85,28 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     files.write_json(
       directory / "done.json", {"step": config.finetune.num_steps, "fingerprints": fingerprints}
     )
+
+
+def _make_step(config, dataset, segmenter: types.Segmenter, mesh: Mesh, params: types.Params):
+  """(state, batch, key) -> (state, metrics), with the frozen base on the devices if it needs it."""
+  loss_fn = make_loss_fn(
+    config,
+    sharding.data_parallel(segmenter.apply, mesh),
+    num_classes=dataset.num_classes,
+    has_ignored=dataset.has_ignored,
+  )
+  min_size = config.mesh.fsdp_min_size
+  reference = sharding.put_params(params, mesh, min_size) if needs_base(config) else None
+  step = train_step.make_train_step(
+    loss_fn,
+    optimizer(config.finetune),
+    mesh,
+    config.finetune.accumulate_steps,
+    config.finetune.ema_decay,
+    min_size,
+    config.finetune.log_every_steps,
+  )
+  return lambda state, batch, key: step(state, batch, key, reference)
 
 
 def check_made_of(directory: epath.Path, name: str, dataset, params: types.Params) -> None:

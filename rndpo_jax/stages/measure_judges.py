@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,20 @@ def make_measure(
   return measure
 
 
+class Measured(NamedTuple):
+  """What judging came to on the N images of a split.
+
+  Attributes:
+    out: of `make_measure`'s function, a row an image.
+    indices: i64[N], their records.
+    case_ids: of each.
+  """
+
+  out: dict
+  indices: np.ndarray
+  case_ids: list[str]
+
+
 def write_reliability(
   config,
   directory: epath.Path,
@@ -69,7 +84,7 @@ def write_reliability(
   They hold the proposals' diversity and headroom, the pairs of the judge that mines, and the
   reliability of each judge: in general, as "mined" of the kind of pairs that mining makes, and as
   "labelled" on the labelled split. "used" marks the judge that mines, which is chosen here if
-  `config.judge.name` is auto.
+  `config.judge.name` is auto. Without validation cases all but "labelled" is unknown.
 
   Raises:
     MiningError: if the base finds no foreground in the validation split.
@@ -79,71 +94,82 @@ def write_reliability(
     outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
     by_tiles: of `tile_pairs.of_measuring`, if the outputs are without masks.
   """
-  measured, case_ids, indices = {}, {}, {}
-  for split in SPLITS:
-    whole = _whole(outputs[split])
-    known = whole["known"]
-    measured[split] = jax.tree.map(lambda x, known=known: x[known], whole)
-    indices[split] = dataset.splits[split][known]
-    case_ids[split] = [dataset.records[index]["case_id"] for index in indices[split]]
-  check_foreground(measured["val"]["base_foreground"])
-  truth = measured["val"]["truth"]
+  names = [split for split in SPLITS if len(dataset.splits[split])]
+  parts = {split: _measured(dataset, split, outputs[split]) for split in names}
+  labelled = parts["labelled"]
+  val = parts.get("val", _of_no_image(labelled))
+  check_foreground(parts[names[0]].out["base_foreground"], names[0])
   weights = {}
   if judges.FUSED in program.used_judges(config):
-    weights = _add_fused(config, dataset, measured, case_ids["val"], indices["val"])
-  files.write_json(directory / "proposals.json", proposal_figures(measured["val"]))
-
-  def figures(name: str, split: str) -> dict:
-    return reliability.reliability(
-      measured[split]["scores"][name],
-      measured[split]["truth"],
-      case_ids[split],
-      num_bootstrap=config.judge.num_bootstrap,
-      seed=config.seed,
-      judged=_judged(measured[split], name),
-    )
-
-  table = {
-    name: {
-      **figures(name, "val"),
-      "calibration": reliability.calibration(
-        np.where(_judged(measured["val"], name), measured["val"]["scores"][name], np.nan), truth
-      ),
-      "split": "val",
-      "labelled": figures(name, "labelled"),
-    }
-    for name in sorted(measured["val"]["scores"])
-  }
-  for name, entry in table.items():
-    weight = pair_weights(config, dataset, indices["val"], measured["val"]["mined"][name], entry)
-    entry["mined"] = reliability.mined(
-      truth,
-      measured["val"]["mined"][name].chosen,
-      measured["val"]["mined"][name].rejected,
-      weight,
-      case_ids["val"],
-      num_bootstrap=config.judge.num_bootstrap,
-      seed=config.seed,
-    )
+    weights = _add_fused(config, dataset, val, labelled)
+  files.write_json(directory / "proposals.json", proposal_figures(val.out))
+  table = {name: _entry(config, dataset, name, val, labelled) for name in sorted(val.out["scores"])}
   judge = config.judge.name
   if judge == judges.AUTO:
     judge = judge_gate.best(table, config.judge.compare)
   for name, entry in table.items():
     entry["used"] = name == judge
-    if entry["mined"]["weighted_accuracy"] is None:
+    if entry["mined"]["weighted_accuracy"] is None and len(val.indices):
       progress.say(
         f"judge {name!r}: how often it is right is unknown, for no pair could be made of the "
         "proposals of the validation images"
       )
   if weights:
     table[judges.FUSED]["weights"] = weights
-  mined = measured["val"]["mined"][judge]
+  mined = val.out["mined"][judge]
   if by_tiles is None:
-    rows = (indices["val"], measured["val"]["packed"], truth, mined)
+    rows = (val.indices, val.out["packed"], val.out["truth"], mined)
   else:
-    rows = by_tiles(indices["val"], truth, mined)
+    rows = by_tiles(val.indices, val.out["truth"], mined)
   validation_pairs.write(directory / validation_pairs.FILE, *rows)
   files.write_json(directory / "judges.json", table)
+
+
+def _measured(dataset, split: str, outputs: Iterable) -> Measured:
+  """Of the images of a split of which any pixel is labelled."""
+  out = _whole(outputs)
+  known = out["known"]
+  indices = dataset.splits[split][known]
+  case_ids = [dataset.records[index]["case_id"] for index in indices]
+  return Measured(jax.tree.map(lambda x: x[known], out), indices, case_ids)
+
+
+def _of_no_image(measured: Measured) -> Measured:
+  """Arrays of the same kinds, without a row."""
+  return Measured(jax.tree.map(lambda x: x[:0], measured.out), measured.indices[:0], [])
+
+
+def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dict:
+  """Of `judges.json`, for one judge."""
+
+  def figures(of: Measured) -> dict:
+    return reliability.reliability(
+      of.out["scores"][name],
+      of.out["truth"],
+      of.case_ids,
+      num_bootstrap=config.judge.num_bootstrap,
+      seed=config.seed,
+      judged=_judged(of.out, name),
+    )
+
+  scores, truth, mined = val.out["scores"][name], val.out["truth"], val.out["mined"][name]
+  judged = np.where(_judged(val.out, name), scores, np.nan)
+  entry = {
+    **figures(val),
+    "calibration": reliability.calibration(judged, truth),
+    "split": "val" if len(val.indices) else None,
+    "labelled": figures(labelled),
+  }
+  entry["mined"] = reliability.mined(
+    truth,
+    mined.chosen,
+    mined.rejected,
+    pair_weights(config, dataset, val.indices, mined, entry),
+    val.case_ids,
+    num_bootstrap=config.judge.num_bootstrap,
+    seed=config.seed,
+  )
+  return entry
 
 
 def _judged(measured: Mapping, name: str) -> np.ndarray:
@@ -169,39 +195,39 @@ def proposal_figures(measured: Mapping) -> dict:
   return {
     "split": "val",
     "diversity": float(diversity.mean()) if diversity.size else None,
-    "base_dice": float(measured["base"].mean()),
+    "base_dice": float(measured["base"].mean()) if measured["base"].size else None,
     "mean_dice": float(truth.mean()) if truth.size else None,
     "best_dice": float(best.max(axis=1).mean()) if best.size else None,
   }
 
 
-def _add_fused(config, dataset, measured: dict, case_ids, indices) -> dict[str, float]:
+def _add_fused(config, dataset, val: Measured, labelled: Measured) -> dict[str, float]:
   """Adds the scores of the judge `fused`, and its pairs on validation; returns its weights."""
-  names, val = fused.members(config), measured["val"]
+  names, out, indices = fused.members(config), val.out, val.indices
   whole, left_out = fused.log_odds(
-    {name: val["scores"][name] for name in names},
-    val["truth"],
-    case_ids,
-    {name: _judged(val, name) for name in names},
+    {name: out["scores"][name] for name in names},
+    out["truth"],
+    val.case_ids,
+    {name: _judged(out, name) for name in names},
   )
-  for split, weights in (("val", left_out), ("labelled", whole)):
-    scores = measured[split]["scores"]
+  for part, weights in ((val, left_out), (labelled, whole)):
+    scores = part.out["scores"]
     together = jnp.stack([scores[name] for name in names], axis=1)
     scores[judges.FUSED] = np.asarray(fused.fuse(together, weights))
   mine = jax.jit(program.with_keys(program.make_rule_scored(config, dataset)))
   key, parts, count = seeds.mining_key(config.seed), [], len(indices)
   for start in range(0, count, config.mine.batch_size):
     rows = np.minimum(np.arange(start, start + config.mine.batch_size), count - 1)
-    masks = bit_planes.unpack(val["packed"][rows], tuple(dataset.size), dataset.num_classes)
+    masks = bit_planes.unpack(out["packed"][rows], tuple(dataset.size), dataset.num_classes)
     scored = program.Scored(
       np.asarray(indices[rows], np.int32),
       masks,
       None,
-      val["scores"][judges.FUSED][rows],
-      present=None if val["present"] is None else val["present"][rows],
+      out["scores"][judges.FUSED][rows],
+      present=None if out["present"] is None else out["present"][rows],
     )
     parts.append(jax.tree.map(np.asarray, mine(None, key, scored)))
-  val["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+  out["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
   return dict(zip(names, whole.tolist(), strict=True))
 
 
@@ -242,18 +268,20 @@ def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping)
   return np.where(valid, worth, 0.0)
 
 
-def check_foreground(found: np.ndarray) -> None:
+def check_foreground(found: np.ndarray, split: str) -> None:
   """Refuses a base that finds nothing, before its empty masks are mined.
 
   Args:
-    found: bool[N], whether its mask of each validation image has any foreground.
+    found: bool[N], whether its mask of each image has any foreground.
+    split: of the images, one of SPLITS.
 
   Raises:
     MiningError: with what to change.
   """
   if not found.any():
+    name = {"val": "validation"}.get(split, split)
     raise errors.MiningError(
-      f"the base segmenter finds no foreground in any of {len(found)} validation images, so that "
+      f"the base segmenter finds no foreground in any of {len(found)} {name} images, so that "
       "pairs of its proposals would teach nothing: train it longer (config.base.num_steps), with "
       "another config.base.learning_rate, or on more labelled cases, in a new --workdir"
     )

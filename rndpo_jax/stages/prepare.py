@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from rndpo_jax import errors
+from rndpo_jax.checks import config_validation
 from rndpo_jax.data import (
   builder,
   native,
@@ -35,6 +36,7 @@ def run(config, workdir: epath.PathLike) -> None:
 
   Raises:
     records.DataError: naming the file or key, what was found, and the remedy.
+    errors.ConfigError: if the splits lack the validation cases that the config needs.
     OSError: if the work directory cannot be written.
   """
   workdir = epath.Path(workdir)
@@ -49,6 +51,8 @@ def run(config, workdir: epath.PathLike) -> None:
     for note in source.notes:
       progress.say(f"[prepare] {note}")
   parts = split_cases(config.data, source.records)
+  if not parts["val"]:
+    config_validation.check_without_cases(config)
   blind = set(parts["unlabelled"])
   unlabelled = [i for i, entry in enumerate(source.records) if entry["case_id"] in blind]
   shards.check_num_shards(config, len(unlabelled))

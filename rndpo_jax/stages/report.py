@@ -12,6 +12,7 @@ import jinja2
 from etils import epath
 
 from rndpo_jax.data import preference_file
+from rndpo_jax.mining import judge_gate
 from rndpo_jax.report import charts, figures, pictures, tables
 from rndpo_jax.runtime import files
 
@@ -69,7 +70,6 @@ def render(context: Mapping[str, Any]) -> str:
 
 
 def _result_part(results) -> dict[str, Any]:
-  held = results["sustained"]
   names = ", ".join(results["class_names"][1:])
   return {
     "warnings": results["warnings"],
@@ -81,14 +81,20 @@ def _result_part(results) -> dict[str, Any]:
     "foreground": f"the foreground classes ({names})",
     "empty_text": tables.empty_text(results),
     "sustained_rows": tables.sustained_rows(results),
-    "sustained_text": (
-      f"Of the fine-tuned checkpoints, {100 * held['fraction_above_base']:.0f} % are above the "
-      f"base on test. The best reached {tables.show(held['peak'])}, the last "
-      f"{tables.show(held['final'])}. Judge a run by where it ends, not by its best moment: "
-      "without test labels nobody can stop at the peak."
-    ),
+    "sustained_text": _sustained_text(results["sustained"]),
     "curve_chart": charts.curve_chart(results),
   }
+
+
+def _sustained_text(held) -> str:
+  if held["final"] is None:
+    return "There are no test cases to tell it by."
+  return (
+    f"Of the fine-tuned checkpoints, {100 * held['fraction_above_base']:.0f} % are above the "
+    f"base on test. The best reached {tables.show(held['peak'])}, the last "
+    f"{tables.show(held['final'])}. Judge a run by where it ends, not by its best moment: "
+    "without test labels nobody can stop at the peak."
+  )
 
 
 def _mining_part(results, manifest) -> dict[str, Any]:
@@ -103,6 +109,7 @@ def _mining_part(results, manifest) -> dict[str, Any]:
   histogram = size["histogram"]
   return {
     "judge_split": _split_name(next(iter(results["judges"].values()), {})),
+    "judges_are_measured": all(judge_gate.is_measured(x) for x in results["judges"].values()),
     "judge_rows": tables.judge_rows(results),
     "judge_chart": figures.intervals(rows, chance=0.5, label=label) if rows else None,
     "proposal_split": _split_name(manifest["proposals"]),
@@ -128,7 +135,7 @@ def _origin(manifest) -> str:
 
 
 def _split_name(entry: Mapping[str, Any]) -> str:
-  split = entry.get("split", "val")
+  split = entry.get("split") or "val"
   return tables.SPLITS.get(split, split).lower()
 
 

@@ -65,6 +65,8 @@ def _of_validation(
   """What `validation_pairs.write` takes, by tiles: with the image's truth and |D| in the tile."""
   owns = [_tiles_of(dataset, int(index)) for index in indices]
   row = np.repeat(np.arange(len(indices)), [len(own) for own in owns])
+  if not owns:  # no validation cases: a labelled one says what its rows would be like
+    return indices, next(iter(kept.values()))[:0], truth, mined
   masks = np.concatenate([kept[int(index)] for index in indices])
   mined = types.Pairs(*(field[row] for field in mined))
   place = np.arange(len(row))[:, None]

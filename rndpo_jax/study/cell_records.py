@@ -177,8 +177,13 @@ def _curve(points, splits, val_kl: Mapping[int, float]) -> dict[str, list]:
 def _label_free(results: Mapping) -> dict[str, list]:
   """Columns of the curve that need no labels; none of a run that did not measure them."""
   points = results.get("label_free", {}).get("checkpoints", [])
-  names = ("kl", "agreement") if points else ()
-  return {name: [round(point[name], _KL_DIGITS) for point in points] for name in names}
+  known = points[0] if points else {}
+  names = [name for name in ("kl", "agreement", "dice_to_base", "labelled_dice") if name in known]
+  return {name: [_round_kl(point[name]) for point in points] for name in names}
+
+
+def _round_kl(value: float | None) -> float | None:
+  return None if value is None else round(value, _KL_DIGITS)
 
 
 def _val_kl(workdir: epath.Path, last_step: int) -> dict[int, float]:

@@ -13,13 +13,14 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files, lock, preemption, progress
@@ -50,10 +51,20 @@ def check(cells: Sequence[grid.Cell]) -> None:
       if cell.data not in opened:
         opened[cell.data] = sources.SOURCES[cell.config.data.source].open(cell.config).records
       if cell.base_key not in drawn:
-        prepare.split_cases(cell.config.data, opened[cell.data])
+        parts = prepare.split_cases(cell.config.data, opened[cell.data])
+        _check_parts(parts)
         drawn.add(cell.base_key)
     except (errors.RndpoError, OSError) as error:
       raise ConfigError(f"cell {cell.key}: {error}") from error
+
+
+def _check_parts(parts: Mapping[str, Sequence[str]]) -> None:
+  for name, key in (("val", "num_val"), ("test", "num_test")):
+    if not parts[name]:
+      raise ConfigError(
+        f"config.data.{key}: there are no {name} cases, and a study is judged on validation and "
+        "test; set it above 0"
+      )
 
 
 def _check_root(cell: grid.Cell) -> None:

@@ -27,7 +27,7 @@ from rndpo_jax.data import loader, split_batches
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
-from rndpo_jax.stages import base, finetune, phases, reliable
+from rndpo_jax.stages import finetune, phases, reliable
 from rndpo_jax.sweep import population, sweep_results
 from rndpo_jax.training import (
   checkpoint,
@@ -77,13 +77,13 @@ def run(
   config = config_lib.of_phase(config)
   check(config, grid)
   directory = epath.Path(workdir) / "sweep"
-  if multihost.is_first():
-    _claim(directory, grid)
-  multihost.barrier("claim of a sweep")
-  if not multihost.is_first():
-    files.refresh(directory)
-    _claim(directory, grid)
+  _claim(directory, grid)
   dataset = dataset_lib.open_dataset(config, workdir)
+  if not len(dataset.splits["val"]):
+    raise ConfigError(
+      f"--workdir: {workdir} has no validation cases, by which a sweep is judged; set "
+      "config.data.num_val above 0, in another --workdir"
+    )
   params = phases.start(config, workdir, dataset)
   if multihost.broadcast((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, dataset, params)
@@ -104,7 +104,7 @@ def run(
       "fingerprints": provenance.of_finetuning(dataset, params),
       "form": form,
       "num_devices": mesh.size,
-      "base": _base_dice(workdir),
+      "base": sweep_results.base_dice(workdir),
     }
     files.write_json(directory / DONE, content)
     checkpoint.keep_only(directory / "state", ())
@@ -148,8 +148,11 @@ def _mesh_of(grid: dict[str, list]) -> Mesh:
 
 
 def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
-  """Writes `grid.json`, or checks that the one there is the same."""
+  """Process 0 writes `grid.json`; each checks that the one there is the same."""
   path = directory / "grid.json"
+  if not multihost.is_first():
+    multihost.barrier("claim of a sweep")
+    files.refresh(directory)
   if path.exists() and (there := files.read_json(path)) != grid:
     raise ConfigError(
       f"{directory} holds another sweep: {there}, now asked for: {grid}. Delete that folder, or "
@@ -157,6 +160,7 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
     )
   if multihost.is_first():
     files.write_json(path, grid)
+    multihost.barrier("claim of a sweep")
 
 
 def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
@@ -292,9 +296,3 @@ class _MemberWriters:
   def close(self) -> None:
     for writer in self._writers:
       writer.close()
-
-
-def _base_dice(workdir) -> float:
-  return files.read_json(base.member_directory(workdir, 0) / "selected.json", val_dice=float)[
-    "val_dice"
-  ]

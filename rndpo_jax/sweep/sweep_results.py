@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import errors
+from rndpo_jax.runtime import files
 from rndpo_jax.training import metric_writer
 
 
@@ -68,6 +69,12 @@ def results(
   known = [row for row in settings if row["last"] is not None]
   best = max(known, key=lambda row: row["last"]) if known else None
   return {"grid": grid, "split": "val", "best": best, "settings": settings, "members": members}
+
+
+def base_dice(workdir: os.PathLike) -> float:
+  """Validation Dice of the base, on the model's grid."""
+  path = epath.Path(workdir) / "base" / "selected.json"
+  return files.read_json(path, val_dice=float)["val_dice"]
 
 
 def summary(content: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from rndpo_jax.checks import (
   config_model,
   config_ranges,
   config_unread,
+  config_validation,
 )
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError, JudgeError
@@ -36,6 +37,8 @@ def validate(config) -> None:
   phases = [config_lib.of_phase(config, number) for number in numbers]
   for own in phases:
     _validate_phase(own)
+  if not config_validation.may_have_cases(config):
+    config_validation.check_without_cases(config)
   config_unread.check(phases)
 
 
