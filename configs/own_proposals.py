@@ -7,7 +7,9 @@ DIR holds NAME/ID.png, a folder for each generator (another model, a fold, an ol
 scores.csv with the columns image,proposal,score; file:COUNT gives the number of folders. Masks and
 scores of validation images belong to it, for the judge is measured there. Without scores add
 --config.judge.name=agreement; an nnU-Net folder instead of images is --config.data.source=nnunet
---config.data.num_classes=0. More: rndpo_jax/pairs/README.md.
+--config.data.num_classes=0. Patches at a spacing in mm work too (data.spacing and data.patch_size,
+see configs/nnunet.py), and a trained nnU-Net as the base (--config.base.nnunet_folder). More:
+rndpo_jax/pairs/README.md.
 """
 
 from configs import recipes

@@ -47,7 +47,7 @@ def main(argv):
   import jax
 
   from rndpo_jax import config as config_lib
-  from rndpo_jax import config_checks
+  from rndpo_jax.checks import config_checks
   from rndpo_jax.errors import RndpoError
   from rndpo_jax.nnunet import imported
   from rndpo_jax.planning import programs

@@ -34,9 +34,10 @@ _CHECKPOINT = flags.DEFINE_string(
 )  # fmt: skip
 _MIRROR = flags.DEFINE_bool(
   "mirror",
-  False,
-  "Averages over flips: 4 times the work, 8 in 3D. With --workdir probabilities over flips of all "
-  "axes; with --nnunet_folder logits over flips of the axes that training flipped.",
+  None,
+  "Averages over flips: 4 times the work, 8 in 3D. Probabilities over flips of all axes; of "
+  "--nnunet_folder and runs with config.data.spacing logits over flips of the axes that training "
+  "flipped. By default as the run of --workdir did in evaluation (config.evaluate.mirror).",
 )
 _PROBABILITIES = flags.DEFINE_bool(
   "probabilities", False, "Also writes ID.npz, 'probabilities' float16 [*S, C]."
@@ -65,12 +66,13 @@ def main(argv):
       common.take_signals()
       cache_flag.use()
       options = Options(
-        mirror=_MIRROR.value,
+        mirror=bool(_MIRROR.value),
         probabilities=_PROBABILITIES.value,
         scores=_SCORES.value,
         workers=_WORKERS.value,
       )
-      run.run(_job(options), _INPUT.value, _OUTPUT.value, options)
+      job, options = _job(options)
+      run.run(job, _INPUT.value, _OUTPUT.value, options)
 
 
 def _check_network():
@@ -85,16 +87,20 @@ def _check_network():
 
 
 def _job(options):
+  """The network, and the options with what a run decides."""
   from rndpo_jax.nnunet import folder
   from rndpo_jax.predict import grid_run, native_network, native_run, trained
 
   if _WORKDIR.value is not None:
     found = trained.load(_WORKDIR.value, _CHECKPOINT.value)
+    if _MIRROR.value is None:
+      options = options._replace(mirror=found.mirrors)
     if found.native is None:
-      return grid_run.job(found, options)
-    return native_run.job(native_network.of_run(found), options)
+      return grid_run.job(found, options), options
+    return native_run.job(native_network.of_run(found), options), options
   folds = folder.parse_folds(_FOLD.value, "--fold")
-  return native_run.job(native_network.read_nnunet(_NNUNET_FOLDER.value, folds), options)
+  network = native_network.read_nnunet(_NNUNET_FOLDER.value, folds)
+  return native_run.job(network, options), options
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ def base_config() -> ml_collections.ConfigDict:
   mine.min_score_gap = 0.0  # a pair needs a gap of the judge's scores above it
   mine.min_region_size = 1  # pixels in which the masks of a pair differ, at least
   mine.max_region_size = 0  # pixels, at most; 0 sets no limit
+  mine.whole_images = False  # native mode: proposals, scores and |D| of whole images, not of tiles
   mine.batch_size = 16  # images that a device takes at once; the pairs do not depend on devices
   mine.num_shards = 4  # files of pairs; the processes share them
 
@@ -235,6 +236,7 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.evaluate = evaluate = ml_collections.ConfigDict()
   evaluate.batch_size = 16  # records of a process, shared by its devices
+  evaluate.mirror = False  # averages over flips, 4 passes an image or 8: launch.predict --mirror
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
   evaluate.delivered_max_kl = 0.05  # nats a pixel from the base, if there are no validation cases

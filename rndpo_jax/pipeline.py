@@ -11,8 +11,9 @@ import ml_collections
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, models
+from rndpo_jax import errors, models
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges

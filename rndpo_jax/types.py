@@ -38,6 +38,21 @@ class FileProposals(NamedTuple):
   scores: Array
 
 
+class NetworkLogits(NamedTuple):
+  """What the network says of images, of which proposals are made.
+
+  Attributes:
+    base: f32[B, *S, C], without dropout.
+    entries: f32[B, n, *S, C] of each entry of the mix that has views or dropout, of n proposals;
+      None for the others.
+    members: f32[B, M, *S, C] of the other base models; None if there are none.
+  """
+
+  base: Array
+  entries: tuple[Array | None, ...]
+  members: Array | None = None
+
+
 class Batch(NamedTuple):
   """A batch of images on the model's grid.
 
@@ -48,6 +63,8 @@ class Batch(NamedTuple):
       from it, so that no result depends on how images are batched.
     valid: bool[B], False if the entry only pads the batch.
     files: proposals from files, if mining takes some.
+    network: of whole images that were put together of tiles, so that no network is run on them.
+    inside: bool[B, *S], likewise, False where an image ends and padding begins.
   """
 
   images: Array
@@ -55,6 +72,8 @@ class Batch(NamedTuple):
   index: Array
   valid: Array
   files: FileProposals | None = None
+  network: NetworkLogits | None = None
+  inside: Array | None = None
 
 
 class Proposals(NamedTuple):

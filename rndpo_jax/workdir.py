@@ -18,6 +18,7 @@ import jax
 import ml_collections
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.runtime import files, progress
 
@@ -171,14 +172,29 @@ def check_same_base(config: ml_collections.ConfigDict) -> None:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-  """`config.json` of a work directory in which a stage is done."""
+  """`config.json` of a work directory in which a stage is done.
+
+  An option that an older version did not have counts as its default, under which nothing changes.
+  """
   try:
-    return files.read_json(path, config=dict)
+    content = files.read_json(path, config=dict)
   except (FileNotFoundError, errors.FileError) as error:
     raise errors.ConfigError(
       f"{path} is missing or damaged ({error}), and nothing else says with which config the stages "
       f"that are done in {path.parent} were made; bring it back, or use a new --workdir"
     ) from error
+  defaults = json.loads(config_lib.base_config().to_json_best_effort())
+  return {**content, "config": _filled(content["config"], defaults)}
+
+
+def _filled(there: Any, defaults: Any) -> Any:
+  """`there`, with what it lacks of the defaults."""
+  if not (isinstance(there, dict) and isinstance(defaults, dict)):
+    return there
+  return {
+    **defaults,
+    **{key: _filled(value, defaults.get(key)) for key, value in there.items()},
+  }
 
 
 def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -218,3 +218,13 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
   (tmp_path / "4.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
   checkpoint.save(tmp_path, 5, TREE)
   assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_small_arrays_of_several_devices_are_written_without_a_program_of_each(tmp_path, caplog):
+  mesh = sharding.make_mesh()
+  tree = sharding.put_params({"w": np.ones((8, 13), np.float32)}, mesh, 2**20)
+  with jax.log_compiles():
+    checkpoint.save(tmp_path, 1, tree)
+  assert "Compiling" not in caplog.text
+  read = checkpoint.restore_params(tmp_path, 1, stage_directory="")
+  np.testing.assert_array_equal(read["w"], tree["w"])

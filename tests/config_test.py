@@ -4,14 +4,11 @@ import importlib
 import math
 import pathlib
 
-import fsspec
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
-from rndpo_jax.checks import config_ranges
-from rndpo_jax.mining import proposals
-from rndpo_jax.planning import dry_run
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks, config_ranges
 
 CONFIGS = sorted(
   path.stem
@@ -71,31 +68,6 @@ WRONG = [
   ("data.phantom.seed", -1, "config.data.phantom.seed: found -1"),
 ]
 
-# On files: what is set, and what the message expects.
-FILES = [
-  ({"proposals.mix": "file:4"}, "config.data.proposals: not set"),
-  ({"proposals.mix": "file+threshold:4"}, "use 'file:4'"),
-  ({"proposals.mix": "file:2,file:2"}, "'file' is there twice"),
-  ({"judge.name": "file"}, "'file' scores proposals from files, and config.proposals.mix has none"),
-  (
-    {"proposals.mix": "base:1,file:4", "data.proposals": "/own"},
-    "config.judge: 'entropy' looks at the probabilities of each proposal",
-  ),
-  ({"data.proposals": "s3://a/b"}, "config.data.proposals: found 's3://a/b'"),
-  ({"data.preferences": "s3://a/b"}, "config.data.preferences: found 's3://a/b'"),
-  (
-    {"data.preferences": "/p.csv", "finetune.terms.consensus.weight": 1.0},
-    "config.finetune.terms.consensus: it learns the mean of mined proposals",
-  ),
-  (
-    {"data.preferences": "/p.csv", "finetune.pair_weight": "reliability"},
-    "config.finetune.pair_weight: found 'reliability', but pairs of config.data.preferences",
-  ),
-  (
-    {"data.preferences": "/p.csv", "data.proposals": "/own"},
-    "config.data.proposals: found '/own', which nothing reads",
-  ),
-]
 
 # Types: key, value, and what the message expects.
 WRONG_TYPES = [
@@ -139,16 +111,6 @@ ABSURD = [
   ("data.phantom.num_cases", 10**12, "1..10000000"),
   ("base.num_steps", 10**18, "1..10000000"),
 ]
-JUDGES = [":", ".x:f", "x.:f", "x:", ":f", "x:f:g", "x:f.g", "1x:f", "x y:f", "../x:f"]
-BUCKETS = ["s3://bucket/run", "http://host/run", "https://host/run", "gs://bucket/run"]
-
-
-@pytest.mark.parametrize("changes,says", FILES)
-def test_keys_on_files_that_do_not_fit_raise(changes, says):
-  config = config_lib.base_config()
-  config.update_from_flattened_dict(changes)
-  with pytest.raises(errors.ConfigError, match=says):
-    config_checks.validate(config)
 
 
 @pytest.mark.parametrize("key,value,kind", WRONG_TYPES)
@@ -179,36 +141,6 @@ def test_an_absurd_size_raises_before_memory_is_taken(key, value, message):
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{message}"):
     config_checks.validate(config)
-
-
-@pytest.mark.parametrize("name", JUDGES)
-def test_a_judge_that_is_no_package_module_function_raises(name):
-  for key, value in (("name", name), ("compare", (name,))):
-    config = config_lib.base_config()
-    config.judge[key] = value
-    with pytest.raises(errors.ConfigError, match="config.judge: unknown judge .*module:function"):
-      config_checks.validate(config)
-
-
-@pytest.mark.parametrize("place", BUCKETS)
-def test_a_place_that_cannot_be_read_from_here_raises(place, monkeypatch, tmp_path):
-  real = fsspec.get_filesystem_class
-
-  def without_gcsfs(name):
-    if name == "gs":
-      raise ImportError("gcsfs")
-    return real(name)
-
-  monkeypatch.setattr(fsspec, "get_filesystem_class", without_gcsfs)
-  wanted = "needs the package gcsfs" if place.startswith("gs") else "expected a folder of this host"
-  for key in ("base.workdir", "data.split_file"):
-    config = config_lib.base_config()
-    config.update_from_flattened_dict({key: place})
-    with pytest.raises(errors.ConfigError, match=f"config.{key}: .*{place}.* ?{wanted}"):
-      config_checks.validate(config)
-  for function in (pipeline.run, dry_run.run):
-    with pytest.raises(errors.ConfigError, match=f"--workdir: .*{place}.* ?{wanted}"):
-      function(config_lib.base_config(), place)
 
 
 def test_whole_numbers_serve_as_floats():
@@ -258,54 +190,6 @@ def test_a_native_mode_that_cannot_work_raises(spacing, patch_size, schemes, mes
     {"data.spacing": spacing, "data.patch_size": patch_size, "data.schemes": schemes}
   )
   with pytest.raises(errors.ConfigError, match=rf"config.(data|augment).{message}"):
-    config_checks.validate(config)
-
-
-@pytest.mark.parametrize(
-  "key,mix", [("model.dropout", "mc_dropout:8"), ("proposals.noise_scale", "tta+logit_noise:8")]
-)
-def test_a_sampler_needs_what_makes_it_act(key, mix):
-  config = config_lib.base_config()
-  config.proposals.mix = mix
-  config_checks.validate(config)
-  config.update_from_flattened_dict({key: 0.0})
-  with pytest.raises(errors.ConfigError, match=f"config.{key}: it is 0"):
-    config_checks.validate(config)
-
-
-@pytest.mark.parametrize(
-  "mix,message",
-  [
-    ("base:1,member:1", "base.num_members: found 1, but 'member'"),
-    ("member+tta:2", r"found 'member\+tta', but 'member' is another model's own"),
-    ("base:1,largest_component:2", "found largest_component:2, which makes 1 different masks"),
-  ],
-)
-def test_a_mix_that_cannot_work_raises(mix, message):
-  config = config_lib.base_config()
-  config.mine.pairs_per_image = 1
-  config.proposals.mix = mix
-  with pytest.raises(errors.ConfigError, match=message):
-    config_checks.validate(config)
-
-
-def test_members_of_a_mix_are_at_most_those_there_are():
-  config = config_lib.base_config()
-  config.mine.pairs_per_image = 1
-  config.base.num_members = 3
-  config.proposals.mix = "member:2,tta+largest_component:7,member+drop_component:9"
-  config_checks.validate(config)
-  config.proposals.mix = "base:1,member:3"
-  with pytest.raises(errors.ConfigError, match="found member:3, which makes 2 different masks"):
-    config_checks.validate(config)
-
-
-def test_dropout_is_not_asked_of_a_network_without_it():
-  config = config_lib.base_config()
-  config.model.name = "nnunet_plain"
-  config_checks.validate(config)
-  config.proposals.mix = "base:1,tta+mc_dropout:7"
-  with pytest.raises(errors.ConfigError, match="mix: found 'mc_dropout', but .*'nnunet_plain'"):
     config_checks.validate(config)
 
 
@@ -366,14 +250,6 @@ def test_unknown_key_and_wrong_type_raise():
     config.finetune.betta = 1.0
   with pytest.raises(TypeError, match="beta|float"):
     config.finetune.beta = "strong"
-
-
-def test_mix_is_parsed_into_entries_and_counts():
-  assert proposals.parse_mix("base:1, tta:3,mc_dropout+logit_noise:4") == (
-    (("base",), 1),
-    (("tta",), 3),
-    (("mc_dropout", "logit_noise"), 4),
-  )
 
 
 def test_every_number_has_a_range_and_every_tuple_a_type():

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors
-from rndpo_jax.checks import config_unread
+from rndpo_jax import errors
+from rndpo_jax.checks import config_checks, config_unread
 
-PACKAGE = pathlib.Path(config_checks.__file__).parent
+PACKAGE = pathlib.Path(config_checks.__file__).parent.parent
 KEYS = config_lib.leaves(config_lib.base_config())
 NATIVE = {"data.spacing": (1.0, 1.0), "data.patch_size": (64, 64)}
 SIMPLE = {"data.spacing": (), "data.patch_size": ()}

@@ -3,8 +3,7 @@
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks
-from rndpo_jax.checks import config_validation
+from rndpo_jax.checks import config_checks, config_validation
 from rndpo_jax.errors import ConfigError
 
 NEEDY = [

@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # the same), and every worker and program that a test starts takes from one folder what another has
 # compiled.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _cache = tempfile.TemporaryDirectory(prefix="rndpo_jax_tests_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -31,10 +31,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The longest files, which start first: beside one that came last, the other worker would be idle.
 LONGEST = (
-  "pipeline_test", "multiprocess_test", "whole_jobs_test", "run_test", "fault_campaign_test",
-  "gpu_report_test", "study_test", "mesh_test", "unet_test", "native_job_test", "mine_test",
-  "phases_test", "never_worse_test", "dry_run_test", "own_pairs_test", "finetune_test",
+  "multiprocess_test", "pipeline_test", "gpu_report_test", "run_test", "whole_jobs_test",
+  "study_test", "mesh_test", "native_job_test", "fault_campaign_test", "mine_test", "unet_test",
+  "never_worse_test", "dry_run_test", "own_pairs_test", "phases_test", "finetune_test",
   "benchmark_network_test", "population_test", "augment_test", "sweep_test", "proposals_test",
+  "mesh_config_test", "user_judges_test", "surroundings_test",
 )  # fmt: skip
 
 

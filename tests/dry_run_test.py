@@ -69,7 +69,7 @@ def test_printed_lines(tiny_run, tried):
   }
   # 20 images in two shards of 10, eight devices of one image each: 2 batches a shard. Validation
   # 2 + 2 times on 3 images, then 3 checkpoints, and the base by RankSEG, on 6 images.
-  assert (batches["base"], batches["mine"], batches["finetune"]) == ("100", "4", "8")
+  assert (batches["base"], batches["mine"], batches["finetune"]) == ("40", "4", "8")
   assert (batches["validate"], batches["evaluate"]) == ("4", "4")
   assert batches["measure"] == "2" and "judge" not in batches  # validation, labelled split
   # Images of 20 x 18 pixels, up to the next multiple of 64.
@@ -86,7 +86,7 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
   data = data_set.Data(None, images, 30, 30 * 720, None, None)
   found = dry_run.num_batches(config, data, trials)
-  assert found["base"] == 200 and found["judge"] == config.judge.learned.num_steps
+  assert found["base"] == 80 and found["judge"] == config.judge.learned.num_steps
   # Three checkpoints, the base by RankSEG, and three times one more for the distances.
   assert found["evaluate"] == 7
   with config.unlocked():

@@ -108,18 +108,20 @@ def flip_latest(campaign, folder, unfinished=()):
   return harm
 
 
+# Of a latest state that is not read the one before serves; without that, training is refused.
+_BACK, _NO = "going back to that of step", "cannot be read"
+STATES = (
+  ("flipped byte, base state", "mine", "base/state", ("base/selected.json",), _BACK),
+  ("flipped byte, state", "evaluate", "finetune/state", ("finetune/done.json",), _BACK),
+  (
+    "flipped byte, only base state", "mine", "base/state",
+    ("base/selected.json", "base/state/40", "base/params/40"), _NO,
+  ),
+)  # fmt: skip
+
+
 def damaged_states(campaign):
-  """Of a latest state that is not read the one before serves; without that, training is refused."""
-  back, no = "going back to that of step", "cannot be read"
-  rows = (
-    ("flipped byte, base state", "mine", "base/state", ("base/selected.json",), back),
-    ("flipped byte, state", "evaluate", "finetune/state", ("finetune/done.json",), back),
-    (
-      "flipped byte, only base state", "mine", "base/state",
-      ("base/selected.json", "base/state/100", "base/params/100"), no,
-    ),
-  )  # fmt: skip
-  for fault, stage, folder, unfinished, says in rows:
+  for fault, stage, folder, unfinished, says in STATES:
     damage(campaign, fault, stage, flip_latest(campaign, folder, unfinished), says)
 
 
@@ -158,7 +160,7 @@ def damages(campaign):
 
   def lose_rows(workdir):
     """Of a base whose training goes on: they say which step was the best."""
-    for name in ("selected.json", "metrics.jsonl", "state/100", "params/100"):
+    for name in ("selected.json", "metrics.jsonl", "state/40", "params/40"):
       remove(workdir / "base" / name)
     return "base/metrics.jsonl"
 

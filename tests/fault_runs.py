@@ -24,7 +24,7 @@ SAME = (
   "results.json", "splits.json", "base/metrics.jsonl", "base/selected.json", "pairs/judges.json",
   "pairs/manifest.json", "finetune/metrics.jsonl",
 )  # fmt: skip
-SETTINGS = ("--config.base.eval_every_steps=20", "--config.finetune.num_steps=40")
+SETTINGS = ("--config.finetune.num_steps=40",)
 PROGRAM = (sys.executable, "-m", "launch.run")
 
 
@@ -75,8 +75,8 @@ class Campaign:
   def start_programs(self, name, given, programs):
     """A process of each program, on loopback if several, all with the arguments `given`."""
     environment = {
-      **os.environ,
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+      **os.environ,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PLATFORMS": "cpu",
     }

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.extend import core as jax_core
 
-from rndpo_jax import config_checks, losses, models, types
+from rndpo_jax import losses, models, types
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes, objectives

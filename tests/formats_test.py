@@ -4,6 +4,7 @@ import json
 import sys
 
 import nibabel
+import nnunet_raw as raw
 import numpy as np
 import pytest
 from etils import epath
@@ -11,8 +12,7 @@ from PIL import Image
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import records
-from rndpo_jax.data.sources import cases, folder, nnunet
+from rndpo_jax.data.sources import cases, folder
 from rndpo_jax.predict import case_files, inputs
 
 sitk = pytest.importorskip("SimpleITK", reason="needs the extra 'itk'")
@@ -54,20 +54,6 @@ def _describe(root, ending, channels=1):
   (root / "dataset.json").write_text(json.dumps(info))
 
 
-def _open(root, **changes):
-  config = config_lib.base_config()
-  config.data.update({"source": "nnunet", "root": str(root), "num_classes": 0, **changes})
-  return nnunet.open_source(config)
-
-
-def _read(root, **changes):
-  source = _open(root, **changes)
-  pixels = list(source.read(0))
-  for entry, one in zip(source.records, pixels, strict=True):
-    records.check_pixels(one, entry, source.num_classes)
-  return source, pixels
-
-
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("ending", cases.ITK)
 def test_a_source_is_that_of_the_same_data_as_nifti(tmp_path, ending, dims):
@@ -77,7 +63,7 @@ def test_a_source_is_that_of_the_same_data_as_nifti(tmp_path, ending, dims):
     _describe(root, kind)
     _write(root / "imagesTr" / f"a_0000{kind}", IMAGE)
     _write(root / "labelsTr" / f"a{kind}", MASK)
-    found.append(_read(root, spatial_dims=dims))
+    found.append(raw.read(root, spatial_dims=dims))
   (nifti, expected), (source, pixels) = found
   assert source.spacing_unit == "mm" and source.dtype == "float32"
   for entry, other in zip(source.records, nifti.records, strict=True):
@@ -93,7 +79,7 @@ def test_bytes_stay_bytes_and_voxels_beside_a_header_tell_a_change(tmp_path):
   _describe(tmp_path, ".mhd")
   for name in ("imagesTr/a_0000", "labelsTr/a"):
     _write(tmp_path / f"{name}.mhd", MASK)
-  source, pixels = _read(tmp_path)
+  source, pixels = raw.read(tmp_path)
   assert source.dtype == "uint8" and pixels[0].image.dtype == np.uint8
   before = source.fingerprint(0)
   (tmp_path / "labelsTr" / "a.raw").write_bytes(bytes(MASK.size))
@@ -102,7 +88,7 @@ def test_bytes_stay_bytes_and_voxels_beside_a_header_tell_a_change(tmp_path):
   with pytest.raises(
     errors.DataError, match=r"a\.mhd: its voxels are in .*a\.raw, which is missing"
   ):
-    _open(tmp_path)
+    raw.open_source(tmp_path)
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -111,17 +97,19 @@ def test_pictures_under_the_names_of_nnunet(tmp_path, ending):
   _picture(tmp_path / "imagesTr" / f"a_0000{ending}", RGB)
   _picture(tmp_path / "imagesTr" / f"a_0001{ending}", RGB[..., 0])
   _picture(tmp_path / "labelsTr" / f"a{ending}", MASK[..., 0])
-  source, pixels = _read(tmp_path)
+  source, pixels = raw.read(tmp_path)
   assert source.num_channels == 4 and source.records[0]["case_id"] == "a"
   assert (source.dtype, source.spacing_unit) == ("uint8", "voxel")
   np.testing.assert_array_equal(pixels[0].image, np.concatenate([RGB, RGB[..., :1]], -1))
   np.testing.assert_array_equal(pixels[0].mask, MASK[..., 0])
   assert source.records[0]["spacing"] is None
-  native = _open(tmp_path, spacing=(1.0, 1.0))  # where a network wants one, as nnU-Net has it
+  native = raw.open_source(
+    tmp_path, spacing=(1.0, 1.0)
+  )  # where a network wants one, as nnU-Net has it
   assert native.records[0]["spacing"] == [1.0, 1.0] and native.spacing_unit == "voxel"
   (tmp_path / "imagesTr" / f"a_0001{ending}").unlink()
   with pytest.raises(errors.DataError, match=r"3 channels in 1 files .*dataset\.json lists 4"):
-    _open(tmp_path)
+    raw.open_source(tmp_path)
 
 
 def test_the_source_of_folders_names_that_of_nnunet(tmp_path):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.mining import fused
 from rndpo_jax.runtime import files
 

@@ -1,23 +1,20 @@
 """Training shared by data, fsdp and space is the training of one device, and stays shared."""
 
 import functools
-import shutil
 from collections import Counter
 
 import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
 
-from rndpo_jax import config_checks, models, pipeline, types
+from rndpo_jax import models, types
 from rndpo_jax.config import base_config
-from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import hlo
-from rndpo_jax.runtime import files, sharding
+from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import checkpoint, metric_writer, train_step, validation
+from rndpo_jax.training import checkpoint, train_step, validation
 
 BATCH, PAIRS, CLASSES = 4, 2, 3
 PLANE, VOLUME = (16, 16), (12, 44, 2)
@@ -220,26 +217,6 @@ def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
   assert shared == 3 and state.step.is_fully_replicated
 
 
-@pytest.mark.parametrize(
-  "shape,fsdp,min_size,spec",
-  [
-    ((3, 3, 8, 16), 2, 1000, (None, None, None, "fsdp")),
-    ((3, 3, 16, 8), 2, 1000, (None, None, "fsdp")),
-    ((3, 3, 16, 16), 2, 1000, (None, None, None, "fsdp")),
-    ((3, 3, 64, 3), 2, 1000, (None, None, "fsdp")),
-    ((64, 6), 4, 384, ("fsdp",)),
-    ((3, 3, 8, 16), 2, 1153, ()),  # one element too few
-    ((27, 27, 3), 2, 1000, ()),  # no axis divides
-    ((3, 3, 8, 16), 1, 1000, ()),
-    ((), 2, 0, ()),
-  ],
-)
-def test_the_largest_axis_that_divides_is_split(shape, fsdp, min_size, spec):
-  array = jax.ShapeDtypeStruct(shape, np.float32)
-  mesh = sharding.make_mesh(fsdp=fsdp)
-  assert sharding.param_shardings({"a": array}, mesh, min_size)["a"].spec == PartitionSpec(*spec)
-
-
 def test_the_default_network_stays_whole_in_two_and_three_dimensions():
   config = base_config()
   for dims in (2, 3):
@@ -320,74 +297,3 @@ def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
     assert y.sharding == z.sharding
   whole = sharding.fetch(here.params)
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), whole, params)
-
-
-@pytest.mark.parametrize(
-  "changes,message",
-  [
-    ({"mesh__fsdp": 3}, "config.mesh: found fsdp=3 and space=1, but 8 .* product of 1, 2, 4, 8"),
-    ({"mesh__fsdp": 4, "mesh__space": 4}, "config.mesh: found fsdp=4 and space=4.* grouped by 16"),
-    (
-      {"base__batch_size": 6, "mesh__space": 2},
-      "base.batch_size: found 6, which 4 groups of 2 dev",
-    ),
-    (
-      {"finetune__accumulate_steps": 4, "mesh__space": 2},
-      "accumulate_steps: found 4, but batch_size=8 on 4 groups of 2 devices .* no multiple of 16",
-    ),
-  ],
-)
-def test_a_mesh_that_the_devices_cannot_make_is_refused(tiny_config, changes, message):
-  pipeline.check_here(tiny_config(mesh__fsdp=2, mesh__space=2, finetune__accumulate_steps=2))
-  pipeline.check_here(tiny_config(**changes), ["prepare", "mine", "evaluate"])  # they use none
-  with pytest.raises(ConfigError, match=message):
-    pipeline.check_here(tiny_config(**changes))
-
-
-@pytest.mark.parametrize(
-  "changes,message",
-  [
-    ({"mesh__space": 16}, "mesh.space: found 16, but the deepest .* has 8 rows; use 1, 2, 4, 8"),
-    ({"mesh__space": 0}, "mesh.space: found 0"),
-    ({"mesh__fsdp": -1}, "mesh.fsdp: found -1"),
-    ({"mesh__fsdp_min_size": 0}, "mesh.fsdp_min_size: found 0"),
-  ],
-)
-def test_values_of_the_mesh_that_cannot_work_are_refused(tiny_config, changes, message):
-  with pytest.raises(ConfigError, match=message):
-    config_checks.validate(tiny_config(**changes))
-
-
-def test_an_image_stays_within_a_process():
-  sharding.check_mesh(8, 2, 2, num_local=2)
-  with pytest.raises(
-    ConfigError, match="mesh.space: found 4.* one process, and each has 2; use 1, 2"
-  ):
-    sharding.check_mesh(8, 1, 4, num_local=2)
-
-
-def test_a_job_goes_on_with_another_mesh(tiny_run, tmp_path, capsys):
-  """Begun with all devices on `data`; the second half of the fine-tuning on 2 x 2 x 2."""
-  config, there = tiny_run
-  workdir = tmp_path / "run"
-  shutil.copytree(there, workdir)
-  for step in ("state/8", "params/8"):
-    shutil.rmtree(workdir / "finetune" / step)
-  (workdir / "finetune" / "done.json").unlink()
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(
-    {"mesh.fsdp": 2, "mesh.space": 2, "mesh.fsdp_min_size": MIN_SIZE}
-  )
-  pipeline.run(config, workdir, ("finetune",))
-  assert "finetune: going on from step 4" in capsys.readouterr().out
-  assert files.read_json(workdir / "config.json")["config"]["mesh"]["space"] == 2
-  last = [metric_writer.read_rows(path / "finetune", "val")[-1] for path in (there, workdir)]
-  assert last[0]["step"] == last[1]["step"] == 8
-  np.testing.assert_allclose(last[1]["val_dice"], last[0]["val_dice"], atol=0.01)
-  params = [
-    checkpoint.restore_params(path / "finetune" / "params", 8, stage_directory="")
-    for path in (there, workdir)
-  ]
-  # Four steps of Adam, each of at most the learning rate 1e-3, amplify what rounding differs by.
-  for x, y in zip(*map(jax.tree.leaves, params), strict=True):
-    np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-4)

@@ -1,9 +1,11 @@
 """Rows of metrics: what is not finite, and what was lost of them."""
 
+import errno
 import json
 import math
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import errors
 from rndpo_jax.training import metric_writer
@@ -65,3 +67,43 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
   ):
     with pytest.raises(errors.FileError, match=f"line 2 is no row .*delete the folder {tmp_path}"):
       read()
+
+
+def events(directory):
+  """Events of a TensorBoard file: a length u64, checksum u32, bytes, checksum u32 each."""
+  (path,) = directory.glob("events.out.tfevents.*")
+  content, found = path.read_bytes(), []
+  while content:
+    length = int.from_bytes(content[:8], "little")
+    found.append(Event.FromString(content[12 : 12 + length]))
+    content = content[16 + length :]
+  return found
+
+
+def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(4)
+  rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
+  rows.write()
+  (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
+  assert goes_on.step == 5 and goes_on.session_log.status == goes_on.session_log.START
+  shown = {(e.step, v.tag): v.simple_value for e in figures for v in e.summary.value}
+  assert shown == {(6, "train/loss"): 0.25, (6, "train/accuracy"): 0.5}
+  rows.close()
+
+
+def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
+  tmp_path, monkeypatch
+):
+  def full(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  rows = metric_writer.MetricWriter(tmp_path)
+  rows.resume(0)
+  with monkeypatch.context() as patch:
+    patch.setattr(metric_writer.EventsWriter, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+      for step in range(100):
+        rows.add({"step": step, "kind": "train", "loss": 0.25})
+        rows.write()
+  rows.close()

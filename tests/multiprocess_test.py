@@ -21,10 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 OPTIONS = (
   "--config=tests/tiny_config.py",
   # Few and small steps: rounding, which differs with the order of the sums, has no time to grow.
-  "--config.base.num_steps=40", "--config.base.eval_every_steps=20",
-  "--config.base.learning_rate=0.05", "--config.finetune.num_steps=4",
-  "--config.finetune.eval_every_steps=2", "--config.judge.compare=()",
-  "--config.model.depth=1",
+  "--config.finetune.num_steps=4", "--config.finetune.eval_every_steps=2",
+  "--config.judge.compare=()",
   # A phase before, which mines and trains on its own.
   "--config.phases=({'finetune.terms.labelled.weight': 1.0, 'finetune.num_steps': 2}, {})",
 )  # fmt: skip

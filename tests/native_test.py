@@ -1,6 +1,8 @@
 """The native mode's preparation: crop, schemes, spacing, what is stored, and what is refused."""
 
+import errno
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -9,7 +11,7 @@ from scipy import ndimage
 
 from configs import nnunet as nnunet_config
 from rndpo_jax import errors, types
-from rndpo_jax.data import builder, native, reader, records, sources, split_batches, tiles
+from rndpo_jax.data import builder, native, reader, records, sources, split_batches, tiles, unpacked
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.planning import data_set
 from rndpo_jax.stages import prepare
@@ -163,6 +165,42 @@ def test_files_that_end_within_a_case_hold_the_same(prepared, tmp_path, monkeypa
     a, b = (dataset_lib.load_on_spacing(d, index, with_labels=True) for d in (one, other))
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_large_records_are_mapped_from_files_and_read_whole_where_none_can_be(
+  prepared, tmp_path, monkeypatch
+):
+  config, workdir = prepared
+  dataset = dataset_lib.open_dataset(config, workdir)
+  index = next(int(i) for i in dataset.splits["labelled"] if native.is_seen(dataset.boxes[i]))
+  want = dataset_lib.load_on_spacing(dataset, index, with_labels=True)
+  assert dataset.unpacked.parent == workdir / "data" and not dataset.unpacked.exists()
+  monkeypatch.setattr(unpacked, "MIN_BYTES", 1)
+  dataset = dataset._replace(unpacked=tmp_path / "unpacked")
+  first = dataset_lib.load_on_spacing(dataset, index, with_labels=False)
+  assert sorted(first) == ["image", "index"] and isinstance(first["image"], np.memmap)
+  dataset_lib.load_on_spacing(dataset, index, with_labels=True)
+  assert len(list(dataset.unpacked.iterdir())) == 2
+  closed = dataset._replace(source=None, blind_source=None)
+  for name, array in dataset_lib.load_on_spacing(closed, index, with_labels=True).items():
+    np.testing.assert_array_equal(array, want[name])
+    assert array.dtype == want[name].dtype
+  (dataset.unpacked / f"{index}-label.npy").write_bytes(b"")
+  with pytest.raises(errors.DataError, match="label.npy: cannot be read .* remove"):
+    dataset_lib.load_on_spacing(closed, index, with_labels=True)
+  for number, reason in enumerate((lambda _: PLENTY._replace(free=9), _raise_full)):
+    monkeypatch.setattr(unpacked.shutil, "disk_usage", reason)
+    other = dataset._replace(unpacked=tmp_path / f"none{number}")
+    found = dataset_lib.load_on_spacing(other, index, with_labels=True)
+    np.testing.assert_array_equal(found["image"], want["image"])
+    assert not list(other.unpacked.iterdir())
+
+
+PLENTY = shutil.disk_usage("/")
+
+
+def _raise_full(_):
+  raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_labelled_batches_hold_foreground_and_the_others_no_label(prepared):

@@ -54,7 +54,7 @@ def prepare(row: Row, folder: pathlib.Path) -> int:
   from tiny_config import get_config
 
   from launch import common
-  from rndpo_jax import config_checks
+  from rndpo_jax.checks import config_checks
   from rndpo_jax.data import dataset
   from rndpo_jax.stages import prepare as stage
 

@@ -62,6 +62,20 @@ def test_foreground_is_drawn_by_class_then_by_pixel():
   assert set(found) - {(6, 6)} == {(0, column) for column in range(5)}
 
 
+def test_places_do_not_hang_on_how_a_label_is_counted(monkeypatch):
+  label = (
+    np.random.default_rng(3).choice([0, 0, 0, 1, 4, types.IGNORED], (9, 4, 3)).astype(np.uint8)
+  )
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    wanted = np.flatnonzero(label == (1, 4)[rng.integers(2)])
+    middle = np.unravel_index(wanted[rng.integers(len(wanted))], label.shape)
+    for pixels in (1, 30, 2**16):  # blocks of 1, 2 and all rows
+      monkeypatch.setattr(patches, "_BLOCK_PIXELS", pixels)
+      start = patches.foreground_start(np.random.default_rng(seed), label, (1, 1, 1))
+      assert tuple(start) == middle
+
+
 @pytest.mark.parametrize("batch_size,forced", [(1, 0), (2, 1), (3, 1), (6, 2), (8, 3), (16, 5)])
 def test_a_third_of_a_batch_is_sure_of_foreground(batch_size, forced):
   assert patches.num_forced(batch_size) == forced

@@ -7,7 +7,8 @@ from etils import epath
 
 from configs import acdc, folder, ph2, quickstart, recipes
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, pipeline
+from rndpo_jax import pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, pipeline
 from rndpo_jax.data.sources import phantom
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, preemption
-from rndpo_jax.training import checkpoint, metric_writer
+from rndpo_jax.training import metric_writer
 
 
 def tree_bytes(directory):
@@ -90,48 +91,14 @@ def test_workdir_that_cannot_be_written_raises(tiny_config, tmp_path):
     pipeline.run(tiny_config(), tmp_path / "file" / "run")
 
 
+MEASURED = config_lib.STAGES[:-1]  # without the report, which takes longer than some stages
+
+
 def copy_without(workdir, copy, *lost):
   """A copy before the evaluation, without the files and folders `lost` either."""
   lost += ("evaluate", "results.json", "report.html")
   ignore = lambda folder, _: lost if folder == str(workdir) else ()  # noqa: E731
   return shutil.copytree(workdir, copy, ignore=ignore)
-
-
-def interrupt_after(monkeypatch, module, name, calls):
-  """Lets `module.name` work `calls` times, then raises as a kill would end it."""
-  real, count = getattr(module, name), 0
-
-  def function(*args, **kwargs):
-    nonlocal count
-    count += 1
-    if count > calls:
-      raise KeyboardInterrupt
-    return real(*args, **kwargs)
-
-  monkeypatch.setattr(module, name, function)
-
-
-@pytest.mark.parametrize(
-  "module,name,calls,lost",
-  [
-    # base: its second parameters are there, their state is not
-    (checkpoint.Writer, "save", 3, ("data", "splits.json", "base", "pairs", "finetune")),
-    (shards, "write_shard", 1, ("pairs", "finetune")),  # mine: one shard of two is done
-    (checkpoint.Writer, "save", 2, ("finetune",)),  # finetune: one checkpoint of two
-  ],
-)
-def test_resume_equals_undisturbed(tiny_run, tmp_path, monkeypatch, module, name, calls, lost):
-  config, undisturbed = tiny_run
-  workdir = copy_without(undisturbed, tmp_path / "run", *lost)
-  with monkeypatch.context() as patch:
-    interrupt_after(patch, module, name, calls)
-    with pytest.raises(KeyboardInterrupt):
-      pipeline.run(config, workdir)
-  assert not (workdir / "results.json").exists()
-  pipeline.run(config, workdir)
-  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
-  for file in ("base/metrics.jsonl", "finetune/metrics.jsonl", "pairs/manifest.json"):
-    assert (workdir / file).read_bytes() == (undisturbed / file).read_bytes(), file
 
 
 def test_signal_then_corrupt_state_then_lost_manifest_end_with_the_same_results(
@@ -142,14 +109,14 @@ def test_signal_then_corrupt_state_then_lost_manifest_end_with_the_same_results(
   with monkeypatch.context() as patch:
     patch.setattr(preemption, "reached", lambda step: step == 6)
     with pytest.raises(preemption.Preempted, match="finetune: saved at step 6"):
-      pipeline.run(config, workdir)
+      pipeline.run(config, workdir, MEASURED)
   written = workdir / "finetune" / "state" / "6" / "ocdbt.process_0" / "d"
   largest = max(written.iterdir(), key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(bytes(content))
   (workdir / "pairs" / "manifest.json").unlink()
-  pipeline.run(config, workdir)
+  pipeline.run(config, workdir, MEASURED)
   assert "6 cannot be read; going back to that of step 4" in capsys.readouterr().out
   assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
 
@@ -165,19 +132,20 @@ def test_missing_files_of_a_finished_stage_are_made_again(tiny_run, tmp_path):
   with pytest.raises(errors.FileError, match="judges.json: no valid JSON .*; delete it and run"):
     pipeline.run(config, workdir)
   (workdir / "pairs" / "judges.json").unlink()
-  pipeline.run(config, workdir)
+  pipeline.run(config, workdir, MEASURED)
   assert tree_bytes(workdir) == before
-  for name in ("pairs/examples.npz", "evaluate/gallery.npz"):
+  for name in ("evaluate/gallery.npz", "pairs/examples.npz"):
     content = (workdir / name).read_bytes()
     (workdir / name).write_bytes(content[: len(content) // 2])
-    (workdir / "report.html").unlink()
+    (workdir / "report.html").unlink(missing_ok=True)
     with pytest.raises(errors.FileError, match=f"{name}: cannot be read .*; delete it and run"):
       pipeline.run(config, workdir)
     (workdir / name).unlink()
     if name.startswith("evaluate"):  # the stage before
       with pytest.raises(errors.ConfigError, match=f"needs .*{name}, which is missing"):
         pipeline.run(config, workdir, ["report"])
-    pipeline.run(config, workdir)
+      pipeline.run(config, workdir, MEASURED)
+  pipeline.run(config, workdir)
   assert tree_bytes(workdir) == before
 
 
@@ -186,13 +154,12 @@ def test_lost_metrics_do_not_change_the_selected_base(tiny_run, tmp_path):
   workdir = copy_without(undisturbed, tmp_path / "run", "pairs", "finetune")
   for name in ("selected.json", "metrics.jsonl"):
     (workdir / "base" / name).unlink()
-  with pytest.raises(
-    errors.FileError, match=r"steps \[\], expected \[50, 100\]; bring it back, or"
-  ):
+  with pytest.raises(errors.FileError, match=r"steps \[\], expected \[20, 40\]; bring it back, or"):
     pipeline.run(config, workdir)
   shutil.rmtree(workdir / "base")
-  pipeline.run(config, workdir)
-  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+  pipeline.run(config, workdir, ["base"])
+  for name in ("selected.json", "metrics.jsonl"):
+    assert (workdir / "base" / name).read_bytes() == (undisturbed / "base" / name).read_bytes()
 
 
 def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
@@ -208,7 +175,7 @@ def test_unlabelled_masks_never_matter(tiny_run, tmp_path, monkeypatch):
     return image, mask
 
   monkeypatch.setattr(phantom, "draw", poisoned)
-  pipeline.run(config, tmp_path)
+  pipeline.run(config, tmp_path, MEASURED)
   assert (tmp_path / "results.json").read_bytes() == (clean / "results.json").read_bytes()
   # The poison did reach the records, so the masks were there to be read.
   assert tree_bytes(tmp_path / "data") != tree_bytes(clean / "data")
@@ -225,27 +192,9 @@ def test_a_run_that_could_not_start_leaves_its_workdir_to_the_corrected_command(
   assert (tmp_path / "splits.json").exists()
 
 
-def test_remedy_for_a_corrupt_checkpoint_works(tiny_run, tmp_path):
-  config, first = tiny_run
-  shutil.copytree(first, tmp_path / "run")
-  workdir = tmp_path / "run"
-  shutil.rmtree(workdir / "evaluate")
-  (workdir / "results.json").unlink()
-  params = workdir / "finetune" / "params"
-  (params / "4" / "_METADATA").write_text("{")
-  with pytest.raises(errors.CheckpointError, match="params/4 .*Delete the folder .*finetune "):
-    pipeline.run(config, workdir)
-  shutil.rmtree(params / "4")
-  with pytest.raises(errors.CheckpointError, match=r"steps \[8\], expected \[4, 8\]"):
-    pipeline.run(config, workdir)
-  shutil.rmtree(workdir / "finetune")
-  pipeline.run(config, workdir)
-  assert (workdir / "results.json").read_bytes() == (first / "results.json").read_bytes()
-
-
 def test_base_of_another_workdir_gives_the_same_job(tiny_run, tiny_config, tmp_path):
   _, first = tiny_run
-  pipeline.run(tiny_config(base__workdir=str(first)), tmp_path)
+  pipeline.run(tiny_config(base__workdir=str(first)), tmp_path, MEASURED)
   assert (tmp_path / "results.json").read_bytes() == (first / "results.json").read_bytes()
   other = tiny_config(base__workdir=str(first), model__width=4, data__num_val=2)
   with pytest.raises(errors.ConfigError, match="config.data.num_val.*config.model.width"):
@@ -268,7 +217,7 @@ def test_online_reference_with_augmentation_starts_at_log_two(tiny_run, tiny_con
   # XLA fuses the two forward passes each in its own way: equal but for rounding of the sums.
   assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
   assert abs(rows[0]["h_mean"]) < 1e-3 and abs(rows[0]["chosen_log_ratio"]) < 1e-2
-  assert abs(rows[-1]["h_mean"]) > 0.1  # the policy has left the reference, which stood still
+  assert abs(rows[-1]["h_mean"]) > 0.01  # the policy has left the reference, which stood still
   assert tree_bytes(first / "base") == before
 
 
@@ -280,27 +229,30 @@ def test_no_pairs_left_names_the_filter(tiny_run, tiny_config, tmp_path):
   assert not (tmp_path / "pairs" / "manifest.json").exists()
 
 
-def test_corrupt_shard_is_named_and_rebuilt_alone(tiny_run, tmp_path):
+def test_corrupt_files_are_named_and_made_again_alone(tiny_run, tmp_path):
+  """By the remedy of each: parameters, one of them gone, a byte of a shard, half of it, none."""
   config, first = tiny_run
-  shutil.copytree(first, tmp_path / "run")
-  workdir = tmp_path / "run"
-  for name in ("finetune", "evaluate"):
-    shutil.rmtree(workdir / name)
-  (workdir / "results.json").unlink()
+  workdir = copy_without(first, tmp_path / "run")
+  params = workdir / "finetune" / "params"
+  (params / "4" / "_METADATA").write_text("{")
+  with pytest.raises(errors.CheckpointError, match="params/4 .*Delete the folder .*finetune "):
+    pipeline.run(config, workdir)
+  shutil.rmtree(params / "4")
+  with pytest.raises(errors.CheckpointError, match=r"steps \[8\], expected \[4, 8\]"):
+    pipeline.run(config, workdir)
+  shutil.rmtree(workdir / "finetune")
   paths = [shards.shard_path(workdir / "pairs", n, 2) for n in range(2)]
   good = paths[1].read_bytes()
-  paths[1].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-  with pytest.raises(errors.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
-    pipeline.run(config, workdir)
-  paths[1].write_bytes(good[: len(good) // 2])
-  with pytest.raises(errors.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
-    pipeline.run(config, workdir)
+  for bad in (good[:-1] + bytes([good[-1] ^ 1]), good[: len(good) // 2]):
+    paths[1].write_bytes(bad)
+    with pytest.raises(errors.PairsError, match=f"{paths[1].name} is corrupt.*delete"):
+      pipeline.run(config, workdir)
   paths[1].unlink()
   with pytest.raises(errors.PairsError, match=f"{paths[1].name} is missing.*delete"):
     pipeline.run(config, workdir)
   shards.summary_path(paths[1]).unlink()
   (workdir / "pairs" / "manifest.json").unlink()
   untouched = os.stat(paths[0]).st_mtime_ns
-  pipeline.run(config, workdir)
+  pipeline.run(config, workdir, MEASURED)
   assert paths[1].read_bytes() == good and os.stat(paths[0]).st_mtime_ns == untouched
   assert (workdir / "results.json").read_bytes() == (first / "results.json").read_bytes()

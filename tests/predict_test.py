@@ -14,9 +14,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors, models
 from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.evaluation import cases as cases_lib
 from rndpo_jax.evaluation import predict as evaluation_lib
 from rndpo_jax.predict import (
   case_files,
@@ -29,7 +29,8 @@ from rndpo_jax.predict import (
 )
 from rndpo_jax.predict import run as run_lib
 from rndpo_jax.predict import trained as trained_lib
-from rndpo_jax.runtime import files, preemption
+from rndpo_jax.runtime import preemption
+from rndpo_jax.stages import evaluate
 
 AFFINE = np.array([[0, -1.5, 0, 7], [2.5, 0, 0, -3], [0, 0, 4, 11], [0, 0, 0, 1.0]])
 
@@ -182,21 +183,6 @@ def test_channels_of_a_volume_go_to_a_3d_network_in_their_order(tmp_path, networ
       case_reader.read(one, network)
 
 
-def test_probabilities_on_the_own_grid_belong_to_the_mask():
-  rng = np.random.default_rng(0)
-  logits = rng.standard_normal((2, 4, 6, 3)).astype(np.float32)
-  shapes = [(9, 8), (5, 12)]
-  resize = evaluation_lib.resize_matrices(shapes, (4, 6), (6, 10))
-  masks = np.asarray(evaluation_lib.native_masks(logits, resize))
-  probs = np.asarray(programs.native_probabilities(logits, resize))
-  assert probs.dtype == np.float16
-  for row, (h, w) in enumerate(shapes):
-    native = dataset_lib.to_native(logits[row], (h, w), (6, 10))
-    want = np.asarray(jax.nn.softmax(native))
-    np.testing.assert_allclose(probs[row, :h, :w], want, atol=1e-3)
-    np.testing.assert_array_equal(masks[row, :h, :w], native.argmax(-1))
-
-
 def test_scores_follow_their_definitions(network, truth):
   """With proposals by temperature and threshold alone, which numpy repeats."""
   config = network.config.copy_and_resolve_references()
@@ -223,31 +209,6 @@ def test_scores_follow_their_definitions(network, truth):
       b = config.judge.border
       near[max(i - b, 0) : i + b + 1, max(j - b, 0) : j + b + 1] = True
     assert got["entropy"][n] == pytest.approx((p * np.log(p)).sum(-1)[near].mean(), rel=1e-4)
-
-
-def test_new_images_have_no_files_and_no_other_members():
-  mix = "base:1, file:3,member+threshold:2, threshold:4"
-  assert programs.drawn_mix(mix) == "base:1,threshold:4"
-  default = config_lib.base_config().proposals.mix
-  assert programs.drawn_mix(default) == default
-  assert programs.drawn_mix("base:1,file:3") == programs.drawn_mix("file:3") == default
-
-
-def test_a_slice_counts_by_what_is_seen_in_it():
-  parts = {"agreement": [0.5, 1.0, 0.8], "confidence": [0.1, 1.0, 0.2], "entropy": [-1, 0, -3]}
-  found = score_table.of_case({**parts, "weight": [30, 0, 10]})
-  assert found == pytest.approx({"agreement": 0.575, "confidence": 0.125, "entropy": -1.5})
-  assert score_table.of_case({**parts, "weight": [0, 0, 0]})["confidence"] == pytest.approx(1.3 / 3)
-
-
-def test_the_worst_case_has_rank_one():
-  def row(case_id, agreement, confidence):
-    scores = {"agreement": agreement, "confidence": confidence, "entropy": -0.1}
-    return {"case_id": case_id, "mask": "m", "scores": scores, "foreground_pixels": 3}
-
-  rows = [row("a", 0.9, 0.5), row("b", 0.2, 0.9), row("=c", 0.9, 0.4)]
-  found = list(csv.DictReader(score_table.text(rows).splitlines()))
-  assert [(one["case_id"], one["rank"]) for one in found] == [("a", "3"), ("b", "1"), ("'=c", "2")]
 
 
 def test_scores_do_not_depend_on_what_is_beside_a_case(tmp_path, network, truth):
@@ -326,60 +287,24 @@ def test_options_reach_the_files(tmp_path, network, truth):
     np.testing.assert_array_equal(mask[sure], (probs[..., 1] > 0.5)[sure])
 
 
-def _case(name, shape, count=1):
-  source = inputs.Input(name, (), ".png")
-  return case_reader.Case(source, "", [None] * count, shape, count > 1)
-
-
-def test_batches_are_of_one_size_and_few_records_wait():
-  cases = [_case("v", (20, 30), 7), _case("a", (70, 30)), _case("b", (64, 64)), _case("c", (9, 9))]
-  found = [
-    [(case.source.case_id, place) for case, place in rows]
-    for rows in grid_run.batches(iter(cases), 4)
-  ]
-  rest = [("v", n) for n in range(4, 7)]
-  assert found == [[("v", n) for n in range(4)], [*rest, ("b", 0)], [("a", 0)], [("c", 0)]]
-  pulled = 0
-
-  def sizes():
-    nonlocal pulled
-    for pulled in range(1, 1001):
-      yield _case(str(pulled), (64 * pulled, 64))
-
-  stream = grid_run.batches(sizes(), 2)
-  assert next(stream)[0][0].source.case_id == "1" and pulled == 9
-
-
-def test_names_say_which_files_make_a_case(tmp_path):
-  for name in ("b_0000.nii.gz", "b_0001.nii.gz", "a10_0000.nii", "a10_0001.nii", "a2_0000.nii"):
-    (tmp_path / name).touch()
-  found = inputs.list_inputs(str(tmp_path), 2)
-  assert [one.case_id for one in found] == ["a2", "a10", "b"]
-  assert [file.name for file in found[2].files] == ["b_0000.nii.gz", "b_0001.nii.gz"]
-  assert "a2_0000.nii" in found[0].problem and "0000 to 0001" in found[0].problem
-  assert found[1].problem == "" and found[1].mask_name == "a10.nii"
-  one = inputs.list_inputs(str(tmp_path / "b_0001.nii.gz"), 2)
-  assert one == [found[2]]
-  (tmp_path / "plain.nii").touch()
-  assert len(inputs.list_inputs(str(tmp_path), 1)) == 6
-  assert inputs.Input("x", (), ".JPG").mask_name == "x.png"
-
-
-@pytest.mark.parametrize(
-  "make, source, message",
-  [
-    ([], "gone", "gone: no such folder or file"),
-    (["notes.txt"], ".", r"no images; expected files .nii.gz"),
-    (["imagesTs/"], ".", r"give .*imagesTs"),
-    (["a.png", "a.tif"], ".", r"a.tif: second file of the id 'a', beside a.png"),
-  ],
-)
-def test_bad_input_is_one_line(tmp_path, make, source, message):
-  for name in make:
-    (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
-  with pytest.raises(errors.DataError, match=message) as caught:
-    inputs.list_inputs(str(tmp_path / source), 1)
-  assert "\n" not in str(caught.value)
+def test_a_mirrored_evaluation_is_predicted_bit_for_bit(tmp_path, network, truth, tiny_run):
+  config, workdir = tiny_run
+  config = config.copy_and_resolve_references()
+  config.evaluate.mirror = True
+  dataset = dataset_lib.open_dataset(config, workdir)
+  axes = evaluate.mirror_axes(config, workdir, dataset)
+  evaluation = evaluation_lib.open_evaluation(config, dataset, tmp_path, lambda _: 0, axes)
+  want = dict(evaluation_lib.predict(evaluation, network.params, list(truth)))
+  folder, output = _write_png(tmp_path / "in", truth), tmp_path / "out"
+  assert not network.mirrors
+  network = network._replace(config=config)
+  _run(network, folder, output, run_lib.Options(mirror=network.mirrors, scores=False))
+  for index in truth:
+    mask = np.asarray(Image.open(output / f"case{index}.png"))
+    np.testing.assert_array_equal(mask, want[index])
+  assert any((want[index] != mask).any() for index, (_, mask) in truth.items())
+  plain = evaluation._replace(mirror_axes=())
+  assert cases_lib._fingerprint(plain, {}) != cases_lib._fingerprint(evaluation, {})
 
 
 def test_output_must_be_a_place_of_its_own(tmp_path, network, truth):
@@ -393,34 +318,6 @@ def test_output_must_be_a_place_of_its_own(tmp_path, network, truth):
   (tmp_path / "file").touch()
   with pytest.raises(errors.ConfigError, match="--output: .* cannot be written"):
     _predict(network, folder, blocked)
-
-
-def test_checkpoints_by_name(tiny_run, network, tmp_path):
-  workdir = tiny_run[1]
-  found = {name: trained_lib.load(workdir, name) for name in ("base", "best", "delivered", "4")}
-  results = files.read_json(epath.Path(workdir) / "results.json")
-  assert network.step == 8 and found["base"].step == 0 and found["4"].step == 4
-  assert found["best"].step == results["selected"]["step"]
-  assert found["delivered"].step == results["delivered"]["step"]
-  by_step = {0: found["base"], 4: found["4"], 8: network}
-  for name in ("best", "delivered"):
-    jax.tree.map(
-      np.testing.assert_array_equal, found[name].params, by_step[found[name].step].params
-    )
-  with pytest.raises(
-    errors.ConfigError, match="no checkpoint of step 5; there are those of 0, 4, 8"
-  ):
-    trained_lib.load(workdir, "5")
-  with pytest.raises(errors.ConfigError, match="--checkpoint: found 'final', expected delivered"):
-    trained_lib.load(workdir, "final")
-  with pytest.raises(errors.ConfigError, match="config.json is missing"):
-    trained_lib.load(tmp_path, "base")
-  shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("cases", "delivered"))
-  with pytest.raises(
-    errors.ConfigError, match="delivered.json is missing; run the stage 'evaluate'"
-  ):
-    trained_lib.load(tmp_path / "run", "delivered")
-  assert trained_lib.load(tmp_path / "run", "last").step == 8  # the data are not read
 
 
 def test_the_program_ends_with_one_if_a_file_is_broken(tmp_path, tiny_run, truth):

@@ -1,5 +1,7 @@
 """preference_file: lines as pairs of masks, or one line that names the file and its line."""
 
+import types
+
 import own_files
 import pytest
 
@@ -44,9 +46,10 @@ def test_lines_become_pairs_in_their_order(tiny_config, tmp_path):
   assert [item.image for item in found] == ["im1", "im0", "im1"]
   assert [item.chosen.resolve() for item in found] == [good, bad, bad]
   assert found[1].where.endswith("preferences.csv, line 3")
-  items = mine_preferences.items_of(found, ENTRIES, 1)
+  dataset = types.SimpleNamespace(records=ENTRIES, tiles=None)
+  items = mine_preferences.items_of(found, dataset, 1)
   assert items == [(0, (1,)), (1, (0,)), (1, (2,))]
-  assert mine_preferences.items_of(found, ENTRIES, 2) == [(0, (1,)), (1, (0, 2))]
+  assert mine_preferences.items_of(found, dataset, 2) == [(0, (1,)), (1, (0, 2))]
 
 
 def test_every_slice_of_a_volume_has_its_pairs():
@@ -57,7 +60,8 @@ def test_every_slice_of_a_volume_has_its_pairs():
     for z in range(2)
   ]
   item = preference_file.Preference("v", None, None, "")
-  assert mine_preferences.items_of([item, item], slices, 4) == [(0, (0, 1)), (1, (0, 1))]
+  dataset = types.SimpleNamespace(records=slices, tiles=None)
+  assert mine_preferences.items_of([item, item], dataset, 4) == [(0, (0, 1)), (1, (0, 1))]
 
 
 GOOD, BAD = "masks/good.png", "masks/bad.png"

@@ -1,14 +1,13 @@
-import errno
 import json
 import shutil
 
+import few_images
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 
-from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.data import builder, reader, records, splits, writer
 from rndpo_jax.data import dataset as dataset_lib
@@ -17,39 +16,16 @@ from rndpo_jax.runtime import threads
 from rndpo_jax.stages import prepare
 
 
-def _config(root):
-  config = config_lib.base_config()
-  config.data.update({
-    "source": "folder", "root": str(root), "size": (8, 8), "num_labelled": 1, "num_val": 1,
-    "num_test": 1,
-  })  # fmt: skip
-  config.mine.num_shards = 1  # there are few unlabelled images
-  return config
-
-
 @pytest.fixture
 def root(tmp_path):
-  """Six images of several sizes, the last without mask."""
-  folder = tmp_path / "files"
-  for part in ("images", "masks"):
-    (folder / part).mkdir(parents=True)
-  for n in range(6):
-    image = np.random.default_rng(n).integers(0, 255, (8 + n, 9), dtype=np.uint8)
-    Image.fromarray(image).save(folder / "images" / f"{n}.png")
-    if n < 5:
-      Image.fromarray((image > 100).astype(np.uint8)).save(folder / "masks" / f"{n}.png")
-  return folder
-
-
-def _files(path):
-  return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+  return few_images.write(tmp_path / "files")
 
 
 def test_a_folder_becomes_records_and_splits(root, tmp_path, capsys):
   workdir = tmp_path / "work"
-  prepare.run(_config(root), workdir)
-  assert not any(".tmp" in name or "incomplete" in name for name in _files(workdir))
-  dataset = dataset_lib.open_dataset(_config(root), workdir)
+  prepare.run(few_images.config_of(root), workdir)
+  assert not any(".tmp" in name or "incomplete" in name for name in few_images.files_of(workdir))
+  dataset = dataset_lib.open_dataset(few_images.config_of(root), workdir)
   assert [len(dataset.splits[name]) for name in splits.NAMES] == [1, 3, 1, 1]
   assert 5 in dataset.splits["unlabelled"]
   for n in range(6):
@@ -64,18 +40,18 @@ def test_a_folder_becomes_records_and_splits(root, tmp_path, capsys):
 
 
 def test_done_is_done(root, tmp_path, monkeypatch):
-  prepare.run(_config(root), tmp_path)
+  prepare.run(few_images.config_of(root), tmp_path)
   monkeypatch.setattr(builder, "build", lambda *_: pytest.fail("built again"))
-  prepare.run(_config(root), tmp_path)
+  prepare.run(few_images.config_of(root), tmp_path)
   (tmp_path / splits.FILE).write_text("{}")  # not whole: not done
   with pytest.raises(pytest.fail.Exception, match="built again"):
-    prepare.run(_config(root), tmp_path)
+    prepare.run(few_images.config_of(root), tmp_path)
 
 
 def test_two_runs_give_the_same(root, tmp_path):
   contents = []
   for name in ("a", "b"):
-    prepare.run(_config(root), tmp_path / name)
+    prepare.run(few_images.config_of(root), tmp_path / name)
     files = [tmp_path / name / "data" / records.FILE, tmp_path / name / splits.FILE]
     contents.append([file.read_bytes() for file in files])
   assert contents[0] == contents[1]
@@ -87,8 +63,8 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((8 + n, 9), np.uint8)).save(root / "masks" / f"{n}.png")
   for name, size in (("one", 1 << 32), ("many", 400)):
     monkeypatch.setattr(builder, "FILE_BYTES", size)
-    prepare.run(_config(root), tmp_path / name)
-    datasets.append(dataset_lib.open_dataset(_config(root), tmp_path / name))
+    prepare.run(few_images.config_of(root), tmp_path / name)
+    datasets.append(dataset_lib.open_dataset(few_images.config_of(root), tmp_path / name))
   # 9 x 8, 9, ... 12 pixels with masks and 9 x 13 without: 144 + 162, 180 + 198, 216 + 117 bytes.
   found = [[p.name for p in (tmp_path / n).rglob("*array_record*")] for n in ("one", "many")]
   assert found[0] == ["cases-cases.array_record-00000-of-00001"]
@@ -102,7 +78,7 @@ def test_many_files_hold_what_one_holds(root, tmp_path, monkeypatch):
 
 
 def test_a_trial_writes_the_first_records_for_so_long(root, tmp_path):
-  source, path = folder.open_source(_config(root)), epath.Path(tmp_path / "trial")
+  source, path = folder.open_source(few_images.config_of(root)), epath.Path(tmp_path / "trial")
   assert writer.try_some(source, path, 4, seconds=60.0) == 4
   assert array_record_module.ArrayRecordReader(str(path)).num_records() == 4
   assert writer.try_some(source, path, 4, seconds=-1.0) == 1  # at least one, however slow
@@ -144,17 +120,17 @@ def _times(folder):
 def test_a_killed_run_goes_on_after_its_finished_files(root, tmp_path, monkeypatch, opened):
   seen, state = opened
   monkeypatch.setattr(builder, "FILE_BYTES", 400)  # two records a file
-  prepare.run(_config(root), tmp_path / "whole")
+  prepare.run(few_images.config_of(root), tmp_path / "whole")
   seen.clear()
   state["left"] = 5
   with pytest.raises(_Killed):
-    prepare.run(_config(root), tmp_path / "killed")
+    prepare.run(few_images.config_of(root), tmp_path / "killed")
   (left,) = (tmp_path / "killed" / "data" / "cases").iterdir()
   times = _times(left)
   assert left.name.endswith("incomplete") and len(times) == 4
   seen.clear()
   state["left"] = 10**6
-  prepare.run(_config(root), tmp_path / "killed")
+  prepare.run(few_images.config_of(root), tmp_path / "killed")
   assert seen == ["4", "5"]  # the files of 0 to 3 were whole
   contents = [
     {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "data").rglob("*.array_record*")}
@@ -169,8 +145,8 @@ def test_a_killed_run_goes_on_after_its_finished_files(root, tmp_path, monkeypat
 def test_processes_share_the_files(root, tmp_path, monkeypatch, opened):
   seen, _ = opened
   monkeypatch.setattr(builder, "FILE_BYTES", 400)
-  prepare.run(_config(root), tmp_path / "one")
-  source, directory = folder.open_source(_config(root)), tmp_path / "two" / "data"
+  prepare.run(few_images.config_of(root), tmp_path / "one")
+  source, directory = folder.open_source(few_images.config_of(root)), tmp_path / "two" / "data"
   builder._start(source, directory)
   for index, expected in enumerate((["0", "1", "4", "5"], ["2", "3"])):
     seen.clear()
@@ -191,12 +167,12 @@ def test_a_source_that_processes_list_otherwise_is_refused(root, tmp_path, monke
   Without it three files or two; with it four, which have other names, or two as well.
   """
   monkeypatch.setattr(builder, "FILE_BYTES", limit)
-  before, directory = folder.open_source(_config(root)), tmp_path / "data"
+  before, directory = folder.open_source(few_images.config_of(root)), tmp_path / "data"
   builder._start(before, directory)
   builder._write_files(before, directory, 0, 2)
   for part in ("images", "masks"):
     shutil.copy(root / part / "0.png", root / part / "00.png")
-  after = folder.open_source(_config(root))
+  after = folder.open_source(few_images.config_of(root))
   builder._write_files(after, directory, 1, 2)
   with pytest.raises(errors.DataError, match="its process listed other records of .*let it rest"):
     builder._finish(before, directory)
@@ -222,7 +198,7 @@ def test_files_of_other_pixels_are_written_anew(
   seen, state = opened
   monkeypatch.setattr(builder, "FILE_BYTES", 400)
   state["left"] = 5
-  config, workdir = _config(root), tmp_path / "w"
+  config, workdir = few_images.config_of(root), tmp_path / "w"
   if change.startswith("only"):
     state["left"] = 6
     prepare.run(config, workdir)
@@ -270,93 +246,11 @@ def test_a_file_takes_records_up_to_its_limit_and_at_least_one(monkeypatch):
   assert lengths(1) == [1]
 
 
-def _fails_and_recovers(config, workdir, repair, error=errors.DataError, match=""):
-  """Fails, leaves nothing that looks whole, and after `repair` the same command works."""
-  with pytest.raises(error, match=match):
-    prepare.run(config, workdir)
-  assert not prepare.is_done(workdir) and not (workdir / "data" / records.FILE).exists()
-  repair()
-  prepare.run(config, workdir)
-  assert len(dataset_lib.open_dataset(config, workdir).records) == 6
-
-
-def test_an_image_that_breaks_half_way(root, tmp_path):
-  path = root / "images" / "4.png"
-  whole = path.read_bytes()
-  path.write_bytes(whole[: len(whole) // 2])
-  _fails_and_recovers(
-    _config(root), tmp_path / "w", lambda: path.write_bytes(whole), match=r"4\.png: truncated"
-  )
-
-
-def test_all_masks_empty(root, tmp_path):
-  whole = {path: path.read_bytes() for path in (root / "masks").iterdir()}
-  for path in whole:
-    array = np.asarray(Image.open(path))
-    Image.fromarray(array * 0).save(path)
-
-  def repair():
-    for path, content in whole.items():
-      path.write_bytes(content)
-
-  _fails_and_recovers(_config(root), tmp_path / "w", repair, match="every mask is empty")
-
-
-def test_more_labels_than_cases_before_any_pixel(root, tmp_path, monkeypatch):
-  config = _config(root)
-  config.data.num_labelled = 5
-  with monkeypatch.context() as patch:
-    patch.setattr(builder, "build", lambda *_: pytest.fail("read pixels first"))
-    with pytest.raises(errors.DataError, match="num_labelled=5"):
-      prepare.run(config, tmp_path / "w")
-  assert _files(tmp_path) == _files(root.parent)
-
-
-def test_disk_full(root, tmp_path):
-  def full(*_):
-    raise RuntimeError("write() failed: No space left on device")  # as ArrayRecord does
-
-  patch = pytest.MonkeyPatch()
-  patch.setattr(writer.array_record_module, "ArrayRecordWriter", full)
-  message = "w/data/cases/.*: the prepared data cannot be written: .*No space left"
-  _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, message)
-
-
-def test_disk_full_at_the_last_file(root, tmp_path):
-  def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-  patch = pytest.MonkeyPatch()
-  patch.setattr(records, "write", full)
-  _fails_and_recovers(_config(root), tmp_path / "w", patch.undo, OSError, "No space left")
-
-
-def test_what_a_killed_run_left_is_removed_and_nothing_else(root, tmp_path):
-  left = tmp_path / "data" / "cases" / "1.0.0.incomplete.ABC" / "cases.array_record"
-  left.parent.mkdir(parents=True)
-  left.write_bytes(b"half")
-  (tmp_path / "data" / "mine.txt").write_text("mine")
-  prepare.run(_config(root), tmp_path)
-  assert not left.exists() and (tmp_path / "data" / "mine.txt").exists()
-
-
 def test_split_file(root, tmp_path):
-  config = _config(root)
+  config = few_images.config_of(root)
   path = tmp_path / "mine.json"
   parts = {"labelled": ["0"], "unlabelled": ["5"], "val": ["1"], "test": ["2"]}
   path.write_text(json.dumps(parts))
   config.data.split_file = str(path)
   prepare.run(config, tmp_path / "w")
   assert splits.read(tmp_path / "w") == parts
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no description"])
-def test_damaged_prepared_files_are_named(root, tmp_path, damage):
-  prepare.run(_config(root), tmp_path)
-  (path,) = (tmp_path / "data" / "cases").rglob("*.array_record*")
-  if damage == "truncated":
-    path.write_bytes(path.read_bytes()[:-1000])
-  else:
-    (path if damage == "missing" else path.parent / "dataset_info.json").unlink()
-  with pytest.raises(errors.DataError, match="cases: cannot be read.*'prepare'"):
-    dataset_lib.open_dataset(_config(root), tmp_path)

@@ -26,7 +26,7 @@ SLICES = [
 class Dataset:
   """What `make_load` reads."""
 
-  num_classes, size, crop = 2, (16, 16), (20, 16)
+  num_classes, size, crop, native, tiles = 2, (16, 16), (20, 16), None, None
 
   def __init__(self, entries):
     self.records = entries

@@ -9,7 +9,7 @@ import pytest
 
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import mask_edits, overlap, proposals
+from rndpo_jax.mining import mask_edits, network_logits, overlap, proposals
 
 OPTIONS = {
   "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
@@ -70,7 +70,7 @@ def test_all_entries_without_views_share_one_encoder_pass():
 
 @pytest.mark.parametrize("shape,count", [((4, 4), 7), ((4, 6), 3), ((4, 4, 2), 15), ((2, 4, 6), 7)])
 def test_views_are_distinct_symmetries(shape, count):
-  views = proposals.views(shape)
+  views = network_logits.views(shape)
   x = np.arange(np.prod(shape)).reshape(shape)
   seen = {np.flip(np.rot90(x, turn), flip).tobytes() for turn, flip in views}
   assert len(views) == len(seen) == count and x.tobytes() not in seen
@@ -78,14 +78,14 @@ def test_views_are_distinct_symmetries(shape, count):
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 6), (4, 4, 2)])
 def test_views_are_undone(shape):
-  count = len(proposals.views(shape))
+  count = len(network_logits.views(shape))
   images, _, same = draw(f"tta:{count + 2}", shape, params=0.0)
   # A network that works pixel by pixel sees through every view.
   np.testing.assert_array_equal(same.logits[..., 1], np.repeat(images[:, None], count + 2, 1))
   images, calls, got = draw(f"tta:{count + 2}", shape)
   assert calls == ["encode", "decode", "encode", "decode"]
   ramp = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) * np.float32(0.1)
-  for k, (turn, flip) in enumerate(proposals.views(shape)):
+  for k, (turn, flip) in enumerate(network_logits.views(shape)):
     expected = images + np.rot90(np.flip(ramp, flip), -turn)
     np.testing.assert_allclose(got.logits[:, k, ..., 1], expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(got.logits[:, count:], got.logits[:, :2])

@@ -31,6 +31,17 @@ def test_sparse_foreground_has_a_threshold_below_a_half_and_the_likeliest_class_
   assert not np.asarray(rankseg.best_masks(nothing)).any()
 
 
+@pytest.mark.parametrize("shape", [(40, 30, 3), (9, 8, 7, 4), (5, 5, 2)])
+def test_the_form_on_the_host_finds_the_same_masks(shape):
+  rng = np.random.default_rng(len(shape))
+  probs = rng.dirichlet(np.r_[2.0, np.full(shape[-1] - 1, 0.3)], shape[:-1]).astype(np.float16)
+  probs[0] = np.eye(shape[-1], dtype=np.float16)[0]  # outside of what was seen
+  found = rankseg.best_mask(probs)
+  assert found.dtype == np.uint8 and 0 < np.count_nonzero(found) < found.size
+  np.testing.assert_array_equal(found, rankseg.best_masks(probs.astype(np.float32)))
+  assert not rankseg.best_mask(np.zeros_like(probs)).any()
+
+
 def test_what_the_model_has_not_seen_expects_nothing():
   """Rows of padding change no threshold: each record has the mask that it has alone."""
   logits = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)

@@ -11,6 +11,7 @@ import sys
 import types
 
 import jax
+import killable
 import pytest
 
 from launch import common
@@ -22,30 +23,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
 
 
-# Runs launch.run until it would write a file whose path fits the pattern argv[1]; then half of it,
-# and kill -9. Nothing here depends on how soon somebody looks.
-KILL_AT = """
-import fnmatch, os, pathlib, runpy, signal, sys
-from rndpo_jax.runtime import files
-pattern, write = sys.argv.pop(1), files.write_bytes
-def write_bytes(path, content, **options):
-  if not fnmatch.fnmatch(str(path), pattern):
-    return write(path, content, **options)
-  path = pathlib.Path(path)
-  (path.parent / f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
-  os.kill(os.getpid(), signal.SIGKILL)
-files.write_bytes = write_bytes
-runpy.run_module("launch.run", run_name="__main__", alter_sys=True)
-"""
-
-
-def start(workdir, *arguments, config=CONFIG, entry=("-m", "launch.run")):
+def start(workdir, *arguments, config=CONFIG, entry=("-m", "launch.run"), **options):
   return subprocess.Popen(
     [sys.executable, *entry, f"--config={config}", f"--workdir={workdir}", *arguments],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    **options,
   )
 
 
@@ -55,36 +40,60 @@ def run(workdir, *arguments, **options):
   return process.returncode, output
 
 
-def kill_at(workdir, pattern, *arguments):
-  """Starts the job, which is killed with signal 9 half way through writing a file."""
-  code, output = run(workdir, *arguments, entry=("-c", KILL_AT, f"{workdir}/{pattern}"))
-  assert code == -signal.SIGKILL, output
-  assert not list(workdir.glob(pattern))
-
-
 def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_path):
+  """Every start is a process, killed with signal 9 half way through writing a file."""
   changes = {"judge.compare": ("learned",), "judge.learned.num_steps": 20}
   config = tiny_config(**{key.replace(".", "__"): value for key, value in changes.items()})
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
   pipeline.run(config, undisturbed)
   arguments = [f"--config.{key}={value}" for key, value in changes.items()]
-  kill_at(workdir, "splits.json", *arguments)
-  kill_at(workdir, "base/state/100*/sha256.json", *arguments)
-  assert checkpoint.steps(workdir / "base" / "state") == [50]
-  kill_at(workdir, "pairs/judge/metrics.jsonl", *arguments)
-  assert not (workdir / "pairs" / "judge" / "params").exists()
-  kill_at(workdir, "pairs/pairs-00001-of-00002.json", *arguments)
-  assert (workdir / "pairs" / "pairs-00000-of-00002.json").exists()
-  kill_at(workdir, "finetune/state/8*/sha256.json", *arguments)
-  assert checkpoint.steps(workdir / "finetune" / "state") == [4]
-  kill_at(workdir, "evaluate/curve-4.json", *arguments)
-  assert (workdir / "evaluate" / "curve-0.json").exists()
-  assert not (workdir / "results.json").exists()
-  kill_at(workdir, "report.html", *arguments)
-  code, output = run(workdir, *arguments)
-  assert code == 0, output
+  starter = start(
+    workdir, *arguments, entry=("-m", "tests.killable", "launch.run"), stdin=subprocess.PIPE
+  )
+
+  def start_one(pattern):
+    """(exit code, what it printed)."""
+    starter.stdin.write(f"{workdir}/{pattern}\n" if pattern else "\n")
+    starter.stdin.flush()
+    lines = []
+    for line in starter.stdout:
+      if line.startswith(killable.END):
+        return int(line.split()[-1]), "".join(lines)
+      lines.append(line)
+    raise AssertionError("".join(lines))
+
+  def kill_at(pattern):
+    code, output = start_one(pattern)
+    assert code == -signal.SIGKILL, output
+    assert not list(workdir.glob(pattern))
+
+  with starter:
+    kill_at("splits.json")
+    kill_at("base/state/40*/sha256.json")
+    assert checkpoint.steps(workdir / "base" / "state") == [20]
+    kill_at("pairs/judge/metrics.jsonl")
+    assert not (workdir / "pairs" / "judge" / "params").exists()
+    kill_at("pairs/pairs-00001-of-00002.json")
+    kept = workdir / "pairs" / "pairs-00000-of-00002.json"
+    written = kept.stat().st_mtime_ns
+    kill_at("finetune/state/8*/sha256.json")
+    assert kept.stat().st_mtime_ns == written
+    assert checkpoint.steps(workdir / "finetune" / "state") == [4]
+    kill_at("evaluate/curve-4.json")
+    assert (workdir / "evaluate" / "curve-0.json").exists()
+    assert not (workdir / "results.json").exists()
+    kill_at("report.html")
+    code, output = start_one("")
+    assert code == 0, output
+    starter.stdin.close()
   assert "base: going on" not in output  # what is done is not done again
-  assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+  for name in (
+    "results.json",
+    "base/metrics.jsonl",
+    "finetune/metrics.jsonl",
+    "pairs/manifest.json",
+  ):
+    assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
   assert "base" in output and "fine-tuned (last)" in output and "report.html" in output
   assert (workdir / "report.html").exists()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.evaluation import sliding_window, tile_sums
 from rndpo_jax.runtime import sharding
 
 
@@ -19,6 +19,19 @@ def _window(patch, **options):
   window = sliding_window.make(_apply, patch, batch_size=8, **options)
   params = np.random.default_rng(7).normal(size=(1, *patch, 3)).astype(np.float32)
   return window, params, sharding.put_on_local_devices(params)
+
+
+def _both(window, placed, image):
+  """Logits added up on the host; those added up on a device, part by part, are the same bits."""
+  got = sliding_window.predict(window, placed, image)
+  on_device = window._replace(device_bytes=2**30)
+  np.testing.assert_array_equal(sliding_window.predict(on_device, placed, image), got)
+  return got
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch):
+  monkeypatch.setattr(tile_sums, "_PART_VALUES", 64)
 
 
 def _by_loops(image, params, patch, mirror_axes=(), step=0.5):
@@ -78,7 +91,7 @@ def test_weights_are_a_gaussian_that_is_never_zero(patch):
 def test_logits_are_the_weighted_mean_over_tiles(shape, patch, mirror_axes, step):
   image = _image(*shape)
   window, params, placed = _window(patch, mirror_axes=mirror_axes, step=step)
-  got = sliding_window.predict(window, placed, image)
+  got = _both(window, placed, image)
   assert got.dtype == np.float32 and got.shape == (*shape, 3)
   want = _by_loops(image, params, patch, mirror_axes, step)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
@@ -87,7 +100,7 @@ def test_logits_are_the_weighted_mean_over_tiles(shape, patch, mirror_axes, step
 def test_a_2d_network_sees_each_slice_alone():
   volume = _image(9, 13, 3)
   window, params, placed = _window((6, 8), mirror_axes=(0,))
-  got = sliding_window.predict(window, placed, volume)
+  got = _both(window, placed, volume)
   for z in range(3):
     want = _by_loops(volume[:, :, z], params, (6, 8), (0,))
     np.testing.assert_allclose(got[:, :, z], want, atol=1e-5)
@@ -100,11 +113,27 @@ def test_a_small_image_stands_in_the_middle_of_zeros(shape):
   window, params, placed = _window((8, 8))
   padded = np.pad(image, [*pads, (0, 0)])
   inside = tuple(slice(low, low + n) for n, (low, _) in zip(shape, pads, strict=True))
-  got = sliding_window.predict(window, placed, image)
+  got = _both(window, placed, image)
   np.testing.assert_allclose(got, _by_loops(padded, params, (8, 8))[inside], atol=1e-5)
 
 
-def test_slabs_of_several_images_come_in_order_as_soon_as_no_tile_reaches_them():
+@pytest.mark.parametrize("device_bytes", [1500, 2**30])
+def test_images_that_share_batches_come_in_order_whole_and_as_alone(device_bytes):
+  images = [("a", _image(6, 30)), ("b", _image(9, 6)), ("c", _image(20, 12)), ("d", _image(3, 9))]
+  window, _, placed = _window((6, 8), device_bytes=device_bytes)
+  found = list(sliding_window.slabs(window, placed, images))
+  assert [slab.key for slab in found if slab.is_last] == ["a", "b", "c", "d"]
+  assert [key for key, _ in itertools.groupby(found, lambda slab: slab.key)] == list("abcd")
+  for key, image in images:
+    own = [slab for slab in found if slab.key == key]
+    lengths = [slab.logits.shape[slab.axis] for slab in own]
+    assert min(lengths) > 0 and [slab.start for slab in own] == [0, *np.cumsum(lengths)[:-1]]
+    got = np.concatenate([slab.logits for slab in own], own[0].axis)
+    alone = sliding_window.predict(window._replace(device_bytes=0), placed, image)
+    np.testing.assert_array_equal(got, alone)
+
+
+def test_slabs_of_several_images_come_as_soon_as_no_tile_reaches_them():
   images = [("a", _image(6, 30)), ("b", _image(9, 6)), ("c", _image(6, 8))]
   window, _, placed = _window((6, 8))
   found = list(sliding_window.slabs(window, placed, images))
@@ -114,10 +143,6 @@ def test_slabs_of_several_images_come_in_order_as_soon_as_no_tile_reaches_them()
     ("a", 1, 15, 3, False), ("a", 1, 18, 4, False), ("a", 1, 22, 8, True),
     ("b", 0, 0, 3, False), ("b", 0, 3, 6, True), ("c", 0, 0, 6, True),
   ]  # fmt: skip
-  for key, image in images:
-    alone = sliding_window.predict(window, placed, image)
-    own = [slab.logits for slab in found if slab.key == key]
-    np.testing.assert_array_equal(np.concatenate(own, 1 if key == "a" else 0), alone)
 
 
 def test_what_does_not_fit_the_patch_raises():

@@ -16,14 +16,14 @@ def get_config(**changes):
       "data.num_test": 3,
       **(PHANTOM if changes.get("data__source", "phantom") == "phantom" else {}),
       "model.width": 8,
-      "model.depth": 2,
-      "base.num_steps": 100,
-      "base.learning_rate": 0.03,
+      "model.depth": 1,
+      "base.num_steps": 40,
+      "base.learning_rate": 0.05,
       "base.augment": False,
       "base.batch_size": 8,
       "base.warmup_steps": 2,
-      "base.log_every_steps": 25,
-      "base.eval_every_steps": 50,
+      "base.log_every_steps": 10,
+      "base.eval_every_steps": 20,
       "proposals.mix": "base:1,mc_dropout+logit_noise:3",
       "mine.batch_size": 1,
       "mine.num_shards": 2,
@@ -34,7 +34,7 @@ def get_config(**changes):
       "finetune.eval_every_steps": 4,
       "evaluate.batch_size": 8,
       "judge.num_bootstrap": 20,
-      "judge.gate.action": "off",  # a base of 100 steps on 4 cases, measured on 3
+      "judge.gate.action": "off",  # a base of 40 steps on 4 cases, measured on 3
       **{key.replace("__", "."): value for key, value in changes.items()},
     }
   )

@@ -1,6 +1,5 @@
 """training: resume equals uninterrupted, devices do not matter, non-finite losses stop a run."""
 
-import errno
 import itertools
 import json
 import shutil
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from rndpo_jax import errors, provenance
 from rndpo_jax.runtime import preemption, sharding
@@ -269,43 +267,3 @@ def test_batch_that_devices_cannot_share_is_refused():
   with pytest.raises(ValueError, match="config.base.batch_size: found 12.*use 8 or 16"):
     sharding.check_batch_size("config.base.batch_size", 12, 8)
   sharding.check_batch_size("config.base.batch_size", 16, 8)
-
-
-def events(directory):
-  """Events of a TensorBoard file: a length u64, checksum u32, bytes, checksum u32 each."""
-  (path,) = directory.glob("events.out.tfevents.*")
-  content, found = path.read_bytes(), []
-  while content:
-    length = int.from_bytes(content[:8], "little")
-    found.append(Event.FromString(content[12 : 12 + length]))
-    content = content[16 + length :]
-  return found
-
-
-def test_tensorboard_gets_every_figure_and_is_told_where_a_run_goes_on(tmp_path):
-  rows = metric_writer.MetricWriter(tmp_path)
-  rows.resume(4)
-  rows.add({"step": 6, "kind": "train", "loss": 0.25, "accuracy": 0.5})
-  rows.write()
-  (_, goes_on, *figures) = events(tmp_path / "tensorboard")  # before the run ends, too
-  assert goes_on.step == 5 and goes_on.session_log.status == goes_on.session_log.START
-  shown = {(e.step, v.tag): v.simple_value for e in figures for v in e.summary.value}
-  assert shown == {(6, "train/loss"): 0.25, (6, "train/accuracy"): 0.5}
-  rows.close()
-
-
-def test_a_full_disk_under_tensorboard_stops_the_training_and_does_not_hang_it(
-  tmp_path, monkeypatch
-):
-  def full(_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-  rows = metric_writer.MetricWriter(tmp_path)
-  rows.resume(0)
-  with monkeypatch.context() as patch:
-    patch.setattr(metric_writer.EventsWriter, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
-      for step in range(100):
-        rows.add({"step": step, "kind": "train", "loss": 0.25})
-        rows.write()
-  rows.close()

@@ -28,46 +28,57 @@ def build(**changes):
 def test_shapes_and_widths(changes, space):
   segmenter = build(**changes)
   images = jax.random.normal(jax.random.key(0), (2, *space, 2))
-  params = segmenter.init(jax.random.key(1), images)
-  features = segmenter.encode(params, images)
+
+  @jax.jit
+  def run(images):
+    params = segmenter.init(jax.random.key(1), images)
+    features = segmenter.encode(params, images)
+    return features, segmenter.apply(params, images), segmenter.decode(params, features)
+
+  features, logits, in_two = run(images)
   assert [f.shape[-1] for f in features] == [4, 8, 8]
   assert features[2].shape[1:-1] == tuple(s // 4 for s in space)
-  logits = segmenter.apply(params, images)
   assert logits.shape == (2, *space, 3) and logits.dtype == jnp.float32
-  np.testing.assert_array_equal(logits, segmenter.decode(params, features))
+  np.testing.assert_array_equal(logits, in_two)
 
 
 def test_dropout_acts_with_a_key_alone_and_only_after_the_encoder():
   segmenter = build()
   images = jax.random.normal(jax.random.key(0), (1, 8, 8, 1))
-  params = segmenter.init(jax.random.key(1), images)
-  plain = segmenter.apply(params, images)
-  np.testing.assert_array_equal(plain, segmenter.apply(params, images))
-  first, second = (segmenter.apply(params, images, jax.random.key(n)) for n in (2, 3))
+  params = jax.jit(segmenter.init)(jax.random.key(1), images)
+  apply = jax.jit(segmenter.apply)
+  plain = apply(params, images)
+  np.testing.assert_array_equal(plain, apply(params, images))
+  first, second = (apply(params, images, jax.random.key(n)) for n in (2, 3))
   assert (first != plain).any() and (first != second).any()
-  np.testing.assert_array_equal(first, segmenter.apply(params, images, jax.random.key(2)))
-  shared = segmenter.decode(params, segmenter.encode(params, images), jax.random.key(2))
-  np.testing.assert_array_equal(first, shared)
+  np.testing.assert_array_equal(first, apply(params, images, jax.random.key(2)))
+
+  @jax.jit
+  def in_two(params, images, key):
+    features = segmenter.encode(params, images)
+    return segmenter.apply(params, images, key), segmenter.decode(params, features, key)
+
+  np.testing.assert_array_equal(*in_two(params, images, jax.random.key(2)))
 
 
 def test_an_image_does_not_depend_on_its_batch():
   segmenter = build()
   images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-  params = segmenter.init(jax.random.key(1), images)
-  whole = segmenter.apply(params, images)
-  np.testing.assert_allclose(whole[2:3], segmenter.apply(params, images[2:3]), atol=1e-5)
+  params = jax.jit(segmenter.init)(jax.random.key(1), images)
+  apply = jax.jit(segmenter.apply)
+  whole = apply(params, images)
+  np.testing.assert_allclose(whole[2:3], apply(params, images[2:3]), atol=1e-5)
 
 
 def test_bfloat16_computes_close_to_float32_with_float32_parameters():
   images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-  params = build().init(jax.random.key(1), images)
+  params = jax.jit(build().init)(jax.random.key(1), images)
   low = build(dtype=jnp.bfloat16)
-  assert {x.dtype for x in jax.tree.leaves(low.init(jax.random.key(1), images))} == {
-    jnp.dtype("float32")
-  }
-  logits = low.apply(params, images)
+  shapes = jax.eval_shape(low.init, jax.random.key(1), images)
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  logits = jax.jit(low.apply)(params, images)
   assert logits.dtype == jnp.float32
-  reference = build().apply(params, images)
+  reference = jax.jit(build().apply)(params, images)
   assert (logits != reference).any()
   np.testing.assert_allclose(logits, reference, atol=0.1)
 

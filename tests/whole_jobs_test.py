@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_jobs import tiny
 
 from configs import folder as folder_config
 from configs import nnunet as nnunet_config
@@ -18,31 +19,6 @@ from rndpo_jax.predict import trained
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint
-
-TINY = {
-  "model.width": 4,
-  "model.depth": 2,
-  "base.num_steps": 30,
-  "base.batch_size": 8,
-  "base.warmup_steps": 2,
-  "base.eval_every_steps": 30,
-  "proposals.mix": "base:1,tta+threshold:3",
-  "judge.num_bootstrap": 20,
-  "mine.batch_size": 8,
-  "mine.num_shards": 2,
-  "mine.pairs_per_image": 2,
-  "finetune.num_steps": 3,
-  "finetune.batch_size": 8,
-  "finetune.eval_every_steps": 3,
-  "evaluate.batch_size": 8,
-  "judge.gate.action": "off",
-}
-
-
-def tiny(config, **changes):
-  with config.unlocked():
-    config.update_from_flattened_dict(TINY | {k.replace("__", "."): v for k, v in changes.items()})
-  return config
 
 
 def case_rows(workdir, model="finetuned"):
@@ -82,18 +58,22 @@ def nnunet_root(tmp_path):
   return root
 
 
-# Both jobs of volumes compile the same programs, but for the fine-tuning.
-VOLUMES = {"data__spatial_dims": 3, "data__size": (8, 8, 4), "base__augment": False}
-
-
 def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
+  """Of four classes, with surfaces, and plain DPO on cached margins."""
   config = tiny(
     nnunet_config.get_config(),
-    **VOLUMES,
     data__root=str(nnunet_root),
+    data__spatial_dims=3,
+    data__size=(8, 8, 4),
     data__num_labelled=4,
     data__num_val=2,
     data__num_test=3,
+    model__depth=2,
+    base__augment=False,
+    finetune__augment=False,
+    finetune__reference="cached",
+    finetune__objective="dpo",
+    finetune__beta=0.1,
     evaluate__metrics=("dice", "iou", "hd95", "assd", "nsd"),
   )
   workdir = tmp_path / "run"
@@ -104,40 +84,14 @@ def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
   unlabelled = files.read_json(workdir / "splits.json")["unlabelled"]
   assert unlabelled == ["scan_09", "scan_10", "scan_11"]
   assert results["spacing_unit"] == results["units"]["hd95"] == "mm"
+  assert results["objective"] == "dpo"
   assert len(case_rows(workdir)) == (2 + 3) * 3  # a row a case and foreground class
   for model in ("base", "finetuned", "selected"):
-    assert 0.2 < results[model]["test"]["dice"] < 1 and results[model]["test"]["hd95"] > 0
-  assert "scan_" in (workdir / "report.html").read_text()
-
-
-def test_volumes_of_four_classes_with_surfaces(tmp_path):
-  """Of the phantom, with instance normalisation and plain DPO on cached margins."""
-  config = tiny(
-    nnunet_config.get_config(),
-    **VOLUMES,
-    data__source="phantom",
-    data__name="phantom",
-    data__phantom__num_cases=30,
-    data__phantom__size=(12, 10, 8),
-    data__num_classes=4,
-    data__num_labelled=4,
-    data__num_val=3,
-    data__num_test=3,
-    model__norm="instance",
-    finetune__augment=False,
-    finetune__reference="cached",
-    finetune__objective="dpo",
-    finetune__beta=0.1,
-    finetune__num_steps=2,
-    finetune__eval_every_steps=2,
-    evaluate__metrics=("dice", "hd95", "assd", "nsd"),
-  )
-  workdir = tmp_path / "run"
-  pipeline.run(config, workdir)
-  results = files.read_json(workdir / "results.json")
-  assert results["objective"] == "dpo" and results["spacing_unit"] == "voxel"
-  assert set(results["finetuned"]["test"]) == {"dice", "hd95", "assd", "nsd"}
-  assert len((workdir / "report.html").read_text()) > 100_000
+    found = results[model]["test"]
+    assert found.keys() == set(config.evaluate.metrics)
+    assert 0.2 < found["dice"] < 1 and found["hd95"] > 0
+  page = (workdir / "report.html").read_text()
+  assert "scan_" in page and len(page) > 100_000
 
 
 @pytest.fixture
@@ -165,7 +119,6 @@ def test_slices_of_mixed_sizes_and_formats_from_a_folder(image_root, tmp_path):
     data__root=str(image_root),
     data__size=(16, 16),
     data__case_pattern=r"(case\d+)_z\d+",
-    model__depth=1,
     data__num_labelled=3,
     data__num_val=2,
     data__num_test=2,
@@ -208,9 +161,6 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
     judge__compare=("agreement",),
     base__num_members=2,
     base__select="last",
-    base__num_steps=60,
-    base__eval_every_steps=30,
-    model__depth=1,
     model__dtype="bfloat16",
     finetune__schedule="constant",
     finetune__clip_norm=0.01,
@@ -229,8 +179,8 @@ def test_options_off_the_beaten_track_in_one_job(tiny_config, tmp_path, monkeypa
   assert seen and all(shape[1:] == (1, 16, 16) for shape in seen)  # the second base model's masks
   for member in range(2):
     directory = base.member_directory(workdir, member)
-    assert files.read_json(directory / "selected.json")["step"] == 60
-    assert checkpoint.steps(directory / "params") == [60]
+    assert files.read_json(directory / "selected.json")["step"] == 40
+    assert checkpoint.steps(directory / "params") == [40]
   params = base.load(workdir, dataset_lib.open_dataset(config, workdir))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
   segmenter = models.build(config.model, num_classes=2, spatial_dims=2)

@@ -104,6 +104,19 @@ def test_a_base_of_another_seed_or_augmentation_is_printed(claimed, tiny_config,
   assert "config.augment.flip: was 0.5, is 0.0" in said(base__augment=True, augment__flip=0.0)
 
 
+def test_an_option_newer_than_the_folder_counts_as_its_default(claimed, tiny_config):
+  path = claimed / "config.json"
+  content = files.read_json(path)
+  del content["config"]["base"]["fold"], content["config"]["strong"]
+  path.write_text(json.dumps(content))
+  workdir.check_same_base(tiny_config(base__workdir=str(claimed)))
+  with pytest.raises(errors.ConfigError, match="config.base.fold: was '0', is '1'"):
+    workdir.check_same_base(tiny_config(base__workdir=str(claimed), base__fold="1"))
+  with pytest.raises(errors.ConfigError, match="config.strong.gamma: was 0.5, is 0.9"):
+    workdir.claim(tiny_config(strong__gamma=0.9), claimed, started=True, prepared=True)
+  workdir.claim(tiny_config(), claimed, started=True, prepared=True)
+
+
 @pytest.mark.parametrize(
   "module,expected",
   [

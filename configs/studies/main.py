@@ -32,6 +32,9 @@ def get_study():
       {"recipes": ("rn_dpo", "weak_to_strong_rn_dpo"), "axes": ORACLE},
       # The winner's training without its second phase, as many steps.
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (1200,)}},
+      # Twice as long a first phase, and again as many steps without the second one.
+      {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600,)}},
+      {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (2000,)}},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
       {"recipes": ("rn_dpo",), "axes": {"finetune.beta": (1.0, 3.0, 10.0, 30.0)}, "draws": (0,)},

@@ -6,9 +6,27 @@
 With the workdir of configs/studies/main.py bases and first phases are those of that study.
 """
 
+from configs.recipes import weak_to_strong_rn_dpo
+
+SECOND = weak_to_strong_rn_dpo.SECOND
+# As many steps, on pairs that are mined four times from the policy of that moment.
+ROUNDS = {
+  "phases": ({}, {**SECOND, "finetune.num_steps": 100}),
+  "finetune.rounds": 4,
+}
 # Judges by agreement, each trained on other patients; they cost three more bases.
 ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
+LABELLED = {"finetune.terms.labelled.weight": 1.0}
+OF_ROUNDS = {
+  "rounds": ROUNDS,
+  "rounds, labelled": {**ROUNDS, "phases": ({}, {**ROUNDS["phases"][1], **LABELLED})},
+  "rounds of the oracle": {**ROUNDS, "judge.name": "oracle"},
+}
 VARIANTS = {
+  "labelled": {"phases": ({}, {**SECOND, **LABELLED})},
+  "average, rate 3e-4": {
+    "phases": ({}, {**SECOND, "finetune.ema_decay": 0.99, "finetune.learning_rate": 3e-4}),
+  },
   "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
   "random_pair": {"mine.rule": "random_pair"},
   "reliability": {"finetune.pair_weight": "reliability"},
@@ -32,6 +50,7 @@ VARIANTS = {
   "fused": {"judge.name": "fused"},
   "strong": {"finetune.strong": True, "finetune.dropout": True},
   "beta 1": {"finetune.beta": 1.0},
+  "beta 1 of the oracle": {"finetune.beta": 1.0, "judge.name": "oracle"},
   "beta 3": {"finetune.beta": 3.0},
   "beta 30": {"finetune.beta": 30.0},
 }
@@ -55,6 +74,9 @@ def get_study():
     "arms": [
       {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
+      {
+        "recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": OF_ROUNDS}, "draws": (0, 1, 2),
+      },
       {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
     ],
-  }
+  }  # fmt: skip

@@ -1,1 +1,1 @@
-"""What `config_checks.validate` calls: ranges, keys that nothing reads, and parts of a config."""
+"""The checks on a config: `config_checks.validate`, ranges, keys that nothing reads, and parts."""

@@ -21,12 +21,6 @@ def check(config, mix) -> None:
   for key in ("proposals", "preferences"):
     workdir.check_path(f"config.data.{key}", config.data[key])
   from_files = any("file" in atoms for atoms, _ in mix)
-  if config.data.spacing and (config.data.preferences or from_files):
-    key = "preferences" if config.data.preferences else "proposals"
-    raise ConfigError(
-      f"config.data.{key}: masks from files are not taken in the native mode yet; leave "
-      "config.data.spacing empty, or take them out"
-    )
   if config.data.preferences:
     _check_preferences(config)
     return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rndpo_jax import config as config_lib
 from rndpo_jax.checks import config_model
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.mining import proposals
+from rndpo_jax.mining import network_logits, proposals
 
 
 def check(config, mix) -> None:
@@ -20,7 +20,7 @@ def check(config, mix) -> None:
   """
   values, table = config_lib.leaves(config), proposals.SAMPLERS
   size, grid = config_lib.input_size(config), "patch_size" if config.data.spacing else "size"
-  num_views = len(proposals.views(size))
+  num_views = len(network_logits.views(size))
   fixed = [frozenset(atoms) for atoms, _ in mix if not any(table[name].random for name in atoms)]
   config_model.check_mix(config, mix)
   for atoms, count in mix:

@@ -31,7 +31,7 @@ ALWAYS = (
   "finetune.learning_rate", "finetune.schedule", "finetune.weight_decay", "finetune.clip_norm",
   "finetune.ema_decay", "finetune.log_every_steps", "finetune.eval_every_steps",
   "finetune.keep_checkpoints", "finetune.checkpoint_minutes",
-  "evaluate.batch_size", "evaluate.metrics", "evaluate.delivered_max_kl",
+  "evaluate.batch_size", "evaluate.mirror", "evaluate.metrics", "evaluate.delivered_max_kl",
 )  # fmt: skip
 # The files in `configs/` set these, so that a split file beside them is no error: it is said.
 SAID = (
@@ -108,6 +108,10 @@ def _of_mining(config, used_samplers: set[str]) -> Readers:
   reads_pairs = "pairs" in image_terms.reads_of(config)
   return {
     **{key: (mines, where) for key in _OF_MINING},
+    "mine.whole_images": (
+      mines and bool(config.data.spacing),
+      f"config.data.spacing with {where} of config.data.preferences" if mines else where,
+    ),
     "judge.gate.min_accuracy": (gated, "config.judge.gate.action 'refuse' or 'warn'"),
     "data.proposals": (mines and "file" in used_samplers, "'file' in config.proposals.mix"),
     "data.preferences": (reads_pairs, f"config.finetune.terms {_terms_that_read('pairs')}"),

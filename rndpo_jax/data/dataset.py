@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ from etils import epath
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data import geometry, native, reader, records, splits
+from rndpo_jax.data import geometry, native, reader, records, splits, unpacked
 from rndpo_jax.data.geometry import to_native as to_native
+from rndpo_jax.runtime import files
 
 
 class Dataset(NamedTuple):
@@ -34,6 +36,7 @@ class Dataset(NamedTuple):
     native: of the native mode, else None.
     boxes: i32[N, dims, 2], likewise, see `records.OnSpacing`.
     tiles: of `tiles.view`, whose records and splits are tiles; None where they are records.
+    unpacked: folder of large records, see `data.unpacked`; without one they are read whole.
   """
 
   source: Any
@@ -53,6 +56,7 @@ class Dataset(NamedTuple):
   native: records.Native | None = None
   boxes: np.ndarray | None = None
   tiles: Any = None
+  unpacked: epath.Path | None = None
 
 
 def open_dataset(config, workdir: epath.PathLike) -> Dataset:
@@ -93,6 +97,7 @@ def open_dataset(config, workdir: epath.PathLike) -> Dataset:
     size=config_lib.input_size(config),
     crop=() if config.data.spacing else tuple(config.data.crop),
     normalization=config.data.normalization,
+    unpacked=unpacked.folder(files.local_copy(reader.folder(directory)), content["fingerprint"]),
     **content,
   )
 
@@ -166,7 +171,7 @@ def _read(dataset: Dataset, index: int, with_labels: bool) -> dict[str, Any]:
 
 
 def load_on_spacing(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, np.ndarray]:
-  """A whole record on the model's spacing, in the native mode.
+  """A whole record on the model's spacing, in the native mode; a large one is a mapped file.
 
   Returns:
     image f32[*M, I] normalised; label u8[*M] with labels; index i32[].
@@ -174,9 +179,20 @@ def load_on_spacing(dataset: Dataset, index: int, *, with_labels: bool) -> dict[
   Raises:
     records.DataError: as `load_native`.
   """
-  example = _read(dataset, index, with_labels)
-  label = {"label": example["mask_on_spacing"]} if with_labels else {}
-  return {"image": example["image"], **label, "index": np.int32(index)}
+
+  def read() -> dict[str, np.ndarray]:
+    example = _read(dataset, index, with_labels)
+    label = {"label": example["mask_on_spacing"]} if with_labels else {}
+    return {"image": example["image"], **label}
+
+  spacing, names = dataset.records[index]["spacing"], ("image", "label")[: 1 + with_labels]
+  shape = native.model_shape(dataset.boxes[index], spacing, dataset.native.spacing)
+  is_large = 4 * math.prod(shape) * dataset.num_channels >= unpacked.MIN_BYTES
+  if dataset.unpacked is not None and is_large:
+    arrays = unpacked.load(dataset.unpacked, int(index), names, read)
+  else:
+    arrays = read()
+  return {**arrays, "index": np.int32(index)}
 
 
 def load_example(dataset: Dataset, index: int, *, with_labels: bool) -> dict[str, np.ndarray]:

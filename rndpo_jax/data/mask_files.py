@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rndpo_jax import errors
-from rndpo_jax.data import file_checks, geometry
+from rndpo_jax.data import file_checks, geometry, native, tiles
 from rndpo_jax.data.sources import cases, images
 from rndpo_jax.runtime import threads
 
@@ -175,19 +175,22 @@ def fingerprint(paths: Iterable[pathlib.Path], more: str) -> str:
   return whole.hexdigest()
 
 
-def on_grid(
-  mask: np.ndarray, entry: Mapping[str, Any], size: Sequence[int], crop: Sequence[int]
-) -> np.ndarray:
+def on_grid(mask: np.ndarray, dataset, record: int) -> np.ndarray:
   """The part of a mask that is a record's, on the model's grid as labels are brought there.
 
   Args:
     mask: u8[*S] of the record, or of the volume that it is a slice of.
-    entry: of `records.json`.
-    size: the model's grid. crop: of `config.data`.
+    dataset: by records or by tiles; its grid, and the records' boxes, are read.
+    record: index of the record; in the native mode its box is not empty.
 
   Returns:
-    u8[*size].
+    u8[*size], or in the native mode u8[*M] of the whole record.
   """
+  entry = tiles.whole(dataset).records[record]
   if image_id(entry) != entry["record_id"]:
     mask = mask[..., entry["slice"]]
-  return geometry.mask_to_model(mask, size, crop)
+  if dataset.native is None:
+    return geometry.mask_to_model(mask, dataset.size, dataset.crop)
+  return native.mask_to_spacing(
+    mask, dataset.boxes[record], entry["spacing"], dataset.native, dataset.num_classes
+  )

@@ -190,8 +190,6 @@ def on_spacing(
   new_shape = resample.resampled_shape(image.shape[:-1], **options)
   image = resample.resample_image(image, new_shape, **options)
   edges = np.array([(s.start, s.stop) for s in box[:dims]], np.int32)
-  options = {"spacing": options["spacing"][:dims], "new_spacing": native.spacing}
-  options["ids"] = (*range(1, num_classes), types.IGNORED)
   found = []
   for number, one in enumerate(pixels):
     if sliced and not box[-1].start <= number < box[-1].stop:
@@ -199,9 +197,34 @@ def on_spacing(
       continue
     own, mask = image[:, :, number - box[-1].start] if sliced else image, one.mask
     if mask is not None:
-      mask = resample.resample_mask(mask[box[:dims]], new_shape[:dims], **options)
+      mask = mask_to_spacing(mask, edges, spacing[:dims], native, num_classes)
     found.append(records.OnSpacing(np.ascontiguousarray(own, np.float32), mask, edges))
   return found
+
+
+def mask_to_spacing(
+  mask: np.ndarray,
+  box: np.ndarray,
+  spacing: Sequence[float],
+  native: records.Native,
+  num_classes: int,
+) -> np.ndarray:
+  """A record's mask on the model's spacing, u8[*M], linear by class; see `resample_mask`.
+
+  Args:
+    mask: u8[*S] on the record's own grid; `types.IGNORED` is resampled as a class of its own.
+    box: i32[dims, 2] of the record; it is not empty.
+    spacing: mm a pixel of the record.
+    native: of the data set.
+    num_classes: C.
+  """
+  return resample.resample_mask(
+    mask[tuple(slice(*edges) for edges in box)],
+    model_shape(box, spacing, native.spacing),
+    spacing=tuple(spacing),
+    new_spacing=native.spacing,
+    ids=(*range(1, num_classes), types.IGNORED),
+  )
 
 
 def _empty(dims: int, num_channels: int, has_mask: bool) -> records.OnSpacing:

@@ -11,6 +11,7 @@ from rndpo_jax.data import loader
 
 # Of a batch in supervised training, rows in which foreground is sure; nnU-Net's share.
 _FOREGROUND_SHARE = 1 / 3
+_BLOCK_PIXELS = 2**16  # of a label that is counted
 
 
 def cut(array: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -55,17 +56,40 @@ def foreground_start(rng: np.random.Generator, label: np.ndarray, size: Sequence
     label: u8[*M] with foreground.
     size: of the patch.
   """
-  classes = foreground(label)
-  places = np.flatnonzero(label == classes[rng.integers(len(classes))])
-  middle = np.unravel_index(places[rng.integers(len(places))], label.shape)
+  counts = _counts(label)
+  classes = _foreground(counts)
+  chosen = classes[rng.integers(len(classes))]
+  reached = np.cumsum(counts[:, chosen])
+  number = rng.integers(reached[-1])  # of the class's pixels, in order
+  block = np.searchsorted(reached, number, side="right")
+  first = block * _rows_of_block(label)
+  places = np.flatnonzero(label[first : first + _rows_of_block(label)] == chosen)
+  place = places[number - (reached[block - 1] if block else 0)] + first * label[0].size
+  middle = np.unravel_index(place, label.shape)
   rows = zip(middle, label.shape, size, strict=True)
   return [clamp(int(place) - m // 2, n, m) for place, n, m in rows]
 
 
 def foreground(label: np.ndarray) -> np.ndarray:
   """Class ids in the label but for the background and what is ignored."""
-  found = np.flatnonzero(np.bincount(label.ravel()))  # far faster than np.unique
+  return _foreground(_counts(label))
+
+
+def _foreground(counts: np.ndarray) -> np.ndarray:
+  found = np.flatnonzero(counts.any(axis=0))
   return found[(found > 0) & (found != types.IGNORED)]
+
+
+def _rows_of_block(label: np.ndarray) -> int:
+  return max(1, _BLOCK_PIXELS // max(label[0].size, 1))
+
+
+def _counts(label: np.ndarray) -> np.ndarray:
+  """Pixels of each class id in each block of rows, i64[blocks, 256]; far faster than np.unique, and
+  block by block also than a count of a large label at once, which would be copied as i64."""
+  rows = _rows_of_block(label)
+  blocks = [label[low : low + rows].ravel() for low in range(0, len(label), rows)]
+  return np.stack([np.bincount(block, minlength=256) for block in blocks])
 
 
 def num_forced(batch_size: int) -> int:

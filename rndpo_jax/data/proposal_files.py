@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rndpo_jax import errors, types
-from rndpo_jax.data import csv_rows, file_checks, mask_files
+from rndpo_jax.data import csv_rows, file_checks, mask_files, native, tiles
 from rndpo_jax.data.sources import folder as folder_source
 from rndpo_jax.mining import judges, proposals
 
@@ -201,12 +201,13 @@ def fingerprint(files: ProposalFiles) -> str:
 def make_load(files: ProposalFiles, dataset) -> Callable[[int], types.FileProposals]:
   """index of a record -> its proposals on the model's grid, without a leading axis.
 
-  The masks of a volume are kept while its slices are loaded one after another. In place of a mask
-  that is missing stands the first one there, or background.
+  The masks of a volume are kept while its slices are loaded one after another, and those of a
+  record while its tiles are. In place of a mask that is missing stands the first one there, or
+  background.
 
   Args:
     files: from `open_files`.
-    dataset: num_classes, records, size and crop are read.
+    dataset: by records or by tiles.
   """
 
   @functools.lru_cache(maxsize=1)
@@ -218,16 +219,32 @@ def make_load(files: ProposalFiles, dataset) -> Callable[[int], types.FilePropos
       for masks in files.masks.values()
     ]
 
-  def load(index: int) -> types.FileProposals:
-    entry = dataset.records[index]
-    image = mask_files.image_id(entry)
-    found = [
-      None if mask is None else mask_files.on_grid(mask, entry, dataset.size, dataset.crop)
-      for mask in masks_of(image)
+  def image_of(record: int) -> str:
+    return mask_files.image_id(tiles.whole(dataset).records[record])
+
+  @functools.lru_cache(maxsize=1)
+  def of_record(record: int) -> list[np.ndarray | None]:
+    return [
+      None if mask is None else mask_files.on_grid(mask, dataset, record)
+      for mask in masks_of(image_of(record))
     ]
+
+  def background(record: int) -> np.ndarray:
+    if dataset.native is None:
+      return np.zeros(dataset.size, np.uint8)
+    spacing = tiles.whole(dataset).records[record]["spacing"]
+    shape = native.model_shape(dataset.boxes[record], spacing, dataset.native.spacing)
+    return np.zeros(shape, np.uint8)
+
+  def load(index: int) -> types.FileProposals:
+    record = tiles.record_of(dataset, index)
+    image = image_of(record)
+    found = of_record(record)
     present = np.array([mask is not None for mask in found])
-    filling = next((mask for mask in found if mask is not None), np.zeros(dataset.size, np.uint8))
-    masks = np.stack([filling if mask is None else mask for mask in found])
+    filling = next((mask for mask in found if mask is not None), None)
+    filling = background(record) if filling is None else filling
+    found = [filling if mask is None else mask for mask in found]
+    masks = np.stack([tiles.part_of(dataset, index, mask) for mask in found])
     unscored = np.full(len(found), np.nan, np.float32)
     scores = unscored if files.scores is None else files.scores[image]
     return types.FileProposals(masks, present, scores)

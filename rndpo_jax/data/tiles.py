@@ -54,6 +54,10 @@ class Tiles(Sequence):
       example["label"] = np.zeros(self.whole.size, np.uint8)
     return {**example, "index": np.int32(index)}
 
+  def cut(self, index: int, array: np.ndarray) -> np.ndarray:
+    """The tile [*size, ...] of an array [*M, ...] of its record, zeros beyond."""
+    return patches.cut(array, self._start[index], self.whole.size)
+
   def _whole(self, record: int, with_labels: bool) -> dict[str, np.ndarray]:
     """A record on the model's spacing, the last few kept; of two threads both may read it."""
     key = record, with_labels
@@ -83,6 +87,22 @@ def view(dataset: dataset_lib.Dataset) -> dataset_lib.Dataset:
 def whole(dataset: dataset_lib.Dataset) -> dataset_lib.Dataset:
   """The data set by records: what `view` was made of, or the data set itself."""
   return dataset if dataset.tiles is None else dataset.tiles.whole
+
+
+def record_of(dataset: dataset_lib.Dataset, index: int) -> int:
+  """The record that an index of the data set is of, by records or by tiles."""
+  return int(index if dataset.tiles is None else dataset.tiles.record[index])
+
+
+def part_of(dataset: dataset_lib.Dataset, index: int, array: np.ndarray) -> np.ndarray:
+  """What an index of the data set sees of its record: all of it, or a tile [*size, ...].
+
+  Args:
+    dataset: by records or by tiles.
+    index: of it.
+    array: [*M, ...] of the record on the model's spacing; zeros are where a tile goes beyond.
+  """
+  return array if dataset.tiles is None else dataset.tiles.cut(index, array)
 
 
 def starts(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, ...]]:

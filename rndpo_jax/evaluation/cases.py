@@ -108,6 +108,7 @@ def _fingerprint(evaluation: predict.Evaluation, params, *more) -> str:
   cases = [[*key, indices] for key, indices in evaluation.groups.items()]
   grid = [list(dataset.size), list(dataset.crop), dataset.normalization]
   grid += [] if dataset.native is None else [dataset.native]
+  grid += [{"mirror_axes": evaluation.mirror_axes}] if evaluation.mirror_axes else []
   setting = json.dumps([dataset.fingerprint, cases, dataset.num_classes, grid, more])
   return provenance.fingerprint(
     {"params": params, "setting": np.frombuffer(setting.encode(), np.uint8)}

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import stats
+from scipy import special
 
 from rndpo_jax import errors, provenance, types
 from rndpo_jax.runtime import files
@@ -52,8 +52,9 @@ def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dic
   share = np.mean(means >= 0)
   probability = share
   if count > 1:
-    expanded = stats.norm.ppf(share) * np.sqrt((count - 1) / count)
-    probability = stats.t.cdf(expanded, count - 1)
+    # Of the normal distribution and of t; `scipy.stats`, which calls these, is slow to import.
+    expanded = special.ndtri(share) * np.sqrt((count - 1) / count)
+    probability = special.stdtr(count - 1, expanded)
   return {
     "mean": float(difference.mean()),
     "ci": [float(low), float(high)] if count > 1 else None,

@@ -16,6 +16,7 @@ from rndpo_jax import models
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, tiles
 from rndpo_jax.evaluation import stitched
+from rndpo_jax.models import mirroring
 from rndpo_jax.runtime import preemption, sharding
 from rndpo_jax.types import Params, Segmenter
 
@@ -31,6 +32,7 @@ class Evaluation(NamedTuple):
   Attributes:
     folder: for partial results.
     dataset: the prepared data.
+    mirror_axes: spatial axes whose flips are averaged over; () for none.
     tolerance: of nsd, in the data's spacing unit.
     groups: (split, case id) -> record indices in slice order.
     predict_batch: (params, images, `resize_matrices`) -> masks u8[B, *N].
@@ -42,6 +44,7 @@ class Evaluation(NamedTuple):
 
   folder: epath.Path
   dataset: dataset_lib.Dataset
+  mirror_axes: tuple[int, ...]
   tolerance: float
   groups: dict[tuple[str, str], list[int]]
   predict_batch: Callable[..., jax.Array]
@@ -52,7 +55,11 @@ class Evaluation(NamedTuple):
 
 
 def open_evaluation(
-  config, dataset: dataset_lib.Dataset, folder: epath.Path, params: Callable[[int], Params]
+  config,
+  dataset: dataset_lib.Dataset,
+  folder: epath.Path,
+  params: Callable[[int], Params],
+  mirror_axes: Sequence[int] = (),
 ) -> Evaluation:
   """What evaluating needs; compiles nothing yet.
 
@@ -61,12 +68,13 @@ def open_evaluation(
     dataset: the prepared data.
     folder: for partial results; made if it is missing.
     params: step -> parameters; step 0 is the base.
+    mirror_axes: as in `Evaluation`; in the simple mode all spatial axes or none.
   """
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   folder.mkdir(parents=True, exist_ok=True)
-  apply, to_masks = programs(segmenter)
+  apply, to_masks = programs(segmenter, mirror=bool(mirror_axes))
 
   def predict_batch(params, images, resize):
     return to_masks(apply(params, images), resize)
@@ -87,13 +95,14 @@ def open_evaluation(
   return Evaluation(
     folder=folder,
     dataset=dataset,
+    mirror_axes=tuple(mirror_axes),
     tolerance=config.evaluate.nsd_tolerance_mm,
     groups=groups,
     predict_batch=predict_batch,
     params=params,
     batches=batches,
     label=label,
-    stitched=None if dataset.native is None else stitched.make(segmenter, dataset),
+    stitched=None if dataset.native is None else stitched.make(segmenter, dataset, mirror_axes),
   )
 
 
@@ -109,11 +118,16 @@ class Programs(NamedTuple):
   to_masks: Callable[..., jax.Array]
 
 
-def programs(segmenter: Segmenter) -> Programs:
-  """Of evaluation and of prediction: equal images have equal masks in both, bit for bit."""
+def programs(segmenter: Segmenter, *, mirror: bool = False) -> Programs:
+  """Of evaluation and of prediction: equal images have equal masks in both, bit for bit.
+
+  With `mirror` the logits are those of `mirroring.mirrored`.
+  """
   to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
   return Programs(
-    apply=sharding.over_local_devices(segmenter.apply),
+    apply=sharding.over_local_devices(
+      mirroring.mirrored(segmenter.apply) if mirror else segmenter.apply
+    ),
     to_masks=lambda logits, resize: to_masks(None, (logits, resize)),
   )
 

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rndpo_jax import models
-from rndpo_jax.evaluation import cases, predict, results
+from rndpo_jax.evaluation import cases, predict, results, stitched
 from rndpo_jax.runtime import sharding
 
 FOLDER = "rankseg"  # in `evaluate/`
@@ -39,17 +40,19 @@ def of_base(config, evaluation: predict.Evaluation) -> list[results.Case]:
   segmenter = models.build(
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
-  apply = sharding.over_local_devices(segmenter.apply)
+  folder = evaluation.folder / FOLDER
+  folder.mkdir(exist_ok=True)
+  evaluation = evaluation._replace(folder=folder)
+  if dataset.native is not None:
+    stitch = stitched.make(segmenter, dataset, evaluation.mirror_axes, best_mask)
+    return cases.overlap_cases(evaluation._replace(stitched=stitch), step=0)
+  apply = predict.programs(segmenter, mirror=bool(evaluation.mirror_axes)).apply
   to_masks = sharding.over_local_devices(lambda _, arguments: native_masks(*arguments))
 
   def predict_batch(params, images, resize):
     return to_masks(None, (apply(params, images), resize))
 
-  folder = evaluation.folder / FOLDER
-  folder.mkdir(exist_ok=True)
-  return cases.overlap_cases(
-    evaluation._replace(folder=folder, predict_batch=predict_batch), step=0
-  )
+  return cases.overlap_cases(evaluation._replace(predict_batch=predict_batch), step=0)
 
 
 def native_masks(logits: jax.Array, resize: Sequence[jax.Array]) -> jax.Array:
@@ -93,3 +96,30 @@ def best_masks(probs: jax.Array) -> jax.Array:
   found = jax.lax.map(claimed, foreground)
   likeliest = jnp.argmax(found, axis=0) + 1
   return jnp.where(jnp.max(found, axis=0) > 0, likeliest, 0).astype(jnp.uint8)
+
+
+def best_mask(probs: np.ndarray) -> np.ndarray:
+  """`best_masks` on the host, of a record of any size: the values of float16 are few, so that they
+  are counted in place of being sorted. Of equal ones the ratio is highest with all or with none.
+
+  Args:
+    probs: f16[*S, C] of one record.
+
+  Returns:
+    u8[*S].
+  """
+  chex.assert_type(probs, np.float16)
+  bits = np.arange(int(np.float16(1).view(np.uint16)) + 1, dtype=np.uint16)[::-1]
+  values = bits.view(np.float16).astype(np.float64)  # all that there are, falling from 1 to 0
+  mask, likeliest = np.zeros(probs.shape[:-1], np.uint8), np.zeros(probs.shape[:-1], np.float16)
+  for label in range(1, probs.shape[-1]):
+    p = np.ascontiguousarray(probs[..., label])
+    counts = sum(np.bincount(part.view(np.uint16).ravel(), minlength=len(bits)) for part in p)[::-1]
+    reached = np.cumsum(counts * values)
+    best = np.max((2 * reached + 1) / (np.cumsum(counts) + reached[-1] + 1))
+    best = max(best, 1 / (reached[-1] + 1))
+    claimed = values[2 * values > best]
+    if len(claimed):
+      better = (p >= np.float16(claimed[-1])) & (p > likeliest)
+      mask[better], likeliest[better] = label, p[better]
+  return mask

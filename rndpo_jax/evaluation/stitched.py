@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,13 +26,18 @@ class _Grids(NamedTuple):
 
 
 def make(
-  segmenter: Segmenter, dataset: dataset_lib.Dataset
+  segmenter: Segmenter,
+  dataset: dataset_lib.Dataset,
+  mirror_axes: Sequence[int] = (),
+  rule: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Callable[[Params, Sequence[int]], Iterator[tuple[int, np.ndarray]]]:
   """What predicts records of the native mode; compiles nothing yet.
 
   Args:
     segmenter: of the network.
     dataset: by records; its size is the patch.
+    mirror_axes: logits are averaged over flips along each set of them.
+    rule: probabilities f16[*S, C] of a record's box -> mask u8[*S]; the argmax by default.
 
   Returns:
     (params, record indices) -> (index, mask u8[*S] on the record's own grid), in order. Tiles'
@@ -39,19 +45,27 @@ def make(
     prediction does with a case (`restore`), slab by slab; outside the box is the background.
   """
   batch_size = sliding_window.batch_size(dataset.size)
-  window = sliding_window.make(segmenter.apply, dataset.size, batch_size=batch_size)
+  window = sliding_window.make(
+    segmenter.apply, dataset.size, batch_size=batch_size, mirror_axes=mirror_axes
+  )
+  restored = functools.partial(
+    restore.restore, with_scores=False, with_probabilities=rule is not None
+  )
 
   def masks(params: Params, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     placed = sharding.put_on_local_devices(params)
     slabs = sliding_window.slabs(window, placed, _images(dataset, indices))
-    parts = (
-      restore.restore(piece, with_scores=False, with_probabilities=False)
-      for piece in restore.pieces(slabs, dataset.num_classes)
-    )
+    parts = map(restored, restore.pieces(slabs, dataset.num_classes))
     for index in indices:
       mask = np.zeros(dataset.records[index]["shape"], np.uint8)
       if native.is_seen(dataset.boxes[index]):
-        _fill(mask[tuple(slice(*edges) for edges in dataset.boxes[index])], parts)
+        box = mask[tuple(slice(*edges) for edges in dataset.boxes[index])]
+        if rule is None:
+          _fill(box, parts, "labels")
+        else:
+          probs = np.zeros((*box.shape, dataset.num_classes), np.float16)
+          _fill(probs, parts, "probabilities")
+          box[...] = rule(probs)
       yield int(index), mask
 
   return masks
@@ -73,9 +87,9 @@ def _images(dataset, indices: Sequence[int]) -> Iterator[tuple[_Grids, np.ndarra
       )
 
 
-def _fill(box: np.ndarray, parts: Iterator[restore.Part]) -> None:
-  """Writes the parts of one record into its box."""
+def _fill(box: np.ndarray, parts: Iterator[restore.Part], name: str) -> None:
+  """Writes this attribute of the parts of one record into its box."""
   for part in parts:
-    box[part.place] = part.labels
+    box[part.place] = getattr(part, name)
     if part.is_last:
       return

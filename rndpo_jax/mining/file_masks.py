@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from rndpo_jax import types
 
-_CERTAIN = 1e4  # logit of a mask's class beside 0 of the others; exp(-1e4) is 0
+CERTAIN = 1e4  # logit of a mask's class beside 0 of the others; exp(-1e4) is 0
 
 
 def logits(files: types.FileProposals, num_classes: int) -> jax.Array:
   """Those of certainty, f32[b, F, *S, C]: the softmax is zeros and ones."""
-  return _CERTAIN * jax.nn.one_hot(files.masks, num_classes, dtype=jnp.float32)
+  return CERTAIN * jax.nn.one_hot(files.masks, num_classes, dtype=jnp.float32)
 
 
 def add(sampled: types.Proposals, mix, files: types.FileProposals) -> types.Proposals:

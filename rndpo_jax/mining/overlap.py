@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-_EXACT = 2**24  # integers that float32 adds without rounding
+MAX_PIXELS = 2**24  # integers that float32 adds without rounding
 
 
 def class_counts(first: jax.Array, second: jax.Array, num_classes: int):
@@ -30,9 +30,9 @@ def class_counts(first: jax.Array, second: jax.Array, num_classes: int):
     ValueError: a mask has more than 2^24 pixels, above which float32 counts round.
   """
   num_pixels = math.prod(first.shape[2:])
-  if num_pixels > _EXACT:
+  if num_pixels > MAX_PIXELS:
     raise ValueError(
-      f"masks of {num_pixels} pixels: overlaps are counted in float32, exact up to {_EXACT}; "
+      f"masks of {num_pixels} pixels: overlaps are counted in float32, exact up to {MAX_PIXELS}; "
       "use a smaller config.data.size"
     )
   first = first.reshape(*first.shape[:2], num_pixels)

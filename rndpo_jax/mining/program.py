@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, losses, models, types
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judges, pair_rules, proposals, user_judges
+from rndpo_jax.mining import fused, judges, network_logits, pair_rules, proposals, user_judges
 
 
 class Scored(NamedTuple):
@@ -69,6 +69,26 @@ def host_judges(config, dataset) -> dict[str, str]:
   return reasons
 
 
+def make_network(config, dataset) -> Callable[..., types.NetworkLogits]:
+  """(weights, keys [b], images f32[b, *S, I]) -> what `config.proposals.mix` takes of the network.
+
+  Args:
+    config: the whole config.
+    dataset: num_classes and spatial_dims are read.
+  """
+  segmenter = models.build(
+    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
+  )
+  mix = proposals.parse_mix(config.proposals.mix)
+
+  def network(weights, keys, images):
+    others = [segmenter.apply(params, images) for params in weights["ensemble"]]
+    members = jnp.stack(others, axis=1) if others else None
+    return network_logits.compute(segmenter, weights["policy"], images, keys, mix, members)
+
+  return network
+
+
 def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   """The pure function that samples proposals and scores them.
 
@@ -81,10 +101,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
     score(weights, keys [b, 3], batch, names) -> (Proposals, {name: f32[b, K]}). The scores of
     `host_judges` are zeros there, for programs that are only planned.
   """
-  hosted = host_judges(config, dataset)
-  segmenter = models.build(
-    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
-  )
+  hosted, network_of = host_judges(config, dataset), make_network(config, dataset)
   table = {
     name: judges.build(
       name,
@@ -104,17 +121,13 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   }
 
   def score(weights, keys, batch: types.Batch, chosen_names):
-    others = [segmenter.apply(params, batch.images) for params in weights["ensemble"]]
-    sampled = proposals.sample(
-      segmenter,
-      weights["policy"],
-      batch.images,
-      keys[:, 0],
-      **options,
-      files=batch.files,
-      member_logits=jnp.stack(others, axis=1) if others else None,
+    network = batch.network
+    if network is None:
+      network = network_of(weights, keys[:, 0], batch.images)
+    sampled = proposals.of_logits(
+      network, keys[:, 0], **options, files=batch.files, inside=batch.inside
     )
-    context = _context(weights, keys, batch, others, sampled)
+    context = _context(weights, keys, batch, network.members, sampled)
     probs = jax.nn.softmax(sampled.logits, axis=-1)
 
     def of(name):
@@ -131,12 +144,12 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   return score
 
 
-def _context(weights, keys, batch: types.Batch, others, sampled) -> judges.Context:
-  """What judges may look at besides images and proposals; `others` are the members' logits."""
-  ensemble = [jnp.argmax(logits, axis=-1).astype(jnp.uint8) for logits in others]
+def _context(weights, keys, batch: types.Batch, members, sampled) -> judges.Context:
+  """What judges may look at besides images and proposals; `members` are f32[b, M, *S, C]."""
+  masks = None if members is None else jnp.argmax(members, axis=-1).astype(jnp.uint8)
   return judges.Context(
     keys=keys[:, 1],
-    ensemble_masks=jnp.stack(ensemble, axis=1) if ensemble else None,
+    ensemble_masks=masks,
     labels=batch.labels,
     learned_params=weights["learned"],
     present=sampled.present,

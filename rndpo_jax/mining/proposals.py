@@ -9,7 +9,6 @@ image, k) alone, so that it does not depend on the batch it is in.
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import file_masks, mask_edits
+from rndpo_jax.mining import file_masks, mask_edits, network_logits
 
 
 def sample(
@@ -39,8 +38,7 @@ def sample(
 ) -> types.Proposals:
   """Samples K proposals of each image.
 
-  All entries without `tta` share one encoder pass, and deterministic ones one decoder pass. The
-  logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
+  The logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
 
   Args:
     segmenter: pure functions of `params`.
@@ -60,20 +58,51 @@ def sample(
   Returns:
     types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
   """
-  features = segmenter.encode(params, images)
-  base_logits = segmenter.decode(params, features).astype(jnp.float32)
-  logits, start = [], 0
-  for atoms, count in mix:
-    dropout_keys, noise_keys = _proposal_keys(keys, start, count)
-    dropout_keys = dropout_keys if "mc_dropout" in atoms else None
+  network = network_logits.compute(segmenter, params, images, keys, mix, member_logits)
+  return of_logits(
+    network, keys, mix=mix, noise_scale=noise_scale, noise_smoothing=noise_smoothing,
+    temperature_low=temperature_low, temperature_high=temperature_high,
+    threshold_shift=threshold_shift, files=files,
+  )  # fmt: skip
+
+
+def of_logits(
+  network: types.NetworkLogits,
+  keys: jax.Array,
+  *,
+  mix: tuple[tuple[tuple[str, ...], int], ...],
+  noise_scale: float,
+  noise_smoothing: float,
+  temperature_low: float,
+  temperature_high: float,
+  threshold_shift: float,
+  files: types.FileProposals | None = None,
+  inside: jax.Array | None = None,
+) -> types.Proposals:
+  """The proposals of what `network_logits.compute` says; see `sample`.
+
+  Args:
+    network: of b images.
+    keys: as in `sample`, and so all others but `inside`.
+    mix: see there.
+    noise_scale: see there.
+    noise_smoothing: see there.
+    temperature_low: see there.
+    temperature_high: see there.
+    threshold_shift: see there.
+    files: see there.
+    inside: bool[b, *S], False where an image ends: no proposal shows anything there. None for none.
+  """
+  base_logits, logits, start = network.base, [], 0
+  for (atoms, count), own in zip(mix, network.entries, strict=True):
+    noise_keys = network_logits.proposal_keys(keys, start, count)[1]
     if "file" in atoms:
       entry = file_masks.logits(files, base_logits.shape[-1])
     elif "member" in atoms:
-      entry = member_logits[:, np.arange(count) % member_logits.shape[1]].astype(jnp.float32)
-    elif "tta" in atoms:
-      entry = _decode_views(segmenter, params, images, dropout_keys, count)
-    elif dropout_keys is not None:
-      entry = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=None)
+      members = network.members
+      entry = members[:, np.arange(count) % members.shape[1]].astype(jnp.float32)
+    elif own is not None:
+      entry = own
     else:
       entry = jnp.repeat(base_logits[:, None], count, axis=1)
     if "temperature" in atoms:
@@ -87,6 +116,10 @@ def sample(
     logits.append(entry)
     start += count
   logits = jnp.concatenate(logits, axis=1)
+  if inside is not None:
+    nothing = file_masks.CERTAIN * _background(base_logits)
+    base_logits = jnp.where(inside[..., None], base_logits, nothing)
+    logits = jnp.where(inside[:, None, ..., None], logits, nothing[:, None])
   sampled = types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
   return sampled if files is None else file_masks.add(sampled, mix, files)
 
@@ -207,31 +240,6 @@ def perturbed(
   return jnp.concatenate([logits[:, None].astype(jnp.float32), others], axis=1)
 
 
-def views(shape: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-  """Views of an image other than itself, as (quarter turns in the plane H, W; axes flipped).
-
-  Flips of every set of axes; if H equals W, also those after a quarter turn: 3 or 7 views of
-  an image, 7 or 15 of a volume, each another symmetry of the grid.
-
-  Args:
-    shape: S.
-  """
-  axes = range(len(shape))
-  flips = [f for n in range(len(shape) + 1) for f in itertools.combinations(axes, n)]
-  turns = (0, 1) if shape[0] == shape[1] else (0,)
-  return [(turn, flip) for turn in turns for flip in flips if turn or flip]
-
-
-def _proposal_keys(keys, start, count):
-  """Keys ([b, count] for dropout, [b, count] for noise) of proposals start..start + count - 1."""
-
-  def one(key, number):
-    return jax.random.split(jax.random.fold_in(key, number))
-
-  pairs = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys, jnp.arange(start, start + count))
-  return pairs[:, :, 0], pairs[:, :, 1]
-
-
 def _noise(keys, shape, smoothing):
   """f32[b, count, *S, C] for keys [b, count] and shape (*S, C)."""
 
@@ -239,46 +247,6 @@ def _noise(keys, shape, smoothing):
     return smooth_noise(key, shape, smoothing)
 
   return jax.vmap(jax.vmap(one))(keys)
-
-
-def _decode_views(segmenter, params, images, dropout_keys, count):
-  """Logits f32[b, count, *S, C] of views of the images, undone; views repeat in a cycle."""
-  chosen = views(images.shape[1:-1])[:count]
-  seen = jnp.stack(
-    [
-      jnp.flip(jnp.rot90(images, turn, axes=(1, 2)), [a + 1 for a in flip]) for turn, flip in chosen
-    ],
-    axis=1,
-  )
-  features = segmenter.encode(params, _merge(seen))
-  split = (images.shape[0], len(chosen))
-  index = np.arange(count) % len(chosen)
-  if dropout_keys is None:
-    logits = segmenter.decode(params, features).astype(jnp.float32)
-    logits = logits.reshape(*split, *logits.shape[1:])
-  else:
-    features = jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:])[:, index], features)
-    logits = _decode_dropout(segmenter, params, features, dropout_keys, features_axis=0)
-  undone = [_undo(logits[:, n], *chosen[index[n]]) for n in range(logits.shape[1])]
-  return jnp.stack([undone[n % len(undone)] for n in range(count)], axis=1)
-
-
-def _undo(logits, turn, flip):
-  return jnp.rot90(jnp.flip(logits, [a + 1 for a in flip]), -turn, axes=(1, 2))
-
-
-def _decode_dropout(segmenter, params, features, keys, *, features_axis):
-  """Logits f32[b, count, *S, C], each decoded under its own key; keys [b, count]."""
-
-  def decode(item, key):
-    batch_of_one = jax.tree.map(lambda x: x[None], item)
-    return segmenter.decode(params, batch_of_one, key)[0].astype(jnp.float32)
-
-  return jax.vmap(jax.vmap(decode, (features_axis, 0)))(features, keys)
-
-
-def _merge(x):
-  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _per_proposal(values, logits):

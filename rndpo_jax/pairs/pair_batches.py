@@ -13,6 +13,7 @@ from rndpo_jax import seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches, tiles
 from rndpo_jax.errors import ConfigError
+from rndpo_jax.losses import objectives
 from rndpo_jax.mining import judge_gate, reliability
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
@@ -90,11 +91,14 @@ def _pairs_of(
     if smooth is not None:
       more["smoothing"] = smooth(record["score_gap"]).astype(np.float32)
     index = int(record["index"])
+    share = 1.0
+    if config.mine.whole_images:
+      share = tile_weights(config, record[shards.REGION_SIZES], volume(index))
     return {
       "images": dataset_lib.load_example(dataset, index, with_labels=False)["image"],
       **{name: record[name] for name in shards.TRAINING_FIELDS},
       **more,
-      "weight": (record["valid"] * weigh(record["score_gap"])).astype(np.float32),
+      "weight": (record["valid"] * weigh(record["score_gap"]) * share).astype(np.float32),
       "voxel_volume": volume(index),
     }
 
@@ -111,6 +115,47 @@ def _pairs_of(
     return (types.PairBatch(**batch) for batch in shown)
 
   return stream
+
+
+def tile_weights(config, sizes: np.ndarray, voxel_volume: float) -> np.ndarray:
+  """What a pair of a whole image weighs in one of its tiles.
+
+      w_t = s(|D|) / s(|D_t|),     s the factor of the objective's normalization
+
+  which is |D_t| / |D| under region and 1 under none. With h_t the margin's gain on the tile,
+
+      w_t (-log S(beta s(|D_t|) h_t)),     S the sigmoid
+
+  has at h = 0 the gradient of the image's loss -log S(beta s(|D|) h) on each pixel of D_t. Under
+  region the sum over tiles that do not overlap is an upper bound of that loss (Jensen, as
+  h / |D| is the mean of h_t / |D_t| with weights w_t), and equal to it where all tiles have gained
+  alike; each tile saturates by the mean over its own pixels, at the same beta as without tiles. Of
+  several objectives s is the weighted sum of their factors.
+
+  Args:
+    config: the objective and its normalization are read.
+    sizes: f32[2, P], |D_t| and |D| in pixels; 0 where a slot has no pair.
+    voxel_volume: what a pixel stands for.
+
+  Returns:
+    f64[P], 0 where a slot has no pair.
+  """
+  mass = reliability.gradient_mass(sizes, **mass_options(config), voxel_volume=voxel_volume)
+  is_pair = np.asarray(sizes) > 0
+  in_tile, in_image = np.where(is_pair, mass / np.where(is_pair, sizes, 1), 1.0)
+  return np.where(is_pair.all(axis=0), in_image / in_tile, 0.0)
+
+
+def mass_options(config) -> dict:
+  """Keyword arguments of `reliability.gradient_mass` that the config gives."""
+  options = config.finetune
+  rows = [objectives.OBJECTIVES[name] for name in objectives.parse(options.objective)]
+  return {
+    "normalizations": [options.normalization or row.normalization for row in rows],
+    "weights": tuple(options.objective_weights) or (1.0,) * len(rows),
+    "exponent": options.power_exponent,
+    "floor": options.power_floor,
+  }
 
 
 def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -188,9 +233,10 @@ def voxel_volumes(config, dataset) -> Callable[[int], np.ndarray]:
     )
 
   def volume(index: int) -> np.ndarray:
-    entry = dataset.records[index]
-    return np.float32(
-      geometry.voxel_volume(entry["spacing"], entry["shape"], dataset.size, dataset.crop)
-    )
+    if dataset.native is not None:
+      spacing, shape = dataset.native.spacing, dataset.size
+    else:
+      spacing, shape = (dataset.records[index][name] for name in ("spacing", "shape"))
+    return np.float32(geometry.voxel_volume(spacing, shape, dataset.size, dataset.crop))
 
   return volume

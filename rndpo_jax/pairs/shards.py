@@ -41,7 +41,8 @@ FIELDS = {
 # Also there if a term of fine-tuning reads them.
 CONSENSUS = "consensus"  # the mean of the proposals' probabilities, in 255ths, u8[*S, C]
 TOP_SCORE = "top_score"  # the highest that the judge gave one of the proposals, f32[]
-OPTIONAL = (CONSENSUS, TOP_SCORE)
+REGION_SIZES = "region_sizes"  # |D| in the tile and in the image judged as a whole, f32[2, P]
+OPTIONAL = (CONSENSUS, TOP_SCORE, REGION_SIZES)
 TRAINING_FIELDS = tuple(name for name, field in FIELDS.items() if field.trained)
 
 

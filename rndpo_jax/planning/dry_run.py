@@ -16,8 +16,9 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, models, pipeline, types
+from rndpo_jax import models, pipeline, types
 from rndpo_jax import workdir as workdir_lib
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import builder
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics
@@ -196,6 +197,8 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
     measured += 3  # base, last and selected checkpoint again, by process 0
   seen = data.num_evaluated or counts["val"] + counts["test"]
   evaluated = -(-seen // own)
+  # The program is of one pass; so many flips are averaged over.
+  passes = 2**config.data.spatial_dims if config.evaluate.mirror else 1
   found = {
     "base": supervised * base.num_steps,
     "judge": config.judge.learned.num_steps,
@@ -203,7 +206,7 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
     "finetune": tuned.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
-    "evaluate": measured * evaluated,
+    "evaluate": measured * evaluated * passes,
     "resize": measured * evaluated,
   }
   return {name: count for name, count in found.items() if name in trials}

@@ -22,7 +22,7 @@ from rndpo_jax.data import proposal_files
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judge_gate, judges
+from rndpo_jax.mining import fused, given_pairs, judge_gate, judges
 from rndpo_jax.mining.program import (
   make_mine_batch,
   make_rule,
@@ -31,7 +31,7 @@ from rndpo_jax.mining.program import (
   with_keys,
 )
 from rndpo_jax.runtime import sharding
-from rndpo_jax.stages import base, finetune, measure_judges, mine_preferences, train_judge
+from rndpo_jax.stages import base, finetune, measure_judges, train_judge
 from rndpo_jax.training import image_terms, train_step, validation
 
 
@@ -139,10 +139,10 @@ def _mine_preferences(config, problem, mesh, params, batch):
   """The same of pairs that come from a file."""
   struct, shape = jax.ShapeDtypeStruct, (batch.index.shape[0], config.mine.pairs_per_image)
   masks = struct((*shape, *problem.size), jnp.uint8)
-  rows = mine_preferences.Rows(
+  rows = given_pairs.Rows(
     batch.index, batch.images, masks, masks, struct(shape, jnp.bool_), batch.valid
   )
-  function = mine_preferences.make_batch(config, problem)
+  function = given_pairs.make_batch(config, problem)
   return _with_keys(function, mesh, {"policy": params}, rows)
 
 

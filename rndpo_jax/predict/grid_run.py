@@ -13,7 +13,6 @@ import numpy as np
 from rndpo_jax import models
 from rndpo_jax.data import loader
 from rndpo_jax.evaluation import predict
-from rndpo_jax.models import mirroring
 from rndpo_jax.predict import case_files, case_reader, programs, score_table
 from rndpo_jax.predict import trained as trained_lib
 from rndpo_jax.predict.job import KEPT, Job, Options, read_ahead
@@ -61,9 +60,7 @@ def make_predictor(trained: trained_lib.Trained, options: Options) -> Predictor:
   segmenter = models.build(
     config.model, num_classes=trained.num_classes, spatial_dims=trained.spatial_dims
   )
-  apply, to_masks = predict.programs(segmenter)
-  if options.mirror:
-    apply = sharding.over_local_devices(mirroring.mirrored(segmenter.apply))
+  apply, to_masks = predict.programs(segmenter, mirror=options.mirror)
   to_probabilities = sharding.over_local_devices(
     lambda _, rows: programs.native_probabilities(*rows)
   )

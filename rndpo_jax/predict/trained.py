@@ -13,9 +13,8 @@ from rndpo_jax import errors, types
 from rndpo_jax import workdir as workdir_lib
 from rndpo_jax.data import records
 from rndpo_jax.evaluation import delivered
-from rndpo_jax.nnunet import imported
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import evaluate, phases
+from rndpo_jax.stages import base, evaluate, phases
 from rndpo_jax.training import checkpoint
 
 CHECKPOINTS = ("delivered", "last", "best", "base")
@@ -56,6 +55,11 @@ class Trained(NamedTuple):
   step: int = 0
   params: types.Params = None
 
+  @property
+  def mirrors(self) -> bool:
+    """Whether evaluation averaged over flips; a run of an older version did not."""
+    return self.config.evaluate.get("mirror", False)
+
 
 def load(workdir: os.PathLike, which: str) -> Trained:
   """Reads `config.json`, `data/records.json` and the parameters; the data themselves stay unread.
@@ -88,22 +92,11 @@ def load(workdir: os.PathLike, which: str) -> Trained:
     size=config_lib.input_size(config),
     crop=tuple(config.data.crop),
     normalization=config.data.normalization,
-    mirror_axes=_mirror_axes(config, workdir, facts["spatial_dims"]),
+    mirror_axes=base.mirror_axes(config, workdir, facts["spatial_dims"]),
     **{name: facts[name] for name in Trained._fields if name in facts},
   )
   step, params = _params(workdir, config, trained, which)
   return trained._replace(step=step, params=params)
-
-
-def _mirror_axes(config, workdir: epath.Path, spatial_dims: int) -> tuple[int, ...]:
-  """Of an imported base those of its training, which fine-tuning goes on from."""
-  home = workdir / "base" / imported.KEPT
-  if home.exists():
-    model = imported.read_kept(home)
-    axes = model.checkpoint.mirroring_axes
-    return tuple(n for n, axis in enumerate(model.plans.axes) if axis in axes)
-  is_flipped = config.base.augment and config.augment.flip > 0
-  return tuple(range(spatial_dims)) if is_flipped else ()
 
 
 def _config(workdir: epath.Path) -> ml_collections.ConfigDict:

@@ -106,6 +106,17 @@ def load(workdir: os.PathLike, dataset, member: int = 0) -> types.Params:
   )
 
 
+def mirror_axes(config, workdir: os.PathLike, spatial_dims: int) -> tuple[int, ...]:
+  """Spatial axes along which the base's training flipped images, that of an imported one too."""
+  home = epath.Path(workdir) / "base" / imported.KEPT
+  if home.exists():
+    model = imported.read_kept(home)
+    axes = model.checkpoint.mirroring_axes
+    return tuple(n for n, axis in enumerate(model.plans.axes) if axis in axes)
+  is_flipped = config.base.augment and config.augment.flip > 0
+  return tuple(range(spatial_dims)) if is_flipped else ()
+
+
 def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
   """`base/` for the first member, `base/member-N/` for the others."""
   directory = epath.Path(workdir) / "base"

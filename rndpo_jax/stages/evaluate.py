@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rndpo_jax import provenance, types
+from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import preference_file
 from rndpo_jax.evaluation import (
@@ -59,7 +59,8 @@ def run(config, workdir: os.PathLike) -> None:
   for own, folder, _ in phases.of_job(config, workdir):
     start = phases.start(own, workdir, dataset)
     finetune.check_made_of(folder / "finetune", "done.json", dataset, start)
-  evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params)
+  axes = mirror_axes(config, workdir, dataset)
+  evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params, axes)
   steps = [0, *tuned]
   own = steps[jax.process_index() :: jax.process_count()]
   shown = progress.track(own, total=len(own), description="evaluate", unit="checkpoints")
@@ -98,15 +99,33 @@ def run(config, workdir: os.PathLike) -> None:
   content |= _measured(models, reported, curve, names)
   stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
   content["label_free"] = {"checkpoints": points, **stops}
-  # The rule works on whole records on the device, which the native mode does not have there.
-  content["rankseg"] = {split: {} for split in predict.SPLITS}
-  if dataset.native is None:
-    content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
+  content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
   content["warnings"] = results.warnings(content)
   if "pairs" in image_terms.reads_of(config):
     content["warnings"] += _gate_warning(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
+
+
+def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
+  """Axes whose flips `config.evaluate.mirror` averages over, as `launch.predict --mirror` does.
+
+  All in the simple mode; in the native mode those that training flipped.
+
+  Raises:
+    ConfigError: if there are none of those.
+  """
+  if not config.evaluate.mirror:
+    return ()
+  if dataset.native is None:
+    return tuple(range(dataset.spatial_dims))
+  found = base.mirror_axes(config, workdir, dataset.spatial_dims)
+  if not found:
+    raise errors.ConfigError(
+      "config.evaluate.mirror: found True, but the base was trained without flips, so those of its "
+      "input would harm; leave it at False"
+    )
+  return found
 
 
 def _choose(config, steps, cases, points) -> dict:

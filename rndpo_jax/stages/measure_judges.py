@@ -12,7 +12,7 @@ from etils import epath
 
 from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
-from rndpo_jax.losses import bit_planes, objectives
+from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
@@ -73,7 +73,11 @@ class Measured(NamedTuple):
 
 
 def write_reliability(
-  config, directory: epath.Path, dataset, outputs: Mapping[str, Iterable]
+  config,
+  directory: epath.Path,
+  dataset,
+  outputs: Mapping[str, Iterable],
+  by_tiles: Callable | None = None,
 ) -> None:
   """Writes `proposals.json`, `validation.npz` and, last, `judges.json`, all of validation.
 
@@ -88,6 +92,7 @@ def write_reliability(
   Args:
     directory: `pairs/`.
     outputs: of each of SPLITS, (batch, output of `make_measure`'s function) over its records.
+    by_tiles: of `tile_pairs.of_measuring`, if the outputs are without masks.
   """
   names = [split for split in SPLITS if len(dataset.splits[split])]
   parts = {split: _measured(dataset, split, outputs[split]) for split in names}
@@ -112,9 +117,11 @@ def write_reliability(
   if weights:
     table[judges.FUSED]["weights"] = weights
   mined = val.out["mined"][judge]
-  validation_pairs.write(
-    directory / validation_pairs.FILE, val.indices, val.out["packed"], val.out["truth"], mined
-  )
+  if by_tiles is None:
+    rows = (val.indices, val.out["packed"], val.out["truth"], mined)
+  else:
+    rows = by_tiles(val.indices, val.out["truth"], mined)
+  validation_pairs.write(directory / validation_pairs.FILE, *rows)
   files.write_json(directory / "judges.json", table)
 
 
@@ -234,15 +241,10 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
     mined: their pairs.
     entry: of `judges.json`, for its calibration.
   """
-  options = config.finetune
-  rows = [objectives.OBJECTIVES[name] for name in objectives.parse(options.objective)]
   volume = pair_batches.voxel_volumes(config, dataset)
   mass = reliability.gradient_mass(
     mined.region_size,
-    normalizations=[options.normalization or row.normalization for row in rows],
-    weights=tuple(options.objective_weights) or (1.0,) * len(rows),
-    exponent=options.power_exponent,
-    floor=options.power_floor,
+    **pair_batches.mass_options(config),
     voxel_volume=np.array([volume(int(index)) for index in indices], np.float64)[:, None],
   )
   return mass * pair_worth(config, mined.score_gap, mined.valid, entry)

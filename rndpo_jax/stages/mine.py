@@ -19,7 +19,7 @@ from etils import epath
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, proposal_files, tiles
-from rndpo_jax.mining import fused, judge_gate, judges, user_judges
+from rndpo_jax.mining import fused, given_pairs, judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
   host_judges,
@@ -34,10 +34,20 @@ from rndpo_jax.mining.program import (
 )
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
-from rndpo_jax.stages import base, examples, measure_judges, phases, prepare, train_judge
+from rndpo_jax.stages import (
+  base,
+  examples,
+  measure_judges,
+  phases,
+  prepare,
+  tile_pairs,
+  train_judge,
+  whole_images,
+)
 from rndpo_jax.training import image_terms
 
 _KEPT = "mine: finished shards are kept"
+_MEASURED = ("judges.json", "proposals.json", "validation.npz")
 
 
 def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
@@ -61,48 +71,66 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
   dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
-  shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
-  prepare.check_truth(config, dataset.records, dataset.splits["unlabelled"])
+  is_whole = config.mine.whole_images
+  judged = whole_images.images(dataset) if is_whole else dataset
+  shards.check_num_shards(config, len(judged.splits["unlabelled"]))
+  prepare.check_truth(config, judged.records, judged.splits["unlabelled"])
   with preemption.together(_KEPT):
     proposed = prepare.open_proposals(config, dataset)
   weights, score = make_scorer(config, workdir, dataset)
   shards.claim(directory, _fingerprints(dataset, weights, proposed))
-  load_files = proposed and proposal_files.make_load(proposed, dataset)
-  batches = functools.partial(run_batches, config, dataset, load_files=load_files)
+  load_files = proposed and proposal_files.make_load(proposed, judged)
+  place, go_through = on_local_devices, functools.partial(run_batches, config, dataset)
+  if is_whole:
+    place, go_through = whole_images.on_one_device, whole_images.make_run(config, judged, weights)
+  batches = functools.partial(go_through, load_files=load_files)
   hosted = host_judges(config, dataset)
   if multihost.is_first():
     for name, reason in hosted.items():
       progress.say(f"judge {name!r} runs on the host, which is slower: {reason}")
-  measured = [directory / name for name in ("judges.json", "proposals.json", "validation.npz")]
   with preemption.together(_KEPT):
-    if multihost.is_first() and not all(path.exists() for path in measured):
-      measure = _measure_program(config, dataset, weights, score, hosted)
+    if multihost.is_first() and not all((directory / name).exists() for name in _MEASURED):
+      measure = _measure_program(config, dataset, weights, score, hosted, place)
       outputs = {
-        split: batches(dataset.splits[split], measure, with_labels=True)
+        split: batches(judged.splits[split], measure, with_labels=True)
         for split in measure_judges.SPLITS
       }
-      measure_judges.write_reliability(config, directory, dataset, outputs)
+      by_tiles = None
+      if is_whole:
+        outputs, by_tiles = tile_pairs.of_measuring(config, dataset, outputs)
+      measure_judges.write_reliability(config, directory, judged, outputs, by_tiles)
   config = pass_gate(config, directory)
   weights["log_odds"] = read_log_odds(config, directory)
-  program = _mine_program(config, dataset, weights, score, hosted)
+  program = _mine_program(config, dataset, weights, score, hosted, place)
   with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(batches, program=program, with_labels=with_labels)
   if multihost.is_first() and not (directory / "examples.npz").exists():
-    outputs = mined(examples.indices(dataset))
-    examples.write(directory / "examples.npz", dataset, outputs)
+    outputs = mined(examples.indices(judged))
+    outputs = tile_pairs.examples(dataset, outputs) if is_whole else outputs
+    examples.write(directory / "examples.npz", judged, outputs)
   if "pairs" not in image_terms.reads_of(config):
     if multihost.is_first():
       manifest.write_empty(config, directory)
     return
-  indices = dataset.splits["unlabelled"]
+  write = functools.partial(_write, config)
+  if is_whole:
+    policy = {"policy": weights["policy"]}
+    margins = on_local_devices(given_pairs.make_batch(config, dataset), policy)
+    write = functools.partial(tile_pairs.write, config, dataset, margins)
+  indices = judged.splits["unlabelled"]
   with preemption.together(_KEPT):
     for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
       path = shards.shard_path(directory, shard, config.mine.num_shards)
       if shard % jax.process_count() == jax.process_index() and not manifest.is_finished(path):
-        outputs = mined(part, stays=("masks",))
-        manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
+        write(path, part, mined)
   if multihost.is_first():
     manifest.write_manifest(config, directory)
+
+
+def _write(config, path, part, mined: Callable) -> None:
+  """Writes a shard of images, as they are mined."""
+  outputs = mined(part, stays=("masks",))
+  manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
 
 
 def pass_gate(config, directory: epath.Path):
@@ -163,16 +191,16 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
   return weights, make_score(config, dataset, learned_apply)
 
 
-def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
+def _measure_program(config, dataset, weights, score, hosted: Mapping, place: Callable) -> Callable:
   """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
   names, rule = used_judges(config), make_rule(config, dataset)
   here = [name for name in names if name in hosted]
   there = tuple(name for name in names if name not in hosted and name != judges.FUSED)
   function = measure_judges.make_measure(score, there, dataset, rule, bool(here))
-  measure = on_local_devices(function, weights)
+  measure = place(function, weights)
   if not here:
     return measure
-  finish = on_local_devices(make_rule_scored(config, dataset), None)
+  finish = place(make_rule_scored(config, dataset), None)
 
   def program(key, batch: types.Batch):
     out = dict(measure(key, batch))
@@ -188,12 +216,12 @@ def _measure_program(config, dataset, weights, score, hosted: Mapping) -> Callab
   return program
 
 
-def _mine_program(config, dataset, weights, score, hosted: Mapping) -> Callable:
+def _mine_program(config, dataset, weights, score, hosted: Mapping, place: Callable) -> Callable:
   """(key, batch) -> what `make_mine_batch` says, in one program, or two with the host between."""
   if config.judge.name not in hosted:
-    return on_local_devices(make_mine_batch(config, dataset, score), weights)
-  propose = on_local_devices(make_propose_batch(score), weights)
-  finish = on_local_devices(make_mine_scored(config, dataset), None)
+    return place(make_mine_batch(config, dataset, score), weights)
+  propose = place(make_propose_batch(score), weights)
+  finish = place(make_mine_scored(config, dataset), None)
 
   def program(key, batch: types.Batch):
     out = propose(key, batch)

@@ -1,7 +1,8 @@
 """Stage `mine` where pairs are readers' preferences: no proposals, no judge, no rule, no gate.
 
 The pairs of `config.data.preferences` get reference margins of the base and are written as mined
-ones are. A volume whose slices are records gives a pair a slice in which its two masks differ.
+ones are. A volume whose slices are records gives a pair a slice in which its two masks differ; in
+the native mode every tile in which they do has one.
 """
 
 from __future__ import annotations
@@ -10,44 +11,24 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import config as config_lib
-from rndpo_jax import errors, losses, models, provenance, types
+from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import loader, mask_files, preference_file
+from rndpo_jax.data import loader, mask_files, preference_file, tiles
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import pair_rules, reliability
+from rndpo_jax.mining import given_pairs, reliability
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 from rndpo_jax.stages import examples, mine, phases
 
 _KEPT = "mine: finished shards are kept"
-
-
-class Rows(NamedTuple):
-  """Records with preferences: `pairs` numbers of lines, at most P; leading axis b in a batch.
-
-  Attributes:
-    index: i32[b], of the record.
-    images: f32[b, *S, I].
-    chosen: u8[b, P, *S]. rejected: likewise.
-    given: bool[b, P], False if a slot has no pair.
-    valid: bool[b], False if the entry only pads the batch.
-  """
-
-  index: types.Array
-  images: types.Array
-  chosen: types.Array
-  rejected: types.Array
-  given: types.Array
-  valid: types.Array
 
 
 def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
@@ -62,17 +43,18 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
-  dataset = dataset_lib.open_dataset(config, workdir)
+  whole = dataset_lib.open_dataset(config, workdir)
+  dataset = tiles.view(whole)
   shards.check_num_shards(config, len(dataset.splits["unlabelled"]))
-  found, grids = preference_file.read(config, dataset.records, _split_of(dataset))
+  found, grids = preference_file.read(config, whole.records, _split_of(whole))
   with preemption.together(_KEPT):
     affine_of = dataset_lib.affine_of(dataset)
     preference_file.check(found, grids, dataset.num_classes, affine_of)
   params = phases.start(config, workdir, dataset)
   fingerprints = provenance.of_finetuning(dataset, params)
   shards.claim(directory, {**fingerprints, "preferences": preference_file.fingerprint(found)})
-  items = items_of(found, dataset.records, config.mine.pairs_per_image)
-  program = mine.on_local_devices(make_batch(config, dataset), {"policy": params})
+  items = items_of(found, dataset, config.mine.pairs_per_image)
+  program = mine.on_local_devices(given_pairs.make_batch(config, dataset), {"policy": params})
   batches = functools.partial(_batches, config, dataset, found, grids)
   if multihost.is_first():
     progress.say(
@@ -80,7 +62,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
       "no judge scores them, and the gate is off"
     )
     _write_unjudged(config, directory, dataset)
-    if not (directory / "examples.npz").exists():
+    if items and not (directory / "examples.npz").exists():
       _write_examples(directory / "examples.npz", dataset, batches(_some(items), None))
   with preemption.together(_KEPT):
     for shard, part in enumerate(_split(items, config.mine.num_shards)):
@@ -101,16 +83,28 @@ def _split_of(dataset) -> dict[str, str]:
 
 
 def items_of(
-  preferences: Sequence[preference_file.Preference], entries, num_slots: int
+  preferences: Sequence[preference_file.Preference], dataset, num_slots: int
 ) -> list[tuple[int, tuple[int, ...]]]:
-  """(index of a record, places of its preferences, at most `num_slots`), by rising index."""
+  """(index of a record or tile, places of its preferences, at most `num_slots`), by rising index.
+
+  Args:
+    preferences: the lines.
+    dataset: by records or by tiles.
+    num_slots: see above.
+  """
   of_image: dict[str, list[int]] = {}
   for place, item in enumerate(preferences):
     of_image.setdefault(item.image, []).append(place)
+  entries = tiles.whole(dataset).records
+  of_record = {
+    record: places
+    for record, entry in enumerate(entries)
+    if (places := of_image.get(mask_files.image_id(entry)))
+  }
   return [
     (index, tuple(places[start : start + num_slots]))
-    for index, entry in enumerate(entries)
-    if (places := of_image.get(mask_files.image_id(entry)))
+    for index in range(len(dataset.records))
+    if (places := of_record.get(tiles.record_of(dataset, index)))
     for start in range(0, len(places), num_slots)
   ]
 
@@ -119,44 +113,13 @@ def _split(items: list, count: int) -> list[list]:
   return [[items[i] for i in part] for part in np.array_split(np.arange(len(items)), count)]
 
 
-def make_batch(config, dataset) -> Callable:
-  """(weights, keys, Rows) -> what `manifest.write` takes: pairs, packed masks, margins."""
-  segmenter = models.build(
-    config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
-  )
-  options = {"classes": config_lib.region_classes(config)}
-
-  def batch(weights, keys, rows: Rows):
-    del keys
-    logits = segmenter.apply(weights["policy"], rows.images)
-    size = losses.region_size(
-      rows.chosen, rows.rejected, spatial_dims=dataset.spatial_dims, **options
-    )
-    valid = rows.given & (size > 0)
-    dropped = jnp.zeros((len(rows.index), len(pair_rules.FILTERS)), jnp.int32)
-    identical = jnp.sum(rows.given & (size == 0), axis=1, dtype=jnp.int32)
-    zeros = jnp.zeros_like(size)
-    return {
-      "pairs": types.Pairs(
-        chosen=zeros,
-        rejected=zeros,
-        score_gap=jnp.zeros(size.shape, jnp.float32),
-        region_size=jnp.where(valid, size, 0),
-        valid=valid,
-        dropped=dropped.at[:, pair_rules.FILTERS.index("identical")].set(identical),
-      ),
-      "chosen": bit_planes.pack(rows.chosen, dataset.num_classes, dataset.spatial_dims),
-      "rejected": bit_planes.pack(rows.rejected, dataset.num_classes, dataset.spatial_dims),
-      "reference_margin": losses.pair_margin(logits, rows.chosen, rows.rejected, **options),
-      "reference_log_prob": losses.pair_log_prob(logits, rows.chosen, rows.rejected, **options),
-    }
-
-  return batch
-
-
 def _batches(config, dataset, preferences, grids, items, program: Callable | None) -> Iterator:
   """(Rows, output of the program as numpy arrays) over items; without a program, no output."""
   slots = config.mine.pairs_per_image
+
+  @functools.lru_cache(maxsize=4)  # a record's masks, for its tiles
+  def on_grid(place: int, record: int) -> list[np.ndarray]:
+    return [mask_files.on_grid(mask, dataset, record) for mask in read(place)]
 
   @functools.lru_cache(maxsize=4)  # a volume's masks, for its slices
   def read(place: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,26 +130,28 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
     )
     return chosen, rejected
 
-  def load(item: tuple[int, tuple[int, ...]], valid: bool) -> Rows:
+  def load(item: tuple[int, tuple[int, ...]], valid: bool) -> given_pairs.Rows:
     index, places = item
-    entry = dataset.records[index]
+    record = tiles.record_of(dataset, index)
     masks = np.zeros((2, slots, *dataset.size), np.uint8)
     for slot, place in enumerate(places):
-      for side, mask in enumerate(read(place)):
-        masks[side, slot] = mask_files.on_grid(mask, entry, dataset.size, dataset.crop)
+      for side, mask in enumerate(on_grid(place, record)):
+        masks[side, slot] = tiles.part_of(dataset, index, mask)
     image = dataset_lib.load_example(dataset, index, with_labels=False)["image"]
     given = np.arange(slots) < len(places)
-    return Rows(np.int32(index), image, *masks, given, np.bool_(valid))
+    return given_pairs.Rows(np.int32(index), image, *masks, given, np.bool_(valid))
 
   # Each device's share is the config's, so that its program does not depend on their number.
   size = config.mine.batch_size * jax.local_device_count()
 
-  def load_batch(start: int) -> Rows:
+  def load_batch(start: int) -> given_pairs.Rows:
     own = items[start : start + size]
     own = [(item, True) for item in own] + [(own[-1], False)] * (size - len(own))
-    return Rows(*(np.stack(arrays) for arrays in zip(*(load(*x) for x in own), strict=True)))
+    return given_pairs.Rows(
+      *(np.stack(arrays) for arrays in zip(*(load(*x) for x in own), strict=True))
+    )
 
-  def begin(rows: Rows):
+  def begin(rows: given_pairs.Rows):
     preemption.check(_KEPT)
     return rows, program and program(jax.random.key(0), sharding.split_over_local_devices(rows))
 
@@ -253,7 +218,8 @@ def _write_manifest(config, directory: epath.Path, num_preferences: int) -> None
   if not sum(files.read_json(path)["num_pairs"] for path in paths):
     raise errors.MiningError(
       f"{config.data.preferences}: the masks of none of {num_preferences} lines differ on the "
-      "model's grid; take a larger config.data.size, another config.data.crop, or other masks"
+      "model's grid; take a finer one (config.data.size or config.data.spacing), another "
+      "config.data.crop, or other masks"
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():

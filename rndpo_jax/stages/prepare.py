@@ -18,6 +18,7 @@ from rndpo_jax.data import (
   records,
   sources,
   splits,
+  tiles,
 )
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
@@ -112,7 +113,7 @@ def open_proposals(config, dataset) -> proposal_files.ProposalFiles | None:
   Raises:
     errors.DataError: naming the file, and the line that named it.
   """
-  found = proposal_files.open_files(config, dataset.records)
+  found = proposal_files.open_files(config, tiles.whole(dataset).records)
   if found is None:
     return None
   proposal_files.check(found, dataset.num_classes, dataset_lib.affine_of(dataset))

@@ -19,7 +19,8 @@ import jax
 from etils import epath
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import config_checks, errors, pipeline
+from rndpo_jax import errors, pipeline
+from rndpo_jax.checks import config_checks
 from rndpo_jax.data import sources
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files, lock, preemption, progress

@@ -25,6 +25,14 @@ from rndpo_jax.runtime import files, multihost, processes, progress
 _SUMS = "sha256.json"
 # Orbax writes both after the sums; the first marks a step as whole on every kind of storage.
 _WHOLE, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+# Orbax shares an array's writing out among the devices that hold it, by a program for each shape
+# and device: for a small one compiling them takes longer than they save.
+_MIN_SHARE_BYTES = 2**20
+ocp.type_handlers.register_type_handler(
+  jax.Array,
+  ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SHARE_BYTES),
+  override=True,
+)
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError, AttributeError)
 
 

@@ -1,0 +1,72 @@
+"""Grids of studies: what a cell is, and which cannot run."""
+
+import json
+
+import pytest
+from study_cells import DPO, PH2, RN, ROOT, TINY, expand, study
+from tiny_config import get_config
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.errors import ConfigError
+from rndpo_jax.study import (
+  grid,
+  study_loop,
+)
+
+
+def test_a_cell_is_what_its_arm_says_and_shares_its_base():
+  arm = {
+    "recipes": (RN,), "seeds": (3,),
+    "axes": {"finetune.beta": (3.0, 30.0), "judge": {"o": {"judge.name": "oracle"}}},
+  }  # fmt: skip
+  arms = [arm, {"recipes": (DPO,), "seeds": (3, 4)}, arm]
+  cells = expand(study(arms=arms, data={"tiny": {"config": TINY, "set": {"data.num_val": 5}}}))
+  assert len(cells) == len({cell.key for cell in cells}) == 4
+  first = next(cell for cell in cells if cell.axes == {"finetune.beta": 3.0, "judge": "o"})
+  assert (first.config.finetune.beta, first.config.judge.name, first.config.seed) == (
+    3,
+    "oracle",
+    3,
+  )
+  assert first.key.startswith("tiny-n4-d0-s3-rn_dpo-finetune.beta=3-judge=o-")
+  assert first.config.finetune.batch_size == 8 and first.config.data.num_val == 5
+  assert len({cell.base_key for cell in cells}) == 2  # of the two seeds
+  assert [cell.key for cell in expand(study(), only="s1-dpo")] == [expand(study())[3].key]
+  # What makes a base another one: the model, not the recipe, nor the folder of the files.
+  wider = expand(study(set={"model.width": 4}))[0]
+  assert wider.base_key != expand(study())[0].base_key
+  assert expand(study(), roots={"tiny": "/elsewhere"})[0].key == expand(study())[0].key
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (study(arms=[{"recipes": (RN,), "axes": {"finetune.beta": (-1.0,)}}]), "finetune.beta=-1"),
+    (study(arms=[{"recipes": (RN,), "set": {"finetune.bata": 1.0}}]), "rn_dpo: .*finetune.bata"),
+    (study(arms=[{"recipes": ("no_such",)}]), "no_such: .*unknown recipe"),
+    (study(set={"data.num_test": 99}), "tiny-n4-d0-s0-rn_dpo.*num_test=99"),
+    (study(set={"data.num_test": 0}), "num_test: there are no test cases, and a study is judged"),
+    (study(data={"tiny": {"config": TINY, "set": {"data.num_val": 0}}}), "num_val: there are no"),
+    (study(arms=[{"recipe": (RN,)}]), "unknown key 'recipe'"),
+    (study(arms=[{"recipes": RN}]), "expected sequence"),
+    (study(data={"tiny": {"config": "no_such.py"}}), "no_such.py: no such file"),
+    (study(data={"ph2": {"config": PH2}}, set={}), "rn_dpo.*--roots: the data set 'ph2'"),
+  ],
+)
+def test_a_grid_with_a_cell_that_cannot_run_is_refused_by_name(content, message):
+  with pytest.raises(ConfigError, match=message):
+    study_loop.check(expand(content))
+
+
+def test_the_studies_of_this_folder_can_be_expanded():
+  for path in sorted((ROOT / "configs" / "studies").glob("[!_]*.py")):
+    content = grid.load_file(path, "get_study")()
+    cells = grid.expand(content, lambda config, name: None, {})
+    assert cells and all(cell.config.finetune.num_steps for cell in cells), path
+
+
+def test_changed_keys_hold_no_path_of_this_machine():
+  config = get_config(data__source="folder", data__root="/home/somebody", base__workdir="/there")
+  cell = expand(study())[0]._replace(config=config)
+  assert "/" not in json.dumps(grid.changed(cell))
+  assert config_lib.base_config().finetune.beta == 10.0  # the default that no line repeats

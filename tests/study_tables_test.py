@@ -1,0 +1,60 @@
+"""Tables of a study from records made by hand."""
+
+import pytest
+from study_cells import DPO, RN, record
+
+from rndpo_jax.study import (
+  study_groups,
+  study_tables,
+)
+
+
+def test_gains_and_differences_are_paired_by_draw_and_seed():
+  winner = [record(RN, 0, 0, (0.6, 0.8)), record(RN, 1, 0, (0.6, 0.8))]
+  loser = [record(DPO, 0, 0, (0.4, 0.6)), record(DPO, 2, 0, (0.9, 0.9))]
+  (group,) = study_groups.groups(winner + loser)
+  assert study_groups.gain(winner).mean == pytest.approx(0.1)
+  found = study_groups.difference(winner, loser)
+  assert found.num_runs == 1 and found.mean == pytest.approx(0.2)
+  table = study_tables.main_table(group)
+  rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+  assert rows[RN]["gain, sustained"] == "+0.100 (+0.100 to +0.100)"
+  assert rows[RN]["against the base"] == "better"
+  # -0.1 in one run and +0.4, +0.2 in the other: nothing can be claimed; the worst is shown.
+  assert rows[DPO]["against the base"] == "not told apart"
+  assert rows[DPO]["worst run"] == "\u22120.100"
+  (pair,) = study_tables.pair_table(group).rows
+  assert pair[:3] == [DPO, RN, "1"] and pair[4] == "worse"
+  # Runs that share no cases are not compared.
+  other = [record(DPO, 0, 0, (0.4, 0.6), cases={**loser[0]["cases"], "ids": "others"})]
+  assert study_groups.difference(winner, other) is None
+
+
+def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
+  levels = {3.0: (0.5, 0.7), 10.0: (0.6, 0.8), 30.0: (0.3, 0.5)}
+  records = [record(RN, 0, 0, dice, axes={"finetune.beta": b}) for b, dice in levels.items()]
+  (group,) = study_groups.groups(records)
+  (row,) = study_tables.stability_table(group).rows
+  assert row[:4] == [RN, "finetune.beta", "3", "10"] and row[5] == "30" and row[-1] == "0.300"
+  text = study_tables.csv_text(records)
+  assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
+
+
+def test_validation_chooses_the_point_of_a_recipe_not_test():
+  def point(recipe, beta, val, dice, **axes):
+    held = {"last": val, "last_third_mean": val}
+    return record(recipe, 0, 0, dice, axes={"finetune.beta": beta, **axes}, val=held)
+
+  records = [
+    point(RN, 3.0, 0.7, (0.6, 0.8)), point(RN, 10.0, 0.6, (0.8, 0.9)),
+    point(RN, 3.0, 0.9, (0.9, 0.9), judge="oracle"), point(DPO, 0.1, 0.5, (0.5, 0.7)),
+  ]  # fmt: skip
+  (group,) = study_groups.groups(records)
+  best = study_groups.chosen(group).arms
+  assert sorted(best) == [
+    "dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "rn_dpo, finetune.beta=3, judge=oracle",
+  ]  # fmt: skip
+  rows = study_tables.chosen_pair_table(group).rows
+  assert ["dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "1"] in [row[:3] for row in rows]
+  assert study_tables.pair_table(group).rows == []  # all are points of an axis
+  assert study_groups.chosen(study_groups.groups(records[3:])[0]).arms == {}
