@@ -43,6 +43,7 @@ CONDITIONAL = [
   ("judge.learned.num_steps", 5, {"judge.name": "learned"}),
   ("judge.flip_rate", 0.1, {"judge.name": "noisy_oracle"}),
   ("judge.noise_level", 0.1, {"judge.name": "noisy_oracle"}),
+  ("mine.whole_images", True, NATIVE),
   ("mine.rule", "adjacent", {"data.preferences": ""}),
   ("mine.min_score_gap", 0.1, {"data.preferences": ""}),
   ("mine.min_region_size", 2, {"data.preferences": ""}),

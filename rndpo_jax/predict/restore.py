@@ -7,7 +7,7 @@ in memory, and threads share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # evaluation restores records, too, and what reads cases buil
   from rndpo_jax.predict.native_cases import NativeCase
 
 _PIECE_VALUES = 2**22  # logits of a piece
+# Of the background's logit, whose masks agree with that of a network which is alone: pixels of two
+# classes are foreground from a probability of 0.73, or from 0.27 on.
+SHIFTS = (-1.0, 1.0)
 
 
 class Piece(NamedTuple):
@@ -112,9 +115,9 @@ def restore(piece: Piece, *, with_scores: bool, with_probabilities: bool) -> Par
   return Part(case, tuple(place), labels, entropy, probabilities, sums, piece.is_last)
 
 
-def argmax(logits: np.ndarray) -> np.ndarray:
+def argmax(logits: Sequence[np.ndarray]) -> np.ndarray:
   """f[C, *S] -> u8[*S], of equals the lowest; for few classes much faster than numpy's."""
-  best, labels = logits[0].copy(), np.zeros(logits.shape[1:], np.uint8)
+  best, labels = logits[0].copy(), np.zeros(logits[0].shape, np.uint8)
   for label in range(1, len(logits)):
     np.copyto(labels, np.uint8(label), where=logits[label] > best)
     np.maximum(best, logits[label], out=best)
@@ -155,8 +158,8 @@ def _sums(labels: np.ndarray, probs: np.ndarray, members: np.ndarray) -> dict[st
 
   Returns:
     "drawn" f64[C - 1] pixels of the mask, "expected" f64[C - 1] the sum of probabilities, "both"
-    f64[C - 1] that inside the mask; of an ensemble also "member" f64[members, C - 1] pixels of each
-    member's mask and "shared" f64[members, C - 1] those that are in the mask, too.
+    f64[C - 1] that inside the mask; "member" f64[M, C - 1] pixels of the masks of M members and
+    "shared" f64[M, C - 1] those that are in the mask, too. One network has `SHIFTS` for members.
   """
   own = [labels == label for label in range(1, len(probs))]
   sums = {
@@ -164,13 +167,19 @@ def _sums(labels: np.ndarray, probs: np.ndarray, members: np.ndarray) -> dict[st
     "expected": [p.sum(dtype=np.float64) for p in probs[1:]],
     "both": [(p * mask).sum(dtype=np.float64) for p, mask in zip(probs[1:], own, strict=True)],
   }
-  if len(members) > 1:
-    drawn = [[mask == label for label in range(1, len(probs))] for mask in map(argmax, members)]
-    sums["member"] = [[np.count_nonzero(mask) for mask in masks] for masks in drawn]
-    sums["shared"] = [
-      [np.count_nonzero(mask & y) for mask, y in zip(masks, own, strict=True)] for masks in drawn
-    ]
+  if len(members) == 1:
+    members = [_shifted(members[0], shift) for shift in SHIFTS]
+  drawn = [[mask == label for label in range(1, len(probs))] for mask in map(argmax, members)]
+  sums["member"] = [[np.count_nonzero(mask) for mask in masks] for masks in drawn]
+  sums["shared"] = [
+    [np.count_nonzero(mask & y) for mask, y in zip(masks, own, strict=True)] for masks in drawn
+  ]
   return {name: np.array(values, np.float64) for name, values in sums.items()}
+
+
+def _shifted(logits: np.ndarray, shift: float) -> list[np.ndarray]:
+  """C times f32[*S], the background's lower by `shift`, as the sampler `threshold` has it."""
+  return [logits[0] - np.float32(shift), *logits[1:]]
 
 
 def scores(sums: Mapping[str, np.ndarray], mean_entropy: float) -> dict[str, float]:
@@ -181,16 +190,14 @@ def scores(sums: Mapping[str, np.ndarray], mean_entropy: float) -> dict[str, flo
     mean_entropy: nats, over the mask's foreground and what is around it.
 
   Returns:
-    "confidence" the Dice that the probabilities expect of the mask, "entropy", and of an ensemble
-    "agreement", the mean foreground Dice of the mask and each member's.
+    "agreement" the mean foreground Dice of the mask and each member's, "confidence" the Dice that
+    the probabilities expect of the mask, "entropy".
   """
   total = sums["drawn"] + sums["expected"]
-  found = {
+  size = sums["drawn"] + sums["member"]
+  dice = np.where(size > 0, 2 * sums["shared"] / np.maximum(size, 1), 1.0)
+  return {
+    "agreement": float(dice.mean()),
     "confidence": float(np.mean((2 * sums["both"] + 1) / (total + 1))),
     "entropy": -mean_entropy,
   }
-  if "member" in sums:
-    size = sums["drawn"] + sums["member"]
-    dice = np.where(size > 0, 2 * sums["shared"] / np.maximum(size, 1), 1.0)
-    found["agreement"] = float(dice.mean())
-  return found

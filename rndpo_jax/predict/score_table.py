@@ -37,7 +37,7 @@ def text(rows: Sequence[Mapping]) -> str:
   Returns:
     Columns case_id, mask (its file), rank (1 for the lowest agreement, then the lowest confidence:
     look at it first), agreement, confidence, entropy, foreground_pixels. The agreement is empty
-    where there are no proposals, and counts for nothing in the rank.
+    where an older version left it out, and counts for nothing in the rank.
   """
   keys = [(row["scores"].get("agreement", 0.0), row["scores"]["confidence"]) for row in rows]
   order = sorted(range(len(rows)), key=lambda i: (*keys[i], i))
