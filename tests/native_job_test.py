@@ -284,6 +284,11 @@ def test_proposals_from_files_are_cut_as_the_labels_are(job, tmp_path):
   assert _check_pairs(config, tmp_path / "work", workdir, root, cases, orders) > 20
   judged = json.loads((tmp_path / "work/pairs/judges.json").read_text())["file"]
   assert judged["pair_accuracy"] is not None and judged["num_cases"] == 2
+  if config.data.spatial_dims == 3:  # scores of files are of images, so whole ones have these pairs
+    config = config.copy_and_resolve_references()
+    config.mine.whole_images = True
+    pipeline.run(config, tmp_path / "whole", ("base", "mine"))
+    assert _check_pairs(config, tmp_path / "whole", workdir, root, cases, orders) > 20
 
 
 def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
