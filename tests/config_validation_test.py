@@ -9,6 +9,7 @@ from rndpo_jax.errors import ConfigError
 NEEDY = [
   ({"judge.name": "auto"}, "judge.name: found 'auto'"),
   ({"judge.name": "fused"}, "judge.name: found 'fused'"),
+  ({"judge.compare": ("agreement", "entropy", "fused")}, "judge.compare: found 'fused'"),
   ({"finetune.pair_weight": "reliability"}, "finetune.pair_weight: found 'reliability'"),
   ({"finetune.min_pair_probability": 0.7}, "finetune.min_pair_probability: found 0.7"),
   (

@@ -29,13 +29,14 @@ def check_without_cases(config) -> None:
 def _check_phase(config) -> None:
   if config.data.preferences or "pairs" not in image_terms.reads_of(config):
     return
-  options, name = config.finetune, config.judge.name
+  options = config.finetune
   remedy = "and there are no validation cases to measure that by (config.data.num_val)"
-  if name in (judges.AUTO, judges.FUSED):
-    raise ConfigError(
-      f"config.judge.name: found {name!r}, which goes by how often judges are right, {remedy}; "
-      "name one judge, such as 'agreement'"
-    )
+  for key, names in (("name", (config.judge.name,)), ("compare", config.judge.compare)):
+    for name in {judges.AUTO, judges.FUSED}.intersection(names):
+      raise ConfigError(
+        f"config.judge.{key}: found {name!r}, which goes by how often judges are right, {remedy}; "
+        "leave it out, and name one judge, such as 'agreement'"
+      )
   if reliability.reads_calibration(options.pair_weight, options.min_pair_probability):
     key = "min_pair_probability" if options.min_pair_probability else "pair_weight"
     raise ConfigError(

@@ -89,13 +89,8 @@ def run(config, workdir: os.PathLike) -> None:
   files.write_text(evaluation.folder / "cases.csv", table)
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
-  # Of the last phase, whose start is the reference of its pairs.
-  first = phases.of_job(config, workdir)[-1].steps
-  own = [step for step in steps if step >= first]
-  found = _harm(config, workdir, evaluation, own, content["judges"][content["judge"]])
-  files.write_json(evaluation.folder / HARM, results.plain(found))
-  content["harm"] = {name: value for name, value in found.items() if name != "curve"}
-  content["harm"] |= {"first": found["curve"][0], "last": found["curve"][-1]}
+  judge = content["judges"][content["judge"]]
+  content["harm"] = _write_harm(config, workdir, evaluation, steps, judge)
   content |= _measured(models, reported, curve, names)
   stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
   content["label_free"] = {"checkpoints": points, **stops}
@@ -153,6 +148,16 @@ def _delivered(chosen: dict, models) -> dict:
     difference["test"] = delivered.paired(test[0] - test[1])
   names = ("step", "is_base", "chosen_by", "rule", "reason", "min_probability", "max_kl")
   return {**{name: chosen[name] for name in names if name in chosen}, "difference": difference}
+
+
+def _write_harm(config, workdir, evaluation, steps, judge) -> dict:
+  """Writes HARM, and returns it with the first and last checkpoint alone."""
+  # Of the last phase, whose start is the reference of its pairs.
+  first = phases.of_job(config, workdir)[-1].steps
+  found = _harm(config, workdir, evaluation, [step for step in steps if step >= first], judge)
+  files.write_json(evaluation.folder / HARM, results.plain(found))
+  curve = found.pop("curve")
+  return {**found, "first": curve[0], "last": curve[-1]}
 
 
 def _harm(config, workdir, evaluation, steps, judge) -> dict:
