@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from rndpo_jax import errors
@@ -28,11 +29,14 @@ _WHOLE, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 # Orbax shares an array's writing out among the devices that hold it, by a program for each shape
 # and device: for a small one compiling them takes longer than they save.
 _MIN_SHARE_BYTES = 2**20
+_verbosity = logging.get_verbosity()
+logging.set_verbosity(logging.ERROR)  # Orbax warns of what `override` asks for
 ocp.type_handlers.register_type_handler(
   jax.Array,
   ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SHARE_BYTES),
   override=True,
 )
+logging.set_verbosity(_verbosity)
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError, AttributeError)
 
 
