@@ -53,6 +53,7 @@ def _stack_evaluation(folder, masks):
     params=lambda step: {"w": np.zeros(1)},
     batches=batches,
     label=lambda index: _LABELS[index],
+    mirror_axes=(),
   )
 
 

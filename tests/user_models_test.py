@@ -36,7 +36,7 @@ def clinic(tmp_path, monkeypatch):
 
 
 def test_the_network_of_the_page_is_trained_and_mined_from(clinic, tiny_config, tmp_path):
-  config = tiny_config(model__name="my_network:build", model__depth=1)
+  config = tiny_config(model__name="my_network:build", base__num_steps=100)
   pipeline.run(config, tmp_path / "work", ["prepare", "base", "mine"])
   assert len(list(shards.read(tmp_path / "work" / "pairs"))) > 10
 

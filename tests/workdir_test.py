@@ -98,7 +98,7 @@ def test_a_base_of_another_seed_or_augmentation_is_printed(claimed, tiny_config,
 
   assert said(data__num_workers=2, base__num_members=2, augment__flip=0.0) == ""
   assert f"the base is that of {claimed}" in (out := said(seed=1)) and "seed: was 0, is 1" in out
-  with pytest.raises(errors.ConfigError, match="config.base.learning_rate: was 0.03, is 0.5"):
+  with pytest.raises(errors.ConfigError, match="config.base.learning_rate: was 0.05, is 0.5"):
     said(base__learning_rate=0.5)
   workdir.claim(tiny_config(base__augment=True), claimed, started=False, prepared=False)
   assert "config.augment.flip: was 0.5, is 0.0" in said(base__augment=True, augment__flip=0.0)
