@@ -28,42 +28,21 @@ def sample(
   keys: jax.Array,
   *,
   mix: tuple[tuple[tuple[str, ...], int], ...],
-  noise_scale: float,
-  noise_smoothing: float,
-  temperature_low: float,
-  temperature_high: float,
-  threshold_shift: float,
-  files: types.FileProposals | None = None,
   member_logits: jax.Array | None = None,
+  **options,
 ) -> types.Proposals:
-  """Samples K proposals of each image.
-
-  The logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
+  """Samples K proposals of each image: `of_logits` of what the network says of it.
 
   Args:
     segmenter: pure functions of `params`.
     images: f32[b, *S, I].
     keys: [b], one key an image.
-    mix: as `parse_mix` returns it; K is the sum of its counts.
-    noise_scale: standard deviation of the field that `logit_noise` adds to each class's logit.
-    noise_smoothing: standard deviation, in pixels, of the Gaussian that smooths that field.
-    temperature_low: first divisor of the logits in `temperature`, a geometric sweep over the
-      proposals of an entry.
-    temperature_high: the last one.
-    threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
-      from minus this to plus this over the proposals of an entry: more foreground each time.
-    files: what the entry `file` takes, leading axis b.
+    mix: as `parse_mix` returns it.
     member_logits: f32[b, M, *S, C] of the other base models, which `member` takes in turn.
-
-  Returns:
-    types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
+    **options: the others of `of_logits`.
   """
   network = network_logits.compute(segmenter, params, images, keys, mix, member_logits)
-  return of_logits(
-    network, keys, mix=mix, noise_scale=noise_scale, noise_smoothing=noise_smoothing,
-    temperature_low=temperature_low, temperature_high=temperature_high,
-    threshold_shift=threshold_shift, files=files,
-  )  # fmt: skip
+  return of_logits(network, keys, mix=mix, **options)
 
 
 def of_logits(
@@ -79,19 +58,26 @@ def of_logits(
   files: types.FileProposals | None = None,
   inside: jax.Array | None = None,
 ) -> types.Proposals:
-  """The proposals of what `network_logits.compute` says; see `sample`.
+  """K proposals of each image, made of what `network_logits.compute` says of it.
+
+  The logits of a mask from a file are those of certainty: its probabilities are zeros and ones.
 
   Args:
-    network: of b images.
-    keys: as in `sample`, and so all others but `inside`.
-    mix: see there.
-    noise_scale: see there.
-    noise_smoothing: see there.
-    temperature_low: see there.
-    temperature_high: see there.
-    threshold_shift: see there.
-    files: see there.
+    network: of b images, with the same keys and mix.
+    keys: [b], one key an image.
+    mix: as `parse_mix` returns it; K is the sum of its counts.
+    noise_scale: standard deviation of the field that `logit_noise` adds to each class's logit.
+    noise_smoothing: standard deviation, in pixels, of the Gaussian that smooths that field.
+    temperature_low: first divisor of the logits in `temperature`, a geometric sweep over the
+      proposals of an entry.
+    temperature_high: the last one.
+    threshold_shift: `threshold` subtracts from the background logit a shift that runs linearly
+      from minus this to plus this over the proposals of an entry: more foreground each time.
+    files: what the entry `file` takes, leading axis b.
     inside: bool[b, *S], False where an image ends: no proposal shows anything there. None for none.
+
+  Returns:
+    types.Proposals: masks u8[b, K, *S], logits f32[b, K, *S, C], base_logits f32[b, *S, C].
   """
   base_logits, logits, start = network.base, [], 0
   for (atoms, count), own in zip(mix, network.entries, strict=True):
