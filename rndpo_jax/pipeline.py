@@ -20,16 +20,7 @@ from rndpo_jax.mining.program import used_judges
 from rndpo_jax.nnunet import imported
 from rndpo_jax.report import tables
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding
-from rndpo_jax.stages import (
-  base,
-  evaluate,
-  finetune,
-  mine,
-  mine_preferences,
-  phases,
-  prepare,
-  report,
-)
+from rndpo_jax.stages import base, evaluate, finetune, mine, mine_preferences, phases, prepare
 from rndpo_jax.training import image_terms
 
 
@@ -39,13 +30,20 @@ def _mine(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> No
   stage.run(config, workdir, folder)
 
 
+def _report(config, workdir: os.PathLike) -> None:
+  """The page; matplotlib is imported when it is due, 0.3 s that no other stage has to wait for."""
+  from rndpo_jax.stages import report
+
+  report.run(config, workdir)
+
+
 RUNNERS = {
   "prepare": prepare.run,
   "base": base.run,
   "mine": _mine,
   "finetune": finetune.run,
   "evaluate": evaluate.run,
-  "report": report.run,
+  "report": _report,
 }
 # Stages that process 0 runs while the others wait.
 ALONE = ("report",)
