@@ -15,7 +15,7 @@ from configs import acdc, recipes
 
 
 def get_config(recipe=""):
-  config = acdc.get_config()
+  config = acdc.get_config("")
   with config.unlocked():
     config.data.crop = ()
     config.data.spacing = (1.5, 1.5)

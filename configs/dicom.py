@@ -7,10 +7,10 @@ Needs the extra `dicom`. Masks are NIfTI, .mha or .nrrd on the grid of their ser
 --config.data.spatial_dims=3 --config.data.size='(64,64,32)'.
 """
 
-from configs import nnunet
+from configs import nnunet, recipes
 
 
-def get_config(recipe=""):
+def get_config(recipe=recipes.DEFAULT):
   config = nnunet.get_config(recipe).unlock()
   config.data.source = "dicom"
   config.data.name = "dicom"

@@ -11,7 +11,7 @@ from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config(recipe=""):
+def get_config(recipe=recipes.DEFAULT):
   config = config_lib.base_config()
   config.data.source = "nnunet"
   config.data.name = "nnunet"

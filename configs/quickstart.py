@@ -1,16 +1,15 @@
 """Quick start: generated phantom images, 8 of them labelled.
 
-  python -m launch.run --config=configs/quickstart.py:weak_to_strong_rn_dpo --workdir=DIR
+  python -m launch.run --config=configs/quickstart.py --workdir=DIR
 
-That is what launch/quickstart.sh runs, with half of the recipe's steps. Without a recipe it is
-RN-DPO alone, 300 steps.
+That is what launch/quickstart.sh runs: the default recipe with half of its steps.
 """
 
 from configs import recipes
 from rndpo_jax import config as config_lib
 
 
-def get_config(recipe=""):
+def get_config(recipe=recipes.DEFAULT):
   config = config_lib.base_config()
   # Augmented, at the price of a second forward; on PH2 a little better than cached margins.
   config.finetune.augment = True

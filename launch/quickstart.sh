@@ -5,7 +5,7 @@
 # cuda13, tpu; default: that for the CPU). DRY_RUN=1 prints what it would do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-command=(python -m launch.run --config=configs/quickstart.py:weak_to_strong_rn_dpo
+command=(python -m launch.run --config=configs/quickstart.py
   "--workdir=${WORKDIR:-runs/quickstart}" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
   printf 'source launch/setup.sh %q\n' "${EXTRA-}"

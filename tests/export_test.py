@@ -69,7 +69,7 @@ def imported(tmp_path_factory, raw):
 @pytest.fixture(scope="module")
 def trained_here(tmp_path_factory, raw):
   """Work directory of a base as if it had been trained from nothing."""
-  path, config = tmp_path_factory.mktemp("new") / "work", nnunet.get_config()
+  path, config = tmp_path_factory.mktemp("new") / "work", nnunet.get_config("")
   run(config, path, raw, NEW, ("prepare",))
   segmenter = models.build(config.model, num_classes=3, spatial_dims=3)
   image = jax.ShapeDtypeStruct((1, 8, 10, 4, 1), np.float32)

@@ -276,5 +276,5 @@ def test_ph2_and_platform_reach_the_program(monkeypatch, tmp_path):
   gpu_jobs.smoke(gpu_parts.Report(tmp_path, "smoke_cpu", {}), platform="cpu")
   (ph2, flags, _), (_, quick, platform) = seen
   assert ph2 == "PH2, 256 x 256, width 32" and platform == "cpu"
-  assert f"--config=configs/ph2.py --config.data.root={tmp_path}" in flags
+  assert f"--config=configs/ph2.py:rn_dpo --config.data.root={tmp_path}" in flags
   assert quick == "--config=configs/quickstart.py"

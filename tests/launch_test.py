@@ -24,8 +24,7 @@ def test_quickstart_passes_its_arguments_to_the_program(tmp_path):
     )
     installed, ran = done.stdout.splitlines()
     assert installed.endswith(f" --editable {editable}"), done
-    recipe = "--config=configs/quickstart.py:weak_to_strong_rn_dpo"
-    assert ran == f"-m launch.run {recipe} --workdir=w --config.seed=1"
+    assert ran == "-m launch.run --config=configs/quickstart.py --workdir=w --config.seed=1"
 
 
 def test_failed_install_is_tried_again(tmp_path):

@@ -50,7 +50,7 @@ def job(request, tmp_path_factory):
   """(config, work directory, folder of the source) of a finished job."""
   folder = tmp_path_factory.mktemp(f"native{request.param}d")
   root = native_data.write(folder / "raw")
-  config = nnunet_config.get_config()
+  config = nnunet_config.get_config("")
   with config.unlocked():
     config.update_from_flattened_dict(TINY | GEOMETRY[request.param] | {"data.root": str(root)})
   pipeline.run(config, folder / "work")

@@ -79,7 +79,7 @@ def test_masks_and_images_come_back_to_their_own_grid():
 
 
 def _config(root, **changes):
-  config = nnunet_config.get_config()
+  config = nnunet_config.get_config("")
   with config.unlocked():
     values = {"root": str(root), "num_labelled": 3, "num_val": 2, "num_test": 2}
     values |= {"spacing": (1.5, 0.0), "patch_size": (8, 8)}

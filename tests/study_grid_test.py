@@ -6,6 +6,7 @@ import pytest
 from study_cells import DPO, PH2, RN, ROOT, TINY, expand, study
 from tiny_config import get_config
 
+from configs import recipes
 from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.study import (
@@ -58,11 +59,13 @@ def test_a_grid_with_a_cell_that_cannot_run_is_refused_by_name(content, message)
     study_loop.check(expand(content))
 
 
-def test_the_studies_of_this_folder_can_be_expanded():
+def test_the_studies_of_this_folder_have_the_cells_of_their_records():
   for path in sorted((ROOT / "configs" / "studies").glob("[!_]*.py")):
     content = grid.load_file(path, "get_study")()
-    cells = grid.expand(content, lambda config, name: None, {})
-    assert cells and all(cell.config.finetune.num_steps for cell in cells), path
+    keys = {cell.key for cell in grid.expand(content, recipes.apply, {})}
+    records = ROOT / "configs" / "results" / path.stem / "records.jsonl"
+    lines = records.read_text().splitlines() if records.exists() else []
+    assert {json.loads(line)["key"] for line in lines} <= keys, path
 
 
 def test_changed_keys_hold_no_path_of_this_machine():

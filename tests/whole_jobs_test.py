@@ -61,7 +61,7 @@ def nnunet_root(tmp_path):
 def test_volumes_from_an_nnunet_folder(nnunet_root, tmp_path):
   """Of four classes, with surfaces, and plain DPO on cached margins."""
   config = tiny(
-    nnunet_config.get_config(),
+    nnunet_config.get_config(""),
     data__root=str(nnunet_root),
     data__spatial_dims=3,
     data__size=(8, 8, 4),
@@ -115,7 +115,7 @@ def image_root(tmp_path):
 
 def test_slices_of_mixed_sizes_and_formats_from_a_folder(image_root, tmp_path):
   config = tiny(
-    folder_config.get_config(),
+    folder_config.get_config(""),
     data__root=str(image_root),
     data__size=(16, 16),
     data__case_pattern=r"(case\d+)_z\d+",

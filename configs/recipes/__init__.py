@@ -3,13 +3,15 @@
   python -m launch.run --config=configs/ph2.py:weak_to_strong --config.data.root=DIR --workdir=OUT
 
 A recipe is `apply(config)`, which sets keys on the config of a data set; the part of --config after
-the colon names it.
+the colon names it. Without one a data set takes `DEFAULT`, the best in configs/results.
 """
 
 import importlib
 import pathlib
 
 from rndpo_jax.errors import ConfigError
+
+DEFAULT = "weak_to_strong_rn_dpo"
 
 
 def names():

@@ -115,12 +115,17 @@ def job(report: gpu_parts.Report, size: int, width: int, flags: tuple[str, ...] 
   """The whole job on PH2, or on a phantom of as many images if its folder is not given."""
   flags = [f"--config.data.size=({size},{size})", f"--config.model.width={width}", *flags]
   if report.ph2:
-    flags = ["--config=configs/ph2.py", f"--config.data.root={os.path.abspath(report.ph2)}", *flags]
+    flags = [
+      "--config=configs/ph2.py:rn_dpo",
+      f"--config.data.root={os.path.abspath(report.ph2)}",
+      *flags,
+    ]
     name = "PH2"
   else:
     flags = [
-      "--config=configs/quickstart.py", "--config.data.num_labelled=10", "--config.data.num_val=30",
-      "--config.data.num_test=50", "--config.data.phantom.num_cases=200",
+      "--config=configs/quickstart.py:rn_dpo", "--config.data.num_labelled=10",
+      "--config.data.num_val=30", "--config.data.num_test=50",
+      "--config.data.phantom.num_cases=200",
       f"--config.data.phantom.size=({size},{3 * size // 4})", *flags,
     ]  # fmt: skip
     name = "phantom in place of PH2 (no --ph2)"

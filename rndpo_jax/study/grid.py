@@ -13,14 +13,16 @@ A study is a dict:
              "tuning": False}]}          True: judged on validation alone; no test figure is kept
 
 A cell of an arm is one of (data set x budget x draw x seed x recipe x value of each axis). Its
-config is that of the data set's file, then the data set's `set`, budget, draw and seed, the recipe,
-the study's `set`, the arm's `set` and the axes, each over what came before.
+config is that of the data set's file without a recipe, then the data set's `set`, budget, draw and
+seed, the recipe, the study's `set`, the arm's `set` and the axes, each over what came before.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -140,13 +142,19 @@ def expand(
   return found
 
 
+def _without_recipe(get_config: Callable) -> Callable[[], ml_collections.ConfigDict]:
+  """Of a file whose get_config takes a recipe the config without one, for each cell has its own."""
+  takes_one = "recipe" in inspect.signature(get_config).parameters
+  return functools.partial(get_config, recipe="") if takes_one else get_config
+
+
 def _cells(study, arm, apply_recipe, roots) -> Iterator[Cell]:
   """The cells of one arm."""
   for data in arm.get("data", tuple(study["data"])):
     if data not in study["data"]:
       raise ConfigError(f"study: an arm names the data set {data!r}, which is not in 'data'")
     entry = study["data"][data]
-    get_config = load_file(entry["config"], "get_config")
+    get_config = _without_recipe(load_file(entry["config"], "get_config"))
     budgets = entry.get("budgets") or (get_config().data.num_labelled,)
     draws, seeds = (arm.get(name, study.get(name, (0,))) for name in ("draws", "seeds"))
     rows = itertools.product(draws, seeds, budgets, arm["recipes"], _points(arm.get("axes", {})))
