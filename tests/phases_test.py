@@ -50,6 +50,8 @@ def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
     ({"finetune.rounds": 2}, r"phases\[1\]: found key 'finetune.rounds'"),
     ({"finetune.beta": "a"}, r"phases\[1\]: finetune.beta"),
     ({"finetune.beta": -1.0}, "finetune.beta: found -1.0"),
+    ({"finetune.num_steps": None}, "finetune.num_steps: found None, expected int"),
+    ({"judge.compare": (1,)}, r"judge.compare: found \(1,\), expected names"),
     ({"finetune.terms.preference.weight": 0.0}, "terms: every weight is 0"),
     ({"finetune.terms.preference.weight": -1.0}, "preference.weight: found -1.0"),
     ({"finetune.terms.consistency.weight": 1.0}, "ema_decay: found 0.0.*consistency learns"),

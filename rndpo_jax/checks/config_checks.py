@@ -43,6 +43,7 @@ def validate(config) -> None:
 
 
 def _validate_phase(config) -> None:
+  config_ranges.check_types(config)
   config_ranges.check_ranges(config)
   config_model.check(config)
   _check_choices(config)

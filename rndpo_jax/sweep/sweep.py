@@ -123,12 +123,13 @@ def check(config, grid: dict[str, list]) -> None:
   Raises:
     ConfigError: naming the flag or key.
   """
-  size, parts = config.finetune.batch_size, config.finetune.accumulate_steps
-  if size % parts:
-    raise ConfigError(
-      f"config.finetune.accumulate_steps: found {parts}, but batch_size={size}, which a member has "
-      f"on one device, is no multiple of it"
-    )
+  parts = config.finetune.accumulate_steps
+  for key, size in finetune.batch_sizes(config).items():
+    if size % parts:
+      raise ConfigError(
+        f"config.finetune.accumulate_steps: found {parts}, but {key.partition('.')[2]}={size}, "
+        "which a member has on one device, is no multiple of it"
+      )
   for name, values in grid.items():
     names = {x if name == "seeds" else f"{x:g}" for x in values}
     if not values or len(names) < len(values):
