@@ -65,6 +65,19 @@ def test_the_studies_of_this_folder_can_be_expanded():
     assert cells and all(cell.config.finetune.num_steps for cell in cells), path
 
 
+def test_a_phase_hangs_on_what_made_those_before_it():
+  # The second phase reads no pairs, and so no judge; the first one does.
+  learned = {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
+  judges = {name: {"judge.name": name} for name in ("entropy", "confidence")}
+  arm = {"recipes": ("",), "seeds": (0,), "axes": {"judge": judges}}
+  cells = expand(study(arms=[{**arm, "set": {"phases": ({}, learned, {})}}]))
+  for number in (1, 2):
+    assert len({grid.phase_key(cell, number) for cell in cells}) == 2
+  cells = expand(study(arms=[{**arm, "set": {"phases": (learned, learned, {})}}]))
+  for number in (1, 2):
+    assert len({grid.phase_key(cell, number) for cell in cells}) == 1
+
+
 def test_changed_keys_hold_no_path_of_this_machine():
   config = get_config(data__source="folder", data__root="/home/somebody", base__workdir="/there")
   cell = expand(study())[0]._replace(config=config)
