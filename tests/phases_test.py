@@ -95,6 +95,18 @@ def test_reliable_images_are_told_by_checkpoints_of_a_phase_before(phases):
     config_checks.validate(config)
 
 
+def test_reliable_images_are_whole_ones_on_one_grid():
+  config = config_lib.base_config()
+  config.finetune.terms.entropy.weight = 1.0
+  config.data.spacing, config.data.patch_size = (1.0, 1.0), (64, 64)
+  config.phases = ({}, {"finetune.reliable_share": 0.5})
+  message = "reliable_share: found 0.5, but with config.data.spacing a step is shown patches"
+  with pytest.raises(ConfigError, match=message):
+    config_checks.validate(config)
+  config.data.spacing = config.data.patch_size = ()
+  config_checks.validate(config)
+
+
 def test_stability_is_the_agreement_with_the_last_and_the_best_share_stays():
   images = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
   params = np.random.default_rng(1).normal(size=(3, 2, 3)).astype(np.float32)
