@@ -285,7 +285,7 @@ def summary(workdir: os.PathLike) -> str:
   for name, judge in results["judges"].items():
     shown = tables.show(judge["pair_accuracy"])
     where = f"on {judge['split']}" if judge["split"] else "(there are no validation cases)"
-    used = "  <- used" if name == results["judge"] else ""
+    used = "  <- used" if name == results["judge"] and results["pairs"]["count"] else ""
     lines.append(f"judge {name:18}{shown:>10} of pairs right {where}{used}")
   pairs = results["pairs"]
   size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]

@@ -71,7 +71,7 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
     },
     "empty_masks": {"finetuned": {"test": counts, "val": counts}},
   }
-  return {**content, "warnings": results_lib.warnings(content)}
+  return {**content, "warnings": results_lib.warnings(content, has_beta=True, is_judged=True)}
 
 
 MANIFEST = {

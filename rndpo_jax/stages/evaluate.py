@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import preference_file
@@ -96,9 +97,7 @@ def run(config, workdir: os.PathLike) -> None:
   content["label_free"] = {"checkpoints": points, **stops}
   content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
-  content["warnings"] = results.warnings(content)
-  if "pairs" in image_terms.reads_of(config):
-    content["warnings"] += _gate_warning(config, content)
+  content["warnings"] = _warnings(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
 
 
@@ -249,12 +248,16 @@ def _measured(models, steps, curve, names) -> dict:
   }
 
 
-def _gate_warning(config, content) -> list[str]:
-  """What the gate has to say of the judge, if a run went on in spite of it."""
-  if config.data.preferences:  # nothing was judged
-    return []
+def _warnings(config, content) -> list[str]:
+  """Those of `results.warnings`, and of the gate if a run went on in spite of it."""
+  terms = config_lib.active_terms(config)
+  is_judged = "pairs" in image_terms.reads(terms)
+  has_beta = not {"preference", "online"}.isdisjoint(terms)
+  said = results.warnings(content, has_beta=has_beta, is_judged=is_judged)
+  if not is_judged or config.data.preferences:  # nothing was judged
+    return said
   found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
-  return [f"{found[0].upper()}{found[1:]}."] if found else []
+  return [*said, f"{found[0].upper()}{found[1:]}."] if found else said
 
 
 def _context(config, workdir, dataset) -> dict:
