@@ -250,9 +250,8 @@ def _measured(models, steps, curve, names) -> dict:
 
 def _warnings(config, content) -> list[str]:
   """Those of `results.warnings`, and of the gate if a run went on in spite of it."""
-  terms = config_lib.active_terms(config)
-  is_judged = "pairs" in image_terms.reads(terms)
-  has_beta = not {"preference", "online"}.isdisjoint(terms)
+  is_judged = "pairs" in image_terms.reads_of(config)
+  has_beta = not {"preference", "online"}.isdisjoint(config_lib.active_terms(config))
   said = results.warnings(content, has_beta=has_beta, is_judged=is_judged)
   if not is_judged or config.data.preferences:  # nothing was judged
     return said
@@ -278,6 +277,7 @@ def _context(config, workdir, dataset) -> dict:
     "dataset": config.data.name,
     "seed": config.seed,
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
+    "terms": [list(config_lib.active_terms(own)) for own, *_ in phases.of_job(config, workdir)],
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": judge,
