@@ -165,7 +165,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
   margins = validation_pairs.margins(config, evaluation, pairs, steps)
   options = config.finetune
   row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
-  found = harm.account(
+  return {"split": "val"} | harm.account(
     steps,
     margins - margins[0],
     pairs["region_size"],
@@ -175,8 +175,8 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
     beta=options.beta,
     normalization=options.normalization or row.normalization,
     exponent=options.power_exponent,
+    voxel_volume=measure_judges.volumes(config, evaluation.dataset, pairs["index"]),
   )
-  return {"split": "val", **found}
 
 
 def params_of_step(
