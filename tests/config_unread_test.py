@@ -153,6 +153,10 @@ def test_dropout_of_a_network_without_it_raises(key, value):
   config_checks.validate(make(**on))
   with pytest.raises(errors.ConfigError, match=f"config.{key}: .* with a config.model.name that"):
     config_checks.validate(make(**on, **{key: value}))
+  none = {"model.name": "unet", "model.dropout": 0.0, key: value}
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .* config.model.dropout above 0"):
+    config_checks.validate(make(**{**on, **none}))
+  config_checks.validate(make(**{**on, **none, "model.dropout": 0.1}))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ ALWAYS = (
 SAID = (
   "data.num_labelled", "data.num_val", "data.num_test", "data.num_unlabelled", "data.split_seed",
 )  # fmt: skip
-_WITH_DROPOUT = "with a config.model.name that has dropout"
+_WITH_DROPOUT = "with a config.model.name that has dropout and config.model.dropout above 0"
 
 Readers = dict[str, tuple[bool, str]]
 
@@ -223,7 +223,7 @@ def _of_terms(config) -> Readers:
   )
   strong = "strong" in read or config.finetune.strong
   where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('strong')}"
-  has_dropout = models.reads(config.model.name, "dropout")
+  has_dropout = models.reads(config.model.name, "dropout") and config.model.dropout > 0
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
   table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
