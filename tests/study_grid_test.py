@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from study_cells import DPO, PH2, RN, ROOT, TINY, expand, study
+from study_cells import DPO, PH2, RN, ROOT, TINY, expand, record, study
 from tiny_config import get_config
 
 from rndpo_jax import config as config_lib
@@ -11,6 +11,7 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.study import (
   grid,
   study_loop,
+  study_plan,
 )
 
 
@@ -76,6 +77,15 @@ def test_a_phase_hangs_on_what_made_those_before_it():
   cells = expand(study(arms=[{**arm, "set": {"phases": (learned, learned, {})}}]))
   for number in (1, 2):
     assert len({grid.phase_key(cell, number) for cell in cells}) == 1
+
+
+def test_an_estimate_counts_the_steps_of_every_phase():
+  two = {"finetune.num_steps": 8, "phases": ({}, {"finetune.num_steps": 4})}
+  (cell,) = expand(study(arms=[{"recipes": ("",), "seeds": (0,), "set": two}]))
+  # Four seconds of mining and fine-tuning for four steps.
+  known = [record(RN, 0, 0, (0.5, 0.5))]
+  assert study_plan.cell_seconds(cell, known) == (12.0, "steps of other recipes")
+  assert study_plan.cell_seconds(cell, [])[0] == 90 * 12 / 300
 
 
 def test_changed_keys_hold_no_path_of_this_machine():
