@@ -210,11 +210,9 @@ def _check_phase_here(config, stages) -> None:
   trained = [name for name in ("base", "finetune") if name in stages]
   if not config_lib.trains_base(config):
     trained = [name for name in trained if name != "base"]
-  sizes = {f"{name}.batch_size": config[name].batch_size for name in trained}
-  if "finetune" in trained:
-    for name in {"labelled", "unlabelled"} & image_terms.reads_of(config):
-      key = f"{name}_batch_size"
-      sizes[f"finetune.{key}"] = config.finetune[key]
+  sizes = {"base.batch_size": config.base.batch_size} if "base" in trained else {}
+  sizes |= finetune.batch_sizes(config) if "finetune" in trained else {}
+  in_parts = dict(sizes)
   if "mine" in stages and "learned" in names:
     sizes["judge.learned.batch_size"] = config.judge.learned.batch_size
   devices, space = jax.device_count(), config.mesh.space
@@ -222,13 +220,13 @@ def _check_phase_here(config, stages) -> None:
     sharding.check_mesh(devices, config.mesh.fsdp, space, jax.local_device_count())
   for key, size in sizes.items():
     sharding.check_batch_size(f"config.{key}", size, devices, space)
-  for name in trained:
+  for key, size in in_parts.items():
+    name, _, option = key.partition(".")
     parts = config[name].accumulate_steps
-    if config[name].batch_size % (parts * devices // space):
+    if size % (parts * devices // space):
       raise errors.ConfigError(
-        f"config.{name}.accumulate_steps: found {parts}, but batch_size="
-        f"{config[name].batch_size} on {sharding.sharers(devices, space)} is no multiple of "
-        f"{parts * devices // space}"
+        f"config.{name}.accumulate_steps: found {parts}, but {option}={size} on "
+        f"{sharding.sharers(devices, space)} is no multiple of {parts * devices // space}"
       )
   if config.model.name not in models.ARCHITECTURES:
     models.build(
@@ -285,7 +283,7 @@ def summary(workdir: os.PathLike) -> str:
   for name, judge in results["judges"].items():
     shown = tables.show(judge["pair_accuracy"])
     where = f"on {judge['split']}" if judge["split"] else "(there are no validation cases)"
-    used = "  <- used" if name == results["judge"] else ""
+    used = "  <- used" if name == results["judge"] and results["pairs"]["count"] else ""
     lines.append(f"judge {name:18}{shown:>10} of pairs right {where}{used}")
   pairs = results["pairs"]
   size = files.read_json(epath.Path(workdir) / "pairs" / "manifest.json")["bytes_per_pair"]

@@ -46,3 +46,12 @@ def test_the_cases_of_a_patient_stay_together():
   # Patients of one and of three cases: both the first, one of each, both the second.
   found = bootstrap.resample([run(0, 0, [1.0, 0.0, 0.0, 0.0], np.array([7, 3, 3, 3]))], 2000, 0)
   assert np.unique(found).tolist() == [0.0, 0.25, 1.0]
+
+
+def test_the_seeds_of_a_draw_are_resampled_on_the_same_patients():
+  # What is hard in a patient is hard for every seed: more seeds tell no more of the patients.
+  values = np.array([0.0, 1.0, 5.0])
+  one = bootstrap.resample([run(0, 0, values)], 2000, 0)
+  both = bootstrap.resample([run(0, 0, values), run(0, 1, values)], 2000, 0)
+  assert set(np.round(3 * both)) <= {0, 1, 2, 3, 5, 6, 7, 10, 11, 15}  # sums of three patients
+  assert np.std(both) == pytest.approx(np.std(one), rel=0.05)

@@ -9,6 +9,7 @@ import pytest
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, pipeline
 from rndpo_jax.checks import config_checks, config_ranges
+from rndpo_jax.sweep import sweep
 
 CONFIGS = sorted(
   path.stem
@@ -158,6 +159,24 @@ def test_parts_of_a_batch_that_the_devices_cannot_share_raise(section):
   message = f"config.{section}.accumulate_steps: found 4, .* on 8 devices is no multiple of 32"
   with pytest.raises(errors.ConfigError, match=message):
     pipeline.check_here(config)
+
+
+def test_parts_are_of_the_batches_that_fine_tuning_reads():
+  config = config_lib.base_config()
+  config.finetune.terms.preference.weight = 0.0
+  config.finetune.terms.labelled.weight = 1.0
+  config.finetune.batch_size = 3  # images with pairs, which nothing reads
+  config.finetune.labelled_batch_size = 16
+  config.finetune.accumulate_steps = 2
+  pipeline.check_here(config, ["finetune"])
+  sweep.check(config, {"betas": [1.0], "learning_rates": [1.0], "seeds": [0]})
+  config.finetune.labelled_batch_size = 8
+  message = "accumulate_steps: found 2, but labelled_batch_size=8 on 8 devices is no multiple of 16"
+  with pytest.raises(errors.ConfigError, match=message):
+    pipeline.check_here(config, ["finetune"])
+  config.finetune.labelled_batch_size = 7
+  with pytest.raises(errors.ConfigError, match="found 2, but labelled_batch_size=7, which a"):
+    sweep.check(config, {"betas": [1.0], "learning_rates": [1.0], "seeds": [0]})
 
 
 @pytest.mark.parametrize("key,value,message", WRONG)

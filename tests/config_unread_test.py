@@ -153,6 +153,39 @@ def test_dropout_of_a_network_without_it_raises(key, value):
   config_checks.validate(make(**on))
   with pytest.raises(errors.ConfigError, match=f"config.{key}: .* with a config.model.name that"):
     config_checks.validate(make(**on, **{key: value}))
+  none = {"model.name": "unet", "model.dropout": 0.0, key: value}
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: .* config.model.dropout above 0"):
+    config_checks.validate(make(**{**on, **none}))
+  config_checks.validate(make(**{**on, **none, "model.dropout": 0.1}))
+
+
+@pytest.mark.parametrize(
+  "key,value,on,more",
+  [
+    # Copy-paste looks at the weak view; UA-MT's teacher has passes under dropout instead of flips.
+    ("strong.noise", 0.1, {"copy_paste.weight": 1.0}, {"entropy.weight": 1.0}),
+    (
+      "finetune.teacher_views",
+      "flips",
+      {"consistency.weight": 1.0, "consistency.max_entropy": 0.5},
+      {"consistency.max_entropy": 0.0},
+    ),
+    # A base of nnU-Net's is not trained here, but fine-tuning on labels reads how one would be.
+    ("base.dice_weight", 0.5, {"preference.weight": 1.0}, {"chosen.weight": 1.0}),
+    ("base.augment", False, {"chosen.weight": 1.0}, {"labelled.weight": 1.0}),
+    ("augment.flip", 0.1, {"chosen.weight": 1.0}, {"labelled.weight": 1.0}),
+  ],
+)
+def test_a_term_reads_what_its_loss_does_and_no_more(key, value, on, more):
+  def of_terms(*parts):
+    return {f"finetune.terms.{name}": x for part in parts for name, x in part.items()}
+
+  fixed = {"finetune.terms.preference.weight": 0.0, "finetune.ema_decay": 0.9}
+  fixed |= {"model.name": "unet", "base.augment": True}
+  fixed |= {"base.nnunet_folder": "/model"} if "strong" not in key and "views" not in key else {}
+  with pytest.raises(errors.ConfigError, match=f"config.{key}: found {value!r}, which nothing"):
+    config_checks.validate(make(**{**fixed, **of_terms(on), key: value}))
+  config_checks.validate(make(**{**fixed, **of_terms(on, more), key: value}))
 
 
 def test_every_key_is_always_read_or_in_the_table():

@@ -47,6 +47,22 @@ def test_a_wrong_pair_that_is_learned_loses_its_mass():
   assert found["region"]["wrong_mass"] == pytest.approx(3 / (3 + 1))
 
 
+def test_masses_are_those_of_training_in_mm():
+  """With `finetune.region_unit` mm a pixel of the first image stands for 4 mm^2."""
+  size, h, volume = np.array([[40], [40]]), np.array([[8.0], [8.0]]), np.array([[4.0], [0.01]])
+
+  def loss(margin):
+    options = {"objective": "dpo", "beta": 0.05, "voxel_volume": jnp.asarray(volume, jnp.float32)}
+    return losses.preference_loss(margin, 0 * margin, jnp.asarray(size), **options)[0]
+
+  mass = np.abs(jax.grad(loss)(jnp.asarray(h, jnp.float32))) * size
+  gain = np.array([[0.1], [-0.1]])
+  options = {"edges": (16, 64), "beta": 0.05, "normalization": "none", "voxel_volume": volume}
+  found = harm.account([50], h[None], size, gain, np.ones((2, 1)), **options)["curve"][0]
+  assert found["none"]["wrong_mass"] == pytest.approx(mass[1, 0] / mass.sum(), rel=1e-5)
+  assert found["region"]["wrong_mass"] == pytest.approx(0.5)  # it makes no difference there
+
+
 def test_without_a_pair_nothing_is_claimed():
   found = harm.account([0], np.zeros((1, 1)), np.array([5]), np.zeros(1), np.ones(1), **OPTIONS)
   assert found["num_pairs"] == 0 and found["wrong_share"] is None

@@ -50,6 +50,8 @@ def test_a_phase_has_its_own_values_and_those_of_the_job_for_the_rest():
     ({"finetune.rounds": 2}, r"phases\[1\]: found key 'finetune.rounds'"),
     ({"finetune.beta": "a"}, r"phases\[1\]: finetune.beta"),
     ({"finetune.beta": -1.0}, "finetune.beta: found -1.0"),
+    ({"finetune.num_steps": None}, "finetune.num_steps: found None, expected int"),
+    ({"judge.compare": (1,)}, r"judge.compare: found \(1,\), expected names"),
     ({"finetune.terms.preference.weight": 0.0}, "terms: every weight is 0"),
     ({"finetune.terms.preference.weight": -1.0}, "preference.weight: found -1.0"),
     ({"finetune.terms.consistency.weight": 1.0}, "ema_decay: found 0.0.*consistency learns"),
@@ -91,6 +93,18 @@ def test_reliable_images_are_told_by_checkpoints_of_a_phase_before(phases):
   config.phases = phases
   with pytest.raises(ConfigError, match="reliable_share: found 0.5, but it is told by two or more"):
     config_checks.validate(config)
+
+
+def test_reliable_images_are_whole_ones_on_one_grid():
+  config = config_lib.base_config()
+  config.finetune.terms.entropy.weight = 1.0
+  config.data.spacing, config.data.patch_size = (1.0, 1.0), (64, 64)
+  config.phases = ({}, {"finetune.reliable_share": 0.5})
+  message = "reliable_share: found 0.5, but with config.data.spacing a step is shown patches"
+  with pytest.raises(ConfigError, match=message):
+    config_checks.validate(config)
+  config.data.spacing = config.data.patch_size = ()
+  config_checks.validate(config)
 
 
 def test_stability_is_the_agreement_with_the_last_and_the_best_share_stays():

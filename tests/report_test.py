@@ -34,6 +34,7 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
   content = {
     "dataset": "hearts & <b>lungs</b>",
     "seed": 3,
+    "terms": [["preference"]],
     "objective": "rn_dpo",
     "beta": 10.0,
     "judge": judge,
@@ -71,7 +72,7 @@ def _results(judge="agreement", test_dice=(0.85, 0.87, 0.9, 0.895)):
     },
     "empty_masks": {"finetuned": {"test": counts, "val": counts}},
   }
-  return {**content, "warnings": results_lib.warnings(content)}
+  return {**content, "warnings": results_lib.warnings(content, has_beta=True, is_judged=True)}
 
 
 MANIFEST = {
@@ -248,6 +249,19 @@ def test_study_judge_and_lost_gain_are_flagged(tmp_path):
   assert "Study judge." in parsed.text
   assert "worse than the base on test: Dice 0.840 against 0.850" in parsed.text
   assert "lies 0.060 Dice below the peak" in parsed.text
+
+
+def test_the_headline_names_what_trained_and_no_judge_that_was_not_asked():
+  found = tables.headline(_results())
+  assert found["title"] == "hearts & <b>lungs</b>: RN-DPO with the judge agreement"
+  assert found["subtitle"].endswith("20 for test; pairs by top_vs_random, beta 10, seed 3")
+  first, second = ["labelled", "weak_to_strong"], ["preference"]
+  found = tables.headline(_results() | {"terms": [first, second]})
+  expected = "labelled + weak_to_strong, then RN-DPO with the judge agreement"
+  assert found["title"].endswith(f": {expected}")
+  found = tables.headline(_results() | {"terms": [first], "pairs": {"count": 0}})
+  assert found["title"].endswith(": labelled + weak_to_strong")
+  assert found["subtitle"].endswith("20 for test; seed 3")
 
 
 def test_numbers_as_text():

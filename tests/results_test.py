@@ -146,6 +146,10 @@ def test_warnings(base, final, peak, accuracy, interval, said):
     "judge": "agreement",
     "judges": {"agreement": {"pair_accuracy": accuracy, "pair_accuracy_ci": interval}},
   }
-  found = results.warnings(content)
+  found = results.warnings(content, has_beta=True, is_judged=True)
   assert len(found) == len(said)
   assert all(part in text for part, text in zip(said, found, strict=True)), found
+  # Without preferences there is no beta to change, and without pairs no judge to doubt.
+  found = results.warnings(content, has_beta=False, is_judged=False)
+  assert len(found) == sum("chance" not in part for part in said)
+  assert not any("beta" in text or "judge" in text for text in found)

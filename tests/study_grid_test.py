@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from study_cells import DPO, PH2, RN, ROOT, TINY, expand, study
+from study_cells import DPO, PH2, RN, ROOT, TINY, expand, record, study
 from tiny_config import get_config
 
 from configs import recipes
@@ -12,6 +12,7 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.study import (
   grid,
   study_loop,
+  study_plan,
 )
 
 
@@ -66,6 +67,28 @@ def test_the_studies_of_this_folder_have_the_cells_of_their_records():
     records = ROOT / "configs" / "results" / path.stem / "records.jsonl"
     lines = records.read_text().splitlines() if records.exists() else []
     assert {json.loads(line)["key"] for line in lines} <= keys, path
+
+
+def test_a_phase_hangs_on_what_made_those_before_it():
+  # The second phase reads no pairs, and so no judge; the first one does.
+  learned = {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
+  judges = {name: {"judge.name": name} for name in ("entropy", "confidence")}
+  arm = {"recipes": ("",), "seeds": (0,), "axes": {"judge": judges}}
+  cells = expand(study(arms=[{**arm, "set": {"phases": ({}, learned, {})}}]))
+  for number in (1, 2):
+    assert len({grid.phase_key(cell, number) for cell in cells}) == 2
+  cells = expand(study(arms=[{**arm, "set": {"phases": (learned, learned, {})}}]))
+  for number in (1, 2):
+    assert len({grid.phase_key(cell, number) for cell in cells}) == 1
+
+
+def test_an_estimate_counts_the_steps_of_every_phase():
+  two = {"finetune.num_steps": 8, "phases": ({}, {"finetune.num_steps": 4})}
+  (cell,) = expand(study(arms=[{"recipes": ("",), "seeds": (0,), "set": two}]))
+  # Four seconds of mining and fine-tuning for four steps.
+  known = [record(RN, 0, 0, (0.5, 0.5))]
+  assert study_plan.cell_seconds(cell, known) == (12.0, "steps of other recipes")
+  assert study_plan.cell_seconds(cell, [])[0] == 90 * 12 / 300
 
 
 def test_changed_keys_hold_no_path_of_this_machine():

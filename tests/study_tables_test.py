@@ -40,6 +40,27 @@ def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
 
 
+def test_points_are_chosen_over_shared_runs_and_never_by_what_is_no_setting():
+  def runs(val, seeds, **axes):
+    held = [{"last": v, "last_third_mean": v} for v in val]
+    return [
+      record(RN, 0, s, (0.5, 0.7), axes=axes, val=v) for s, v in zip(seeds, held, strict=True)
+    ]
+
+  # More runs are no merit, nor is a seed on which validation is easy: only seed 0 is shared.
+  records = runs((0.6, 0.9), (0, 1)) + runs((0.7,), (0,), **{"finetune.beta": 3.0})
+  (group,) = study_groups.groups(records)
+  assert list(study_groups.chosen(group).arms) == ["rn_dpo, finetune.beta=3"]
+  records = runs((0.9,), (0,)) + runs((0.5, 0.5), (1, 2), **{"finetune.beta": 3.0})
+  (group,) = study_groups.groups(records)
+  assert list(study_groups.chosen(group).arms) == ["rn_dpo, finetune.beta=3"]  # none is shared
+  # A judge that errs less often, or a longer training, is no setting that one could choose.
+  for axis, values in (("judge.flip_rate", (0.1, 0.4)), ("finetune.num_steps", (400, 800))):
+    records = [r for n, value in enumerate(values) for r in runs((n,), (0,), **{axis: value})]
+    (group,) = study_groups.groups(records)
+    assert study_groups.chosen(group).arms == {}
+
+
 def test_validation_chooses_the_point_of_a_recipe_not_test():
   def point(recipe, beta, val, dice, **axes):
     held = {"last": val, "last_third_mean": val}

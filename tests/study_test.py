@@ -218,6 +218,24 @@ def test_the_program_says_what_is_left_and_names_a_cell_that_cannot_run(tmp_path
   assert "Traceback" not in done[1].stderr and not (tmp_path / "records").exists()
 
 
+def test_a_copy_that_was_killed_is_made_again(tmp_path, monkeypatch):
+  source, target = epath.Path(tmp_path) / "kept", epath.Path(tmp_path) / "cell" / "finetune"
+  for name in ("done.json", "params"):
+    files.write_text(source / name, name)
+
+  def killed(path, other):
+    files.write_text(epath.Path(other) / "done.json", "done.json")
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "copytree", killed)
+    with pytest.raises(KeyboardInterrupt):
+      study_loop._copy_once(source, target)
+  study_loop._copy_once(source, target)
+  assert sorted(path.name for path in target.iterdir()) == ["done.json", "params"]
+  assert [path.name for path in target.parent.iterdir()] == ["finetune"]
+
+
 def test_cells_share_their_first_phase(tiny_run, tmp_path):
   """A job of one phase, and the same as the first of two: trained once."""
   first = {

@@ -13,6 +13,7 @@ from rndpo_jax.checks import (
   config_mix,
   config_model,
   config_ranges,
+  config_terms,
   config_unread,
   config_validation,
 )
@@ -22,7 +23,6 @@ from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import fused, judge_gate, judges, pair_rules, proposals
 from rndpo_jax.models import mirroring
-from rndpo_jax.training import image_terms
 
 
 def validate(config) -> None:
@@ -43,6 +43,7 @@ def validate(config) -> None:
 
 
 def _validate_phase(config) -> None:
+  config_ranges.check_types(config)
   config_ranges.check_ranges(config)
   config_model.check(config)
   _check_choices(config)
@@ -54,7 +55,7 @@ def _validate_phase(config) -> None:
   if not config.data.preferences:
     _check_pairs(config, sum(n for _, n in mix))
   _check_objective(config)
-  _check_terms(config)
+  config_terms.check(config)
   if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:
     raise ConfigError(
       "config.judge: 'noisy_oracle' needs flip_rate or noise_level above 0; the judge without "
@@ -108,72 +109,6 @@ def _check_objective(config) -> None:
     raise ConfigError(
       f"config.finetune.region_classes: found class id {wrong[0]}, expected ids from 0 to "
       f"data.num_classes - 1"
-    )
-
-
-def _check_terms(config) -> None:
-  """Checks that there is a loss, and that each of its terms has what it reads."""
-  options = config.finetune
-  terms = config_lib.active_terms(config)
-  if not terms:
-    raise ConfigError(
-      "config.finetune.terms: every weight is 0; set one above 0, such as "
-      "config.finetune.terms.preference.weight=1"
-    )
-  for name in terms:
-    reads = image_terms.reads({name: terms[name]})
-    if "teacher" in reads and not options.ema_decay:
-      raise ConfigError(
-        f"config.finetune.ema_decay: found 0.0, but config.finetune.terms.{name} learns from the "
-        "moving average; set it, such as 0.99"
-      )
-    if "partner" in reads and config.base.num_members < 2:
-      raise ConfigError(
-        f"config.base.num_members: found {config.base.num_members}, but "
-        f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
-        "to 2 or more"
-      )
-  if options.reliable_share < 1:
-    number = config_lib.num_phases(config)
-    before = config_lib.of_phase(config, number - 1).finetune if number > 1 else None
-    if before is None or before.num_steps <= before.eval_every_steps:
-      raise ConfigError(
-        f"config.finetune.reliable_share: found {options.reliable_share}, but it is told by two or "
-        "more checkpoints of the phase before; set it in a phase after one with num_steps above "
-        "eval_every_steps"
-      )
-  made_here = terms.get("online")
-  if made_here and not made_here["noise_scale"] + made_here["threshold_shift"]:
-    raise ConfigError(
-      "config.finetune.terms.online: noise_scale and threshold_shift are 0, so that all proposals "
-      "would be the same; set one above 0"
-    )
-  if made_here and options.pair_smoothing != "none":
-    raise ConfigError(
-      f"config.finetune.pair_smoothing: found {options.pair_smoothing!r}, but the pairs of "
-      "config.finetune.terms.online have no judge that was measured; set it to 'none'"
-    )
-  if "copy_paste" in terms and options.labelled_batch_size != options.unlabelled_batch_size:
-    raise ConfigError(
-      f"config.finetune.labelled_batch_size: found {options.labelled_batch_size}, but "
-      "config.finetune.terms.copy_paste pastes each into one of unlabelled_batch_size="
-      f"{options.unlabelled_batch_size}; set them equal"
-    )
-  on_pairs = [name for name in terms if "pairs" in image_terms.TERMS[name].reads]
-  others = [name for name in terms if name not in on_pairs]
-  # Parts of a batch are added up by the weight of their pairs, or equally; it cannot be both.
-  apart = on_pairs and others or "consensus" in on_pairs or config_lib.weighs_images(config)
-  if options.accumulate_steps > 1 and apart:
-    raise ConfigError(
-      f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but the terms "
-      f"{', '.join(terms)} do not add up over parts of a batch; set it to 1"
-    )
-  changed = [name for name in ("augment", "strong") if options[name]]
-  if "preference" in terms and changed and options.reference == "cached":
-    raise ConfigError(
-      "config.finetune.reference: changed images need an 'online' reference (cached margins belong "
-      "to the image as it was mined); set it, or set "
-      f"{' and '.join(f'config.finetune.{name}=False' for name in changed)}"
     )
 
 

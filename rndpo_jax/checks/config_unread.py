@@ -37,7 +37,7 @@ ALWAYS = (
 SAID = (
   "data.num_labelled", "data.num_val", "data.num_test", "data.num_unlabelled", "data.split_seed",
 )  # fmt: skip
-_WITH_DROPOUT = "with a config.model.name that has dropout"
+_WITH_DROPOUT = "with a config.model.name that has dropout and config.model.dropout above 0"
 
 Readers = dict[str, tuple[bool, str]]
 
@@ -79,7 +79,7 @@ def readers(config) -> Readers:
     **_of_rows("data", sources.SOURCES, {config.data.source}, "config.data.source"),
     **_of_splits(config.data),
     **_of_geometry(bool(config.data.spacing)),
-    **_of_base(config.base),
+    **_of_base(config),
     **_of_model(config, used_judges),
     **_of_rows("proposals", proposals.SAMPLERS, used_samplers, "in config.proposals.mix the"),
     **_of_rows("judge", judges.JUDGES, used_judges, "config.judge.name or config.judge.compare"),
@@ -158,13 +158,24 @@ def _of_rows(section: str, table: Mapping, used: Iterable[str], where: str) -> R
   }
 
 
-def _of_base(options) -> Readers:
-  """A base that nnU-Net has trained is not trained here."""
+# Terms of fine-tuning on classes, whose loss has the Dice part of the base's.
+_WITH_DICE = ("labelled", "chosen", "pseudo", "weak_to_strong", "cross_pseudo", "copy_paste")
+
+
+def _of_base(config) -> Readers:
+  """A base that nnU-Net has trained is not trained here; fine-tuning reads two of its keys too."""
+  options, terms = config.base, config_lib.active_terms(config)
   others = ("workdir", "nnunet_folder", "num_members")
   trained = (not options.nnunet_folder, "an empty config.base.nnunet_folder")
   table = {f"base.{name}": trained for name in options if name not in others}
   several = (trained[0] and options.num_members > 1, "config.base.num_members above 1")
   table["base.member_labels"] = several
+  for name, known, is_read in (
+    ("dice_weight", " or ".join(_WITH_DICE), not terms.keys().isdisjoint(_WITH_DICE)),
+    ("augment", _terms_that_read("labelled"), "labelled" in image_terms.reads(terms)),
+  ):
+    where = f"{trained[1]} or config.finetune.terms {known}"
+    table[f"base.{name}"] = (trained[0] or is_read, where)
   return {**table, "base.fold": (bool(options.nnunet_folder), "config.base.nnunet_folder")}
 
 
@@ -182,9 +193,10 @@ def _of_model(config, used_judges: set[str]) -> Readers:
 
 def _of_augmentation(config, used_judges: set[str]) -> Readers:
   options = config.augment
-  on = config.base.augment and not config.base.nnunet_folder
+  read = image_terms.reads_of(config)
+  on = config.base.augment and (not config.base.nnunet_folder or "labelled" in read)
   on = on or config.finetune.augment or "learned" in used_judges
-  on = on or "unlabelled" in image_terms.reads_of(config)
+  on = on or "unlabelled" in read
   where = (
     "config.base.augment, config.finetune.augment, the judge 'learned' or a term of fine-tuning on "
     "unlabelled images"
@@ -209,9 +221,9 @@ def _of_terms(config) -> Readers:
     not {"preference", "online"}.isdisjoint(terms),
     "config.finetune.terms preference or online",
   )
-  strong = "unlabelled" in read or config.finetune.strong
-  where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('unlabelled')}"
-  has_dropout = models.reads(config.model.name, "dropout")
+  strong = "strong" in read or config.finetune.strong
+  where = f"config.finetune.strong, or config.finetune.terms {_terms_that_read('strong')}"
+  has_dropout = models.reads(config.model.name, "dropout") and config.model.dropout > 0
   table = {f"finetune.{name}": pairs for name in ("augment", "strong", "batch_size")}
   table["finetune.dropout"] = (pairs[0] and has_dropout, f"{pairs[1]} {_WITH_DROPOUT}")
   table |= {f"finetune.{name}": preference for name in ("region_unit", "reference")}
@@ -220,9 +232,12 @@ def _of_terms(config) -> Readers:
   for name in ("labelled", "unlabelled"):
     reader = f"config.finetune.terms {_terms_that_read(name)}"
     table[f"finetune.{name}_batch_size"] = (name in read, reader)
+  # A teacher under dropout (UA-MT) looks at an image as often as it has passes, never flipped.
+  once = {n: o for n, o in terms.items() if not o.get("max_entropy")}
   table["finetune.teacher_views"] = (
-    bool({"base", "teacher"} & read),
-    f"config.finetune.terms pseudo or {_terms_that_read('teacher')}",
+    bool({"base", "teacher"} & image_terms.reads(once)),
+    f"config.finetune.terms pseudo or {_terms_that_read('teacher')} (consistency without "
+    "max_entropy)",
   )
   table["finetune.reliable_share"] = table["finetune.unlabelled_batch_size"]
   table["finetune.ramp_steps"] = (

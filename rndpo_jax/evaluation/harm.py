@@ -30,7 +30,7 @@ def matched_betas(
 
   Args:
     beta: of the run. normalization, exponent: of its objective, see `losses.objectives`.
-    median_size: |D|, at least 1.
+    median_size: |D|, above 0, in the unit that the run's beta is for.
   """
   power = {"none": 0.0, "region": 1.0, "power": exponent}[normalization]
   none = beta * median_size**-power
@@ -38,8 +38,13 @@ def matched_betas(
 
 
 def gradient_mass(h: np.ndarray, size: np.ndarray, beta: float, kind: str) -> np.ndarray:
-  """The mass above with w = 1, f64[...]: h in nats, |D| in pixels, of one of KINDS."""
-  scale = 1.0 if kind == "none" else 1.0 / np.maximum(size, 1)
+  """The mass above with w = 1, f64[...], of one of KINDS.
+
+  Args:
+    h: in nats. size: |D|, above 0. Both in pixels, or both times what a pixel stands for.
+    beta: of this kind.
+  """
+  scale = 1.0 if kind == "none" else 1.0 / size
   slope = beta * scale * np.exp(-np.logaddexp(0.0, beta * scale * h))
   return slope * size
 
@@ -55,6 +60,7 @@ def account(
   beta: float,
   normalization: str,
   exponent: float = 0.5,
+  voxel_volume: np.ndarray | float = 1.0,
 ) -> dict[str, Any]:
   """Adds up right and wrong.
 
@@ -67,6 +73,7 @@ def account(
     weight: f[...] >= 0, w; 0 if a slot has no pair.
     edges: region sizes between bins, rising.
     beta: of the run. normalization, exponent: of its objective.
+    voxel_volume: what a pixel stands for in training, such as mm^2; shaped to broadcast with size.
 
   Returns:
     {"num_pairs", "wrong_share" (of the pairs), "median_region_size", "beta": {kind: beta},
@@ -77,10 +84,12 @@ def account(
   """
   counted = (np.asarray(weight) > 0) & (np.asarray(gain) != 0) & (np.asarray(size) > 0)
   h = np.asarray(h, np.float64)[:, counted]
+  volume = np.broadcast_to(np.asarray(voxel_volume, np.float64), counted.shape)[counted]
   size, gain, weight = (np.asarray(x, np.float64)[counted] for x in (size, gain, weight))
   wrong, places = gain < 0, np.searchsorted(np.asarray(edges), size, side="right")
   median = float(np.median(size)) if size.size else None
-  betas = matched_betas(beta, normalization, exponent, median or 1.0)
+  typical = float(np.median(size * volume)) if size.size else 1.0
+  betas = matched_betas(beta, normalization, exponent, typical)
   ends = [0, *edges, None]
   bins = [
     {"from": ends[b], "below": ends[b + 1], **_counts(wrong[places == b])}
@@ -92,7 +101,7 @@ def account(
     point = {"step": int(step)}
     point["h_per_pixel"] = {"right": _mean(per_pixel[~wrong]), "wrong": _mean(per_pixel[wrong])}
     for kind in KINDS:
-      mass = weight * gradient_mass(margin, size, betas[kind], kind)
+      mass = weight * gradient_mass(margin * volume, size * volume, betas[kind], kind)
       point[kind] = _shares(mass, wrong, places, len(bins))
     curve.append(point)
   return {

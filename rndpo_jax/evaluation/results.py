@@ -123,22 +123,29 @@ def sustained(curve: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
   }
 
 
-def warnings(content: Mapping[str, Any]) -> list[str]:
+def warnings(content: Mapping[str, Any], *, has_beta: bool, is_judged: bool) -> list[str]:
   """What a reader of `results.json` must not miss, a sentence or two each.
 
   Args:
     content: of `results.json`; "base", "sustained", "judge" and "judges" are read.
+    has_beta: whether fine-tuning has a term on preferences, and so a beta.
+    is_judged: whether it has one on pairs, and so a judge.
 
   Returns:
     One text for each that holds: the base has learned nothing, the last checkpoint is worse than
     the base or far below the peak, the judge of the run is at chance or below.
   """
-  found = [] if content["base"]["test"]["dice"] is None else _test_warnings(content)
+  found = [] if content["base"]["test"]["dice"] is None else _test_warnings(content, has_beta)
+  if not is_judged:
+    return found
   return found + _judge_warning(content["judge"], content["judges"].get(content["judge"], {}))
 
 
-def _test_warnings(content: Mapping[str, Any]) -> list[str]:
+def _test_warnings(content: Mapping[str, Any], has_beta: bool) -> list[str]:
   """Those by test Dice."""
+  remedy, holds = "lower config.finetune.learning_rate", "A lower config.finetune.learning_rate"
+  if has_beta:
+    remedy, holds = "raise beta, choose another judge or rule", "A larger beta"
   held, base = content["sustained"], content["base"]["test"]["dice"]
   found = []
   if base < LEARNED_NOTHING:
@@ -150,13 +157,12 @@ def _test_warnings(content: Mapping[str, Any]) -> list[str]:
   if held["final"] < base:
     found.append(
       f"The last checkpoint is worse than the base on test: Dice {held['final']:.3f} against "
-      f"{base:.3f}. Do not use it; raise beta, choose another judge or rule, or stop earlier."
+      f"{base:.3f}. Do not use it; {remedy}, or stop earlier."
     )
   if held["drop_from_peak"] > MAX_DROP:
     found.append(
       f"The last checkpoint lies {held['drop_from_peak']:.3f} Dice below the peak on test "
-      f"({held['peak']:.3f}): the gain did not last. A larger beta holds the network closer to "
-      "the base."
+      f"({held['peak']:.3f}): the gain did not last. {holds} holds the network closer to the base."
     )
   return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,13 @@ def harm_chart(harm: Mapping) -> str | None:
   return figures.lines(series, ylabel="share of gradient from wrong pairs")
 
 
-def training_charts(workdir: epath.Path) -> list[dict[str, str]]:
-  """Charts of base training and of fine-tuning, from their `metrics.jsonl`."""
+def training_charts(workdir: epath.Path, terms: Sequence[str]) -> list[dict[str, str]]:
+  """Charts of base training and of fine-tuning by these terms, from their `metrics.jsonl`."""
   tuned, checked = (_rows(workdir / "finetune", kind) for kind in ("train", "val"))
   blue, red, orange = figures.BLUE, figures.RED, figures.ORANGE
-  start = "Preference loss; ln 2 = 0.693 at the start of dpo and rn_dpo."
+  start = f"The loss: {' + '.join(terms)}, by weight."
+  if list(terms) == ["preference"]:
+    start = "Preference loss; ln 2 = 0.693 at the start of dpo and rn_dpo."
   spread = {"h_p5": figures.GREY, "h_p50": blue, "h_p95": figures.GREY}
   ratios = {"chosen_log_ratio": blue, "rejected_log_ratio": red}
   shares = dict(zip(_shares(tuned), figures.CLASS_COLORS, strict=False))

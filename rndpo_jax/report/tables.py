@@ -36,17 +36,24 @@ def with_interval(entry: Mapping[str, Any], key: str) -> str:
 def headline(results: Mapping) -> dict[str, str]:
   """Title and subtitle."""
   objective = results["objective"].replace("_", "-").upper()
-  judged = f"with the judge {results['judge']}"
+  judged, settings = "", [f"seed {results['seed']}"]
+  if not {"preference", "online"}.isdisjoint(results["terms"][-1]):
+    settings.insert(0, f"beta {results['beta']:g}")
+  if results["pairs"]["count"]:
+    judged = f" with the judge {results['judge']}"
+    if results["judge"] == "preferences":
+      judged = " on preferences of readers"
+    settings.insert(0, f"pairs by {results['rule']}")
+  phases = [
+    " + ".join(objective if name == "preference" else name for name in terms)
+    for terms in results["terms"]
+  ]
   return {
-    "title": (
-      f"{results['dataset']}: {objective} "
-      f"{'on preferences of readers' if results['judge'] == 'preferences' else judged}"
-    ),
+    "title": f"{results['dataset']}: {', then '.join(phases)}{judged}",
     "subtitle": (
       f"{results['num_labelled_cases']} labelled cases, "
       f"{results['num_cases']['unlabelled']} unlabelled, {results['num_cases']['val']} for "
-      f"validation, {results['num_cases']['test']} for test; pairs by {results['rule']}, "
-      f"beta {results['beta']:g}, seed {results['seed']}"
+      f"validation, {results['num_cases']['test']} for test; {', '.join(settings)}"
     ),
   }
 

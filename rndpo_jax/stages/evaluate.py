@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, provenance, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import preference_file
@@ -96,9 +97,7 @@ def run(config, workdir: os.PathLike) -> None:
   content["label_free"] = {"checkpoints": points, **stops}
   content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
   content["delivered"] |= _delivered(chosen, models)
-  content["warnings"] = results.warnings(content)
-  if "pairs" in image_terms.reads_of(config):
-    content["warnings"] += _gate_warning(config, content)
+  content["warnings"] = _warnings(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
 
 
@@ -166,7 +165,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
   margins = validation_pairs.margins(config, evaluation, pairs, steps)
   options = config.finetune
   row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
-  found = harm.account(
+  return {"split": "val"} | harm.account(
     steps,
     margins - margins[0],
     pairs["region_size"],
@@ -176,8 +175,8 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
     beta=options.beta,
     normalization=options.normalization or row.normalization,
     exponent=options.power_exponent,
+    voxel_volume=measure_judges.volumes(config, evaluation.dataset, pairs["index"]),
   )
-  return {"split": "val", **found}
 
 
 def params_of_step(
@@ -249,12 +248,15 @@ def _measured(models, steps, curve, names) -> dict:
   }
 
 
-def _gate_warning(config, content) -> list[str]:
-  """What the gate has to say of the judge, if a run went on in spite of it."""
-  if config.data.preferences:  # nothing was judged
-    return []
+def _warnings(config, content) -> list[str]:
+  """Those of `results.warnings`, and of the gate if a run went on in spite of it."""
+  is_judged = "pairs" in image_terms.reads_of(config)
+  has_beta = not {"preference", "online"}.isdisjoint(config_lib.active_terms(config))
+  said = results.warnings(content, has_beta=has_beta, is_judged=is_judged)
+  if not is_judged or config.data.preferences:  # nothing was judged
+    return said
   found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
-  return [f"{found[0].upper()}{found[1:]}."] if found else []
+  return [*said, f"{found[0].upper()}{found[1:]}."] if found else said
 
 
 def _context(config, workdir, dataset) -> dict:
@@ -275,6 +277,7 @@ def _context(config, workdir, dataset) -> dict:
     "dataset": config.data.name,
     "seed": config.seed,
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
+    "terms": [list(config_lib.active_terms(own)) for own, *_ in phases.of_job(config, workdir)],
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": judge,

@@ -175,6 +175,17 @@ def make_loss_fn(
   return loss_fns.make_loss_fn(pairs, images, terms, weak=weak, ramp_steps=options.ramp_steps)
 
 
+def batch_sizes(config) -> dict[str, int]:
+  """Images a step of each part that its terms read, by the key of the config that says so."""
+  keys = {
+    "pairs": "finetune.batch_size",
+    "labelled": "finetune.labelled_batch_size",
+    "unlabelled": "finetune.unlabelled_batch_size",
+  }
+  read, values = image_terms.reads_of(config), config_lib.leaves(config)
+  return {key: values[key] for part, key in keys.items() if part in read}
+
+
 def needs_base(config) -> bool:
   """Whether a step of fine-tuning runs the frozen base."""
   terms = config_lib.active_terms(config)

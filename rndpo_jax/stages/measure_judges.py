@@ -241,13 +241,18 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
     mined: their pairs.
     entry: of `judges.json`, for its calibration.
   """
-  volume = pair_batches.voxel_volumes(config, dataset)
   mass = reliability.gradient_mass(
     mined.region_size,
     **pair_batches.mass_options(config),
-    voxel_volume=np.array([volume(int(index)) for index in indices], np.float64)[:, None],
+    voxel_volume=volumes(config, dataset, indices),
   )
   return mass * pair_worth(config, mined.score_gap, mined.valid, entry)
+
+
+def volumes(config, dataset, indices) -> np.ndarray:
+  """What a pixel of each record stands for in training, f64[N, 1]."""
+  volume = pair_batches.voxel_volumes(config, dataset)
+  return np.array([volume(int(index)) for index in indices], np.float64)[:, None]
 
 
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:

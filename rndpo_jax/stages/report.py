@@ -31,7 +31,7 @@ def run(config, workdir: os.PathLike) -> None:
   workdir = epath.Path(workdir)
   kinds = dict.fromkeys(RESULTS, dict)
   results = files.read_json(
-    workdir / "results.json", study=bool, curve=list, class_names=list, **kinds
+    workdir / "results.json", study=bool, curve=list, class_names=list, terms=list, **kinds
   )
   manifest = files.read_json(
     workdir / "pairs" / "manifest.json",
@@ -49,7 +49,8 @@ def run(config, workdir: os.PathLike) -> None:
     "harm_rows": tables.harm_rows(harm),
     "harm_text": tables.harm_text(harm) if harm["num_pairs"] else None,
     "harm_chart": charts.harm_chart(harm),
-    "training_charts": charts.training_charts(workdir),
+    "training_charts": charts.training_charts(workdir, results["terms"][-1]),
+    "has_preference": "preference" in results["terms"][-1],
     **pictures.examples(workdir / "pairs" / "examples.npz"),
     **pictures.cases(workdir / "evaluate" / "gallery.npz", results["class_names"]),
     **made,

@@ -1,10 +1,13 @@
 """Means of paired differences, with intervals by a hierarchical bootstrap; pure, float64.
 
-The runs of a study are nested: draws of patients, in each the seeds, in each run the test cases.
-A resample draws as many draws as there are with replacement, in each of them as many seeds as it
-has, and in each of those runs as many patients as it has, a patient's cases together; its mean is
-that over draws, then seeds, then cases. The interval is from the 2.5th to the 97.5th percentile of
-these means (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+Draws of patients are the outer level of a study; in a draw every seed is tested on the same
+patients. A resample draws as many draws as there are with replacement, and in each of them as many
+seeds and as many patients as it has, a patient's cases together and the same patients for all its
+seeds: a hard patient is hard for each of them, so that more seeds tell no more of the patients. Its
+mean is that over draws, then seeds, then cases. The interval is from the 2.5th to the 97.5th
+percentile of these means (Davison and Hinkley, Bootstrap Methods and their Application, 1997,
+section 3.8; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007, for two crossed
+factors).
 
 With the few draws that a study has, such an interval is somewhat too narrow; with one draw and one
 seed it tells of the cases alone.
@@ -74,27 +77,22 @@ def resample(runs: Sequence[Run], num_resamples: int, seed: int) -> np.ndarray:
     chosen = rng.integers(len(draws), size=num_resamples)
     for number, part in enumerate(draws):
       rows = np.flatnonzero(chosen == number)
-      total[rows] += _resample_seeds(part, len(rows), rng)
+      total[rows] += _resample_draw(part, len(rows), rng)
   return total / len(draws)
 
 
-def _resample_seeds(runs: Sequence[Run], count: int, rng: np.random.Generator) -> np.ndarray:
-  """f64[count]: each the mean over as many of a draw's runs as there are."""
-  total = np.zeros(count, np.float64)
-  for _ in runs:
-    chosen = rng.integers(len(runs), size=count)
-    for number, run in enumerate(runs):
-      rows = np.flatnonzero(chosen == number)
-      total[rows] += _resample_cases(run, len(rows), rng)
-  return total / len(runs)
-
-
-def _resample_cases(run: Run, count: int, rng: np.random.Generator) -> np.ndarray:
-  """f64[count]: each the mean over the cases of as many patients as there are."""
-  _, place = np.unique(run.patients, return_inverse=True)
-  sums, sizes = np.bincount(place, run.values), np.bincount(place)
-  chosen = rng.integers(len(sums), size=(count, len(sums)))
-  return sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+def _resample_draw(runs: Sequence[Run], count: int, rng: np.random.Generator) -> np.ndarray:
+  """f64[count]: each the mean over as many runs of a draw as it has, on the same patients."""
+  drawn: dict[bytes, np.ndarray] = {}
+  means = []
+  for run in runs:
+    names, place = np.unique(run.patients, return_inverse=True)
+    sums, sizes = np.bincount(place, run.values), np.bincount(place)
+    if (key := run.patients.tobytes()) not in drawn:
+      drawn[key] = rng.integers(len(names), size=(count, len(names)))
+    means.append(sums[drawn[key]].sum(axis=1) / sizes[drawn[key]].sum(axis=1))
+  seeds = rng.integers(len(runs), size=(len(runs), count))
+  return np.take_along_axis(np.stack(means), seeds, axis=0).mean(axis=0)
 
 
 def _by_draw(runs: Sequence[Run]) -> list[list[Run]]:

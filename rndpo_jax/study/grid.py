@@ -197,7 +197,10 @@ def _points(axes: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str,
 
 
 def phase_key(cell: Cell, number: int) -> str:
-  """What the phases up to `number` of a cell are made by, as a short digest."""
+  """What the phases up to `number` of a cell are made by, as a short digest.
+
+  Each begins where the one before ends, and so hangs on all that made that one, too.
+  """
   own = config_lib.of_phase(cell.config, number)
   table = config_unread.readers(own)
   for section in () if "pairs" in image_terms.reads_of(own) else ("judge", "mine", "proposals"):
@@ -208,7 +211,7 @@ def phase_key(cell: Cell, number: int) -> str:
     for key, value in _changed(own).items()
     if (config_unread.find(table, key) or (True, ""))[0]
   }
-  return _digest(found)
+  return _digest(found if number == 1 else [phase_key(cell, number - 1), found])
 
 
 def changed(cell: Cell) -> dict[str, Any]:

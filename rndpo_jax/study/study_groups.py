@@ -15,6 +15,8 @@ import numpy as np
 from rndpo_jax.study import bootstrap, grid
 
 Record = Mapping[str, Any]
+# Axes of numbers that are no setting of a recipe: how often a judge errs, how long a training is.
+_GIVEN = {"judge.flip_rate", "judge.noise_level", "finetune.num_steps"}
 
 
 class Group(NamedTuple):
@@ -72,24 +74,35 @@ def _run(record: Record, values: np.ndarray) -> bootstrap.Run:
 def chosen(group: Group) -> Group:
   """Of each recipe the point of its axes of numbers with the best validation, as a group.
 
-  The mean sustained validation Dice chooses, among points with as many runs as any has. Named
-  points, such as judges, stay apart: they are no setting of a recipe. Empty if nothing was chosen.
+  The mean sustained validation Dice chooses, over the draws and seeds that all its points have;
+  where there are none, among the points with the most runs. Named points, such as judges, stay
+  apart, and so do those of _GIVEN: they are no setting of a recipe. Empty if nothing was chosen.
   """
   found: dict[str, dict[str, list[Record]]] = {}
   for label, records in group.arms.items():
     axes = records[0]["axes"]
-    named = {axis: value for axis, value in axes.items() if axis not in numbers(axes)}
+    settings = numbers(axes) - _GIVEN
+    named = {axis: value for axis, value in axes.items() if axis not in settings}
     found.setdefault(grid.label(records[0]["recipe"], named), {})[label] = records
   arms = {}
   for points in found.values():
-    most = max(map(len, points.values()))
-    best = max(
-      (label for label in points if len(points[label]) == most),
-      key=lambda label: np.mean([r["val"]["last_third_mean"] for r in points[label]]),
-    )
+    best = _best_on_validation(points)
     arms[best] = points[best]
   several = any(len(points) > 1 for points in found.values())
   return group._replace(arms=arms if several else {})
+
+
+def _best_on_validation(points: Mapping[str, Sequence[Record]]) -> str:
+  """The label of the point that `chosen` takes."""
+  dice = {
+    label: {(r["draw"], r["seed"]): r["val"]["last_third_mean"] for r in records}
+    for label, records in points.items()
+  }
+  shared = set.intersection(*map(set, dice.values()))
+  if not shared:
+    most = max(map(len, dice.values()))
+    dice = {label: runs for label, runs in dice.items() if len(runs) == most}
+  return max(dice, key=lambda label: np.mean([dice[label][r] for r in shared or dice[label]]))
 
 
 def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Interval]]:

@@ -207,19 +207,28 @@ def _run_cell(cell: grid.Cell, folder: epath.Path, base_workdir: epath.Path) -> 
   for name, path in shared.items():
     if not (path / "finetune" / "done.json").exists():
       break
-    if not (folder / name).exists():
-      shutil.copytree(path, folder / name)
+    _copy_once(path, folder / name)
   own = _timed(config, folder, CELL_STAGES[:2])
   # A job of one phase may be what others begin with.
   alone = base_workdir / "phases" / grid.phase_key(cell, 1) / "finetune"
-  if not shared and (alone / "done.json").exists() and not (folder / "finetune").exists():
-    shutil.copytree(alone, folder / "finetune")
+  if not shared and (alone / "done.json").exists():
+    _copy_once(alone, folder / "finetune")
   own |= _timed(config, folder, CELL_STAGES[2:])
   for name, path in shared.items():
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       (folder / name).rename(path)
   return {**own, **seconds}
+
+
+def _copy_once(source: epath.Path, target: epath.Path) -> None:
+  """Copies a folder that is not there; it appears whole, so that a kill leaves no part of it."""
+  if target.exists():
+    return
+  part = target.parent / f".{target.name}.tmp"
+  shutil.rmtree(part, ignore_errors=True)
+  shutil.copytree(source, part)
+  part.rename(target)
 
 
 def _shared_phases(cell: grid.Cell, base_workdir: epath.Path) -> dict[str, epath.Path]:

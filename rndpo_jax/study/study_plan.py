@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax.study import cell_records, grid, study_loop
 
 # Where nothing is known yet, measured on 2 CPU cores with PH2 at 64 x 64.
@@ -52,7 +53,8 @@ def cell_seconds(cell: grid.Cell, records) -> tuple[float, str]:
   """
   own = [record for record in records if record["data"] == cell.data]
   same = [record for record in own if record["recipe"] == cell.recipe]
-  steps = cell.config.finetune.num_steps
+  numbers = range(1, config_lib.num_phases(cell.config) + 1)
+  steps = sum(config_lib.of_phase(cell.config, n).finetune.num_steps for n in numbers)
   if same:
     return _mean(same, _seconds), "records of the same recipe"
   if own:

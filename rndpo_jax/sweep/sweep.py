@@ -28,12 +28,11 @@ from rndpo_jax.errors import ConfigError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import finetune, phases, reliable
-from rndpo_jax.sweep import population, sweep_results
+from rndpo_jax.sweep import member_writers, population, sweep_results
 from rndpo_jax.training import (
   checkpoint,
   checkpoint_manager,
   image_terms,
-  metric_writer,
   train_loop,
 )
 
@@ -91,12 +90,7 @@ def run(
     return files.read_json(directory / DONE)
   mesh = _mesh_of(grid)
   form = form or population.default_form(mesh)
-  progress.say(
-    f"[sweep] {len(seeds)} seeds x {len(betas)} betas x {len(learning_rates)} learning rates, by "
-    f"{form} on {mesh.size} of {jax.device_count()} devices"
-  )
-  if config.mesh.fsdp * config.mesh.space > 1:
-    progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
+  _say_start(config, grid, form, mesh)
   diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
   if multihost.is_first():
     content = {
@@ -113,6 +107,16 @@ def run(
   return files.read_json(directory / DONE)
 
 
+def _say_start(config, grid: dict[str, list], form: str, mesh: Mesh) -> None:
+  seeds, betas, rates = (len(grid[name]) for name in ("seeds", "betas", "learning_rates"))
+  progress.say(
+    f"[sweep] {seeds} seeds x {betas} betas x {rates} learning rates, by {form} on {mesh.size} of "
+    f"{jax.device_count()} devices"
+  )
+  if config.mesh.fsdp * config.mesh.space > 1:
+    progress.say("[sweep] each member is trained on one device, whatever config.mesh says")
+
+
 def _validated(options) -> list[int]:
   return train_loop.kept_steps(options.num_steps, options.eval_every_steps)
 
@@ -123,12 +127,13 @@ def check(config, grid: dict[str, list]) -> None:
   Raises:
     ConfigError: naming the flag or key.
   """
-  size, parts = config.finetune.batch_size, config.finetune.accumulate_steps
-  if size % parts:
-    raise ConfigError(
-      f"config.finetune.accumulate_steps: found {parts}, but batch_size={size}, which a member has "
-      f"on one device, is no multiple of it"
-    )
+  parts = config.finetune.accumulate_steps
+  for key, size in finetune.batch_sizes(config).items():
+    if size % parts:
+      raise ConfigError(
+        f"config.finetune.accumulate_steps: found {parts}, but {key.partition('.')[2]}={size}, "
+        "which a member has on one device, is no multiple of it"
+      )
   for name, values in grid.items():
     names = {x if name == "seeds" else f"{x:g}" for x in values}
     if not values or len(names) < len(values):
@@ -193,7 +198,7 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
       keep_params="none",
       minutes=options.checkpoint_minutes,
     ),
-    metrics=_MemberWriters(directory, grid),
+    metrics=member_writers.MemberWriters(directory, grid),
     validate=lambda params: {"val_dice": validate(params)},
   )
   return sharding.fetch(state.diverged)
@@ -246,53 +251,3 @@ def _batches(
     return loader.prefetch(each, put, config.data.prefetch)
 
   return start_at
-
-
-class _MemberWriters:
-  """As `metric_writer.MetricWriter`, one for each member, which ends where the member diverges."""
-
-  def __init__(self, directory: epath.Path, grid: dict[str, list]):
-    self._members = sweep_results.members_of(grid)
-    self._writers, self._diverged = [], np.zeros(len(self._members), np.int32)
-    for member in self._members:
-      folder = sweep_results.member_directory(directory, *member)
-      folder.mkdir(parents=True, exist_ok=True)
-      self._writers.append(metric_writer.MetricWriter(folder))
-
-  def resume(self, start: int, validated: list[int] | None) -> None:
-    del validated  # a member that diverged has none since; `sweep_results` looks at the others
-    for writer in self._writers:
-      writer.resume(start)
-
-  def add_steps(self, steps: list[tuple[int, dict[str, jax.Array]]], every: int) -> None:
-    # The latest are fetched in any case: they say which members a validation is of.
-    for step, aux in [(n, aux) for n, aux in steps if n % every == 0 or n == steps[-1][0]]:
-      aux = sharding.fetch(aux)
-      self._tell(aux.pop("diverged").ravel())
-      if step % every == 0:
-        self._add("train", step, aux)
-
-  def add_validation(self, step: int, figures: dict[str, np.ndarray]) -> None:
-    self._add("val", step, figures)
-
-  def _add(self, kind: str, step: int, figures: dict[str, np.ndarray]) -> None:
-    for place in np.flatnonzero(self._diverged == 0):
-      row = {name: float(values.ravel()[place]) for name, values in sorted(figures.items())}
-      self._writers[place].add({"step": step, "kind": kind, **row})
-
-  def _tell(self, diverged: np.ndarray) -> None:
-    for place in np.flatnonzero((diverged > 0) & (self._diverged == 0)):
-      seed, beta, rate = self._members[place]
-      progress.say(
-        f"sweep: seed {seed}, beta {beta:g}, learning rate {rate:g} has no finite loss or gradient "
-        f"at step {diverged[place]}; it stays as it was before, the others go on"
-      )
-    self._diverged = diverged
-
-  def write(self) -> None:
-    for writer in self._writers:
-      writer.write()
-
-  def close(self) -> None:
-    for writer in self._writers:
-      writer.close()

@@ -23,8 +23,8 @@ from rndpo_jax.losses import consistency as losses_without_labels
 from rndpo_jax.training import online_terms
 from rndpo_jax.training.term_inputs import Inputs, Settings, strong_view
 
-# Shares of an image that a pasted box has. CutMix: French et al. (BMVC 2020), half of the image at
-# most. BCP: Bai et al. (CVPR 2023), two thirds of each axis.
+# Shares of an image that a pasted box has. CutMix: those of UniMatch (Yang et al., CVPR 2023). BCP:
+# Bai et al. (CVPR 2023), two thirds of each axis.
 _CUTMIX_SHARES = (0.02, 0.4)
 _BCP_SHARE_OF_AXIS = 2 / 3
 
@@ -210,7 +210,8 @@ class Term(NamedTuple):
 
   Attributes:
     loss: (Inputs, options) -> (f32[], metrics); None for a term on pairs, see `pair_terms`.
-    reads: of "pairs", "labelled", "unlabelled", "student", "teacher", "base", "partner".
+    reads: of "pairs", "labelled", "unlabelled", "strong" (the strong view of unlabelled images),
+      "student" (the policy's logits of it), "teacher", "base", "partner".
     rises: whether its weight rises over `config.finetune.ramp_steps`, since it is on the model's
       own predictions.
   """
@@ -225,12 +226,12 @@ TERMS = {
   "chosen": Term(None, ("pairs",), rises=False),
   "consensus": Term(None, ("pairs",), rises=False),
   "labelled": Term(labelled, ("labelled",), rises=False),
-  "pseudo": Term(pseudo, ("unlabelled", "student")),
-  "weak_to_strong": Term(weak_to_strong, ("unlabelled", "teacher")),
-  "consistency": Term(consistency, ("unlabelled", "student", "teacher")),
-  "cross_pseudo": Term(cross_pseudo, ("unlabelled", "student", "partner")),
+  "pseudo": Term(pseudo, ("unlabelled", "strong", "student")),
+  "weak_to_strong": Term(weak_to_strong, ("unlabelled", "strong", "teacher")),
+  "consistency": Term(consistency, ("unlabelled", "strong", "student", "teacher")),
+  "cross_pseudo": Term(cross_pseudo, ("unlabelled", "strong", "student", "partner")),
   "copy_paste": Term(copy_paste, ("labelled", "unlabelled", "teacher")),
-  "entropy": Term(entropy, ("unlabelled", "student")),
+  "entropy": Term(entropy, ("unlabelled", "strong", "student")),
   "online": Term(online_terms.online, ("unlabelled", "teacher", "base")),
 }
 

@@ -95,6 +95,7 @@ def _shared_inputs(settings, params, batch, inputs, keys, read, weak) -> term_in
     shown = batch.unlabelled["image"]
     masks = jnp.zeros((shown.shape[0], 0, *shown.shape[1:-1]), jnp.uint8)
     weak_view = augment.augment(keys["weak"], shown, masks, **weak)[0]
+  if "strong" in read:
     strong = term_inputs.strong_view(keys["strong"], weak_view, settings.strong)
   if "student" in read:
     student = settings.apply(policy, strong, keys["student"])

@@ -59,6 +59,37 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
     settings: see there.
     terms: of `preference`, `chosen`, `consensus` those with a weight above 0, with their options.
   """
+  preference = _make_preference(settings)
+
+  def pair_losses(params, batch: types.PairBatch, inputs: types.StepInputs, key, dropout_key):
+    images, masks, consensus = _view(settings, batch, inputs.key)
+    seen = images
+    if settings.strong is not None:
+      seen = term_inputs.strong_view(key, images, settings.strong)
+    logits = settings.apply(params, seen, *([dropout_key] if settings.dropout else []))
+    found, metrics = {}, {}
+    if "preference" in terms:
+      found["preference"], metrics = preference(batch, images, logits, masks, inputs)
+    if "chosen" in terms:
+      # Of the pairs that the preference loss is a mean of, so that parts of a batch add up.
+      size = losses.region_size(*masks, classes=settings.region_classes)
+      weight = batch.weight * (size > 0)
+      metrics.setdefault("weight", jnp.sum(weight))
+      if (temperature := terms["chosen"]["image_temperature"]) > 0:
+        weight = weight * image_weights(batch.top_score, temperature)[:, None]
+      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
+    if "consensus" in terms:
+      values = consistency.soft_label_loss(logits, consensus)
+      if (temperature := terms["consensus"]["image_temperature"]) > 0:
+        values = values * image_weights(batch.top_score, temperature)
+      found["consensus"] = jnp.mean(values)
+    return found, metrics
+
+  return pair_losses
+
+
+def _make_preference(settings: Settings) -> Callable:
+  """(PairBatch, images, logits, masks, StepInputs) -> (loss f32[], metrics)."""
   region_options = {"classes": settings.region_classes}
   read_reference = _make_reference(settings.reference, settings.apply, region_options)
   reads_log_ratios = bool(objectives.readers(settings.objective["objective"], "log_ratios"))
@@ -88,30 +119,7 @@ def make(settings: Settings, terms: Mapping[str, Mapping[str, Any]]) -> Callable
       **{**settings.objective, **own},
     )
 
-  def pair_losses(params, batch: types.PairBatch, inputs: types.StepInputs, key, dropout_key):
-    images, masks, consensus = _view(settings, batch, inputs.key)
-    seen = images
-    if settings.strong is not None:
-      seen = term_inputs.strong_view(key, images, settings.strong)
-    logits = settings.apply(params, seen, *([dropout_key] if settings.dropout else []))
-    found, metrics = {}, {}
-    if "preference" in terms:
-      found["preference"], metrics = preference(batch, images, logits, masks, inputs)
-    if "chosen" in terms:
-      # Of the pairs that the preference loss is a mean of, so that parts of a batch add up.
-      weight = batch.weight * (losses.region_size(*masks, **region_options) > 0)
-      metrics.setdefault("weight", jnp.sum(weight))
-      if (temperature := terms["chosen"]["image_temperature"]) > 0:
-        weight = weight * image_weights(batch.top_score, temperature)[:, None]
-      found["chosen"] = _chosen(logits, masks[0], weight, settings.dice_weight)
-    if "consensus" in terms:
-      values = consistency.soft_label_loss(logits, consensus)
-      if (temperature := terms["consensus"]["image_temperature"]) > 0:
-        values = values * image_weights(batch.top_score, temperature)
-      found["consensus"] = jnp.mean(values)
-    return found, metrics
-
-  return pair_losses
+  return preference
 
 
 def image_weights(top_score: jax.Array, temperature: float) -> jax.Array:

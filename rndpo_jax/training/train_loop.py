@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -75,14 +75,7 @@ def fit(
       checkpoints.save_params_if_missing(start, state)
     metrics.resume(start, None if validate is None else [step for step in kept if step <= start])
     stack.enter_context(contextlib.closing(metrics))
-    description = checkpoints.description
-    steps = progress.track(
-      range(start + 1, num_steps + 1),
-      total=num_steps,
-      description=description,
-      unit="steps",
-      done=start,
-    )
+    steps = _shown_steps(start, num_steps, checkpoints.description)
     stream = batches(start) if start < num_steps else iter(())
     pending = []
     for step in steps:
@@ -101,8 +94,14 @@ def fit(
       if keep and checkpoints.keep_params == "best" and multihost.is_first():
         checkpoints.keep_best(step, metrics.of_kind("val"))
       if stop:
-        raise preemption.Preempted(f"{description}: saved at step {step}")
+        raise preemption.Preempted(f"{checkpoints.description}: saved at step {step}")
   return state
+
+
+def _shown_steps(start: int, num_steps: int, description: str) -> Iterable[int]:
+  """The steps after `start`, their progress shown."""
+  steps = range(start + 1, num_steps + 1)
+  return progress.track(steps, total=num_steps, description=description, unit="steps", done=start)
 
 
 def kept_steps(num_steps: int, eval_every_steps: int) -> list[int]:

@@ -31,29 +31,11 @@ def open_source(config) -> records.Source:
       without image, two files of one id, grey and RGB mixed, or sizes that differ in a case.
   """
   data = config.data
-  if data.spatial_dims != 2:
-    raise errors.DataError(
-      f"config.data.spatial_dims: found {data.spatial_dims}, but a folder holds 2D images; set it "
-      "to 2, or take volumes as NIfTI with config.data.source='nnunet'"
-    )
-  if data.num_classes < 2:
-    raise errors.DataError(
-      f"config.data.num_classes: found {data.num_classes}; a folder does not tell, set it"
-    )
+  _check_keys(data)
   root = check_root(data.root)
   image_files = _list(root / "images", (*_LOSSLESS, *_LOSSY), "images")
   mask_files = _list(root / "masks", _LOSSLESS, "masks")
-  orphans = sorted(set(mask_files) - set(image_files))
-  if orphans:
-    hint = (
-      "; names as ID_0000 are nnU-Net's: config.data.source='nnunet' reads such files from "
-      "imagesTr and labelsTr, beside a dataset.json"
-    )
-    raise errors.DataError(
-      f"{mask_files[orphans[0]]}: mask without image; expected {root / 'images' / orphans[0]}"
-      f".png (or .jpg, .tif); add it or remove the mask"
-      f"{hint if f'{orphans[0]}_0000' in image_files else ''}"
-    )
+  _check_masks(root, image_files, mask_files)
   ids = sorted(image_files, key=natural)
   headers = {name: images.header(image_files[name]) for name in ids}
   _check_channels(image_files, headers)
@@ -89,6 +71,34 @@ def open_source(config) -> records.Source:
     fingerprint=fingerprint,
     notes=tuple(_notes(image_files, headers)),
   )
+
+
+def _check_keys(data) -> None:
+  """Checks what a folder cannot tell, or cannot hold."""
+  if data.spatial_dims != 2:
+    raise errors.DataError(
+      f"config.data.spatial_dims: found {data.spatial_dims}, but a folder holds 2D images; set it "
+      "to 2, or take volumes as NIfTI with config.data.source='nnunet'"
+    )
+  if data.num_classes < 2:
+    raise errors.DataError(
+      f"config.data.num_classes: found {data.num_classes}; a folder does not tell, set it"
+    )
+
+
+def _check_masks(root: pathlib.Path, image_files, mask_files) -> None:
+  """Checks that each mask has an image."""
+  orphans = sorted(set(mask_files) - set(image_files))
+  if orphans:
+    hint = (
+      "; names as ID_0000 are nnU-Net's: config.data.source='nnunet' reads such files from "
+      "imagesTr and labelsTr, beside a dataset.json"
+    )
+    raise errors.DataError(
+      f"{mask_files[orphans[0]]}: mask without image; expected {root / 'images' / orphans[0]}"
+      f".png (or .jpg, .tif); add it or remove the mask"
+      f"{hint if f'{orphans[0]}_0000' in image_files else ''}"
+    )
 
 
 def class_names(num_classes: int) -> list[str]:

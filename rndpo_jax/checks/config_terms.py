@@ -1,0 +1,105 @@
+"""The checks on the terms of fine-tuning's loss: each has what it reads, and they go together."""
+
+from __future__ import annotations
+
+from rndpo_jax import config as config_lib
+from rndpo_jax.errors import ConfigError
+from rndpo_jax.training import image_terms
+
+
+def check(config) -> None:
+  """Checks that there is a loss, and that each of its terms has what it reads.
+
+  Args:
+    config: of a phase.
+
+  Raises:
+    ConfigError: naming the key, what was found and what is expected.
+  """
+  terms, options = config_lib.active_terms(config), config.finetune
+  if not terms:
+    raise ConfigError(
+      "config.finetune.terms: every weight is 0; set one above 0, such as "
+      "config.finetune.terms.preference.weight=1"
+    )
+  for name in terms:
+    _check_networks(config, name, image_terms.reads({name: terms[name]}))
+  _check_reliable(config)
+  if "online" in terms:
+    _check_online(terms["online"], options)
+  _check_batches(config, terms)
+  changed = [name for name in ("augment", "strong") if options[name]]
+  if "preference" in terms and changed and options.reference == "cached":
+    raise ConfigError(
+      "config.finetune.reference: changed images need an 'online' reference (cached margins belong "
+      "to the image as it was mined); set it, or set "
+      f"{' and '.join(f'config.finetune.{name}=False' for name in changed)}"
+    )
+
+
+def _check_networks(config, name: str, reads: set[str]) -> None:
+  """Checks that there is an average, or a second network, if a term learns from it."""
+  if "teacher" in reads and not config.finetune.ema_decay:
+    raise ConfigError(
+      f"config.finetune.ema_decay: found 0.0, but config.finetune.terms.{name} learns from the "
+      "moving average; set it, such as 0.99"
+    )
+  if "partner" in reads and config.base.num_members < 2:
+    raise ConfigError(
+      f"config.base.num_members: found {config.base.num_members}, but "
+      f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
+      "to 2 or more"
+    )
+
+
+def _check_batches(config, terms) -> None:
+  """Checks that batches of the terms fit each other, and parts of them add up."""
+  options = config.finetune
+  if "copy_paste" in terms and options.labelled_batch_size != options.unlabelled_batch_size:
+    raise ConfigError(
+      f"config.finetune.labelled_batch_size: found {options.labelled_batch_size}, but "
+      "config.finetune.terms.copy_paste pastes each into one of unlabelled_batch_size="
+      f"{options.unlabelled_batch_size}; set them equal"
+    )
+  on_pairs = [name for name in terms if "pairs" in image_terms.TERMS[name].reads]
+  others = [name for name in terms if name not in on_pairs]
+  # Parts of a batch are added up by the weight of their pairs, or equally; it cannot be both.
+  apart = on_pairs and others or "consensus" in on_pairs or config_lib.weighs_images(config)
+  if options.accumulate_steps > 1 and apart:
+    raise ConfigError(
+      f"config.finetune.accumulate_steps: found {options.accumulate_steps}, but the terms "
+      f"{', '.join(terms)} do not add up over parts of a batch; set it to 1"
+    )
+
+
+def _check_reliable(config) -> None:
+  """Checks that there are checkpoints and images to tell the reliable ones by."""
+  share = config.finetune.reliable_share
+  if share == 1:
+    return
+  if config.data.spacing:
+    raise ConfigError(
+      f"config.finetune.reliable_share: found {share}, but with config.data.spacing a step is "
+      "shown patches, and whole images on one grid are what it is measured on; leave it at 1.0"
+    )
+  number = config_lib.num_phases(config)
+  before = config_lib.of_phase(config, number - 1).finetune if number > 1 else None
+  if before is None or before.num_steps <= before.eval_every_steps:
+    raise ConfigError(
+      f"config.finetune.reliable_share: found {share}, but it is told by two or more checkpoints "
+      "of the phase before; set it in a phase after one with num_steps above eval_every_steps"
+    )
+
+
+def _check_online(made_here, options) -> None:
+  """Checks that pairs of the policy's own proposals can differ, and be smoothed."""
+  if not made_here["noise_scale"] + made_here["threshold_shift"]:
+    raise ConfigError(
+      "config.finetune.terms.online: noise_scale and threshold_shift are 0, so that all proposals "
+      "would be the same; set one above 0"
+    )
+  if options.pair_smoothing != "none":
+    raise ConfigError(
+      f"config.finetune.pair_smoothing: found {options.pair_smoothing!r}, but the pairs of "
+      "config.finetune.terms.online have no judge that was measured; set it to 'none'"
+    )
