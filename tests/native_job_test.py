@@ -110,13 +110,34 @@ def _on_tile(view, root, index, mask):
   return padded[tuple(slice(s + n, s + 2 * n) for s, n in zip(start, size, strict=True))]
 
 
+def _by_agreement(root, cases):
+  """Case -> names of the pairs of the best of three masks with the worst, then the second one."""
+  found = {}
+  for place, case in enumerate(cases):
+    drawn = _drawn(root, case, place)
+    scores = {
+      name: sum(_dice(mask, other) for other in drawn.values()) for name, mask in drawn.items()
+    }
+    best, second, worst = sorted(drawn, key=scores.get, reverse=True)
+    found[case] = ((best, worst), (best, second))
+  return found
+
+
 def _expected(view, root, cases, index, orders):
-  """[(chosen, rejected)] of the tile's masks that differ, by the names of each pair."""
+  """[(chosen, rejected)] of the tile's masks that differ, by the case's names of each pair."""
   entry = view.records[index]
   drawn = _drawn(root, entry["case_id"], cases.index(entry["case_id"]))
   masks = {name: _on_tile(view, root, index, mask) for name, mask in drawn.items()}
-  pairs = [(masks[better], masks[worse]) for better, worse in orders]
+  order = orders[entry["case_id"]]
+  pairs = [(masks[better], masks[worse]) for better, worse in order]
   return [pair for pair in pairs if (pair[0] != pair[1]).any()]
+
+
+def _dice(one, other):
+  """Mean over classes 1 and 2; 1 of a class that both lack."""
+  classes = [(one == c, other == c) for c in (1, 2)]
+  sums = [(2 * np.sum(a & b), np.sum(a) + np.sum(b)) for a, b in classes]
+  return np.mean([shared / total if total else 1.0 for shared, total in sums])
 
 
 def _own_pairs(logits):
@@ -124,13 +145,7 @@ def _own_pairs(logits):
   background = np.array([1.0, 0.0, 0.0])
   shifted = [logits - shift * background for shift in (0.0, -4.0, 0.0, 4.0)]
   masks = [np.argmax(one, axis=-1) for one in shifted]
-
-  def dice(one, other):
-    classes = [(one == c, other == c) for c in (1, 2)]
-    sums = [(2 * np.sum(a & b), np.sum(a) + np.sum(b)) for a, b in classes]
-    return np.mean([shared / total if total else 1.0 for shared, total in sums])
-
-  scores = [sum(dice(m, o) for o in masks) - 1 for m in masks]
+  scores = [sum(_dice(m, o) for o in masks) - 1 for m in masks]
   best = int(np.argmax(scores))
   others = [k for k in sorted(range(4), key=lambda k: scores[k]) if (masks[k] != masks[best]).any()]
   return [(masks[best], masks[k]) for k in others[:2]]
@@ -280,15 +295,23 @@ def test_proposals_from_files_are_cut_as_the_labels_are(job, tmp_path):
     config.update_from_flattened_dict(changes)
   stages = ("base", "mine") if config.data.spatial_dims == 2 else config_lib.STAGES
   pipeline.run(config, tmp_path / "work", stages)
-  orders = (("a", "b"), ("a", "c"))
+  orders = dict.fromkeys(cases, (("a", "b"), ("a", "c")))
   assert _check_pairs(config, tmp_path / "work", workdir, root, cases, orders) > 20
   judged = json.loads((tmp_path / "work/pairs/judges.json").read_text())["file"]
   assert judged["pair_accuracy"] is not None and judged["num_cases"] == 2
   if config.data.spatial_dims == 3:  # scores of files are of images, so whole ones have these pairs
     config = config.copy_and_resolve_references()
-    config.mine.whole_images = True
+    # By a vote that agreement, right in all pairs, wins over the files' scores, right in 2 of 3.
+    config.mine.whole_images, config.judge.name = True, "fused"
+    config.judge.compare = ("file", "agreement")
     pipeline.run(config, tmp_path / "whole", ("base", "mine"))
+    orders = _by_agreement(root, cases)
     assert _check_pairs(config, tmp_path / "whole", workdir, root, cases, orders) > 20
+    judged = json.loads((tmp_path / "whole/pairs/judges.json").read_text())
+    shares = [judged[name]["pair_accuracy"] for name in ("fused", "agreement", "file")]
+    assert shares == [1, 1, pytest.approx(2 / 3)] and judged["fused"]["mined"]["num_pairs"] == 4
+    weights = judged["fused"]["weights"]
+    assert weights == pytest.approx({"file": np.log(2), "agreement": np.log(99)}, rel=1e-6)
 
 
 def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
@@ -318,7 +341,7 @@ def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
     config.data.split_file = str(tmp_path / "split.json")
   work = tmp_path / "work"
   pipeline.run(config, work)
-  assert _check_pairs(config, work, work, root, cases, (("c", "a"),)) > 20
+  assert _check_pairs(config, work, work, root, cases, dict.fromkeys(cases, (("c", "a"),))) > 20
   results = json.loads((work / "results.json").read_text())
   assert results["judge"] == "preferences" and (work / "report.html").exists()
 
