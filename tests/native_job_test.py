@@ -238,7 +238,16 @@ def _check_weights(config, work, dataset, found):
     np.testing.assert_allclose(weight, shares[tuple(margin)], rtol=1e-6)
   assert (batch.weight < 1).any() and (batch.weight > 0).any()
   results = json.loads((work / "results.json").read_text())
-  assert results["harm"]["num_pairs"] > 0 and (work / "report.html").exists()
+  assert (work / "report.html").exists()
+  with np.load(work / "pairs/validation.npz") as pairs:
+    size, image_size = (pairs[name] for name in ("region_size", "image_region_size"))
+    at = (pairs["truth"][np.arange(len(size))[:, None], pairs[n]] for n in ("chosen", "rejected"))
+    gain = np.subtract(*at)
+  share = np.where(gain != 0, size / np.maximum(image_size, 1), 0)  # of the mass at step 0
+  assert results["harm"]["num_pairs"] == np.count_nonzero(share) and (share <= 1).all()
+  wrong = share[gain < 0].sum() / share.sum()
+  assert results["harm"]["first"]["region"]["wrong_mass"] == pytest.approx(wrong, abs=1e-9)
+  assert 0 < share[share > 0].min() < 1
   manifest = json.loads((work / "pairs/manifest.json").read_text())
   assert manifest["num_images"] == len(dataset.splits["unlabelled"])
   judged = json.loads((work / "pairs/judges.json").read_text())["agreement"]
