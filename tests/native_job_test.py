@@ -28,6 +28,7 @@ from rndpo_jax.predict import job as predict_job
 from rndpo_jax.predict import native_network, native_run, trained
 from rndpo_jax.predict import run as predict_run
 from rndpo_jax.stages import base, evaluate
+from rndpo_jax.training import checkpoint
 
 TINY = tiny_jobs.TINY | {
   "data.num_labelled": 3,
@@ -324,7 +325,10 @@ def test_proposals_from_files_are_cut_as_the_labels_are(job, tmp_path):
 
 
 def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
-  """The whole job on the model's own grid, which is that of the 2D job; one line a case."""
+  """The whole job on the model's own grid, which is that of the 2D job; one line a case.
+
+  There are no validation cases, so that `label_free` chooses, by tiles.
+  """
   root = native_data.write(tmp_path / "raw")
   nnunet_models.write(tmp_path / "model")
   changes = {key: TINY[key] for key in TINY if key.startswith(("data.", "mine.", "finetune."))}
@@ -339,7 +343,7 @@ def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
   with pytest.raises(errors.DataError, match="lines.csv, line 2: the data set has no image 'x'"):
     pipeline.run(config, tmp_path / "work", ("prepare",))
   cases = ["c05", "c06", "c07", "c08"]
-  split = {"unlabelled": cases, "labelled": ["c00"], "val": ["c01", "c02"], "test": ["c03"]}
+  split = {"unlabelled": cases, "labelled": ["c00"], "val": [], "test": ["c03"]}
   (tmp_path / "split.json").write_text(json.dumps(split))
   _write_drawn(root, tmp_path / "own", cases)
   rows = [(case, f"c/{case}.nii.gz", f"a/{case}.nii.gz") for case in cases]
@@ -353,6 +357,35 @@ def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
   assert _check_pairs(config, work, work, root, cases, dict.fromkeys(cases, (("c", "a"),))) > 20
   results = json.loads((work / "results.json").read_text())
   assert results["judge"] == "preferences" and (work / "report.html").exists()
+  assert results["num_cases"]["val"] == 0 and results["delivered"]["chosen_by"] == "label_free"
+  _check_label_free(imported.resolve(config), work, results["label_free"]["checkpoints"])
+
+
+def _check_label_free(config, work, points):
+  """The figures of the last checkpoint, of 16 tiles each."""
+  view = tiles.view(dataset_lib.open_dataset(config, work))
+  segmenter = models.build(config.model, num_classes=3, spatial_dims=view.spatial_dims)
+  apply = jax.jit(segmenter.apply)
+  tuned = checkpoint.restore_params(work / "finetune/params", 3, stage_directory="")
+  found = {}
+  for split in ("labelled", "unlabelled"):
+    own = view.splits[split]
+    own = own[np.linspace(0, len(own) - 1, 16).round().astype(int)]
+    rows = [dataset_lib.load_example(view, int(i), with_labels=split == "labelled") for i in own]
+    images = np.stack([row["image"] for row in rows])
+    logits = [np.float64(apply(params, images)) for params in (base.load(work, view), tuned)]
+    logs = [z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in logits]
+    found[split] = np.argmax(logits, axis=-1), logs, [row["label"] for row in rows]
+  masks, _, labels = found["labelled"]
+  scores = [[_dice(m, y) for m, y in zip(own, labels, strict=True)] for own in masks]
+  for point, own in zip(points, scores, strict=True):
+    assert point["labelled_dice"] == pytest.approx(np.mean(own), rel=1e-4)
+  masks, (before, after), _ = found["unlabelled"]
+  assert points[1]["kl"] == pytest.approx(
+    np.mean(np.sum(np.exp(after) * (after - before), axis=-1)), rel=1e-2
+  )
+  dice = np.mean([_dice(*pair) for pair in zip(*masks, strict=True)])
+  assert points[1]["dice_to_base"] == pytest.approx(dice, rel=1e-4)
 
 
 def _weights(patch):
