@@ -15,11 +15,10 @@ from rndpo_jax.mining import (
   fused,
   judges,
   network_logits,
-  overlap,
-  pair_rules,
   proposals,
   user_judges,
 )
+from rndpo_jax.mining.ranked import make_rule, make_sizes
 
 
 class Scored(NamedTuple):
@@ -39,22 +38,6 @@ class Scored(NamedTuple):
   base_logits: types.Array
   scores: types.Array
   probs: types.Array
-  present: types.Array | None
-
-
-class Ranked(NamedTuple):
-  """What a rule needs of proposals that were scored elsewhere, whatever size their masks have.
-
-  Attributes:
-    index: i32[b], as in `types.Batch`.
-    sizes: i32[b, K, K], of `make_sizes`.
-    scores: f32[b, K].
-    present: bool[b, K], as in `types.Proposals`.
-  """
-
-  index: types.Array
-  sizes: types.Array
-  scores: types.Array
   present: types.Array | None
 
 
@@ -217,34 +200,6 @@ def make_mine_scored(config, dataset) -> Callable:
     return pairs_of(keys, *scored[1:])
 
   return mine_scored
-
-
-def make_sizes(config, dataset) -> Callable:
-  """Masks u8[b, K, *S] -> |D| of each two of an image, i32[b, K, K]."""
-  classes = config_lib.region_classes(config)
-  return lambda masks: overlap.pairwise_region_size(masks, dataset.num_classes, classes)
-
-
-def make_rule(config) -> Callable:
-  """(keys [b, 3], sizes, scores, present) -> `types.Pairs`, by `config.mine`."""
-  options = {
-    "rule": config.mine.rule,
-    "pairs_per_image": config.mine.pairs_per_image,
-    "min_score_gap": config.mine.min_score_gap,
-    "min_region_size": config.mine.min_region_size,
-    "max_region_size": config.mine.max_region_size,
-  }
-
-  def rule(keys, sizes, scores, present=None) -> types.Pairs:
-    return pair_rules.mine(scores, sizes, keys[:, 2], present=present, **options)
-
-  return rule
-
-
-def make_rule_ranked(config) -> Callable:
-  """(None, keys, Ranked) -> `types.Pairs`: the rule, for a judge on the host."""
-  rule = make_rule(config)
-  return lambda weights, keys, ranked: rule(keys, *ranked[1:])
 
 
 def _make_pairs_of(config, dataset) -> Callable:

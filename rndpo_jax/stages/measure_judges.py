@@ -13,7 +13,7 @@ from etils import epath
 from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, reliability
+from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, ranked, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
 
@@ -36,7 +36,7 @@ def make_measure(
   """
 
   num_classes = dataset.num_classes
-  rule, sizes_of = program.make_rule(config), program.make_sizes(config, dataset)
+  rule, sizes_of = ranked.make_rule(config), ranked.make_sizes(config, dataset)
 
   def measure(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, names)
@@ -217,14 +217,14 @@ def _add_fused(config, val: Measured, labelled: Measured) -> dict[str, float]:
     scores = part.out["scores"]
     together = jnp.stack([scores[name] for name in names], axis=1)
     scores[judges.FUSED] = np.asarray(fused.fuse(together, weights))
-  mine = jax.jit(program.with_keys(program.make_rule_ranked(config)))
-  ranked = program.Ranked(
+  mine = jax.jit(program.with_keys(ranked.make_rule_ranked(config)))
+  rows = ranked.Ranked(
     np.asarray(val.indices, np.int32),
     out["region_sizes"],
     out["scores"][judges.FUSED],
     out["present"],
   )
-  found = mine(None, seeds.mining_key(config.seed), ranked)
+  found = mine(None, seeds.mining_key(config.seed), rows)
   out["mined"][judges.FUSED] = jax.tree.map(np.asarray, found)
   return dict(zip(names, whole.tolist(), strict=True))
 

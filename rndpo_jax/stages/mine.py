@@ -21,17 +21,16 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, proposal_files, tiles
 from rndpo_jax.mining import fused, given_pairs, judge_gate, judges, user_judges
 from rndpo_jax.mining.program import (
-  Ranked,
   Scored,
   host_judges,
   make_mine_batch,
   make_mine_scored,
   make_propose_batch,
-  make_rule_ranked,
   make_score,
   used_judges,
   with_keys,
 )
+from rndpo_jax.mining.ranked import Ranked, make_rule_ranked
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 from rndpo_jax.stages import (
