@@ -93,8 +93,7 @@ def _job(options):
 
   if _WORKDIR.value is not None:
     found = trained.load(_WORKDIR.value, _CHECKPOINT.value)
-    if _MIRROR.value is None:
-      options = options._replace(mirror=found.mirrors)
+    options = options._replace(mirror=found.mirrors(_MIRROR.value))
     if found.native is None:
       return grid_run.job(found, options), options
     return native_run.job(native_network.of_run(found), options), options

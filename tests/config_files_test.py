@@ -32,13 +32,6 @@ FILES = [
     {"data.preferences": "/p.csv", "data.proposals": "/own"},
     "config.data.proposals: found '/own', which nothing reads",
   ),
-  (
-    {
-      "mine.whole_images": True, "judge.name": "fused", "data.spacing": (1.0, 1.0),
-      "data.patch_size": (64, 64),
-    },
-    "config.mine.whole_images: the judge 'fused' is measured on masks of one size",
-  ),
 ]  # fmt: skip
 
 

@@ -84,20 +84,23 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   assert sizes["judge"] == config.judge.learned.batch_size and sizes["measure"] == sizes["mine"]
   trials = {name: timing.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
   images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
-  data = data_set.Data(None, images, 30, 30 * 720, None, None)
+  data = data_set.Data(None, images, 30, 30 * 720, None, None, num_unpacked=70)
   found = dry_run.num_batches(config, data, trials)
   assert found["base"] == 80 and found["judge"] == config.judge.learned.num_steps
   # Three checkpoints, the base by RankSEG, and three times one more for the distances.
   assert found["evaluate"] == 7
+  shape = jax.ShapeDtypeStruct((100,), "float32")
+  planned = storage.planned(config, data, {"w": shape}, {"index": 1})
+  assert (planned.data, planned.unpacked) == (30 * 720, 70)
   with config.unlocked():
     config.base.workdir = "elsewhere"
   sizes = timing.batch_sizes(config, sharding.make_mesh())
   assert "base" not in sizes
   trials = {name: trials[name] for name in sizes}
   assert "base" not in dry_run.num_batches(config, data, trials)
-  shape = jax.ShapeDtypeStruct((100,), "float32")
   planned = storage.planned(config, data, {"w": shape}, {"index": 1})
-  assert (planned.data, planned.base) == (0, 2 * 400)  # the members' parameters are copied
+  assert (planned.data, planned.unpacked) == (0, 0)
+  assert planned.base == 2 * 400  # the members' parameters are copied
 
 
 def test_memory_of_what_mining_begins_with(tiny_config):
@@ -143,14 +146,17 @@ def test_several_processes_run_a_program_as_often_as_the_first_says(monkeypatch)
 
 def test_finished_files_do_not_count_as_storage_to_come(tiny_run, tried, tmp_path):
   config, workdir = tiny_run
-  planned = cost.Storage(data=10**6, base=10**6, pairs=10**6, finetune=10**6)
+  planned = cost.Storage(data=10**6, unpacked=0, base=10**6, pairs=10**6, finetune=10**6)
   assert sum(storage.to_come(planned, workdir)) == 0  # all is done
   assert storage.to_come(planned, tmp_path) == planned
   (tmp_path / "pairs" / "judge").mkdir(parents=True)
   (tmp_path / "pairs" / "judge" / "part").write_bytes(bytes(1000))
   (tmp_path / "base").mkdir()
   (tmp_path / "base" / "selected.json").write_text("{}")
-  assert storage.to_come(planned, tmp_path) == planned._replace(base=0, pairs=999_000)
+  (tmp_path / "data" / "unpacked-0123").mkdir(parents=True)
+  (tmp_path / "data" / "unpacked-0123" / "0-image.npy").write_bytes(bytes(100))
+  found = storage.to_come(planned._replace(unpacked=300), tmp_path)
+  assert found == planned._replace(data=999_900, unpacked=200, base=0, pairs=999_000)
   assert "; 0 B of it to come; " in "\n".join(tried[0])
 
 

@@ -15,7 +15,9 @@ OPTIONS = {"edges": (16, 64), "beta": 10.0, "normalization": "region"}
 
 
 def _account(h, **changes):
-  return harm.account([0, 50], np.stack([0 * h, h]), SIZE, GAIN, WEIGHT, **OPTIONS | changes)
+  share = changes.pop("share", np.ones(SIZE.shape))
+  h = np.stack([0 * h, h])
+  return harm.account([0, 50], h, SIZE, GAIN, WEIGHT, share, **OPTIONS | changes)
 
 
 def test_shares_at_step_0_by_hand():
@@ -35,6 +37,15 @@ def test_shares_at_step_0_by_hand():
   assert start["none"]["wrong_mass"] == pytest.approx(132 / 140)
   assert [b["wrong_mass"] for b in start["none"]["bins"]] == pytest.approx([0, 32 / 140, 100 / 140])
   assert [b["mass"] for b in start["region"]["bins"]] == pytest.approx([2 / 5, 2 / 5, 1 / 5])
+
+
+def test_a_tile_weighs_its_share_of_the_image_by_hand():
+  """Of images of |D| 8, 400, 16 and 64: right 4/8 and 4/16, wrong 100/400 and twice 16/64."""
+  share = SIZE / np.array([[8, 400], [16, 9], [64, 7]])
+  start = _account(np.zeros((3, 2)), share=share)["curve"][0]
+  assert start["region"]["wrong_mass"] == pytest.approx(0.75 / 1.5)
+  assert [b["mass"] for b in start["region"]["bins"]] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+  assert start["none"]["wrong_mass"] == pytest.approx(132 / 140)  # the weight under DPO is 1
 
 
 def test_a_wrong_pair_that_is_learned_loses_its_mass():
@@ -58,13 +69,15 @@ def test_masses_are_those_of_training_in_mm():
   mass = np.abs(jax.grad(loss)(jnp.asarray(h, jnp.float32))) * size
   gain = np.array([[0.1], [-0.1]])
   options = {"edges": (16, 64), "beta": 0.05, "normalization": "none", "voxel_volume": volume}
-  found = harm.account([50], h[None], size, gain, np.ones((2, 1)), **options)["curve"][0]
+  found = harm.account([50], h[None], size, gain, *np.ones((2, 2, 1)), **options)["curve"][0]
   assert found["none"]["wrong_mass"] == pytest.approx(mass[1, 0] / mass.sum(), rel=1e-5)
   assert found["region"]["wrong_mass"] == pytest.approx(0.5)  # it makes no difference there
 
 
 def test_without_a_pair_nothing_is_claimed():
-  found = harm.account([0], np.zeros((1, 1)), np.array([5]), np.zeros(1), np.ones(1), **OPTIONS)
+  found = harm.account(
+    [0], np.zeros((1, 1)), np.array([5]), np.zeros(1), *np.ones((2, 1)), **OPTIONS
+  )
   assert found["num_pairs"] == 0 and found["wrong_share"] is None
   assert found["curve"][0]["none"]["wrong_mass"] is None
 

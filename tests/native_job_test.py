@@ -28,6 +28,7 @@ from rndpo_jax.predict import job as predict_job
 from rndpo_jax.predict import native_network, native_run, trained
 from rndpo_jax.predict import run as predict_run
 from rndpo_jax.stages import base, evaluate
+from rndpo_jax.training import checkpoint
 
 TINY = tiny_jobs.TINY | {
   "data.num_labelled": 3,
@@ -110,13 +111,34 @@ def _on_tile(view, root, index, mask):
   return padded[tuple(slice(s + n, s + 2 * n) for s, n in zip(start, size, strict=True))]
 
 
+def _by_agreement(root, cases):
+  """Case -> names of the pairs of the best of three masks with the worst, then the second one."""
+  found = {}
+  for place, case in enumerate(cases):
+    drawn = _drawn(root, case, place)
+    scores = {
+      name: sum(_dice(mask, other) for other in drawn.values()) for name, mask in drawn.items()
+    }
+    best, second, worst = sorted(drawn, key=scores.get, reverse=True)
+    found[case] = ((best, worst), (best, second))
+  return found
+
+
 def _expected(view, root, cases, index, orders):
-  """[(chosen, rejected)] of the tile's masks that differ, by the names of each pair."""
+  """[(chosen, rejected)] of the tile's masks that differ, by the case's names of each pair."""
   entry = view.records[index]
   drawn = _drawn(root, entry["case_id"], cases.index(entry["case_id"]))
   masks = {name: _on_tile(view, root, index, mask) for name, mask in drawn.items()}
-  pairs = [(masks[better], masks[worse]) for better, worse in orders]
+  order = orders[entry["case_id"]]
+  pairs = [(masks[better], masks[worse]) for better, worse in order]
   return [pair for pair in pairs if (pair[0] != pair[1]).any()]
+
+
+def _dice(one, other):
+  """Mean over classes 1 and 2; 1 of a class that both lack."""
+  classes = [(one == c, other == c) for c in (1, 2)]
+  sums = [(2 * np.sum(a & b), np.sum(a) + np.sum(b)) for a, b in classes]
+  return np.mean([shared / total if total else 1.0 for shared, total in sums])
 
 
 def _own_pairs(logits):
@@ -124,13 +146,7 @@ def _own_pairs(logits):
   background = np.array([1.0, 0.0, 0.0])
   shifted = [logits - shift * background for shift in (0.0, -4.0, 0.0, 4.0)]
   masks = [np.argmax(one, axis=-1) for one in shifted]
-
-  def dice(one, other):
-    classes = [(one == c, other == c) for c in (1, 2)]
-    sums = [(2 * np.sum(a & b), np.sum(a) + np.sum(b)) for a, b in classes]
-    return np.mean([shared / total if total else 1.0 for shared, total in sums])
-
-  scores = [sum(dice(m, o) for o in masks) - 1 for m in masks]
+  scores = [sum(_dice(m, o) for o in masks) - 1 for m in masks]
   best = int(np.argmax(scores))
   others = [k for k in sorted(range(4), key=lambda k: scores[k]) if (masks[k] != masks[best]).any()]
   return [(masks[best], masks[k]) for k in others[:2]]
@@ -223,7 +239,16 @@ def _check_weights(config, work, dataset, found):
     np.testing.assert_allclose(weight, shares[tuple(margin)], rtol=1e-6)
   assert (batch.weight < 1).any() and (batch.weight > 0).any()
   results = json.loads((work / "results.json").read_text())
-  assert results["harm"]["num_pairs"] > 0 and (work / "report.html").exists()
+  assert (work / "report.html").exists()
+  with np.load(work / "pairs/validation.npz") as pairs:
+    size, image_size = (pairs[name] for name in ("region_size", "image_region_size"))
+    at = (pairs["truth"][np.arange(len(size))[:, None], pairs[n]] for n in ("chosen", "rejected"))
+    gain = np.subtract(*at)
+  share = np.where(gain != 0, size / np.maximum(image_size, 1), 0)  # of the mass at step 0
+  assert results["harm"]["num_pairs"] == np.count_nonzero(share) and (share <= 1).all()
+  wrong = share[gain < 0].sum() / share.sum()
+  assert results["harm"]["first"]["region"]["wrong_mass"] == pytest.approx(wrong, abs=1e-9)
+  assert 0 < share[share > 0].min() < 1
   manifest = json.loads((work / "pairs/manifest.json").read_text())
   assert manifest["num_images"] == len(dataset.splits["unlabelled"])
   judged = json.loads((work / "pairs/judges.json").read_text())["agreement"]
@@ -280,19 +305,30 @@ def test_proposals_from_files_are_cut_as_the_labels_are(job, tmp_path):
     config.update_from_flattened_dict(changes)
   stages = ("base", "mine") if config.data.spatial_dims == 2 else config_lib.STAGES
   pipeline.run(config, tmp_path / "work", stages)
-  orders = (("a", "b"), ("a", "c"))
+  orders = dict.fromkeys(cases, (("a", "b"), ("a", "c")))
   assert _check_pairs(config, tmp_path / "work", workdir, root, cases, orders) > 20
   judged = json.loads((tmp_path / "work/pairs/judges.json").read_text())["file"]
   assert judged["pair_accuracy"] is not None and judged["num_cases"] == 2
   if config.data.spatial_dims == 3:  # scores of files are of images, so whole ones have these pairs
     config = config.copy_and_resolve_references()
-    config.mine.whole_images = True
+    # By a vote that agreement, right in all pairs, wins over the files' scores, right in 2 of 3.
+    config.mine.whole_images, config.judge.name = True, "fused"
+    config.judge.compare = ("file", "agreement")
     pipeline.run(config, tmp_path / "whole", ("base", "mine"))
+    orders = _by_agreement(root, cases)
     assert _check_pairs(config, tmp_path / "whole", workdir, root, cases, orders) > 20
+    judged = json.loads((tmp_path / "whole/pairs/judges.json").read_text())
+    shares = [judged[name]["pair_accuracy"] for name in ("fused", "agreement", "file")]
+    assert shares == [1, 1, pytest.approx(2 / 3)] and judged["fused"]["mined"]["num_pairs"] == 4
+    weights = judged["fused"]["weights"]
+    assert weights == pytest.approx({"file": np.log(2), "agreement": np.log(99)}, rel=1e-6)
 
 
 def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
-  """The whole job on the model's own grid, which is that of the 2D job; one line a case."""
+  """The whole job on the model's own grid, which is that of the 2D job; one line a case.
+
+  There are no validation cases, so that `label_free` chooses, by tiles.
+  """
   root = native_data.write(tmp_path / "raw")
   nnunet_models.write(tmp_path / "model")
   changes = {key: TINY[key] for key in TINY if key.startswith(("data.", "mine.", "finetune."))}
@@ -307,7 +343,7 @@ def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
   with pytest.raises(errors.DataError, match="lines.csv, line 2: the data set has no image 'x'"):
     pipeline.run(config, tmp_path / "work", ("prepare",))
   cases = ["c05", "c06", "c07", "c08"]
-  split = {"unlabelled": cases, "labelled": ["c00"], "val": ["c01", "c02"], "test": ["c03"]}
+  split = {"unlabelled": cases, "labelled": ["c00"], "val": [], "test": ["c03"]}
   (tmp_path / "split.json").write_text(json.dumps(split))
   _write_drawn(root, tmp_path / "own", cases)
   rows = [(case, f"c/{case}.nii.gz", f"a/{case}.nii.gz") for case in cases]
@@ -318,9 +354,38 @@ def test_preferences_on_a_trained_nnunet_are_cut_as_the_labels_are(tmp_path):
     config.data.split_file = str(tmp_path / "split.json")
   work = tmp_path / "work"
   pipeline.run(config, work)
-  assert _check_pairs(config, work, work, root, cases, (("c", "a"),)) > 20
+  assert _check_pairs(config, work, work, root, cases, dict.fromkeys(cases, (("c", "a"),))) > 20
   results = json.loads((work / "results.json").read_text())
   assert results["judge"] == "preferences" and (work / "report.html").exists()
+  assert results["num_cases"]["val"] == 0 and results["delivered"]["chosen_by"] == "label_free"
+  _check_label_free(imported.resolve(config), work, results["label_free"]["checkpoints"])
+
+
+def _check_label_free(config, work, points):
+  """The figures of the last checkpoint, of 16 tiles each."""
+  view = tiles.view(dataset_lib.open_dataset(config, work))
+  segmenter = models.build(config.model, num_classes=3, spatial_dims=view.spatial_dims)
+  apply = jax.jit(segmenter.apply)
+  tuned = checkpoint.restore_params(work / "finetune/params", 3, stage_directory="")
+  found = {}
+  for split in ("labelled", "unlabelled"):
+    own = view.splits[split]
+    own = own[np.linspace(0, len(own) - 1, 16).round().astype(int)]
+    rows = [dataset_lib.load_example(view, int(i), with_labels=split == "labelled") for i in own]
+    images = np.stack([row["image"] for row in rows])
+    logits = [np.float64(apply(params, images)) for params in (base.load(work, view), tuned)]
+    logs = [z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in logits]
+    found[split] = np.argmax(logits, axis=-1), logs, [row["label"] for row in rows]
+  masks, _, labels = found["labelled"]
+  scores = [[_dice(m, y) for m, y in zip(own, labels, strict=True)] for own in masks]
+  for point, own in zip(points, scores, strict=True):
+    assert point["labelled_dice"] == pytest.approx(np.mean(own), rel=1e-4)
+  masks, (before, after), _ = found["unlabelled"]
+  assert points[1]["kl"] == pytest.approx(
+    np.mean(np.sum(np.exp(after) * (after - before), axis=-1)), rel=1e-2
+  )
+  dice = np.mean([_dice(*pair) for pair in zip(*masks, strict=True)])
+  assert points[1]["dice_to_base"] == pytest.approx(dice, rel=1e-4)
 
 
 def _weights(patch):

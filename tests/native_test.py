@@ -230,6 +230,18 @@ def test_the_plan_counts_tiles_before_and_after_preparing(prepared, tmp_path):
     data_set.with_unlabelled(after, 10)
 
 
+def test_the_plan_counts_the_files_of_large_records(prepared, tmp_path, monkeypatch):
+  config, workdir = prepared
+  assert data_set.describe_data(config, workdir).num_unpacked == 0
+  monkeypatch.setattr(unpacked, "MIN_BYTES", 1)
+  dataset = dataset_lib.open_dataset(config, workdir)._replace(unpacked=tmp_path / "unpacked")
+  for name, part in dataset.splits.items():
+    for index in (int(i) for i in part if native.is_seen(dataset.boxes[i])):
+      dataset_lib.load_on_spacing(dataset, index, with_labels=name in ("labelled", "val"))
+  written = sum(path.stat().st_size for path in dataset.unpacked.iterdir())
+  assert data_set.describe_data(config, workdir).num_unpacked == written > 0
+
+
 def test_records_say_how_they_were_prepared(prepared):
   config, workdir = prepared
   content = json.loads((workdir / "data" / records.FILE).read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import types
-from rndpo_jax.mining import judges, pair_rules, proposals
+from rndpo_jax.mining import judges, overlap, pair_rules, proposals
 
 # Five proposals on nine pixels: mask k has its first k pixels set, so |D| of i, j is |i - j|.
 MASKS = (np.arange(9)[None, :] < np.arange(5)[:, None]).astype(np.uint8).reshape(1, 5, 3, 3)
@@ -19,9 +19,8 @@ RANKED = [1, 3, 4, 0, 2]  # best first
 @partial(jax.jit, static_argnames=("rule", "pairs_per_image"))
 def _mine(scores, masks, keys, rule, pairs_per_image, **limits):
   limits = {"min_score_gap": 0.0, "min_region_size": 1, "max_region_size": 0} | limits
-  return pair_rules.mine(
-    scores, masks, keys, num_classes=2, rule=rule, pairs_per_image=pairs_per_image, **limits
-  )
+  sizes = overlap.pairwise_region_size(masks, 2)
+  return pair_rules.mine(scores, sizes, keys, rule=rule, pairs_per_image=pairs_per_image, **limits)
 
 
 def mine(scores, masks=MASKS, rule="top_vs_rest", pairs_per_image=4, key=0, **limits):
@@ -230,8 +229,9 @@ def test_sample_judge_and_mine_do_not_depend_on_devices_or_batch_size():
     )  # fmt: skip
     probs = jax.nn.softmax(sampled.logits)
     scores = judge(images, sampled.masks, probs, judges.Context(keys[:, 1]))
+    sizes = overlap.pairwise_region_size(sampled.masks, 3)
     mined = pair_rules.mine(
-      scores, sampled.masks, keys[:, 2], num_classes=3, rule="top_vs_random", pairs_per_image=2,
+      scores, sizes, keys[:, 2], rule="top_vs_random", pairs_per_image=2,
       min_score_gap=0.0, min_region_size=1, max_region_size=0,
     )  # fmt: skip
     return sampled.masks, mined, scores, sampled.logits
@@ -269,8 +269,8 @@ def test_region_classes_decide_the_size_that_filters_and_records_read():
 
   def sizes(region_classes, **limits):
     mined = pair_rules.mine(
-      scores, masks, jax.random.split(jax.random.key(0), 1), num_classes=3, rule="top_vs_rest",
-      pairs_per_image=3, region_classes=region_classes,
+      scores, overlap.pairwise_region_size(masks, 3, region_classes),
+      jax.random.split(jax.random.key(0), 1), rule="top_vs_rest", pairs_per_image=3,
       **{"min_score_gap": 0.0, "min_region_size": 1, "max_region_size": 0, **limits},
     )  # fmt: skip
     return mined.region_size[0].tolist(), mined.rejected[0].tolist(), mined.dropped[0].tolist()

@@ -29,7 +29,7 @@ from rndpo_jax.predict import (
 )
 from rndpo_jax.predict import run as run_lib
 from rndpo_jax.predict import trained as trained_lib
-from rndpo_jax.runtime import preemption
+from rndpo_jax.runtime import files, preemption
 from rndpo_jax.stages import evaluate
 
 AFFINE = np.array([[0, -1.5, 0, 7], [2.5, 0, 0, -3], [0, 0, 4, 11], [0, 0, 0, 1.0]])
@@ -296,9 +296,10 @@ def test_a_mirrored_evaluation_is_predicted_bit_for_bit(tmp_path, network, truth
   evaluation = evaluation_lib.open_evaluation(config, dataset, tmp_path, lambda _: 0, axes)
   want = dict(evaluation_lib.predict(evaluation, network.params, list(truth)))
   folder, output = _write_png(tmp_path / "in", truth), tmp_path / "out"
-  assert not network.mirrors
+  assert [network.mirrors(asked) for asked in (None, False, True)] == [False, False, True]
   network = network._replace(config=config)
-  _run(network, folder, output, run_lib.Options(mirror=network.mirrors, scores=False))
+  assert network.mirrors(None) and not network.mirrors(False)
+  _run(network, folder, output, run_lib.Options(mirror=network.mirrors(None), scores=False))
   for index in truth:
     mask = np.asarray(Image.open(output / f"case{index}.png"))
     np.testing.assert_array_equal(mask, want[index])
@@ -321,11 +322,20 @@ def test_output_must_be_a_place_of_its_own(tmp_path, network, truth):
 
 
 def test_the_program_ends_with_one_if_a_file_is_broken(tmp_path, tiny_run, truth):
+  """And mirrors, without a flag, as the evaluation of the run did."""
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  for path in tiny_run[1].iterdir():
+    (workdir / path.name).symlink_to(path)
+  content = files.read_json(workdir / "config.json")
+  content["config"]["evaluate"]["mirror"] = True
+  (workdir / "config.json").unlink()
+  files.write_json(workdir / "config.json", content)
   folder = _write_png(tmp_path / "in", truth)
   (folder / "cut.png").write_bytes(b"")
   done = subprocess.run(
     [
-      sys.executable, "-m", "launch.predict", f"--workdir={tiny_run[1]}", f"--input={folder}",
+      sys.executable, "-m", "launch.predict", f"--workdir={workdir}", f"--input={folder}",
       f"--output={tmp_path / 'out'}", "--noscores",
     ],
     cwd=pathlib.Path(__file__).parent.parent,
@@ -336,3 +346,4 @@ def test_the_program_ends_with_one_if_a_file_is_broken(tmp_path, tiny_run, truth
   assert "1 of 4 cases could not be predicted" in done.stdout + done.stderr
   assert len(list((tmp_path / "out").glob("case*.png"))) == 3
   assert not list((tmp_path / "out").glob(".*"))
+  assert files.read_json(tmp_path / "out" / "predict.json")["mirror"]

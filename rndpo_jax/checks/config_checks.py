@@ -181,11 +181,6 @@ def _check_judges(config) -> None:
       f"config.judge.compare: found {tuple(options.compare)}; the judge 'fused' weighs those of "
       "them that read no labels: name two or more"
     )
-  if config.mine.whole_images and judges.FUSED in (options.name, *options.compare):
-    raise ConfigError(
-      "config.mine.whole_images: the judge 'fused' is measured on masks of one size; take another "
-      "judge, or set it to False"
-    )
   for name in {options.name, *options.compare} - {judges.AUTO}:
     try:
       judges.check_name(name)

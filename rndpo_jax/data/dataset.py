@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -187,8 +186,7 @@ def load_on_spacing(dataset: Dataset, index: int, *, with_labels: bool) -> dict[
 
   spacing, names = dataset.records[index]["spacing"], ("image", "label")[: 1 + with_labels]
   shape = native.model_shape(dataset.boxes[index], spacing, dataset.native.spacing)
-  is_large = 4 * math.prod(shape) * dataset.num_channels >= unpacked.MIN_BYTES
-  if dataset.unpacked is not None and is_large:
+  if dataset.unpacked is not None and unpacked.is_large(shape, dataset.num_channels):
     arrays = unpacked.load(dataset.unpacked, int(index), names, read)
   else:
     arrays = read()

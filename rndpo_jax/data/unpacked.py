@@ -7,10 +7,11 @@ prepared data and under their fingerprint; later runs and other processes use th
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
@@ -19,6 +20,7 @@ from rndpo_jax import errors
 from rndpo_jax.runtime import files
 
 MIN_BYTES = 2**24  # of an image; smaller ones are soon read whole
+_HEADER_BYTES = 128  # of a .npy file
 _FREE_SHARE = 4  # files are written if the disk has room for so many times the record
 
 
@@ -30,6 +32,25 @@ def folder(local: epath.Path, fingerprint: str) -> epath.Path:
     fingerprint: of the prepared data.
   """
   return local.parent / f"unpacked-{fingerprint[:16]}"
+
+
+def is_large(shape: Sequence[int], num_channels: int) -> bool:
+  """Whether an image f32[*shape, num_channels] is written to a file."""
+  return 4 * math.prod(shape) * num_channels >= MIN_BYTES
+
+
+def num_bytes(shape: Sequence[int], num_channels: int, *, with_labels: bool) -> int:
+  """Of a record's files: none if it is small.
+
+  Args:
+    shape: M of the image on the model's spacing.
+    num_channels: I.
+    with_labels: whether its label u8[*M] is written too.
+  """
+  if not is_large(shape, num_channels):
+    return 0
+  sizes = [4 * math.prod(shape) * num_channels, *[math.prod(shape)] * with_labels]
+  return sum(size + _HEADER_BYTES for size in sizes)
 
 
 def load(

@@ -7,6 +7,9 @@ share, with h = margin(policy) - margin(base) summed over D and S the sigmoid,
     none   (DPO)      w |D| beta_none S(-beta_none h)
     region (RN-DPO)   w beta_region S(-beta_region h / |D|)
 
+In a tile of a whole image's pair h and |D| are of the tile, and the pair weighs there what
+`pair_batches.tile_weights` says: times 1 (none), or the tile's share of the image's D (region).
+
 This is the slope of -log S; other objectives have another slope, and the same mass at step 0. The
 two are compared at matched betas, beta_region = beta_none median |D|, so that they act alike on a
 pair of the median size (Kalisch et al., "Region-Normalized DPO", 2026, say that region
@@ -55,6 +58,7 @@ def account(
   size: np.ndarray,
   gain: np.ndarray,
   weight: np.ndarray,
+  share: np.ndarray,
   *,
   edges: Sequence[int],
   beta: float,
@@ -71,6 +75,7 @@ def account(
     gain: f[...], true Dice of the chosen mask minus that of the rejected one; pairs with 0 are
       neither right nor wrong, and left out.
     weight: f[...] >= 0, w; 0 if a slot has no pair.
+    share: f[...] in 0..1, of a tile in the image's |D|; 1 if the pair is of all of it.
     edges: region sizes between bins, rising.
     beta: of the run. normalization, exponent: of its objective.
     voxel_volume: what a pixel stands for in training, such as mm^2; shaped to broadcast with size.
@@ -85,7 +90,10 @@ def account(
   counted = (np.asarray(weight) > 0) & (np.asarray(gain) != 0) & (np.asarray(size) > 0)
   h = np.asarray(h, np.float64)[:, counted]
   volume = np.broadcast_to(np.asarray(voxel_volume, np.float64), counted.shape)[counted]
-  size, gain, weight = (np.asarray(x, np.float64)[counted] for x in (size, gain, weight))
+  size, gain, weight, share = (
+    np.asarray(x, np.float64)[counted] for x in (size, gain, weight, share)
+  )
+  weights = {"region": weight * share, "none": weight}
   wrong, places = gain < 0, np.searchsorted(np.asarray(edges), size, side="right")
   median = float(np.median(size)) if size.size else None
   typical = float(np.median(size * volume)) if size.size else 1.0
@@ -101,7 +109,7 @@ def account(
     point = {"step": int(step)}
     point["h_per_pixel"] = {"right": _mean(per_pixel[~wrong]), "wrong": _mean(per_pixel[wrong])}
     for kind in KINDS:
-      mass = weight * gradient_mass(margin * volume, size * volume, betas[kind], kind)
+      mass = weights[kind] * gradient_mass(margin * volume, size * volume, betas[kind], kind)
       point[kind] = _shares(mass, wrong, places, len(bins))
     curve.append(point)
   return {

@@ -19,36 +19,47 @@ FILE = "validation.npz"
 FIELDS = (
   "index", "masks", "truth", "chosen", "rejected", "score_gap", "region_size", "valid",
 )  # fmt: skip
+# Written if pairs of whole images are cut into tiles, i32[N, P]: |D| of the image.
+IMAGE_REGION_SIZE = "image_region_size"
 
 
 def write(
-  path: epath.Path, index: np.ndarray, masks: np.ndarray, truth: np.ndarray, pairs: types.Pairs
+  path: epath.Path,
+  index: np.ndarray,
+  masks: np.ndarray,
+  truth: np.ndarray,
+  pairs: types.Pairs,
+  image_region_size: np.ndarray | None = None,
 ) -> None:
   """Writes FIELDS as .npz.
 
   Args:
     path: `pairs/validation.npz`.
-    index: i32[N], records of the images.
+    index: i32[N], records of the images, or tiles.
     masks: u8[N, K, bits, bytes], their proposals by `bit_planes.pack`.
     truth: f32[N, K], true Dice of each.
     pairs: of the judge that mines.
+    image_region_size: as IMAGE_REGION_SIZE says; None if the pairs are not of tiles of images.
   """
   arrays = {"index": np.asarray(index, np.int32), "masks": masks, "truth": truth}
   arrays |= {name: value for name, value in pairs._asdict().items() if name in FIELDS}
+  if image_region_size is not None:
+    arrays[IMAGE_REGION_SIZE] = np.asarray(image_region_size, np.int32)
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
   files.write_bytes(path, buffer.getvalue())
 
 
 def read(path: epath.Path) -> dict[str, np.ndarray]:
-  """Reads FIELDS.
+  """Reads FIELDS, and IMAGE_REGION_SIZE if it is there.
 
   Raises:
     FileError: if it cannot be read, or lacks a field.
   """
   try:
     with np.load(io.BytesIO(epath.Path(path).read_bytes())) as content:
-      return {name: content[name] for name in FIELDS}
+      more = {IMAGE_REGION_SIZE}.intersection(content)
+      return {name: content[name] for name in (*FIELDS, *more)}
   except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
     raise errors.FileError(
       f"{path}: cannot be read ({error}); delete it and run the same command again"
@@ -60,6 +71,14 @@ def gain(pairs: dict[str, np.ndarray]) -> np.ndarray:
   truth = pairs["truth"]
   better, worse = (np.take_along_axis(truth, pairs[name], 1) for name in ("chosen", "rejected"))
   return better - worse
+
+
+def share(pairs: dict[str, np.ndarray]) -> np.ndarray:
+  """Of a tile in the image's |D|, f64[N, P], 1 if the pairs are not of tiles; from `read`."""
+  size = pairs["region_size"]
+  if IMAGE_REGION_SIZE not in pairs:
+    return np.ones(size.shape)
+  return size / np.maximum(pairs[IMAGE_REGION_SIZE], 1)
 
 
 def margins(

@@ -13,23 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from rndpo_jax import types
-from rndpo_jax.mining import overlap
 
 FILTERS = ("not_finite", "identical", "tie", "score_gap", "region_size")
 
 
 def mine(
   scores: jax.Array,
-  masks: jax.Array,
+  sizes: jax.Array,
   keys: jax.Array,
   *,
-  num_classes: int,
   rule: str,
   pairs_per_image: int,
   min_score_gap: float,
   min_region_size: int,
   max_region_size: int,
-  region_classes: tuple[int, ...] | None = None,
   present: jax.Array | None = None,
 ) -> types.Pairs:
   """Mines up to P preference pairs an image.
@@ -42,15 +39,13 @@ def mine(
 
   Args:
     scores: f32[b, K], higher is better.
-    masks: u8[b, K, *S].
+    sizes: i32[b, K, K], |D| of each two masks, see `overlap.pairwise_region_size`.
     keys: [b], one key an image; used by the random rules.
-    num_classes: C.
     rule: a key of RULES.
     pairs_per_image: P >= 1.
     min_score_gap: a pair needs a gap above it.
     min_region_size: least |D| of a pair, in pixels.
     max_region_size: greatest |D|; 0 sets no limit.
-    region_classes: D counts pixels of these class ids alone, see `margins.region`; None for all.
     present: bool[b, K]; a proposal that is not there makes no candidate. None if all are.
 
   Returns:
@@ -73,19 +68,18 @@ def mine(
     candidate = candidate & present[:, :, None] & present[:, None, :]
   known = jnp.where(finite, scores, 0.0)
   gap = known[:, :, None] - known[:, None, :]
-  size = overlap.pairwise_region_size(masks, num_classes, region_classes)
-  too_large = (size > max_region_size) & (max_region_size > 0)
+  too_large = (sizes > max_region_size) & (max_region_size > 0)
   # In the order of FILTERS.
   takers = (
     ~(finite[:, :, None] & finite[:, None, :]),
-    size == 0,
+    sizes == 0,
     gap == 0,
     gap <= min_score_gap,
-    (size < min_region_size) | too_large,
+    (sizes < min_region_size) | too_large,
   )
   candidate, dropped = _filter(candidate, takers)
   select = partial(_select, pairs_per_image=pairs_per_image)
-  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, size), dropped)
+  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, sizes), dropped)
 
 
 def _check(rule: str, pairs_per_image: int, count: int) -> None:

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, losses, models, types
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judges, network_logits, pair_rules, proposals, user_judges
+from rndpo_jax.mining import (
+  fused,
+  judges,
+  network_logits,
+  proposals,
+  user_judges,
+)
+from rndpo_jax.mining.ranked import make_rule, make_sizes
 
 
 class Scored(NamedTuple):
@@ -20,18 +27,18 @@ class Scored(NamedTuple):
   Attributes:
     index: i32[b], as in `types.Batch`.
     masks: u8[b, K, *S].
-    base_logits: f32[b, *S, C]; None for `make_rule_scored`.
+    base_logits: f32[b, *S, C].
     scores: f32[b, K].
-    probs: f32[b, K, *S, C]; None likewise.
+    probs: f32[b, K, *S, C].
     present: bool[b, K], as in `types.Proposals`.
   """
 
   index: types.Array
   masks: types.Array
-  base_logits: types.Array | None
+  base_logits: types.Array
   scores: types.Array
-  probs: types.Array | None = None
-  present: types.Array | None = None
+  probs: types.Array
+  present: types.Array | None
 
 
 def used_judges(config) -> tuple[str, ...]:
@@ -195,40 +202,16 @@ def make_mine_scored(config, dataset) -> Callable:
   return mine_scored
 
 
-def make_rule(config, dataset) -> Callable:
-  """(keys [b, 3], masks, scores, present) -> `types.Pairs`, by `config.mine`."""
-  options = {
-    "num_classes": dataset.num_classes,
-    "rule": config.mine.rule,
-    "pairs_per_image": config.mine.pairs_per_image,
-    "min_score_gap": config.mine.min_score_gap,
-    "min_region_size": config.mine.min_region_size,
-    "max_region_size": config.mine.max_region_size,
-    "region_classes": config_lib.region_classes(config),
-  }
-
-  def rule(keys, masks, scores, present=None) -> types.Pairs:
-    return pair_rules.mine(scores, masks, keys[:, 2], present=present, **options)
-
-  return rule
-
-
-def make_rule_scored(config, dataset) -> Callable:
-  """(None, keys, Scored) -> `types.Pairs`: the rule, for a judge on the host."""
-  rule = make_rule(config, dataset)
-  return lambda weights, keys, scored: rule(keys, scored.masks, scored.scores, scored.present)
-
-
 def _make_pairs_of(config, dataset) -> Callable:
   """(keys, masks, base_logits, scores, probs, present) -> what `make_mine_batch` says."""
   consensus = config.finetune.terms.consensus
-  rule = make_rule(config, dataset)
+  rule, sizes_of = make_rule(config), make_sizes(config, dataset)
   region_options = {"classes": config_lib.region_classes(config)}
 
   def pairs_of(keys, masks, base_logits, scores, probs, present=None):
     if present is not None:
       scores = jnp.where(present, scores, jnp.nan)
-    mined = rule(keys, masks, scores, present)
+    mined = rule(keys, sizes_of(masks), scores, present)
     take = jax.vmap(lambda masks, places: masks[places])
     chosen, rejected = take(masks, mined.chosen), take(masks, mined.rejected)
 

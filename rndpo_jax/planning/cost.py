@@ -11,12 +11,14 @@ class Storage(NamedTuple):
 
   Attributes:
     data: images and masks as they are stored, before compression.
+    unpacked: large ones of the native mode once more, as they are read; 0 in the simple mode.
     base: parameters and states of every member's training.
     pairs: mined records, before compression.
     finetune: parameters and states.
   """
 
   data: int
+  unpacked: int
   base: int
   pairs: int
   finetune: int

@@ -12,9 +12,10 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax.checks import config_validation
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import native, reader, records, sources, splits, tiles
+from rndpo_jax.data import native, reader, records, sources, splits, tiles, unpacked
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict, sliding_window
+from rndpo_jax.mining import judges
 from rndpo_jax.planning import programs
 from rndpo_jax.stages import prepare
 
@@ -31,6 +32,8 @@ class Data(NamedTuple):
     source: else.
     num_evaluated: images that the network sees to evaluate a checkpoint once; None for those of
       validation and test, which the native mode sees in overlapping tiles.
+    num_unpacked: bytes of the large images that the native mode writes once more, see
+      `data.unpacked`.
   """
 
   problem: programs.Problem
@@ -40,6 +43,7 @@ class Data(NamedTuple):
   dataset: dataset_lib.Dataset | None
   source: records.Source | None
   num_evaluated: int | None = None
+  num_unpacked: int = 0
 
 
 def describe_data(config, workdir: os.PathLike) -> Data:
@@ -95,7 +99,15 @@ def _in_tiles(config, data: Data, entries, parts: Mapping[str, Sequence[int]]) -
   shapes = [shape(i) for name in predict.SPLITS for i in parts[name]]
   seen = [[max(n, m) for n, m in zip(one, size, strict=True)] for one in shapes if all(one)]
   num_evaluated = sum(len(sliding_window.positions(one, size)) for one in seen)
-  return data._replace(num_images=counts, num_evaluated=num_evaluated)
+  with_labels = {"labelled", "val"}  # what training, or measuring judges, reads the labels of
+  if judges.needs(config.judge.name, "labels"):
+    with_labels.add("unlabelled")
+  num_unpacked = sum(
+    unpacked.num_bytes(shape(i), data.problem.num_channels, with_labels=name in with_labels)
+    for name, part in parts.items()
+    for i in part
+  )
+  return data._replace(num_images=counts, num_evaluated=num_evaluated, num_unpacked=num_unpacked)
 
 
 def with_unlabelled(data: Data, count: int) -> Data:

@@ -223,7 +223,11 @@ def _foot(config, data: Data, record, planned, left, free: int | None) -> list[s
     "",
     f"pairs     {count}; {size:,.0f} bytes a pair before compression",
     f"storage   at most {cost.show_bytes(sum(planned))}: "
-    + ", ".join(f"{name} {cost.show_bytes(size)}" for name, size in planned._asdict().items())
+    + ", ".join(
+      f"{name} {cost.show_bytes(size)}"
+      for name, size in planned._asdict().items()
+      if size or name != "unpacked"
+    )
     + ("" if left == planned else f"; {cost.show_bytes(sum(left))} of it to come")
     + ("" if free is None else f"; {cost.show_bytes(free)} free"),
   ]

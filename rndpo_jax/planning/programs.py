@@ -25,7 +25,6 @@ from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import fused, given_pairs, judge_gate, judges
 from rndpo_jax.mining.program import (
   make_mine_batch,
-  make_rule,
   make_score,
   used_judges,
   with_keys,
@@ -109,9 +108,8 @@ def _mine(config, problem, score):
 
 
 def _measure(config, problem, score):
-  rule = make_rule(config, problem)
   names = tuple(name for name in used_judges(config) if name != judges.FUSED)
-  return measure_judges.make_measure(score, names, problem, rule)
+  return measure_judges.make_measure(config, score, names, problem)
 
 
 def _on_own_images(config, problem, mesh, params, batch, make):

@@ -15,7 +15,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline, types
 from rndpo_jax.planning import cost
 
-# The stage that fills each folder of a `cost.Storage`.
+# The stage that fills each folder of a `cost.Storage`; any that reads a large image unpacks it.
 _STAGE_OF = {"data": "prepare", "base": "base", "pairs": "mine", "finetune": "finetune"}
 
 
@@ -40,8 +40,9 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
   if not config_lib.trains_base(config):
     member = size  # its selected parameters are copied
   mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
-  stored = 0 if base.workdir else data.num_bytes
-  return cost.Storage(stored, base.num_members * member, mined, finetune)
+  # Those of another work directory stay there.
+  stored, unpacked = (0, 0) if base.workdir else (data.num_bytes, data.num_unpacked)
+  return cost.Storage(stored, unpacked, base.num_members * member, mined, finetune)
 
 
 def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:
@@ -52,11 +53,11 @@ def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:
     workdir: a local folder, or none yet.
   """
 
-  def left(folder: str, planned: int) -> int:
-    if pipeline.is_done(_STAGE_OF[folder], epath.Path(workdir)):
+  def left(name: str, planned: int) -> int:
+    if name in _STAGE_OF and pipeline.is_done(_STAGE_OF[name], epath.Path(workdir)):
       return 0
-    there = (path for path in (workdir / folder).rglob("*") if path.is_file())
-    return max(0, planned - sum(path.stat().st_size for path in there))
+    there = workdir.glob("data/unpacked-*/*" if name == "unpacked" else f"{name}/**/*")
+    return max(0, planned - sum(path.stat().st_size for path in there if path.is_file()))
 
   workdir = pathlib.Path(workdir)
   return cost.Storage(**{name: left(name, size) for name, size in storage._asdict().items()})

@@ -55,10 +55,12 @@ class Trained(NamedTuple):
   step: int = 0
   params: types.Params = None
 
-  @property
-  def mirrors(self) -> bool:
-    """Whether evaluation averaged over flips; a run of an older version did not."""
-    return self.config.evaluate.get("mirror", False)
+  def mirrors(self, asked: bool | None) -> bool:
+    """Whether prediction averages over flips: as it is asked, or else as evaluation did.
+
+    A run of an older version, whose config does not say, did not.
+    """
+    return self.config.evaluate.get("mirror", False) if asked is None else asked
 
 
 def load(workdir: os.PathLike, which: str) -> Trained:

@@ -171,6 +171,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
     pairs["region_size"],
     validation_pairs.gain(pairs),
     measure_judges.pair_worth(config, pairs["score_gap"], pairs["valid"], judge),
+    validation_pairs.share(pairs),
     edges=REGION_SIZE_EDGES,
     beta=options.beta,
     normalization=options.normalization or row.normalization,

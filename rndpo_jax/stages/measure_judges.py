@@ -13,7 +13,7 @@ from etils import epath
 from rndpo_jax import errors, seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, reliability
+from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, ranked, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
 
@@ -23,28 +23,31 @@ SPLITS = ("val", "labelled")
 
 
 def make_measure(
-  score: Callable, names: tuple[str, ...], dataset, rule: Callable, with_proposals: bool = False
+  config, score: Callable, names: tuple[str, ...], dataset, with_proposals: bool = False
 ) -> Callable:
   """(weights, keys, batch) -> each judge's scores f32[b, K] and pairs, the truth, the proposals.
 
   Args:
+    config: the whole config.
     score: from `mine.make_scorer`.
     names: of the judges.
     dataset: num_classes and spatial_dims are read.
-    rule: from `program.make_rule`.
     with_proposals: whether `masks` and `probs` come out too, for judges that run on the host.
   """
 
   num_classes = dataset.num_classes
+  rule, sizes_of = ranked.make_rule(config), ranked.make_sizes(config, dataset)
 
   def measure(weights, keys, batch: types.Batch):
     sampled, scores = score(weights, keys, batch, names)
     base_masks = jnp.argmax(sampled.base_logits, axis=-1).astype(jnp.uint8)
+    sizes = sizes_of(sampled.masks)
     proposed = {"masks": sampled.masks, "probs": jax.nn.softmax(sampled.logits, axis=-1)}
     return {
       **(proposed if with_proposals else {}),
       "scores": scores,
-      "mined": {name: rule(keys, sampled.masks, scores[name], sampled.present) for name in names},
+      "mined": {name: rule(keys, sizes, scores[name], sampled.present) for name in names},
+      "region_sizes": sizes,
       "present": sampled.present,
       "packed": bit_planes.pack(sampled.masks, num_classes, dataset.spatial_dims),
       # Whether any pixel is labelled: where all are ignored, every proposal would be perfect.
@@ -101,7 +104,7 @@ def write_reliability(
   check_foreground(parts[names[0]].out["base_foreground"], names[0])
   weights = {}
   if judges.FUSED in program.used_judges(config):
-    weights = _add_fused(config, dataset, val, labelled)
+    weights = _add_fused(config, val, labelled)
   files.write_json(directory / "proposals.json", proposal_figures(val.out))
   table = {name: _entry(config, dataset, name, val, labelled) for name in sorted(val.out["scores"])}
   judge = config.judge.name
@@ -201,9 +204,9 @@ def proposal_figures(measured: Mapping) -> dict:
   }
 
 
-def _add_fused(config, dataset, val: Measured, labelled: Measured) -> dict[str, float]:
+def _add_fused(config, val: Measured, labelled: Measured) -> dict[str, float]:
   """Adds the scores of the judge `fused`, and its pairs on validation; returns its weights."""
-  names, out, indices = fused.members(config), val.out, val.indices
+  names, out = fused.members(config), val.out
   whole, left_out = fused.log_odds(
     {name: out["scores"][name] for name in names},
     out["truth"],
@@ -214,20 +217,15 @@ def _add_fused(config, dataset, val: Measured, labelled: Measured) -> dict[str, 
     scores = part.out["scores"]
     together = jnp.stack([scores[name] for name in names], axis=1)
     scores[judges.FUSED] = np.asarray(fused.fuse(together, weights))
-  mine = jax.jit(program.with_keys(program.make_rule_scored(config, dataset)))
-  key, parts, count = seeds.mining_key(config.seed), [], len(indices)
-  for start in range(0, count, config.mine.batch_size):
-    rows = np.minimum(np.arange(start, start + config.mine.batch_size), count - 1)
-    masks = bit_planes.unpack(out["packed"][rows], tuple(dataset.size), dataset.num_classes)
-    scored = program.Scored(
-      np.asarray(indices[rows], np.int32),
-      masks,
-      None,
-      out["scores"][judges.FUSED][rows],
-      present=None if out["present"] is None else out["present"][rows],
-    )
-    parts.append(jax.tree.map(np.asarray, mine(None, key, scored)))
-  out["mined"][judges.FUSED] = jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
+  mine = jax.jit(program.with_keys(ranked.make_rule_ranked(config)))
+  rows = ranked.Ranked(
+    np.asarray(val.indices, np.int32),
+    out["region_sizes"],
+    out["scores"][judges.FUSED],
+    out["present"],
+  )
+  found = mine(None, seeds.mining_key(config.seed), rows)
+  out["mined"][judges.FUSED] = jax.tree.map(np.asarray, found)
   return dict(zip(names, whole.tolist(), strict=True))
 
 

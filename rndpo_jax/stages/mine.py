@@ -26,12 +26,11 @@ from rndpo_jax.mining.program import (
   make_mine_batch,
   make_mine_scored,
   make_propose_batch,
-  make_rule,
-  make_rule_scored,
   make_score,
   used_judges,
   with_keys,
 )
+from rndpo_jax.mining.ranked import Ranked, make_rule_ranked
 from rndpo_jax.pairs import manifest, shards
 from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
 from rndpo_jax.stages import (
@@ -193,14 +192,14 @@ def make_scorer(config, workdir, dataset) -> tuple[dict, Callable]:
 
 def _measure_program(config, dataset, weights, score, hosted: Mapping, place: Callable) -> Callable:
   """(key, batch) -> what `measure_judges.make_measure` says, of all judges."""
-  names, rule = used_judges(config), make_rule(config, dataset)
+  names = used_judges(config)
   here = [name for name in names if name in hosted]
   there = tuple(name for name in names if name not in hosted and name != judges.FUSED)
-  function = measure_judges.make_measure(score, there, dataset, rule, bool(here))
+  function = measure_judges.make_measure(config, score, there, dataset, bool(here))
   measure = place(function, weights)
   if not here:
     return measure
-  finish = place(make_rule_scored(config, dataset), None)
+  finish = place(make_rule_ranked(config), None)
 
   def program(key, batch: types.Batch):
     out = dict(measure(key, batch))
@@ -208,7 +207,7 @@ def _measure_program(config, dataset, weights, score, hosted: Mapping, place: Ca
     there = out["present"]
     scores = {name: _score_on_host(name, batch.images, *proposed) for name in here}
     mined = {
-      name: finish(key, Scored(batch.index, proposed[0], None, scores[name], present=there))
+      name: finish(key, Ranked(batch.index, out["region_sizes"], scores[name], there))
       for name in here
     }
     return {**out, "scores": {**out["scores"], **scores}, "mined": {**out["mined"], **mined}}

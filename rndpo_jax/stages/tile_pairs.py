@@ -61,12 +61,12 @@ def _without_masks(dataset, outputs: Iterable, kept: dict[int, np.ndarray]) -> I
 
 def _of_validation(
   config, dataset, kept: dict[int, np.ndarray], indices, truth: np.ndarray, mined: types.Pairs
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, types.Pairs]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, types.Pairs, np.ndarray]:
   """What `validation_pairs.write` takes, by tiles: with the image's truth and |D| in the tile."""
   owns = [_tiles_of(dataset, int(index)) for index in indices]
   row = np.repeat(np.arange(len(indices)), [len(own) for own in owns])
   if not owns:  # no validation cases: a labelled one says what its rows would be like
-    return indices, next(iter(kept.values()))[:0], truth, mined
+    return indices, next(iter(kept.values()))[:0], truth, mined, mined.region_size
   masks = np.concatenate([kept[int(index)] for index in indices])
   mined = types.Pairs(*(field[row] for field in mined))
   place = np.arange(len(row))[:, None]
@@ -81,8 +81,8 @@ def _of_validation(
     dims = dataset.spatial_dims
     sizes.append(losses.region_size(chosen, rejected, spatial_dims=dims, classes=classes))
   size = np.where(mined.valid, np.concatenate(sizes), 0)
-  mined = mined._replace(region_size=size, valid=size > 0)
-  return np.concatenate(owns), masks, truth[row], mined
+  of_image, mined = mined.region_size, mined._replace(region_size=size, valid=size > 0)
+  return np.concatenate(owns), masks, truth[row], mined, of_image
 
 
 def examples(dataset, outputs: Iterable) -> Iterator:
