@@ -143,7 +143,7 @@ def _harm():
   size, gain = np.array([4, 4, 10, 10, 20, 500]), np.array([0.1, 0.1, 0.1, 0.1, 0.1, -0.1])
   h = np.array([np.zeros(6), 0.1 * size])
   options = {"edges": (16, 64), "beta": 10.0, "normalization": "region"}
-  return harm.account([0, 50], h, size, gain, np.ones(6), **options)
+  return harm.account([0, 50], h, size, gain, *np.ones((2, 6)), **options)
 
 
 def make_workdir(workdir, results, *, shape=(20, 24), channels=1):
