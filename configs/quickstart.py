@@ -2,7 +2,7 @@
 
   python -m launch.run --config=configs/quickstart.py --workdir=DIR
 
-That is what launch/quickstart.sh runs: the default recipe with half of its steps.
+That is what launch/quickstart.sh runs: the default recipe with fewer steps, 400 and 200.
 """
 
 from configs import recipes

@@ -10,5 +10,5 @@ def apply(config):
   without_pairs(config)
   average(config)
   config.finetune.terms.weak_to_strong.weight = 1.0
-  config.finetune.num_steps = 800
+  config.finetune.num_steps = 1600
   config.finetune.eval_every_steps = 100

@@ -7,11 +7,13 @@ On 2 CPU cores a recipe of 400 steps takes some 2 minutes on PH2 and 6 on ACDC; 
 order in which they matter, and an interrupted study goes on where it was.
 """
 
-# Every recipe has 400 steps after the base, or 800 and then 400 in two phases.
-FIRST = (
-  "weak_to_strong_rn_dpo", "weak_to_strong", "rn_dpo", "supervised_longer", "self_training", "top1",
-  "dpo", "weak_to_strong_top1", "weak_to_strong_dpo",
+# Every recipe has 400 steps after the base; those on weak_to_strong have 800, and 400 more in a
+# second phase. The recipes as they are have twice as long a first one: they are arms of their own.
+ONE_PHASE = ("rn_dpo", "supervised_longer", "self_training", "top1", "dpo")
+ON_STRONG = (
+  "weak_to_strong_rn_dpo", "weak_to_strong", "weak_to_strong_top1", "weak_to_strong_dpo",
 )  # fmt: skip
+HALF = {"finetune.num_steps": 800}
 OTHERS = ("mean_teacher", "ua_mt", "copy_paste", "st_plus_plus", "cross_pseudo", "consensus", "ipo")
 ORACLE = {"judge": {"oracle": {"judge.name": "oracle"}}}
 
@@ -27,13 +29,16 @@ def get_study():
     # What the gate would stop is to be seen here.
     "set": {"judge.gate.action": "warn"},
     "arms": [
-      {"recipes": FIRST},
+      {"recipes": ON_STRONG[:2], "set": HALF},
+      {"recipes": ONE_PHASE},
+      {"recipes": ON_STRONG[2:], "set": HALF},
       # The ceiling: what the pairs could give.
-      {"recipes": ("rn_dpo", "weak_to_strong_rn_dpo"), "axes": ORACLE},
+      {"recipes": ("rn_dpo",), "axes": ORACLE},
+      {"recipes": ("weak_to_strong_rn_dpo",), "axes": ORACLE, "set": HALF},
       # The winner's training without its second phase, as many steps.
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (1200,)}},
-      # Twice as long a first phase, and again as many steps without the second one.
-      {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600,)}},
+      # The default recipe; twice as long a first phase; the default's steps without a second one.
+      {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600, 3200)}},
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (2000,)}},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
@@ -41,8 +46,12 @@ def get_study():
       {"recipes": ("dpo",), "axes": {"finetune.beta": (0.003, 0.01, 0.03, 0.1)}, "draws": (0,)},
       # Chosen on validation, for every recipe the same number of rates.
       {
-        "recipes": FIRST[1:7], "axes": {"finetune.learning_rate": (3e-4, 3e-3)},
+        "recipes": ONE_PHASE, "axes": {"finetune.learning_rate": (3e-4, 3e-3)},
         "draws": (0,), "seeds": (0,), "tuning": True,
+      },
+      {
+        "recipes": ("weak_to_strong",), "axes": {"finetune.learning_rate": (3e-4, 3e-3)},
+        "set": HALF, "draws": (0,), "seeds": (0,), "tuning": True,
       },
     ],
   }  # fmt: skip

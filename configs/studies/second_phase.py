@@ -70,7 +70,8 @@ def get_study():
     },
     "draws": (0,),
     "seeds": (0, 1),
-    "set": {"judge.gate.action": "warn"},
+    # Half of the first phase of the recipes as they are.
+    "set": {"judge.gate.action": "warn", "finetune.num_steps": 800},
     "arms": [
       {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
