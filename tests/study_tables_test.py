@@ -25,6 +25,11 @@ def test_gains_and_differences_are_paired_by_draw_and_seed():
   assert rows[DPO]["worst run"] == "\u22120.100"
   (pair,) = study_tables.pair_table(group).rows
   assert pair[:3] == [DPO, RN, "1"] and pair[4] == "worse"
+  # How long a training is tells recipes apart, as a setting such as beta does not.
+  longer = [record(RN, 0, 0, (0.9, 0.9), axes={"finetune.num_steps": 9})]
+  (group,) = study_groups.groups(winner + longer)
+  (pair,) = study_tables.pair_table(group).rows
+  assert pair[:3] == [RN, f"{RN}, finetune.num_steps=9", "1"]
   # Runs that share no cases are not compared.
   other = [record(DPO, 0, 0, (0.4, 0.6), cases={**loser[0]["cases"], "ids": "others"})]
   assert study_groups.difference(winner, other) is None

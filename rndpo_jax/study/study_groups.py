@@ -16,7 +16,8 @@ from rndpo_jax.study import bootstrap, grid
 
 Record = Mapping[str, Any]
 # Axes of numbers that are no setting of a recipe: how often a judge errs, how long a training is.
-_GIVEN = {"judge.flip_rate", "judge.noise_level", "finetune.num_steps"}
+LENGTH = "finetune.num_steps"
+_GIVEN = {"judge.flip_rate", "judge.noise_level", LENGTH}
 
 
 class Group(NamedTuple):

@@ -57,10 +57,12 @@ def main_table(group: study_groups.Group) -> Table:
 
 
 def pair_table(group: study_groups.Group) -> Table:
-  """A row each two arms that share runs; points of an axis of numbers are left to the CSV."""
+  """A row each two arms that share runs; points of an axis of numbers only where it is LENGTH."""
   rows = []
   plain = [
-    label for label, records in group.arms.items() if not study_groups.numbers(records[0]["axes"])
+    label
+    for label, records in group.arms.items()
+    if study_groups.numbers(records[0]["axes"]) <= {study_groups.LENGTH}
   ]
   for first, second in itertools.combinations(sorted(plain), 2):
     found = study_groups.difference(group.arms[first], group.arms[second])
