@@ -6,8 +6,8 @@
 Runs the stages prepare, base and mine if they are not done, then the sweep. A seed is the order
 of the batches and the key of fine-tuning; base and pairs are those of config.seed. The best setting
 is that of the highest validation Dice at the last step, mean over the seeds; the test split is not
-touched. The command that is printed runs it as a single job, tested at its end. Several processes
-share the members, as they share a job: see launch.run.
+touched. The command that is printed runs it as a single job, tested at its end. Of several phases
+the last one is swept. Several processes share the members, as they share a job: see launch.run.
 """
 
 import shlex
@@ -32,6 +32,7 @@ _FORM = flags.DEFINE_enum(
 def main(argv):
   common.start(argv)
   # Libraries that start worker processes read absl flags when imported: import after parsing.
+  from rndpo_jax import config as config_lib
   from rndpo_jax import pipeline
   from rndpo_jax.nnunet import imported
   from rndpo_jax.runtime import lock, multihost, progress
@@ -41,9 +42,10 @@ def main(argv):
     end = process_flags.meet()
   with common.one_line_errors(end):
     config = imported.resolve(_CONFIG.value)
+    last = config_lib.of_phase(config).finetune
     grid = {
-      "betas": numbers(_BETAS, float, config.finetune.beta),
-      "learning_rates": numbers(_RATES, float, config.finetune.learning_rate),
+      "betas": numbers(_BETAS, float, last.beta),
+      "learning_rates": numbers(_RATES, float, last.learning_rate),
       "seeds": numbers(_SEEDS, int, config.seed),
     }
     sweep.check(config, grid)
@@ -72,10 +74,11 @@ def numbers(flag, kind, default):
 
 def command(best):
   """The command that runs the job of a setting, with data and base of this work directory."""
+  from rndpo_jax.sweep import sweep_results
+
   flag = flags.FLAGS["config"]
   overrides = dict(config_flags.get_override_values(flag))
-  overrides["finetune.beta"] = best["beta"]
-  overrides["finetune.learning_rate"] = best["learning_rate"]
+  overrides |= sweep_results.overrides(_CONFIG.value.phases, best)
   overrides["base.workdir"] = _CONFIG.value.base.workdir or _WORKDIR.value
   return shlex.join(
     [

@@ -201,5 +201,10 @@ def test_program_prints_the_table_and_the_command_of_the_best(swept):
     "--config.finetune.num_steps=8", f"--config.finetune.beta={best['beta']}",
     f"--config.finetune.learning_rate={best['learning_rate']}",
   }  # fmt: skip
+  # Of several phases the last one was swept.
+  own = {"finetune.beta": best["beta"], "finetune.learning_rate": best["learning_rate"]}
+  phases = ({}, {"finetune.beta": 2.0, "finetune.num_steps": 3})
+  found = sweep_results.overrides(phases, best)
+  assert found == {"phases": ({}, {**own, "finetune.num_steps": 3})}
   code, output = launch(workdir, "--betas=strong")
   assert code == 1 and "error: --betas: found 'strong', expected numbers" in output

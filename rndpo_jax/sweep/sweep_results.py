@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,17 @@ def summary(content: dict[str, Any]) -> str:
     "touched"
   )
   return "\n".join(lines)
+
+
+def overrides(phases: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> dict[str, Any]:
+  """Keys of the config, and their values, that make a single job of a setting.
+
+  Args:
+    phases: `config.phases`; the sweep was of the last one, and those before it stay as they are.
+    best: with beta and learning_rate.
+  """
+  own = {"finetune.beta": best["beta"], "finetune.learning_rate": best["learning_rate"]}
+  return {"phases": (*phases[:-1], {**phases[-1], **own})} if phases else own
 
 
 def _dice(value: float | None) -> str:
