@@ -298,7 +298,7 @@ def _with_files(loaded: Iterator, load: Callable) -> Iterator:
 
 
 def _batch_size(config) -> int:
-  """Images of all local devices. Each device's share is the config's, so that its program, and so the
-  pairs, do not depend on how many there are: where XLA adds up on other threads, margins but for
-  rounding (a 3D network in patches on 4 CPU devices, by 2e-5)."""
+  """Images of all local devices. Each device's share is the config's, so that its program, and so
+  the pairs, do not depend on how many there are: where XLA adds up on other threads, margins but
+  for rounding (a 3D network in patches on 4 CPU devices, by 2e-5)."""
   return config.mine.batch_size * jax.local_device_count()
