@@ -5,7 +5,7 @@ r"""Any folder of images/ID.png and masks/ID.png; images without a mask are unla
 
 PNG, JPEG or TIFF, grey or RGB, of any sizes; masks hold class ids 0..C-1, or 0 and 255 for two
 classes. Set data.num_labelled, num_val and num_test to what you have, and data.size to what the
-structures need; about 10 minutes at 64 x 64 on 2 CPU cores.
+structures need; about 5 minutes at 64 x 64 on 2 CPU cores.
 """
 
 from configs import recipes
