@@ -268,6 +268,17 @@ def test_images_of_stages(tiny_run):
   assert images["evaluate"] == 6 * len(json.loads((workdir / "results.json").read_text())["curve"])
 
 
+def test_images_of_stages_are_those_of_the_last_phase(tiny_run, tmp_path):
+  _, workdir = tiny_run
+  for name in ("splits.json", "results.json"):
+    (tmp_path / name).write_bytes((workdir / name).read_bytes())
+  content = json.loads((workdir / "config.json").read_text())
+  content["config"]["phases"] = [{}, {"finetune.num_steps": 3}]
+  (tmp_path / "config.json").write_text(json.dumps(content))
+  images = gpu_jobs.images_of_stages(tmp_path)
+  assert images["finetune"] == 3 * 8 and "mine" not in images  # that stage trained the first phase
+
+
 def test_ph2_and_platform_reach_the_program(monkeypatch, tmp_path):
   seen = []
   monkeypatch.setattr(gpu_jobs, "_job", lambda report, setting, flags, platform: seen.append(

@@ -165,6 +165,9 @@ def test_micro_batches_that_do_not_divide_are_refused(tiny_config):
   sweep.check(tiny_config(finetune__accumulate_steps=4), GRID)
   with pytest.raises(ConfigError, match="accumulate_steps: found 3, but batch_size=8"):
     sweep.check(tiny_config(finetune__accumulate_steps=3), GRID)
+  phases = ({}, {"finetune.accumulate_steps": 3})  # of which the last one is swept
+  with pytest.raises(ConfigError, match="accumulate_steps: found 3, but batch_size=8"):
+    sweep.check(tiny_config(phases=phases), GRID)
 
 
 def test_processes_with_other_grids_are_refused(tmp_path, monkeypatch):

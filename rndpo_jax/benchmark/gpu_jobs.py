@@ -180,17 +180,24 @@ def read_stages(lines) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def images_of_stages(workdir: os.PathLike) -> dict[str, int]:
-  """Stage -> images that it went through; in training an image counts at every step."""
+  """Stage -> images that it went through; in training an image counts at every step.
+
+  Of several phases the stage finetune is the last one; mine, which trains the others, is left out.
+  """
   workdir = epath.Path(workdir)
   config = files.read_json(workdir / "config.json")["config"]
   splits = files.read_json(workdir / "splits.json")
   count = {name: len(splits[name]) for name in ("labelled", "unlabelled", "val", "test")}
   checkpoints = len(files.read_json(workdir / "results.json")["curve"])
+  last = (config["phases"] or [{}])[-1]
+  steps, size = (
+    last.get(f"finetune.{name}", config["finetune"][name]) for name in ("num_steps", "batch_size")
+  )
   return {
     "prepare": sum(count.values()),
     "base": config["base"]["num_steps"] * config["base"]["batch_size"],
-    "mine": count["unlabelled"],
-    "finetune": config["finetune"]["num_steps"] * config["finetune"]["batch_size"],
+    **({} if len(config["phases"]) > 1 else {"mine": count["unlabelled"]}),
+    "finetune": steps * size,
     "evaluate": checkpoints * (count["val"] + count["test"]),
   }
 

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, losses, models, types
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import (
-  fused,
-  judges,
-  network_logits,
-  proposals,
-  user_judges,
-)
+from rndpo_jax.mining import fused, judges, network_logits, proposals, user_judges
 from rndpo_jax.mining.ranked import make_rule, make_sizes
 
 

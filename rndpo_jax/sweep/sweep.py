@@ -29,12 +29,7 @@ from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import finetune, phases, reliable
 from rndpo_jax.sweep import member_writers, population, sweep_results
-from rndpo_jax.training import (
-  checkpoint,
-  checkpoint_manager,
-  image_terms,
-  train_loop,
-)
+from rndpo_jax.training import checkpoint, checkpoint_manager, image_terms, train_loop
 
 # The file that a sweep writes last, and so the sign that it is done.
 DONE = "sweep.json"
@@ -124,9 +119,14 @@ def _validated(options) -> list[int]:
 def check(config, grid: dict[str, list]) -> None:
   """Refuses what cannot be trained here; after the processes have met.
 
+  Args:
+    config: of the job; its last phase is swept.
+    grid: see `run`.
+
   Raises:
     ConfigError: naming the flag or key.
   """
+  config = config_lib.of_phase(config)
   parts = config.finetune.accumulate_steps
   for key, size in finetune.batch_sizes(config).items():
     if size % parts:
