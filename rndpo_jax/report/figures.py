@@ -65,9 +65,12 @@ def lines(
     axes.plot(steps, values, label=label, **{"linewidth": 1.8, **options})
   for step, value, text, color in marks:
     axes.plot([step], [value], "o", color=color, markersize=8, fillstyle="none", markeredgewidth=2)
+    # The highest is named above it, others below: two that are close would be over each other.
+    is_highest = value == max(mark[1] for mark in marks)
     axes.annotate(
-      text, (step, value), xytext=(0, 9), textcoords="offset points", ha="center", color=color,
-      path_effects=[_HALO], zorder=5,
+      text, (step, value), xytext=(0, 9 if is_highest else -9), textcoords="offset points",
+      ha="center", va="bottom" if is_highest else "top", color=color, path_effects=[_HALO],
+      zorder=5,
     )  # fmt: skip
   axes.margins(x=0.06 if marks else 0.02, y=0.16 if marks else 0.08)
   axes.set_xlabel("fine-tuning step" if wide else "step")
