@@ -6,6 +6,7 @@ import re
 import jax
 import pytest
 
+from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.planning import cost, data_set, dry_run, programs, roofline, storage, timing
 from rndpo_jax.runtime import files, multihost, sharding
@@ -101,6 +102,38 @@ def test_every_program_of_a_config_is_tried_and_no_other(tiny_config):
   planned = storage.planned(config, data, {"w": shape}, {"index": 1})
   assert (planned.data, planned.unpacked) == (0, 0)
   assert planned.base == 2 * 400  # the members' parameters are copied
+
+
+def test_phases_before_the_last_are_counted_and_tried(tiny_config, monkeypatch):
+  first = {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
+  last = {"finetune.terms.preference.weight": 1.0, "finetune.terms.labelled.weight": 0.0}
+  config = tiny_config(
+    phases=({**first, "finetune.batch_size": 4, "finetune.num_steps": 6}, last), finetune__rounds=2
+  )
+  own, mesh, tried = config_lib.of_phase(config), sharding.make_mesh(), []
+
+  def no_program(config, problem, mesh, sizes, shown=""):
+    tried.append((sizes, config.finetune.terms.labelled.weight))
+    return {name: timing.Trial(size, 0, 0.0, None) for name, size in sizes.items()}
+
+  monkeypatch.setattr(timing, "_try", no_program)
+  trials = timing.try_programs(own, None, mesh)
+  # The second phase is the last one's round before: its step is compiled once.
+  assert tried == [(timing.batch_sizes(own, mesh), 0.0), ({"finetune": 4}, 1.0)]
+  assert (trials["phase 1"].batch_size, trials["phase 2"].batch_size) == (4, 8)
+  images = {"labelled": 4, "unlabelled": 20, "val": 3, "test": 3}
+  data = data_set.Data(None, images, 30, 30 * 720, None, None, num_unpacked=0)
+  found = dry_run.num_batches(own, data, trials)
+  assert (found["phase 1"], found["phase 2"], found["finetune"]) == (6, 8, 8)
+  # Of 20 images, 4 batches a mining; the first phase reads no pairs, but measures the judges.
+  assert (found["mine"], found["measure"]) == (2 * 4, 3 * 2)
+  # 2, 2 and 2 checkpoints, one more of the base, and the base by RankSEG.
+  assert found["evaluate"] == 2 + 2 + 2 + 2
+  shape = jax.ShapeDtypeStruct((100,), "float32")
+  planned = storage.planned(own, data, {"w": shape}, {"index": 1})
+  alone = storage.planned(tiny_config(), data, {"w": shape}, {"index": 1})
+  assert planned.pairs == 2 * alone.pairs
+  assert planned.finetune == 3 * alone.finetune
 
 
 def test_memory_of_what_mining_begins_with(tiny_config):

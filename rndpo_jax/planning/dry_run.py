@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,6 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   config_checks.validate(config)
   workdir_lib.check_path("--workdir", workdir)
   pipeline.check_here(config)
-  earlier = [
-    config_lib.of_phase(config, number) for number in range(1, config_lib.num_phases(config))
-  ]
   config = config_lib.of_phase(config)
   data = data_set.describe_data(config, workdir)
   if num_unlabelled:
@@ -80,7 +78,6 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
     *_table(config, data, trials, host, limit),
     *_foot(config, data, record, planned, left, free),
     *_preparing(data, files.is_remote(workdir)),
-    *_phases(earlier),
   ]
   progress.say("\n".join(lines))
   refused = refusals(config, trials, limit, left, free)
@@ -89,13 +86,9 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   return lines
 
 
-def _phases(earlier) -> list[str]:
-  if not earlier:
-    return []
-  steps = " and ".join(f"{own.finetune.num_steps:,}" for own in earlier)
-  return [
-    f"phases    mining and fine-tuning are of the last one; those before it have {steps} steps"
-  ]
+def _phases(config) -> list[tuple[str, Any]]:
+  """(name of the program of its steps, config) of each phase before the last."""
+  return [(timing.phase_name(number), own) for number, own in enumerate(timing.earlier(config), 1)]
 
 
 def example_record(out_info) -> dict[str, np.ndarray]:
@@ -115,13 +108,12 @@ def refusals(config, trials, limit: int, left: cost.Storage, free: int | None) -
     left: what is still to be written.
     free: bytes of the disk; None if there is no such limit.
   """
-  found = [
-    timing.too_large(
-      config, name, f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
-    )
-    for name, tried in trials.items()
-    if tried.memory > limit
-  ]
+  found, configs = [], dict(_phases(config))
+  for name, tried in trials.items():
+    if tried.memory > limit:
+      size = f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
+      own, program = (configs[name], "finetune") if name in configs else (config, name)
+      found.append(timing.too_large(own, program, size, name))
   if free is not None and sum(left) > free:
     found.append(
       f"--workdir: needs up to {cost.show_bytes(sum(left))} more, its disk has "
@@ -151,7 +143,7 @@ def _head(data: Data, mesh: Mesh, params) -> list[str]:
 def _table(config, data: Data, trials: dict[str, timing.Trial], host, limit: int) -> list[str]:
   """One row a program; a batch's seconds are those of the program on zeros."""
   title = ("program", "batch", "memory a device", "s a batch", "batches", "in all", "images/s read")
-  rows = [title]
+  rows, total = [title], 0.0
   for name, count in num_batches(config, data, trials).items():
     tried = trials[name]
     seconds = count * tried.seconds
@@ -161,6 +153,7 @@ def _table(config, data: Data, trials: dict[str, timing.Trial], host, limit: int
         count, tried.seconds, read or 0.0, write, shared=jax.default_backend() == "cpu"
       )
     unknown = math.isnan(tried.seconds)  # too large to be run
+    total += seconds
     rows.append(
       (
         name,
@@ -173,7 +166,11 @@ def _table(config, data: Data, trials: dict[str, timing.Trial], host, limit: int
       )
     )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+  lines = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+  if not math.isnan(total):
+    shown = cost.show_seconds(total)
+    lines.append(f"total     {shown}; starting, compiling and reading images come on top")
+  return lines
 
 
 def _rate(images_a_second: float) -> str:
@@ -182,8 +179,9 @@ def _rate(images_a_second: float) -> str:
 
 def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str, int]:
   """Batches of each program one after another, in the order of the stages."""
-  counts, tuned, base = data.num_images, config.finetune, config.base
-  evaluations = -(-tuned.num_steps // tuned.eval_every_steps)
+  counts, base, before = data.num_images, config.base, _phases(config)
+  phases = [own for _, own in before] + [config]
+  evaluations = sum(-(-own.finetune.num_steps // own.finetune.eval_every_steps) for own in phases)
   supervised = base.num_members if config_lib.trains_base(config) else 0
   validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
   local = config.mine.batch_size * jax.local_device_count()
@@ -202,9 +200,11 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
   found = {
     "base": supervised * base.num_steps,
     "judge": config.judge.learned.num_steps,
-    "measure": judged,
-    "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local),
-    "finetune": tuned.num_steps,
+    "measure": judged * len(phases),
+    "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local)
+    * storage.num_minings(config),
+    **{name: own.finetune.num_steps for name, own in before},
+    "finetune": config.finetune.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
     "evaluate": measured * evaluated * passes,
     "resize": measured * evaluated,

@@ -14,6 +14,7 @@ from flax import serialization
 from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline, types
 from rndpo_jax.planning import cost
+from rndpo_jax.training import image_terms
 
 # The stage that fills each folder of a `cost.Storage`; any that reads a large image unpacks it.
 _STAGE_OF = {"data": "prepare", "base": "base", "pairs": "mine", "finetune": "finetune"}
@@ -23,26 +24,41 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
   """Bytes of data, pairs and checkpoints; compression makes the first two smaller.
 
   Args:
-    config: the whole config.
+    config: of the last phase, which has those before it.
     data: of `data_set.describe_data`.
     params: of the network, or their shapes.
     record: a mined image as it is written.
   """
   size = num_bytes(params)
-  base, tuned = config.base, config.finetune
-  finetune = cost.checkpoint_bytes(
-    size, (3 + (tuned.ema_decay > 0)) * size, tuned.num_steps, tuned.eval_every_steps,
-    tuned.keep_checkpoints, best=False,
-  )  # fmt: skip
+  base = config.base
+  finetune = sum(_finetune_bytes(own.finetune, size) for own in _phases(config))
   member = cost.checkpoint_bytes(
     size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
   )
   if not config_lib.trains_base(config):
     member = size  # its selected parameters are copied
   mined = data.num_images["unlabelled"] * len(serialization.msgpack_serialize(record))
+  mined *= num_minings(config)
   # Those of another work directory stay there.
   stored, unpacked = (0, 0) if base.workdir else (data.num_bytes, data.num_unpacked)
   return cost.Storage(stored, unpacked, base.num_members * member, mined, finetune)
+
+
+def _finetune_bytes(tuned, size: int) -> int:
+  states = (3 + (tuned.ema_decay > 0)) * size
+  return cost.checkpoint_bytes(
+    size, states, tuned.num_steps, tuned.eval_every_steps, tuned.keep_checkpoints, best=False
+  )
+
+
+def num_minings(config) -> int:
+  """How often a job mines pairs: once a phase, if any of its terms reads them."""
+  return sum("pairs" in image_terms.reads_of(own) for own in _phases(config))
+
+
+def _phases(config) -> list:
+  numbers = range(1, config_lib.num_phases(config) + 1)
+  return [config_lib.of_phase(config, number) for number in numbers]
 
 
 def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:
@@ -56,8 +72,10 @@ def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:
   def left(name: str, planned: int) -> int:
     if name in _STAGE_OF and pipeline.is_done(_STAGE_OF[name], epath.Path(workdir)):
       return 0
-    there = workdir.glob("data/unpacked-*/*" if name == "unpacked" else f"{name}/**/*")
-    return max(0, planned - sum(path.stat().st_size for path in there if path.is_file()))
+    places = [f"{name}/**/*", f"phase-*/{name}/**/*"]
+    places = ["data/unpacked-*/*"] if name == "unpacked" else places
+    there = [path for place in places for path in workdir.glob(place) if path.is_file()]
+    return max(0, planned - sum(path.stat().st_size for path in there))
 
   workdir = pathlib.Path(workdir)
   return cost.Storage(**{name: left(name, size) for name, size in storage._asdict().items()})

@@ -47,11 +47,48 @@ class Trial(NamedTuple):
 def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Trial]:
   """Compiles each program at the config's batch size, and times it.
 
+  Args:
+    config: of the last phase. The steps of those before it are programs of their own, called
+      'phase 1' and so on; phases that are alike share one.
+    problem: what the data tell.
+    mesh: of the devices that are here.
+
   Raises:
     ConfigError: if the compiler finds that a program does not fit.
   """
+  trials = _try(config, problem, mesh, batch_sizes(config, mesh))
+  tried = [(_step_of(config), trials["finetune"])]
+  for number, own in enumerate(earlier(config), 1):
+    step = _step_of(own)
+    found = next((trial for other, trial in tried if other == step), None)
+    if found is None:
+      found = _try(own, problem, mesh, {"finetune": step[0].batch_size}, phase_name(number))[
+        "finetune"
+      ]
+      tried.append((step, found))
+    trials[phase_name(number)] = found
+  return trials
+
+
+def earlier(config) -> list:
+  """The configs of the phases before the last one, which `config` is of."""
+  return [config_lib.of_phase(config, number) for number in range(1, config_lib.num_phases(config))]
+
+
+def phase_name(number: int) -> str:
+  """Of the program that takes a step of a phase before the last."""
+  return f"phase {number}"
+
+
+def _step_of(config) -> tuple:
+  """What a step of fine-tuning depends on, of all that phases may change."""
+  return config.finetune, config.augment, config.strong, config.mine.pairs_per_image
+
+
+def _try(config, problem, mesh, sizes: dict[str, int], shown: str = "") -> dict[str, Trial]:
+  """The programs of `sizes`; `shown` is the name of a single one in errors."""
   trials = {}
-  for name, lower in programs.programs(config, problem, mesh, batch_sizes(config, mesh)).items():
+  for name, lower in programs.programs(config, problem, mesh, sizes).items():
     lowered = lower()
     try:
       compiled = lowered.compile()
@@ -62,9 +99,9 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      raise ConfigError(too_large(config, name, str(error).splitlines()[0][:200])) from error
-    size = batch_sizes(config, mesh)[name]
-    trials[name] = Trial(size, memory, seconds, lowered.out_info)
+      found = str(error).splitlines()[0][:200]
+      raise ConfigError(too_large(config, name, found, shown or name)) from error
+    trials[name] = Trial(sizes[name], memory, seconds, lowered.out_info)
   return trials
 
 
@@ -160,8 +197,15 @@ def cgroup_limits(
   return found
 
 
-def too_large(config, name: str, found: str) -> str:
-  """The error line of a program that does not fit, naming the keys that make it smaller."""
+def too_large(config, name: str, found: str, shown: str) -> str:
+  """The error line of a program that does not fit, naming the keys that make it smaller.
+
+  Args:
+    config: of the phase whose program it is.
+    name: of the program in `programs.programs`.
+    found: what it takes.
+    shown: what it is called; in a phase before the last, its name is another.
+  """
   sections = {
     "validate": "evaluate", "resize": "evaluate", "measure": "mine", "judge": "judge.learned",
   }  # fmt: skip
@@ -174,7 +218,7 @@ def too_large(config, name: str, found: str) -> str:
   }
   options = functools.reduce(getattr, section.split("."), config)
   return (
-    f"config.{section}.batch_size: found {options.batch_size}, with which the program {name!r} "
+    f"config.{section}.batch_size: found {options.batch_size}, with which the program {shown!r} "
     f"does not fit ({found}); take a smaller one{more.get(name, '')}, or more devices"
   )
 
