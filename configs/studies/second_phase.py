@@ -17,7 +17,12 @@ ROUNDS = {
 # Judges by agreement, each trained on other patients; they cost three more bases.
 ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
 LABELLED = {"finetune.terms.labelled.weight": 1.0}
-OF_ROUNDS = {
+# The judge is right more often of proposals that are far apart.
+BOTTOM = {"mine.rule": "top_vs_bottom"}
+MIX_OF_16 = {"proposals.mix": "base:1,tta+threshold:15"}
+# Those that are worth more than one draw.
+ON_ALL_DRAWS = {
+  "top_vs_bottom": BOTTOM,
   "rounds": ROUNDS,
   "rounds, labelled": {**ROUNDS, "phases": ({}, {**ROUNDS["phases"][1], **LABELLED})},
   "rounds of the oracle": {**ROUNDS, "judge.name": "oracle"},
@@ -27,7 +32,9 @@ VARIANTS = {
   "average, rate 3e-4": {
     "phases": ({}, {**SECOND, "finetune.ema_decay": 0.99, "finetune.learning_rate": 3e-4}),
   },
-  "top_vs_bottom": {"mine.rule": "top_vs_bottom"},
+  "top_vs_bottom, members": {**BOTTOM, **ENSEMBLE},
+  "top_vs_bottom, rounds": {**BOTTOM, **ROUNDS},
+  "top_vs_bottom, 16 proposals": {**BOTTOM, **MIX_OF_16},
   "random_pair": {"mine.rule": "random_pair"},
   "reliability": {"finetune.pair_weight": "reliability"},
   "smoothing": {
@@ -76,7 +83,16 @@ def get_study():
       {"recipes": ("weak_to_strong_beside_rn_dpo", "weak_to_strong_online")},
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": VARIANTS}},
       {
-        "recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": OF_ROUNDS}, "draws": (0, 1, 2),
+        "recipes": ("weak_to_strong_rn_dpo",), "axes": {"variant": ON_ALL_DRAWS},
+        "draws": (0, 1, 2),
+      },
+      {
+        "recipes": ("weak_to_strong_dpo",), "axes": {"variant": {"top_vs_bottom": BOTTOM}},
+        "draws": (0, 1, 2),
+      },
+      {
+        "recipes": ("weak_to_strong_beside_rn_dpo",),
+        "axes": {"variant": {"top_vs_bottom": BOTTOM}},
       },
       {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
     ],
