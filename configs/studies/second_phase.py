@@ -6,7 +6,11 @@
 With the workdir of configs/studies/main.py bases and first phases are those of that study.
 """
 
-from configs.recipes import weak_to_strong_rn_dpo
+from configs.recipes import (
+  weak_to_strong_beside_rn_dpo,
+  weak_to_strong_rn_dpo,
+  weak_to_strong_top1,
+)
 
 SECOND = weak_to_strong_rn_dpo.SECOND
 # As many steps, on pairs that are mined four times from the policy of that moment.
@@ -63,9 +67,17 @@ VARIANTS = {
 }
 
 
-# Images of whose top proposal the judge is surer weigh more.
-IMAGES = {
+BESIDE_TOP1 = {
+  **weak_to_strong_top1.SECOND,
+  "finetune.terms.preference.weight": weak_to_strong_beside_rn_dpo.SECOND[
+    "finetune.terms.preference.weight"
+  ],
+  "finetune.reference": "online",
+}
+ON_TOP1 = {
+  # Images of whose top proposal the judge is surer weigh more.
   "images by score": {"finetune.terms.chosen.image_temperature": 0.05},
+  "beside rn_dpo": {**BOTTOM, "phases": ({}, BESIDE_TOP1)},
 }
 
 
@@ -94,6 +106,6 @@ def get_study():
         "recipes": ("weak_to_strong_beside_rn_dpo",),
         "axes": {"variant": {"top_vs_bottom": BOTTOM}},
       },
-      {"recipes": ("weak_to_strong_top1",), "axes": {"variant": IMAGES}},
+      {"recipes": ("weak_to_strong_top1",), "axes": {"variant": ON_TOP1}},
     ],
   }  # fmt: skip
