@@ -91,6 +91,15 @@ def test_deep_grey_becomes_float(root):
   np.testing.assert_array_equal(pixels[3].image[..., 0], deep.astype(np.float32))
 
 
+def test_a_compressed_file_of_8_bits_is_read_wherever_its_tags_stand(tmp_path):
+  """Pillow says with the mode where they stand: at 16, or at 1600, is no depth of 16 bits."""
+  for height in range(40, 60):
+    image = np.random.default_rng(height).integers(0, 255, (height, 9, 3)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.tif", compression="tiff_lzw")
+    assert images.header(tmp_path / "a.tif").dtype == "uint8"
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.tif"), image)
+
+
 def test_palette_masks_are_indices_and_palette_images_are_colours(tmp_path):
   palette = Image.fromarray(MASK, mode="P")
   palette.putpalette([0, 0, 0, 200, 10, 30])

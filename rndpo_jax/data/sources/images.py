@@ -151,7 +151,10 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
 
 def _check_depth(path: pathlib.Path, image: Image.Image) -> None:
   """Refuses what Pillow would cut to the upper 8 of 16 bits."""
-  if image.mode in ("LA", "RGB", "RGBA") and "16" in str([tile[-1] for tile in image.tile]):
+  # The decoder's options: of some formats the raw mode alone, of TIFF with other numbers beside it.
+  options = [tile[-1] for tile in image.tile]
+  raw_modes = [one[0] if isinstance(one, tuple) else one for one in options]
+  if image.mode in ("LA", "RGB", "RGBA") and any("16" in str(mode) for mode in raw_modes):
     raise errors.DataError(
       f"{path}: colour or transparency of 16 bits a channel is not supported; convert it to 8 bits "
       "a channel, or to grey alone"
