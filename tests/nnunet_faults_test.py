@@ -116,6 +116,15 @@ def test_mask_value_outside_the_classes(root, value):
   raw.refused(root, rf"labelsTr/p2\.nii\.gz: the mask holds the value {value}; expected class ids")
 
 
+def test_a_mask_of_0_and_255_is_one_of_0_and_1_as_in_pictures(tmp_path):
+  raw.describe(tmp_path, labels={"background": 0, "wall": 1})
+  label = raw.label(0) % 2
+  raw.save(tmp_path / "imagesTr" / "a_0000.nii.gz", raw.image(0))
+  raw.save(tmp_path / "labelsTr" / "a.nii.gz", 255 * label)
+  _, pixels = raw.read(tmp_path)
+  np.testing.assert_array_equal(np.stack([one.mask for one in pixels], -1), label)
+
+
 def test_mask_without_image(root):
   raw.save(root / "labelsTr" / "p9.nii.gz", raw.label(0))
   raw.refused(root, r"labelsTr/p9\.nii\.gz: mask without image; expected .*p9_0000\.nii\.gz")

@@ -126,17 +126,17 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
     raise errors.DataError(
       f"{path}: a mask of {array.shape[-1]} channels; expected one channel of class ids, convert it"
     )
-  if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
-    array = array == 255
   return class_ids(array, num_classes, str(path))
 
 
 def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
-  """Checks that an array holds class ids alone, and returns it as u8.
+  """Checks that an array holds class ids alone, and returns it as u8; 0 and 255 as in `read_mask`.
 
   Raises:
     records.DataError: naming the first values that are no class id.
   """
+  if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
+    array = array == 255
   values = np.unique(array)
   wrong = values[~np.isin(values, np.arange(num_classes))]
   if wrong.size:
