@@ -206,7 +206,7 @@ def _axes(plans: Mapping[str, Any], dims: int) -> tuple[int, ...]:
   if sorted(forward) != [0, 1, 2]:
     raise ValueError(f"'transpose_forward' is {forward!r}, expected an order of 0, 1, 2")
   reader = plans.get("image_reader_writer")
-  if reader == "NibabelIOWithReorient":
+  if str(reader).endswith("WithReorient"):
     raise ValueError(f"'image_reader_writer' is {reader!r}: turning images is not supported")
   if dims == 3:
     return tuple(forward.index(2 - axis) for axis in range(3))
