@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -261,12 +262,13 @@ def test_pictures_of_any_size_go_through_a_network_of_pictures(tmp_path, model):
     np.testing.assert_array_equal(np.asarray(found)[sure], want.argmax(0)[sure])
 
 
-def test_the_program_takes_one_network(model, images, tmp_path):
-  given = (f"--nnunet_folder={model[0]}", f"--input={images[0]}", f"--output={tmp_path / 'out'}")
+def test_the_program_takes_one_network_and_the_home_folder(model, images, tmp_path):
+  given = (f"--nnunet_folder={model[0]}", f"--input={images[0]}", "--output=~/out")
   started = [
     subprocess.Popen(
       [sys.executable, "-m", "launch.predict", *given, flag],
       cwd=pathlib.Path(__file__).parent.parent,
+      env={**os.environ, "HOME": str(tmp_path)},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
