@@ -7,7 +7,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import nibabel
 import nnunet_folder_test
 import nnunet_reference
@@ -18,8 +20,8 @@ from PIL import Image
 from scipy import ndimage
 
 from rndpo_jax import errors
-from rndpo_jax.data import resample
-from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.data import records, resample
+from rndpo_jax.evaluation import sliding_window, stitched
 from rndpo_jax.nnunet import folder as folder_lib
 from rndpo_jax.predict import (
   inputs,
@@ -198,6 +200,35 @@ def test_parts_do_not_depend_on_the_cuts(monkeypatch, shape, spacing, new_shape,
       lasts.append(part.is_last)
     assert lasts == [False] * (len(lasts) - 1) + [True]
     np.testing.assert_array_equal(got, want.argmax(-1))
+
+
+def test_slices_of_a_volume_with_a_coarse_axis_in_them_are_those_of_evaluation(monkeypatch):
+  """Along that axis the nearest logits are taken, as of the volume, in both."""
+  spacing, own = (4.0, 1.0, 1.2), (3.0, 1.1)
+  image = np.random.default_rng(0).normal(size=(8, 9, 2, 1)).astype(np.float32)
+
+  def apply(params, images):
+    return jax.numpy.concatenate([0 * images, images], axis=-1)
+
+  case = native_cases.NativeCase(
+    None, "", (6, 10, 2), (slice(0, 6), slice(0, 10), slice(0, 2)), spacing, (*own, 1.2), image,
+    image.shape[:-1],
+  )  # fmt: skip
+  network = native_network.NativeNetwork(
+    apply, ({},), 1, ("background", "a"), own, PATCH, ("none",), (None,), (), "", {}
+  )
+  window = sliding_window.make(apply, PATCH, batch_size=8)
+  (found,) = native_run.predict_cases(window, {}, network, [case], Options(scores=False))
+  entry = {"shape": [6, 10], "spacing": spacing[:2], "slice_spacing": 1.2}
+  dataset = types.SimpleNamespace(
+    size=PATCH, num_classes=2, records=[entry] * 2, boxes=np.array([[[0, 6], [0, 10]]] * 2),
+    native=records.Native(own, ("none",), (None,)),
+  )  # fmt: skip
+  monkeypatch.setattr(
+    stitched.dataset_lib, "load_on_spacing", lambda _, z, **__: {"image": image[:, :, z]}
+  )
+  masks = stitched.make(types.SimpleNamespace(apply=apply), dataset)({}, (0, 1))
+  np.testing.assert_array_equal(np.stack([mask for _, mask in masks], axis=2), found.mask)
 
 
 def test_equal_logits_give_the_lowest_class():
