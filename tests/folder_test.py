@@ -58,6 +58,14 @@ def test_images_and_masks_are_paired_by_id(root):
   assert pixels[2].mask is None
 
 
+def test_a_pixel_is_1_mm_where_the_network_wants_a_spacing(root):
+  """As under the names of nnU-Net: a picture's file has no place to say another."""
+  source = _open(root, spacing=(1.0, 1.0))
+  assert {tuple(entry["spacing"]) for entry in source.records} == {(1.0, 1.0)}
+  assert source.spacing_unit == "voxel" and "a pixel is 1 mm" in source.notes[-1]
+  assert _open(root).records[0]["spacing"] is None and not _open(root).notes
+
+
 @pytest.mark.parametrize("root", ["gs://bucket/x", "s3://bucket/x"])
 def test_a_bucket_is_refused_in_words(root):
   with pytest.raises(errors.DataError, match=f"a bucket cannot be read.*{root}.*gcsfuse"):

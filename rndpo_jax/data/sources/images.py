@@ -26,6 +26,9 @@ _FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow would read dozens, some by other pr
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Files have no place for a spacing: as nnU-Net's reader of pictures has it.
+SPACING_MM = (1.0, 1.0)
+SPACING_NOTE = "pictures have no spacing: for config.data.spacing a pixel is 1 mm, as in nnU-Net"
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright
 
 
