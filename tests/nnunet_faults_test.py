@@ -152,7 +152,7 @@ def test_voxels_that_are_no_number(root, value):
 
 def test_dimensions_that_do_not_fit(root):
   raw.save(root / "imagesTr" / "p2_0000.nii.gz", raw.image(2, (5, 6, 3, 2)))
-  raw.refused(root, r"p2_0000\.nii\.gz: 4 dimensions, \(5, 6, 3, 2\); config\.data\.spatial_dims=2")
+  raw.refused(root, r"p2_0000\.nii\.gz: 4 dimensions, \(5, 6, 3, 2\); expected an image or a vol")
   raw.save(root / "imagesTr" / "p2_0000.nii.gz", raw.image(2, (5, 6)))
   raw.refused(root, r"2 dimensions, \(5, 6\); config\.data\.spatial_dims=3", spatial_dims=3)
 
