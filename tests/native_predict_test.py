@@ -215,7 +215,7 @@ def test_slices_of_a_volume_with_a_coarse_axis_in_them_are_those_of_evaluation(m
     image.shape[:-1],
   )  # fmt: skip
   network = native_network.NativeNetwork(
-    apply, ({},), 1, ("background", "a"), own, PATCH, ("none",), (None,), (), "", {}
+    apply, ({},), 1, ("background", "a"), own, PATCH, ("none",), (None,), (), False, "", {}
   )
   window = sliding_window.make(apply, PATCH, batch_size=8)
   (found,) = native_run.predict_cases(window, {}, network, [case], Options(scores=False))
@@ -284,6 +284,15 @@ def test_pictures_of_any_size_go_through_a_network_of_pictures(tmp_path, model):
   picture = np.random.default_rng(1).integers(1, 255, (3, 14), np.uint8)  # smaller than the patch
   (tmp_path / "in").mkdir()
   Image.fromarray(picture).save(tmp_path / "in" / "p.png")
+  nibabel.save(nibabel.Nifti1Image(picture, AFFINE), tmp_path / "p.nii")
+  of_pictures, of_others = (native_network.read_nnunet(path, [0]) for path in (place, model[0]))
+  for network, path, message in (
+    (of_others, tmp_path / "in" / "p.png", "p.png: a picture, .* axes .* convert it to NIfTI"),
+    (of_pictures, tmp_path / "p.nii", "p.nii: no picture, .* axes .* convert it to PNG"),
+  ):
+    source = inputs.Input("p", (path,), path.suffix)
+    with pytest.raises(errors.DataError, match=message):
+      native_cases.read(source, network)
   _run(place, tmp_path / "in", tmp_path / "out")
   image = np.float64(picture)
   padded = np.pad((image - image.mean()) / image.std(), [(0, 1), (0, 0)])

@@ -64,8 +64,7 @@ def _new(trained: Trained) -> dict[str, bytes]:
       f"images are brought to {trained.size} pixels; train with config.data.spacing and "
       "config.data.patch_size, or take --format=safetensors or stablehlo"
     )
-  of_pictures = trained.spacing_unit == "voxel"  # the native mode takes no others without spacing
-  axes = tuple(range(trained.spatial_dims))[:: 1 if of_pictures else -1]
+  axes = tuple(range(trained.spatial_dims))[:: 1 if trained.of_pictures else -1]
   ours = models.architecture(config.model, spatial_dims=trained.spatial_dims)
   made = ours.transposed(axes)
   images = Preprocessing(
@@ -75,7 +74,7 @@ def _new(trained: Trained) -> dict[str, bytes]:
     statistics=native.statistics,
   )
   configuration = "2d" if trained.spatial_dims == 2 else "3d_fullres"
-  files_of = new_plans.PICTURES if of_pictures else new_plans.NIFTI
+  files_of = new_plans.PICTURES if trained.of_pictures else new_plans.NIFTI
   plans = new_plans.plans(config.data.name, configuration, made, images, files_of)
   dataset = new_plans.dataset(trained.class_names, native.schemes, trained.has_ignored, files_of)
   checkpoint = checkpoint_writer.new(

@@ -57,6 +57,11 @@ class Trained(NamedTuple):
   step: int = 0
   params: types.Params = None
 
+  @property
+  def of_pictures(self) -> bool:
+    """In the native mode, which takes no other images without a spacing."""
+    return self.spacing_unit == "voxel"
+
   def mirrors(self, asked: bool | None) -> bool:
     """Whether prediction averages over flips: as it is asked, or else as evaluation did.
 
