@@ -69,14 +69,7 @@ def read(source: inputs.Input, network: NativeNetwork) -> NativeCase:
 def _pixels(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
   """The image as it came, and its spacing."""
   case = case_reader.open_case(source, network)
-  if source.is_picture != network.of_pictures:
-    found, trained_on, remedy = "no picture", "pictures, whose axes are (row, column)", "PNG"
-    if source.is_picture:
-      found, trained_on, remedy = "a picture", "images of the axes (x, y)", "NIfTI"
-    raise errors.DataError(
-      f"{source.files[0]}: {found}, but the network was trained on {trained_on}: it would see the "
-      f"image turned; convert it to {remedy}"
-    )
+  case_reader.check_axes(source, network.of_pictures)
   spacing = case.spacing
   if spacing is None and source.is_picture:
     spacing = images.SPACING_MM

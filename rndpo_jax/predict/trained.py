@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
   @property
   def of_pictures(self) -> bool:
-    """In the native mode, which takes no other images without a spacing."""
+    """Whether it was trained on pictures; in the simple mode perhaps on others without spacing."""
     return self.spacing_unit == "voxel"
 
   def mirrors(self, asked: bool | None) -> bool:
