@@ -228,7 +228,10 @@ def _num_channels(dataset: Mapping[str, Any]) -> int:
 
 
 def _class_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-  labels = _get(dataset, "labels", dict)
+  labels = {
+    name: int(value) if isinstance(value, str) and value.isdecimal() else value
+    for name, value in _get(dataset, "labels", dict).items()
+  }
   if any(not isinstance(value, int) for value in labels.values()):
     raise ValueError(f"'labels' is {labels!r}; regions (lists of ids) are not supported")
   return tuple(sorted((name for name in labels if name != _IGNORE), key=labels.get))
