@@ -108,7 +108,7 @@ def test_rounding_of_a_header_is_no_other_grid(root):
   raw.read(root)
 
 
-@pytest.mark.parametrize("value", [3, 1.5, np.nan, -1])
+@pytest.mark.parametrize("value", [3, 1.5, np.nan, -1, 0.99999994])
 def test_mask_value_outside_the_classes(root, value):
   label = raw.label(2).astype(np.float32)
   label[0, 0, 0] = value

@@ -143,7 +143,7 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
   values = np.unique(array)
   wrong = values[~np.isin(values, np.arange(num_classes))]
   if wrong.size:
-    found = ", ".join(f"{float(value):g}" for value in wrong[:3])
+    found = ", ".join(f"{float(value):.8g}" for value in wrong[:3])
     both = " (or 0 and 255 alone)" if num_classes == 2 else ""
     raise errors.DataError(
       f"{path}: the mask holds the value {found}; expected class ids 0..{num_classes - 1}{both}; "
