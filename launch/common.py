@@ -3,6 +3,7 @@
 import contextlib
 import logging as std_logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -93,8 +94,16 @@ def take_signals():
   os.close(_told.pop())
 
 
+_HOME = re.compile(r"(--?[\w.]+=)(~(?:/.*)?)", re.DOTALL)
+
+
 def parse(argv):
-  """Parses flags; a config key that is unknown or of another type ends in one line."""
+  """Parses flags; a config key that is unknown or of another type ends in one line.
+
+  A value `~` or `~/...` is in the home folder: bash leaves it as it is in --flag=~/path.
+  """
+  matches = [(one, _HOME.fullmatch(one)) for one in argv]
+  argv = [match[1] + os.path.expanduser(match[2]) if match else one for one, match in matches]
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

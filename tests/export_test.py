@@ -17,8 +17,9 @@ import pytest
 from configs import nnunet, nnunet_model
 from rndpo_jax import errors, models, pipeline
 from rndpo_jax.data import dataset as dataset_lib
+from rndpo_jax.data import records
+from rndpo_jax.export import nnunet_folder, safetensors, stablehlo
 from rndpo_jax.export import run as run_lib
-from rndpo_jax.export import safetensors, stablehlo
 from rndpo_jax.nnunet import folder
 from rndpo_jax.nnunet import plans as plans_lib
 from rndpo_jax.predict import trained as trained_lib
@@ -140,6 +141,29 @@ def test_a_network_of_ours_goes_out_with_plans_that_describe_it(trained_here, tm
   own = json.loads((tmp_path / "out" / "plans.json").read_text())["configurations"]["3d_fullres"]
   assert own["spacing"] == [4.0, 1.25, 1.5] and own["patch_size"] == [4, 10, 8]
   assert plans_lib.architecture_of(own).kernels == ((3, 3, 3), (3, 3, 3))
+
+
+def test_a_network_of_pictures_goes_out_for_pictures(tmp_path):
+  """nnU-Net's reader of them has our axes, (H, W), where that of NIfTI turns them."""
+  config = nnunet.get_config("").copy_and_resolve_references()
+  with config.unlocked():
+    config.model.update({"name": "nnunet_plain", "width": 2, "depth": 2})
+  segmenter = models.build(config.model, num_classes=3, spatial_dims=2)
+  image = jax.ShapeDtypeStruct((1, 8, 12, 3), np.float32)
+  params = jax.eval_shape(segmenter.init, jax.random.key(0), image)
+  params = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), params)
+  trained = trained_lib.Trained(
+    config, 3, ["background", "a", "b"], 3, 2, "voxel", (8, 12), (), "zscore",
+    records.Native((1.0, 2.0), ("rgb",) * 3, (None,) * 3), (0, 1), False, "",
+    params=params,
+  )  # fmt: skip
+  for path, content in nnunet_folder.make(trained, tmp_path / "work").items():
+    files.write_bytes(tmp_path / "out" / path, content)
+  found = folder.read(tmp_path / "out", 0)
+  same(found.params, trained.params)
+  assert found.plans.axes == (0, 1)
+  assert found.plans.preprocessing[:3] == ((1.0, 2.0), (8, 12), ("rgb",) * 3)
+  assert json.loads((tmp_path / "out" / "dataset.json").read_text())["file_ending"] == ".png"
 
 
 def test_safetensors_hold_every_parameter(imported, tmp_path):

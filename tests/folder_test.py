@@ -58,6 +58,14 @@ def test_images_and_masks_are_paired_by_id(root):
   assert pixels[2].mask is None
 
 
+def test_a_pixel_is_1_mm_where_the_network_wants_a_spacing(root):
+  """As under the names of nnU-Net: a picture's file has no place to say another."""
+  source = _open(root, spacing=(1.0, 1.0))
+  assert {tuple(entry["spacing"]) for entry in source.records} == {(1.0, 1.0)}
+  assert source.spacing_unit == "voxel" and "a pixel is 1 mm" in source.notes[-1]
+  assert _open(root).records[0]["spacing"] is None and not _open(root).notes
+
+
 @pytest.mark.parametrize("root", ["gs://bucket/x", "s3://bucket/x"])
 def test_a_bucket_is_refused_in_words(root):
   with pytest.raises(errors.DataError, match=f"a bucket cannot be read.*{root}.*gcsfuse"):
@@ -89,6 +97,15 @@ def test_deep_grey_becomes_float(root):
   source, pixels = _read(root)
   assert source.dtype == "float32"
   np.testing.assert_array_equal(pixels[3].image[..., 0], deep.astype(np.float32))
+
+
+def test_a_compressed_file_of_8_bits_is_read_wherever_its_tags_stand(tmp_path):
+  """Pillow says with the mode where they stand: at 16, or at 1600, is no depth of 16 bits."""
+  for height in range(40, 60):
+    image = np.random.default_rng(height).integers(0, 255, (height, 9, 3)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.tif", compression="tiff_lzw")
+    assert images.header(tmp_path / "a.tif").dtype == "uint8"
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.tif"), image)
 
 
 def test_palette_masks_are_indices_and_palette_images_are_colours(tmp_path):

@@ -140,3 +140,6 @@ def test_grid_shift_is_the_largest_distance_in_voxels():
   assert geometry.grid_shift(affine, wider, (9, 9, 9)) == 2.0  # 8 slices of 0.5 mm
   assert geometry.grid_shift(affine, wider, (9, 9)) == 0  # of which an image has the first
   assert geometry.grid_shift(np.zeros((4, 4)), moved, (9, 9)) == np.inf
+  for nowhere in (0.0, np.nan):  # of two files that say the same nothing
+    affine = np.full((4, 4), nowhere)
+    assert geometry.grid_shift(affine, affine.copy(), (9, 9)) == 0

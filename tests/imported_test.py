@@ -78,16 +78,21 @@ def test_keys_of_a_training_that_does_not_happen_raise(model, key, tmp_path):
     (2, ["background", "a", "b"], "trained on 1 channels, the images of config.data.root have 2"),
     (1, ["background", "a"], "has the classes background, a, b, the data background, a; relabel"),
     (1, ["background", "b", "a"], "the class 'b' has the id 1 in the data and 2 in"),
+    (1, None, "was trained on no pictures, and config.data.root holds pictures; their axes differ"),
   ],
 )
 def test_other_data_raise(model, num_channels, names, message):
-  dataset = types.SimpleNamespace(num_channels=num_channels, class_names=names)
+  dataset = types.SimpleNamespace(
+    num_channels=num_channels, class_names=names, spacing_unit="mm" if names else "voxel"
+  )
   with pytest.raises(errors.DataError, match=message):
     imported.read(config_of(model), "0", dataset)
 
 
 def test_other_names_of_the_same_classes_are_said(model, capsys):
-  dataset = types.SimpleNamespace(num_channels=1, class_names=["background", "left", "right"])
+  dataset = types.SimpleNamespace(
+    num_channels=1, class_names=["background", "left", "right"], spacing_unit="mm"
+  )
   imported.read(config_of(model), "0", dataset)
   assert "(background, left, right) are taken for those of the model" in capsys.readouterr().out
 

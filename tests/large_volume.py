@@ -59,6 +59,7 @@ def predict(folder, patch):
     schemes=("zscore",),
     statistics=(None,),
     mirror_axes=(),
+    of_pictures=False,
     title="a convolution of 1 x 1 x 1",
     settings={},
   )

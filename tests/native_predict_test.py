@@ -3,10 +3,13 @@
 import csv
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import nibabel
 import nnunet_folder_test
 import nnunet_reference
@@ -17,8 +20,8 @@ from PIL import Image
 from scipy import ndimage
 
 from rndpo_jax import errors
-from rndpo_jax.data import resample
-from rndpo_jax.evaluation import sliding_window
+from rndpo_jax.data import records, resample
+from rndpo_jax.evaluation import sliding_window, stitched
 from rndpo_jax.nnunet import folder as folder_lib
 from rndpo_jax.predict import (
   inputs,
@@ -199,6 +202,35 @@ def test_parts_do_not_depend_on_the_cuts(monkeypatch, shape, spacing, new_shape,
     np.testing.assert_array_equal(got, want.argmax(-1))
 
 
+def test_slices_of_a_volume_with_a_coarse_axis_in_them_are_those_of_evaluation(monkeypatch):
+  """Along that axis the nearest logits are taken, as of the volume, in both."""
+  spacing, own = (4.0, 1.0, 1.2), (3.0, 1.1)
+  image = np.random.default_rng(0).normal(size=(8, 9, 2, 1)).astype(np.float32)
+
+  def apply(params, images):
+    return jax.numpy.concatenate([0 * images, images], axis=-1)
+
+  case = native_cases.NativeCase(
+    None, "", (6, 10, 2), (slice(0, 6), slice(0, 10), slice(0, 2)), spacing, (*own, 1.2), image,
+    image.shape[:-1],
+  )  # fmt: skip
+  network = native_network.NativeNetwork(
+    apply, ({},), 1, ("background", "a"), own, PATCH, ("none",), (None,), (), False, "", {}
+  )
+  window = sliding_window.make(apply, PATCH, batch_size=8)
+  (found,) = native_run.predict_cases(window, {}, network, [case], Options(scores=False))
+  entry = {"shape": [6, 10], "spacing": spacing[:2], "slice_spacing": 1.2}
+  dataset = types.SimpleNamespace(
+    size=PATCH, num_classes=2, records=[entry] * 2, boxes=np.array([[[0, 6], [0, 10]]] * 2),
+    native=records.Native(own, ("none",), (None,)),
+  )  # fmt: skip
+  monkeypatch.setattr(
+    stitched.dataset_lib, "load_on_spacing", lambda _, z, **__: {"image": image[:, :, z]}
+  )
+  masks = stitched.make(types.SimpleNamespace(apply=apply), dataset)({}, (0, 1))
+  np.testing.assert_array_equal(np.stack([mask for _, mask in masks], axis=2), found.mask)
+
+
 def test_equal_logits_give_the_lowest_class():
   logits = np.array([[1, 1, 0], [0, 2, 2], [-3, -4, -3]], np.float32)
   np.testing.assert_array_equal(restore.argmax(logits.T), [0, 1, 0])
@@ -252,6 +284,15 @@ def test_pictures_of_any_size_go_through_a_network_of_pictures(tmp_path, model):
   picture = np.random.default_rng(1).integers(1, 255, (3, 14), np.uint8)  # smaller than the patch
   (tmp_path / "in").mkdir()
   Image.fromarray(picture).save(tmp_path / "in" / "p.png")
+  nibabel.save(nibabel.Nifti1Image(picture, AFFINE), tmp_path / "p.nii")
+  of_pictures, of_others = (native_network.read_nnunet(path, [0]) for path in (place, model[0]))
+  for network, path, message in (
+    (of_others, tmp_path / "in" / "p.png", "p.png: a picture, .* axes .* convert it to NIfTI"),
+    (of_pictures, tmp_path / "p.nii", "p.nii: no picture, .* axes .* convert it to PNG"),
+  ):
+    source = inputs.Input("p", (path,), path.suffix)
+    with pytest.raises(errors.DataError, match=message):
+      native_cases.read(source, network)
   _run(place, tmp_path / "in", tmp_path / "out")
   image = np.float64(picture)
   padded = np.pad((image - image.mean()) / image.std(), [(0, 1), (0, 0)])
@@ -261,12 +302,13 @@ def test_pictures_of_any_size_go_through_a_network_of_pictures(tmp_path, model):
     np.testing.assert_array_equal(np.asarray(found)[sure], want.argmax(0)[sure])
 
 
-def test_the_program_takes_one_network(model, images, tmp_path):
-  given = (f"--nnunet_folder={model[0]}", f"--input={images[0]}", f"--output={tmp_path / 'out'}")
+def test_the_program_takes_one_network_and_the_home_folder(model, images, tmp_path):
+  given = (f"--nnunet_folder={model[0]}", f"--input={images[0]}", "--output=~/out")
   started = [
     subprocess.Popen(
       [sys.executable, "-m", "launch.predict", *given, flag],
       cwd=pathlib.Path(__file__).parent.parent,
+      env={**os.environ, "HOME": str(tmp_path)},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -108,12 +108,21 @@ def test_rounding_of_a_header_is_no_other_grid(root):
   raw.read(root)
 
 
-@pytest.mark.parametrize("value", [3, 1.5, np.nan, -1])
+@pytest.mark.parametrize("value", [3, 1.5, np.nan, -1, 0.99999994])
 def test_mask_value_outside_the_classes(root, value):
   label = raw.label(2).astype(np.float32)
   label[0, 0, 0] = value
   raw.save(root / "labelsTr" / "p2.nii.gz", label)
   raw.refused(root, rf"labelsTr/p2\.nii\.gz: the mask holds the value {value}; expected class ids")
+
+
+def test_a_mask_of_0_and_255_is_one_of_0_and_1_as_in_pictures(tmp_path):
+  raw.describe(tmp_path, labels={"background": 0, "wall": 1})
+  label = raw.label(0) % 2
+  raw.save(tmp_path / "imagesTr" / "a_0000.nii.gz", raw.image(0))
+  raw.save(tmp_path / "labelsTr" / "a.nii.gz", 255 * label)
+  _, pixels = raw.read(tmp_path)
+  np.testing.assert_array_equal(np.stack([one.mask for one in pixels], -1), label)
 
 
 def test_mask_without_image(root):
@@ -143,7 +152,7 @@ def test_voxels_that_are_no_number(root, value):
 
 def test_dimensions_that_do_not_fit(root):
   raw.save(root / "imagesTr" / "p2_0000.nii.gz", raw.image(2, (5, 6, 3, 2)))
-  raw.refused(root, r"p2_0000\.nii\.gz: 4 dimensions, \(5, 6, 3, 2\); config\.data\.spatial_dims=2")
+  raw.refused(root, r"p2_0000\.nii\.gz: 4 dimensions, \(5, 6, 3, 2\); expected an image or a vol")
   raw.save(root / "imagesTr" / "p2_0000.nii.gz", raw.image(2, (5, 6)))
   raw.refused(root, r"2 dimensions, \(5, 6\); config\.data\.spatial_dims=3", spatial_dims=3)
 

@@ -71,6 +71,18 @@ def test_plain_2d_images_and_older_layout(tmp_path):
   assert source.class_names == ["background", "organ"] and pixels[0].image.shape == (5, 6, 1)
 
 
+def test_a_letter_is_one_however_unicode_writes_it(tmp_path):
+  """As macOS writes it, and as all else does: in image, label and the list of dataset.json."""
+  raw.describe(tmp_path)
+  raw.save(tmp_path / "imagesTr" / "o\u0308_0000.nii.gz", raw.image(0))
+  raw.save(tmp_path / "labelsTr" / "\u00f6.nii.gz", raw.label(0))
+  (entry,) = raw.open_source(tmp_path, spatial_dims=3).records
+  assert entry["case_id"] == "\u00f6" and entry["has_mask"]
+  raw.describe(tmp_path, dataset={"o\u0308": {"images": ["imagesTr/o\u0308_0000.nii.gz"]}})
+  (entry,) = raw.open_source(tmp_path, spatial_dims=3).records
+  assert entry["case_id"] == "\u00f6"
+
+
 def test_channels_are_stacked_and_scaled(tmp_path):
   raw.describe(tmp_path, channel_names={"0": "T1", "1": "T2"})
   raw.save(tmp_path / "imagesTr" / "a_0000.nii.gz", raw.image(0))

@@ -154,6 +154,11 @@ def test_how_images_go_in_is_read_in_our_order_of_axes(tmp_path):
     ("preprocessor_name", "MyPreprocessor", "expected 'DefaultPreprocessor'"),
     ("resampling_fn_data", "no_resampling", "expected 'resample_data_or_seg_to_shape' with"),
     ("resampling_fn_seg_kwargs", {"order": 0}, "expected 'resample_data_or_seg_to_shape' with"),
+    (
+      "resampling_fn_data_kwargs",
+      {"separate_z_anisotropy_threshold": 2},
+      "anisotropy_threshold': 3",
+    ),
     ("normalization_schemes", ["CTNormalization"], "1 entries and 'use_mask_for_norm' 2, expected"),
     ("normalization_schemes", ["Mine"] * 2, "has 'Mine', expected one of ZScoreNormalization"),
     ("spacing", [1.0, 1.0], r"is \[1.0, 1.0\], expected 3 numbers"),
@@ -200,14 +205,21 @@ def test_ct_without_its_statistics_raises(tmp_path):
     plans.read(folder, "c")
 
 
+def test_ids_may_be_texts_as_in_nnunet(tmp_path):
+  labels = {"background": "0", "b": "2", "a": "1", "ignore": "3"}
+  found = plans.read(write(tmp_path, {"c": NEW}, {**DATASET, "labels": labels}), "c")
+  assert found.class_names == ("background", "a", "b")
+
+
 def test_regions_and_slices_along_another_axis_raise(tmp_path):
   regions = {**DATASET, "labels": {"background": 0, "whole": [1, 2], "core": [2]}}
   with pytest.raises(errors.FileError, match="dataset.json: 'labels' .* regions .* not supported"):
     plans.read(write(tmp_path, {"c": NEW}, regions), "c")
   with pytest.raises(errors.FileError, match="only slices along z"):
     plans.read(write(tmp_path, {"c": in_2d()}, transpose_forward=[1, 0, 2]), "c")
-  with pytest.raises(errors.FileError, match="'image_reader_writer' is .*turning images is not"):
-    plans.read(write(tmp_path, {"c": NEW}, image_reader_writer="NibabelIOWithReorient"), "c")
+  for reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient"):
+    with pytest.raises(errors.FileError, match=f"'image_reader_writer' is '{reader}': turning im"):
+      plans.read(write(tmp_path, {"c": NEW}, image_reader_writer=reader), "c")
   with pytest.raises(errors.DataError, match="dataset.json: no such file"):
     (tmp_path / "dataset.json").unlink()
     plans.read(tmp_path, "c")

@@ -240,6 +240,13 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, network, truth, c
     ]
 
 
+def test_pictures_are_not_for_a_network_of_images_with_a_spacing(tmp_path, network, truth):
+  """Their axes are (H, W), and those of NIfTI (x, y)."""
+  source = inputs.list_inputs(str(_write_png(tmp_path / "in", truth)), 1)[0]
+  with pytest.raises(errors.DataError, match=r"\.png: a picture, .* the axes \(x, y\)"):
+    case_reader.read(source, network._replace(spacing_unit="mm"))
+
+
 def _times(output):
   return {path.name: path.stat().st_mtime_ns for path in output.glob("case*.png")}
 

@@ -54,6 +54,9 @@ def test_masks_and_scores_come_as_they_are_and_missing_ones_are_filled(tiny_conf
       path.unlink()
   (root / "g1" / "dataset.json").write_text("{}")  # as nnU-Net leaves beside its masks
   (root / ".DS_Store").write_text("")
+  rows = (root / "scores.csv").read_text().splitlines()  # quoted, and with a space before
+  rows = [", ".join(f'"{cell}"' for cell in row.split(",")) for row in rows]
+  (root / "scores.csv").write_text("\n".join(rows))
   found = read(tiny_config, root)
   assert found.names == ("g1", "g2", "g10")
   load = proposal_files.make_load(found, Dataset(ENTRIES))

@@ -103,6 +103,22 @@ def test_split_file_is_taken_as_it_is(tmp_path):
   assert parts["labelled"] == ["g0c0", "g0c1"] and parts["test"] == ["g3c0"]
 
 
+FOLD = {"train": (0, 1), "val": (2, 3)}
+
+
+def test_ids_are_compared_in_their_composed_form(tmp_path):
+  """As sources have them: a list that was written on macOS may hold the other one."""
+  entries = [{**one, "case_id": f"\u00f6{one['case_id']}"} for one in _entries()]
+  there = json.loads(_file(tmp_path).read_text())
+  there = {name: [f"o\u0308{case}" for case in cases] for name, cases in there.items()}
+  assert splits.read_split_file(_file(tmp_path, **there), entries)["test"] == ["\u00f6g3c0"]
+  fold = [{name: [f"o\u0308g{g}c{c}" for g in part for c in (0, 1)] for name, part in FOLD.items()}]
+  (tmp_path / "folds.json").write_text(json.dumps(fold))
+  asked = {"fold": 0, "num_labelled": 1, "num_test": 1, "num_unlabelled": -1, "seed": 0}
+  parts = splits.read_fold(tmp_path / "folds.json", entries, **asked)
+  assert sorted(parts["val"] + parts["test"])[0] == "\u00f6g2c0"
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

@@ -57,7 +57,7 @@ def read(path: os.PathLike | str, columns: Sequence[str]) -> list[Row]:
 
 
 def _rows(file, path: pathlib.Path, columns: Sequence[str], head: str) -> Iterator[Row]:
-  reader = csv.reader(file, strict=True)
+  reader = csv.reader(file, strict=True, skipinitialspace=True)
   names = [name.strip() for name in next(reader, [])]
   wrong = [name for name in columns if names.count(name) != 1]
   if wrong:

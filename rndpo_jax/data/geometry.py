@@ -181,8 +181,11 @@ def grid_shift(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> f
     shape: S, of two or three axes.
 
   Returns:
-    The distance over the shortest edge of a voxel of `affine`; infinite for an edge of no length.
+    The distance over the shortest edge of a voxel of `affine`; infinite for an edge of no length; 0
+    if the two are equal, whatever they hold.
   """
+  if np.array_equal(affine, other, equal_nan=True):  # also if they place voxels nowhere
+    return 0.0
   axes = [(0, n - 1) for n in shape] + [(0,)] * (3 - len(shape)) + [(1,)]
   corners = np.array(list(itertools.product(*axes)), np.float64)
   difference = np.asarray(affine, np.float64) - np.asarray(other, np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ def read_split_file(path: epath.Path, entries: list[dict[str, Any]]) -> dict[str
     raise errors.DataError(
       f"{path}: found the keys {sorted(content)}, expected {sorted(NAMES)}, each a list of case ids"
     )
+  content = {name: _composed(cases) for name, cases in content.items()}
   _check(path, content, entries, may_be_empty=("val", "test"))
   return {name: sorted(content[name]) for name in NAMES}
 
@@ -160,12 +162,20 @@ def _fold(path: epath.Path, fold: int, entries) -> tuple[set[str], set[str]]:
       f"{len(folds) - 1}"
     )
   parts = folds[fold] if isinstance(folds[fold], dict) else {}
-  _check(path, {name: parts.get(name) for name in ("train", "val")}, entries, ("train",))
+  parts = {name: _composed(parts.get(name)) for name in ("train", "val")}
+  _check(path, parts, entries, ("train",))
   rest = sorted({entry["case_id"] for entry in entries} - set(parts["val"]))
   _check(
     path, {"val": parts["val"], "train or not listed": rest}, entries, ("train or not listed",)
   )
   return set(parts["train"]), set(parts["val"])
+
+
+def _composed(cases: Any) -> Any:
+  """Case ids in Unicode's composed form, as sources have them; what is no list of them as it is."""
+  if not isinstance(cases, list):
+    return cases
+  return [unicodedata.normalize("NFC", case) if isinstance(case, str) else case for case in cases]
 
 
 def _check(path, parts, entries, may_lack_masks=("unlabelled",), may_be_empty=()) -> None:

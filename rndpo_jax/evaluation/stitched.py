@@ -17,7 +17,10 @@ from rndpo_jax.types import Params, Segmenter
 
 
 class _Grids(NamedTuple):
-  """A record's own grid and the model's, as `restore` reads them of a case."""
+  """A record's own grid and the model's, as `restore` reads them of a case.
+
+  Of a slice the spacings are the volume's, which decide on the axis that is resampled apart.
+  """
 
   spacing: tuple[float, ...]
   new_spacing: tuple[float, ...]
@@ -75,11 +78,12 @@ def _images(dataset, indices: Sequence[int]) -> Iterator[tuple[_Grids, np.ndarra
   for index in indices:
     box = dataset.boxes[index]
     if native.is_seen(box):
+      spacing = native.case_spacing(dataset.records[index])
       image = dataset_lib.load_on_spacing(dataset, index, with_labels=False)["image"]
       yield (
         _Grids(
-          spacing=tuple(dataset.records[index]["spacing"]),
-          new_spacing=dataset.native.spacing,
+          spacing=spacing,
+          new_spacing=(*dataset.native.spacing, *spacing[len(box) :]),
           cropped_shape=tuple((box[:, 1] - box[:, 0]).tolist()),
           image_shape=image.shape[:-1],
         ),

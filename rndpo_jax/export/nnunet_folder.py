@@ -48,7 +48,10 @@ def _as_it_came(trained: Trained, home: pathlib.Path) -> dict[str, bytes]:
 
 
 def _new(trained: Trained) -> dict[str, bytes]:
-  """Our axes are (x, y) and (x, y, z), nnU-Net's of the same files (y, x) and (z, y, x)."""
+  """Our axes are (x, y) and (x, y, z), nnU-Net's of the same files (y, x) and (z, y, x).
+
+  Those of pictures are (H, W) in both.
+  """
   config, native = trained.config, trained.native
   if not models.reads(config.model.name, "architecture") or ":" in config.model.name:
     raise errors.ConfigError(
@@ -61,18 +64,19 @@ def _new(trained: Trained) -> dict[str, bytes]:
       f"images are brought to {trained.size} pixels; train with config.data.spacing and "
       "config.data.patch_size, or take --format=safetensors or stablehlo"
     )
-  axes = tuple(reversed(range(trained.spatial_dims)))
+  axes = tuple(range(trained.spatial_dims))[:: 1 if trained.of_pictures else -1]
   ours = models.architecture(config.model, spatial_dims=trained.spatial_dims)
   made = ours.transposed(axes)
   images = Preprocessing(
-    spacing=native.spacing[::-1],
-    patch_size=trained.size[::-1],
+    spacing=tuple(native.spacing[axis] for axis in axes),
+    patch_size=tuple(trained.size[axis] for axis in axes),
     schemes=native.schemes,
     statistics=native.statistics,
   )
   configuration = "2d" if trained.spatial_dims == 2 else "3d_fullres"
-  plans = new_plans.plans(config.data.name, configuration, made, images)
-  dataset = new_plans.dataset(trained.class_names, native.schemes, trained.has_ignored)
+  files_of = new_plans.PICTURES if trained.of_pictures else new_plans.NIFTI
+  plans = new_plans.plans(config.data.name, configuration, made, images, files_of)
+  dataset = new_plans.dataset(trained.class_names, native.schemes, trained.has_ignored, files_of)
   checkpoint = checkpoint_writer.new(
     weights.from_params(trained.params, made, axes=axes),
     plans=plans,

@@ -109,6 +109,15 @@ def read(config, fold: int | str, dataset) -> folder.Model:
       f"config.base.nnunet_folder: {root} was trained on {plans.num_channels} channels, the images "
       f"of config.data.root have {dataset.num_channels}; take the images that it was trained on"
     )
+  of_pictures = dataset.spacing_unit == "voxel"  # the native mode takes no others without spacing
+  if plans.of_pictures != of_pictures:
+    theirs, ours = (
+      "pictures" if pictures else "no pictures" for pictures in (plans.of_pictures, of_pictures)
+    )
+    raise errors.DataError(
+      f"config.base.nnunet_folder: {root} was trained on {theirs}, and config.data.root holds "
+      f"{ours}; their axes differ, so that the network would see images turned: convert the images"
+    )
   names = list(dataset.class_names)
   if len(names) != plans.num_classes:
     raise errors.DataError(

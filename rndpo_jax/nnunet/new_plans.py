@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rndpo_jax.data import intensity
 from rndpo_jax.models import nnunet
@@ -11,24 +11,40 @@ from rndpo_jax.models.nnunet_architecture import Architecture
 from rndpo_jax.nnunet.preprocessing import ORDERS, RESAMPLING, SCHEMES, Preprocessing
 
 _UNETS = "dynamic_network_architectures.architectures.unet"
+
+
+class Files(NamedTuple):
+  """What nnU-Net reads images with, and the ending of their names."""
+
+  reader: str
+  ending: str
+
+
+NIFTI = Files("SimpleITKIO", ".nii.gz")
+PICTURES = Files("NaturalImage2DIO", ".png")
 _SCHEME_NAMES = {ours: theirs for theirs, ours in SCHEMES.items()}
 
 
 def plans(
-  name: str, configuration: str, architecture: Architecture, images: Preprocessing
+  name: str,
+  configuration: str,
+  architecture: Architecture,
+  images: Preprocessing,
+  files: Files = NIFTI,
 ) -> dict[str, Any]:
-  """What `plans.json` holds, for NIfTI files.
+  """What `plans.json` holds.
 
   Args:
     name: of the data set.
     configuration: its name in the plans, as in 2d.
     architecture: axes in nnU-Net's order.
-    images: spacing and patch size in nnU-Net's order, (y, x) or (z, y, x).
+    images: spacing and patch size in nnU-Net's order, (y, x) or (z, y, x), (H, W) of pictures.
+    files: that images are in.
   """
   shared = {
     "dataset_name": name,
     "plans_name": "nnUNetPlans",
-    "image_reader_writer": "SimpleITKIO",
+    "image_reader_writer": files.reader,
     "transpose_forward": [0, 1, 2],
     "transpose_backward": [0, 1, 2],
     "experiment_planner_used": "ExperimentPlanner",
@@ -56,14 +72,14 @@ def plans(
 
 
 def dataset(
-  class_names: Sequence[str], schemes: Sequence[str], has_ignored: bool
+  class_names: Sequence[str], schemes: Sequence[str], has_ignored: bool, files: Files = NIFTI
 ) -> Mapping[str, Any]:
   """What `dataset.json` holds; class 0 is the background, whatever it is called."""
   names = ["background", *class_names[1:], *(["ignore"] if has_ignored else [])]
   return {
     "channel_names": {str(n): "CT" if name == "ct" else str(n) for n, name in enumerate(schemes)},
     "labels": {name: number for number, name in enumerate(names)},
-    "file_ending": ".nii.gz",
+    "file_ending": files.ending,
   }
 
 

@@ -20,6 +20,7 @@ from rndpo_jax.nnunet.preprocessing import Preprocessing
 _NETWORKS = {"PlainConvUNet": False, "ResidualEncoderUNet": True}  # name -> is_residual
 _NORM = {"eps": nnunet.EPSILON, "affine": True}
 _IGNORE = "ignore"  # nnU-Net's name for pixels of unknown class
+_PICTURES = "NaturalImage2DIO"  # nnU-Net's reader of them
 _REMEDY = "expected what nnU-Net v2 wrote beside its folds"
 
 
@@ -33,6 +34,7 @@ class Plans(NamedTuple):
     axes: axis n of our images (x, y, z), slices (x, y) or pictures (H, W) is nnU-Net's axis
       axes[n].
     class_names: one a class, background first.
+    of_pictures: whether it was trained on PNG and the like, whose axes are (H, W).
     preprocessing: how images come to the network, in our order of axes.
   """
 
@@ -41,6 +43,7 @@ class Plans(NamedTuple):
   num_classes: int
   axes: tuple[int, ...]
   class_names: tuple[str, ...]
+  of_pictures: bool
   preprocessing: Preprocessing
 
 
@@ -73,7 +76,8 @@ def read(folder: os.PathLike | str, configuration: str) -> Plans:
     images = preprocessing.read(plans, own, num_channels=channels, axes=axes)
   except (ValueError, TypeError) as error:
     raise errors.FileError(f"{folder / 'plans.json'}: {configuration}: {error}") from error
-  return Plans(architecture, channels, len(names), axes, names, images)
+  of_pictures = plans.get("image_reader_writer") == _PICTURES
+  return Plans(architecture, channels, len(names), axes, names, of_pictures, images)
 
 
 def resolve(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -206,13 +210,13 @@ def _axes(plans: Mapping[str, Any], dims: int) -> tuple[int, ...]:
   if sorted(forward) != [0, 1, 2]:
     raise ValueError(f"'transpose_forward' is {forward!r}, expected an order of 0, 1, 2")
   reader = plans.get("image_reader_writer")
-  if reader == "NibabelIOWithReorient":
+  if str(reader).endswith("WithReorient"):
     raise ValueError(f"'image_reader_writer' is {reader!r}: turning images is not supported")
   if dims == 3:
     return tuple(forward.index(2 - axis) for axis in range(3))
   if forward[0] != 0:
     raise ValueError(f"'transpose_forward' is {forward!r}: only slices along z are supported")
-  is_picture = reader == "NaturalImage2DIO"
+  is_picture = reader == _PICTURES
   return tuple(forward.index(1 + axis if is_picture else 2 - axis) - 1 for axis in range(2))
 
 
@@ -224,7 +228,10 @@ def _num_channels(dataset: Mapping[str, Any]) -> int:
 
 
 def _class_names(dataset: Mapping[str, Any]) -> tuple[str, ...]:
-  labels = _get(dataset, "labels", dict)
+  labels = {
+    name: int(value) if isinstance(value, str) and value.isdecimal() else value
+    for name, value in _get(dataset, "labels", dict).items()
+  }
   if any(not isinstance(value, int) for value in labels.values()):
     raise ValueError(f"'labels' is {labels!r}; regions (lists of ids) are not supported")
   return tuple(sorted((name for name in labels if name != _IGNORE), key=labels.get))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rndpo_jax.data import intensity
+from rndpo_jax.data import intensity, resample
 
 # Class names of nnU-Net's and those of `data.intensity.SCHEMES`.
 SCHEMES = {
@@ -78,7 +78,10 @@ def _check_resampling(own: Mapping[str, Any], what: str, order: int) -> None:
   """Old plans lack the keys: then it is the same resampling."""
   name = own.get(f"resampling_fn_{what}", RESAMPLING)
   options = own.get(f"resampling_fn_{what}_kwargs") or {}
-  wanted = {"order": order, "order_z": 0, "force_separate_z": None}
+  wanted = {
+    "order": order, "order_z": 0, "force_separate_z": None,
+    "separate_z_anisotropy_threshold": resample.ANISOTROPY,
+  }  # fmt: skip
   found = {key: options.get(key, value) for key, value in wanted.items()}
   if name != RESAMPLING or found != wanted:
     raise ValueError(

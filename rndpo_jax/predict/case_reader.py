@@ -41,6 +41,8 @@ def read(source: inputs.Input, trained: Trained) -> Case:
     raise errors.DataError(source.problem)
   stamp = inputs.stamp(source)
   opened = open_case(source, trained)
+  if source.is_picture:  # of others without a spacing the axes are not known
+    check_axes(source, trained.of_pictures)
   found, shape = [], ()
   for one in cases.read_case(opened, trained.spatial_dims, trained.num_classes, False):
     shape = one.image.shape[:-1]
@@ -48,6 +50,23 @@ def read(source: inputs.Input, trained: Trained) -> Case:
     records.check_pixels(one, entry, trained.num_classes)
     found.append(dataset.to_model(trained, one.image))
   return Case(source, stamp, found, shape, len(opened.shape) > trained.spatial_dims)
+
+
+def check_axes(source: inputs.Input, of_pictures: bool) -> None:
+  """Refuses a picture for a network of other images, or the other way round.
+
+  Raises:
+    errors.DataError: naming the file and the remedy.
+  """
+  if source.is_picture == of_pictures:
+    return
+  found, trained_on, remedy = "no picture", "pictures, whose axes are (row, column)", "PNG"
+  if source.is_picture:
+    found, trained_on, remedy = "a picture", "images of the axes (x, y)", "NIfTI"
+  raise errors.DataError(
+    f"{source.files[0]}: {found}, but the network was trained on {trained_on}: it would see the "
+    f"image turned; convert it to {remedy}"
+  )
 
 
 def open_case(source: inputs.Input, network) -> cases.Case:

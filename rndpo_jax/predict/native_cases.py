@@ -8,7 +8,7 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import intensity, nonzero, records, resample
-from rndpo_jax.data.sources import cases
+from rndpo_jax.data.sources import cases, images
 from rndpo_jax.predict import case_reader, inputs
 from rndpo_jax.predict.native_network import NativeNetwork
 
@@ -69,9 +69,10 @@ def read(source: inputs.Input, network: NativeNetwork) -> NativeCase:
 def _pixels(source: inputs.Input, network: NativeNetwork) -> tuple[np.ndarray, tuple[float, ...]]:
   """The image as it came, and its spacing."""
   case = case_reader.open_case(source, network)
+  case_reader.check_axes(source, network.of_pictures)
   spacing = case.spacing
   if spacing is None and source.is_picture:
-    spacing = (1.0, 1.0)  # as nnU-Net's reader of pictures has it
+    spacing = images.SPACING_MM
   if spacing is None:
     raise errors.DataError(
       f"{source.files[0]}: the header gives no spacing, but the network takes images at "

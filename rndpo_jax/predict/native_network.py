@@ -25,6 +25,7 @@ class NativeNetwork(NamedTuple):
     schemes: a name of `intensity.SCHEMES` for each channel.
     statistics: what the scheme 'ct' reads of each channel.
     mirror_axes: spatial axes along which training flipped images.
+    of_pictures: whether it was trained on pictures; their axes are (H, W), others' (x, y).
     title: what it is, in words.
     settings: what masks of one folder must have in common, by name.
   """
@@ -38,6 +39,7 @@ class NativeNetwork(NamedTuple):
   schemes: tuple[str, ...]
   statistics: tuple[Mapping[str, float] | None, ...]
   mirror_axes: tuple[int, ...]
+  of_pictures: bool
   title: str
   settings: Mapping[str, Any]
 
@@ -80,6 +82,7 @@ def read_nnunet(folder: os.PathLike | str, folds: Sequence[int | str]) -> Native
     schemes=plans.preprocessing.schemes,
     statistics=plans.preprocessing.statistics,
     mirror_axes=tuple(n for n, axis in enumerate(plans.axes) if axis in mirrored),
+    of_pictures=plans.of_pictures,
     title=f"{place.name}, fold {', '.join(map(str, folds))}",
     settings={
       "folds": list(folds),
@@ -106,6 +109,7 @@ def of_run(trained: Trained) -> NativeNetwork:
     schemes=native.schemes,
     statistics=native.statistics,
     mirror_axes=trained.mirror_axes,
+    of_pictures=trained.of_pictures,
     title=f"the checkpoint of step {trained.step}" if trained.step else "the base",
     settings={"step": trained.step},
   )

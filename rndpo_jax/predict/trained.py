@@ -29,6 +29,7 @@ class Trained(NamedTuple):
     class_names: one a class, background first.
     num_channels: I.
     spatial_dims: 2 or 3.
+    spacing_unit: of the data: 'mm', or 'voxel' if the spacing is unknown, as of pictures.
     size: the network's input: the model's grid, or in the native mode a patch of it.
     crop: centre crop in source pixels, () for none.
     normalization: 'zscore' or 'minmax'.
@@ -45,6 +46,7 @@ class Trained(NamedTuple):
   class_names: list[str]
   num_channels: int
   spatial_dims: int
+  spacing_unit: str
   size: tuple[int, ...]
   crop: tuple[int, ...]
   normalization: str
@@ -54,6 +56,11 @@ class Trained(NamedTuple):
   fingerprint: str
   step: int = 0
   params: types.Params = None
+
+  @property
+  def of_pictures(self) -> bool:
+    """Whether it was trained on pictures; in the simple mode perhaps on others without spacing."""
+    return self.spacing_unit == "voxel"
 
   def mirrors(self, asked: bool | None) -> bool:
     """Whether prediction averages over flips: as it is asked, or else as evaluation did.

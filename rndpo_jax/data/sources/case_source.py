@@ -10,7 +10,7 @@ import numpy as np
 
 from rndpo_jax.data import records
 from rndpo_jax.data.sources import cases as cases_lib
-from rndpo_jax.data.sources import nifti
+from rndpo_jax.data.sources import images, nifti
 
 
 def make_source(
@@ -27,8 +27,8 @@ def make_source(
   known = all(case.spacing is not None for case in cases.values())
   notes = tuple(_notes_of_headers(list(cases.values())))
   if data.spacing and all(_is_picture(case) for case in cases.values()):
-    cases = {name: case._replace(spacing=(1.0, 1.0)) for name, case in cases.items()}
-    notes += ("pictures have no spacing: for config.data.spacing a pixel is 1 mm, as in nnU-Net",)
+    cases = {name: case._replace(spacing=images.SPACING_MM) for name, case in cases.items()}
+    notes += (images.SPACING_NOTE,)
   has_spacing = all(case.spacing is not None for case in cases.values())
   entries = [
     entry for name, case in cases.items() for entry in _entries(data, name, case, has_spacing)

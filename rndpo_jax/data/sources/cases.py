@@ -101,12 +101,15 @@ def open_case(channels, label, spatial_dims: int) -> Case:
   """
   opened = [open_file(path) for path in channels]
   first = opened[0]
-  if len(first.shape) not in (2, 3) or len(first.shape) < spatial_dims:
+  found = f"{channels[0]}: {len(first.shape)} dimensions, {first.shape}"
+  if len(first.shape) not in (2, 3):
     raise errors.DataError(
-      f"{channels[0]}: {len(first.shape)} dimensions, {first.shape}; "
-      f"config.data.spatial_dims={spatial_dims} takes "
-      f"{'images or volumes, slice by slice' if spatial_dims == 2 else 'volumes'}; split time "
-      "points or channels into files of their own, or change spatial_dims"
+      f"{found}; expected an image or a volume: split time points or channels into files of their "
+      "own"
+    )
+  if len(first.shape) < spatial_dims:
+    raise errors.DataError(
+      f"{found}; config.data.spatial_dims={spatial_dims} takes volumes, change it or the files"
     )
   if label is not None and split_name(label.name)[1].lower() in LOSSY:
     raise errors.DataError(f"{label}: JPEG changes class ids; expected a mask as PNG")

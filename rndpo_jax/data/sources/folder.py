@@ -69,7 +69,7 @@ def open_source(config) -> records.Source:
     records=entries,
     read=lambda start: threads.in_order(read, ids[start:]),
     fingerprint=fingerprint,
-    notes=tuple(_notes(image_files, headers)),
+    notes=(*_notes(image_files, headers), *([images.SPACING_NOTE] if data.spacing else [])),
   )
 
 
@@ -217,6 +217,7 @@ def _entries(data, ids, headers, image_files, mask_files) -> list[dict]:
         group_id=records.extract(data.group_pattern, case, "group_pattern"),
         slice_index=count.get(case, 0) if data.case_pattern else -1,
         shape=headers[name].shape,
+        spacing=images.SPACING_MM if data.spacing else None,
         has_mask=name in mask_files,
       )
     )

@@ -26,6 +26,9 @@ _FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow would read dozens, some by other pr
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Files have no place for a spacing: as nnU-Net's reader of pictures has it.
+SPACING_MM = (1.0, 1.0)
+SPACING_NOTE = "pictures have no spacing: for config.data.spacing a pixel is 1 mm, as in nnU-Net"
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright
 
 
@@ -126,21 +129,21 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
     raise errors.DataError(
       f"{path}: a mask of {array.shape[-1]} channels; expected one channel of class ids, convert it"
     )
-  if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
-    array = array == 255
   return class_ids(array, num_classes, str(path))
 
 
 def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
-  """Checks that an array holds class ids alone, and returns it as u8.
+  """Checks that an array holds class ids alone, and returns it as u8; 0 and 255 as in `read_mask`.
 
   Raises:
     records.DataError: naming the first values that are no class id.
   """
+  if num_classes == 2 and array.dtype != bool and np.isin(array, (0, 255)).all():
+    array = array == 255
   values = np.unique(array)
   wrong = values[~np.isin(values, np.arange(num_classes))]
   if wrong.size:
-    found = ", ".join(f"{float(value):g}" for value in wrong[:3])
+    found = ", ".join(f"{float(value):.8g}" for value in wrong[:3])
     both = " (or 0 and 255 alone)" if num_classes == 2 else ""
     raise errors.DataError(
       f"{path}: the mask holds the value {found}; expected class ids 0..{num_classes - 1}{both}; "
@@ -151,7 +154,10 @@ def class_ids(array: np.ndarray, num_classes: int, path: str) -> np.ndarray:
 
 def _check_depth(path: pathlib.Path, image: Image.Image) -> None:
   """Refuses what Pillow would cut to the upper 8 of 16 bits."""
-  if image.mode in ("LA", "RGB", "RGBA") and "16" in str([tile[-1] for tile in image.tile]):
+  # The decoder's options: of some formats the raw mode alone, of TIFF with other numbers beside it.
+  options = [tile[-1] for tile in image.tile]
+  raw_modes = [one[0] if isinstance(one, tuple) else one for one in options]
+  if image.mode in ("LA", "RGB", "RGBA") and any("16" in str(mode) for mode in raw_modes):
     raise errors.DataError(
       f"{path}: colour or transparency of 16 bits a channel is not supported; convert it to 8 bits "
       "a channel, or to grey alone"

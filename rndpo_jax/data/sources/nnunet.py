@@ -146,10 +146,12 @@ def _case_files(root, info: dict[str, Any], num_channels: int) -> dict[str, tupl
   cases, labels = _listed_files(root, info["dataset"]) if listed else ({}, {})
   taken = {file.resolve() for channels in cases.values() for file in channels.values()}
   if not listed:
-    labels = {path.name.removesuffix(ending): path for path in _files(root / "labelsTr", ending)}
+    labels = dict(_files(root / "labelsTr", ending))
   for part in ("imagesTs",) if listed else ("imagesTr", "imagesTs"):
-    for path in (p for p in _files(root / part, ending) if p.resolve() not in taken):
-      match = re.fullmatch(r"(.+)_([0-9]{4})", path.name.removesuffix(ending))
+    for name, path in _files(root / part, ending):
+      if path.resolve() in taken:
+        continue
+      match = re.fullmatch(r"(.+)_([0-9]{4})", name)
       if match is None:
         raise errors.DataError(f"{path}: expected CASE_0000{ending}, with a channel; rename it")
       channels = cases.setdefault(match[1], {})
@@ -194,7 +196,7 @@ def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
     )
   cases, labels, owners = {}, {}, {}
   for name, entry in listed.items():
-    file_checks.check_text(name, str(path))
+    name = file_checks.check_text(name, str(path))
     files = entry.get("images") if isinstance(entry, dict) else None
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
       raise errors.DataError(
@@ -233,7 +235,8 @@ def _listed_files(root: pathlib.Path, listed: Any) -> tuple[dict, dict]:
   return cases, labels
 
 
-def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
+def _files(directory: pathlib.Path, ending: str) -> list[tuple[str, pathlib.Path]]:
+  """The files with this ending, each with its name without it, as `check_text` gives it."""
   if not directory.is_dir():
     if directory.name == "imagesTs":
       return []
@@ -242,6 +245,4 @@ def _files(directory: pathlib.Path, ending: str) -> list[pathlib.Path]:
     )
   names = sorted(directory.iterdir())
   found = [p for p in names if p.name.endswith(ending) and not p.name.startswith(".")]
-  for path in found:
-    file_checks.check_text(path.name, str(path))
-  return found
+  return [(file_checks.check_text(p.name.removesuffix(ending), str(p)), p) for p in found]
