@@ -4,9 +4,11 @@ import fcntl
 import os
 import tempfile
 
+import quick_xla
+
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick_xla.FLAGS}"
 # Compiling is most of the tests' time. Machine code is made sooner (XLA's passes on arrays run all
 # the same), and every worker and program that a test starts takes from one folder what another has
 # compiled.
@@ -48,7 +50,8 @@ def pytest_collection_modifyitems(items):
 def optimised():
   """Machine code as in use, for files whose subject is rounding."""
   jax.config.update("jax_disable_most_optimizations", False)
-  yield
+  with quick_xla.emitters_in_use():
+    yield
   jax.config.update("jax_disable_most_optimizations", True)
 
 
