@@ -35,8 +35,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The longest files, which start first: beside one that came last, the other worker would be idle.
 LONGEST = (
   "multiprocess_test", "pipeline_test", "gpu_report_test", "run_test", "whole_jobs_test",
-  "study_test", "native_pairs_test", "mesh_test", "native_whole_images_test", "native_job_test",
-  "fault_campaign_test", "mine_test", "unet_test", "never_worse_test", "dry_run_test",
+  "study_test", "native_pairs_test", "mesh_test", "fault_campaign_test", "mine_test", "unet_test",
+  "never_worse_test", "native_whole_images_test", "native_job_test", "dry_run_test",
   "own_pairs_test", "phases_test", "finetune_test", "benchmark_network_test", "population_test",
   "augment_test", "sweep_test", "proposals_test", "mesh_config_test", "user_judges_test",
   "surroundings_test",
@@ -55,6 +55,13 @@ def optimised():
   with quick_xla.emitters_in_use():
     yield
   jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def emitters_in_use():
+  """For a test whose bounds are near the rounding of what XLA's emitters in use make."""
+  with quick_xla.emitters_in_use():
+    yield
 
 
 @pytest.fixture

@@ -190,11 +190,12 @@ def test_every_goal_of_the_table_is_of_a_figure_that_its_part_says(rehearsal):
 REHEARSED = ("device", "loss", "step", "mine", "population", "determinism", "job", "input")
 
 
-# Parts in one process, since each would import JAX again; of two equal runs of `determinism` one.
+# Parts in one process, since each would import JAX again; of the four runs of `determinism` one.
 TOGETHER = """
 import functools, sys
 from rndpo_jax.benchmark import gpu_jobs, gpu_parts
-gpu_jobs._train_apart = functools.cache(gpu_jobs._train_apart)
+train = functools.cache(functools.partial(gpu_jobs._train_apart, flag=gpu_jobs.FLAG))
+gpu_jobs._train_apart = lambda given, flag: train(given)
 report, *names = sys.argv[1:]
 for name in names:
   sys.argv = ["gpu_parts", name, report, "--rehearse"]
