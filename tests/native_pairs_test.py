@@ -133,7 +133,7 @@ def test_proposals_from_files_are_cut_as_the_labels_are(native_job, tmp_path):
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.update_from_flattened_dict(changes)
-  stages = ("base", "mine") if config.data.spatial_dims == 2 else config_lib.STAGES
+  stages = config_lib.STAGES if config.data.spatial_dims == 2 else ("base", "mine")
   pipeline.run(config, tmp_path / "work", stages)
   orders = dict.fromkeys(cases, (("a", "b"), ("a", "c")))
   assert _check_pairs(config, tmp_path / "work", workdir, root, cases, orders) > 20
