@@ -1,20 +1,52 @@
 """Programs of launch/ started from one process that has imported what takes long, and killed there.
 
-  python -m tests.killable MODULE [ARGUMENT...]
+`programs` gives a function that starts them; the process of their own that it starts them from is
 
-Reads a line for every start: a path, or none. The module is run in a process of its own, which
-kills itself (signal 9) half way through writing a file whose path fits the pattern; nothing depends
-on how soon somebody looks. Its exit code ends what it printed.
+  python -m tests.killable MODULE
+
+which reads a line for every start: in JSON, the program's arguments, and a pattern of paths or "".
+The module is run in a process of its own, which kills itself (signal 9) half way through writing a
+file whose path fits the pattern; nothing depends on how soon somebody looks. Its exit code ends
+what it printed.
 """
 
+import contextlib
 import fnmatch
+import json
 import os
 import pathlib
 import runpy
 import signal
+import subprocess
 import sys
 
 END = "ended by"
+
+
+@contextlib.contextmanager
+def programs(module):
+  """start(*arguments, kill_at=PATTERN) -> (exit code, what it printed)."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", "tests.killable", module],
+    cwd=pathlib.Path(__file__).parent.parent,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+  def start(*arguments, kill_at=""):
+    process.stdin.write(json.dumps([arguments, kill_at]) + "\n")
+    process.stdin.flush()
+    lines = []
+    for line in process.stdout:
+      if line.startswith(END):
+        return int(line.split()[-1]), "".join(lines)
+      lines.append(line)
+    raise AssertionError("".join(lines))
+
+  with process:
+    yield start
 
 
 def kill_at(pattern):
@@ -43,13 +75,16 @@ def main():
   import orbax.checkpoint  # noqa: F401
   import tensorflow_datasets  # noqa: F401
 
-  module, *arguments = sys.argv[1:]
+  from rndpo_jax import pipeline  # noqa: F401
+
+  module = sys.argv[1]
   for line in sys.stdin:
+    arguments, pattern = json.loads(line)
     child = os.fork()
     if child == 0:
       sys.argv = [module, *arguments]
-      if line.strip():
-        kill_at(line.strip())
+      if pattern:
+        kill_at(pattern)
       runpy.run_module(module, run_name="__main__", alter_sys=True)
       sys.exit(0)
     _, status = os.waitpid(child, 0)

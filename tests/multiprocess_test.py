@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import quick_xla
 
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files
@@ -36,11 +37,11 @@ def free_port():
 
 def start(workdir, *arguments, devices, program="launch.run"):
   """One process of the job, on so many simulated devices."""
-  environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  flags = f"--xla_force_host_platform_device_count={devices} {quick_xla.FLAGS}"
   return subprocess.Popen(
     [sys.executable, "-m", program, f"--workdir={workdir}", *OPTIONS, *arguments],
     cwd=ROOT,
-    env=environment,
+    env={**os.environ, "XLA_FLAGS": flags},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -177,6 +177,7 @@ def test_a_member_is_the_run_of_its_seed_beta_and_rate(alone, form, devices):
   ],
   ids=["accumulated", "taught", "augmented"],
 )
+@pytest.mark.usefixtures("emitters_in_use")
 def test_options_act_on_members_as_on_a_run(alone, changes):
   settings = population.grid(BETAS[1:], RATES[:1])
   expected = [[ordinary(seed, BETAS[1], RATES[0], **changes)] for seed in SEEDS]

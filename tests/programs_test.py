@@ -1,13 +1,12 @@
 """One small config compiled for a TPU slice that is not here."""
 
+import functools
 import importlib.util
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
+import killable
 import pytest
 from jax.sharding import SingleDeviceSharding
 
@@ -163,15 +162,11 @@ def test_a_slice_that_does_not_exist_raises():
     topology_lib.open_topology("v5e:3x5")
 
 
-def compile_tpu(*arguments):
-  """The program as a user starts it: (exit status, its lines, what it says of errors)."""
-  done = subprocess.run(
-    [sys.executable, "-m", "launch.compile_tpu", "--config=tests/tiny_config.py", *arguments],
-    cwd=pathlib.Path(__file__).parent.parent,
-    capture_output=True,
-    text=True,
-  )
-  return done.returncode, done.stdout.splitlines(), done.stderr
+@pytest.fixture(scope="module")
+def compile_tpu():
+  """compile_tpu(*arguments) -> (exit code, what it printed), each in a process of its own."""
+  with killable.programs("launch.compile_tpu") as program:
+    yield functools.partial(program, "--config=tests/tiny_config.py", "--topology=v5e:2x2")
 
 
 @pytest.mark.parametrize(
@@ -189,20 +184,20 @@ def compile_tpu(*arguments):
     ),
   ],
 )
-def test_errors_of_the_program_are_one_line(arguments, error):
-  code, lines, said = compile_tpu("--topology=v5e:2x2", *arguments)
-  assert code == 1 and lines == []
+def test_errors_of_the_program_are_one_line(compile_tpu, arguments, error):
+  code, said = compile_tpu(*arguments)
+  assert code == 1
   assert said.startswith("error: ") and error in said and said.count("\n") == 1
 
 
 @needs_libtpu
-def test_the_program_tells_what_a_slice_would_need():
+def test_the_program_tells_what_a_slice_would_need(compile_tpu):
   """Only the step that is compiled has to suit its micro-batches."""
-  code, lines, said = compile_tpu(
-    "--topology=v5e:2x2", "--programs=finetune", "--batch_per_device=2",
-    "--config.base.accumulate_steps=4",
-  )  # fmt: skip
+  code, said = compile_tpu(
+    "--programs=finetune", "--batch_per_device=2", "--config.base.accumulate_steps=4"
+  )
   assert code == 0, said
+  lines = said.splitlines()
   assert lines[0] == "v5e:2x2, 2 images a chip of (16, 16), 2 classes"
   assert re.fullmatch(
     r"finetune  memory 0\.\d\d of 15\.75 GiB, 0\.\d GFLOP, 0\.\d\d GB accessed \(0\.0\d in HBM\), "

@@ -23,69 +23,57 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "tests/tiny_config.py"
 
 
-def start(workdir, *arguments, config=CONFIG, entry=("-m", "launch.run"), **options):
+def start(workdir, *arguments):
   return subprocess.Popen(
-    [sys.executable, *entry, f"--config={config}", f"--workdir={workdir}", *arguments],
+    [sys.executable, "-m", "launch.run", f"--config={CONFIG}", f"--workdir={workdir}", *arguments],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    **options,
   )
 
 
-def run(workdir, *arguments, **options):
-  process = start(workdir, *arguments, **options)
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
+@pytest.fixture(scope="module")
+def run():
+  """run(work directory, *arguments) -> (exit code, output), each in a process of its own."""
+  with killable.programs("launch.run") as program:
+
+    def run(workdir, *arguments, **options):
+      return program(f"--config={CONFIG}", f"--workdir={workdir}", *arguments, **options)
+
+    yield run
 
 
-def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_path):
+def test_killed_in_each_stage_it_goes_on_to_the_same_results(run, tiny_config, tmp_path):
   """Every start is a process, killed with signal 9 half way through writing a file."""
   changes = {"judge.compare": ("learned",), "judge.learned.num_steps": 20}
   config = tiny_config(**{key.replace(".", "__"): value for key, value in changes.items()})
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
   pipeline.run(config, undisturbed)
   arguments = [f"--config.{key}={value}" for key, value in changes.items()]
-  starter = start(
-    workdir, *arguments, entry=("-m", "tests.killable", "launch.run"), stdin=subprocess.PIPE
-  )
-
-  def start_one(pattern):
-    """(exit code, what it printed)."""
-    starter.stdin.write(f"{workdir}/{pattern}\n" if pattern else "\n")
-    starter.stdin.flush()
-    lines = []
-    for line in starter.stdout:
-      if line.startswith(killable.END):
-        return int(line.split()[-1]), "".join(lines)
-      lines.append(line)
-    raise AssertionError("".join(lines))
 
   def kill_at(pattern):
-    code, output = start_one(pattern)
+    code, output = run(workdir, *arguments, kill_at=f"{workdir}/{pattern}")
     assert code == -signal.SIGKILL, output
     assert not list(workdir.glob(pattern))
 
-  with starter:
-    kill_at("splits.json")
-    kill_at("base/state/40*/sha256.json")
-    assert checkpoint.steps(workdir / "base" / "state") == [20]
-    kill_at("pairs/judge/metrics.jsonl")
-    assert not (workdir / "pairs" / "judge" / "params").exists()
-    kill_at("pairs/pairs-00001-of-00002.json")
-    kept = workdir / "pairs" / "pairs-00000-of-00002.json"
-    written = kept.stat().st_mtime_ns
-    kill_at("finetune/state/8*/sha256.json")
-    assert kept.stat().st_mtime_ns == written
-    assert checkpoint.steps(workdir / "finetune" / "state") == [4]
-    kill_at("evaluate/curve-4.json")
-    assert (workdir / "evaluate" / "curve-0.json").exists()
-    assert not (workdir / "results.json").exists()
-    kill_at("report.html")
-    code, output = start_one("")
-    assert code == 0, output
-    starter.stdin.close()
+  kill_at("splits.json")
+  kill_at("base/state/40*/sha256.json")
+  assert checkpoint.steps(workdir / "base" / "state") == [20]
+  kill_at("pairs/judge/metrics.jsonl")
+  assert not (workdir / "pairs" / "judge" / "params").exists()
+  kill_at("pairs/pairs-00001-of-00002.json")
+  kept = workdir / "pairs" / "pairs-00000-of-00002.json"
+  written = kept.stat().st_mtime_ns
+  kill_at("finetune/state/8*/sha256.json")
+  assert kept.stat().st_mtime_ns == written
+  assert checkpoint.steps(workdir / "finetune" / "state") == [4]
+  kill_at("evaluate/curve-4.json")
+  assert (workdir / "evaluate" / "curve-0.json").exists()
+  assert not (workdir / "results.json").exists()
+  kill_at("report.html")
+  code, output = run(workdir, *arguments)
+  assert code == 0, output
   assert "base: going on" not in output  # what is done is not done again
   for name in (
     "results.json",
@@ -98,7 +86,7 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_results(tiny_config, tmp_pa
   assert (workdir / "report.html").exists()
 
 
-def test_the_second_of_two_runs_at_once_is_told_who_is_at_work(tmp_path):
+def test_the_second_of_two_runs_at_once_is_told_who_is_at_work(run, tmp_path):
   workdir = tmp_path / "run"
   with start(workdir) as first:
     while first.stdout.readline() not in ("[prepare]\n", ""):
@@ -132,7 +120,7 @@ def test_the_second_of_two_runs_at_once_is_told_who_is_at_work(tmp_path):
     (("--config.data.root=/nowhere",), "error: config.data.root: .* which nothing reads"),
   ],
 )
-def test_config_errors_name_the_key_before_anything_runs(tmp_path, arguments, expected):
+def test_config_errors_name_the_key_before_anything_runs(run, tmp_path, arguments, expected):
   code, output = run(tmp_path / "run", *arguments)
   assert code != 0 and re.search(expected, output), output
   assert not (tmp_path / "run" / "data").exists() or not any((tmp_path / "run" / "data").iterdir())
