@@ -126,3 +126,19 @@ def test_calibration_counts_right_pairs_by_gap():
   np.testing.assert_allclose(smoothing, [[0.1, 0.5], [0.0, 0.1]], rtol=1e-12)
   nothing = calibration([[1.0, 1.0]], [[0.0, 0.5]])
   assert nothing == {"gap_edges": [], "accuracy": [0.5]}
+
+
+@pytest.mark.parametrize(
+  ("gaps", "right", "asked", "share"),
+  [
+    ([1, 1, 1, 5, 5, 5], [1, 1, 0, 1, 1, 1], [1, 2, 5, 6], [2 / 3, 2 / 3, 1, 1]),
+    ([1, 2, 2, 2, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1], [1, 2.2, 2.7, 4], [0.75, 0.75, 1, 1]),
+    ([2, 2, 2], [1, 1, 1], [1, 2, 3], [1, 1, 1]),
+  ],
+)
+def test_equal_gaps_leave_no_gap_of_which_nothing_is_known(gaps, right, asked, share):
+  # As of a judge that gives marks from 0 to 10; a gap above all that validation had counts, too.
+  signs = np.where(right, 1.0, -1.0)
+  found = calibration([[g, 0.0] for g in gaps], [[s, 0.0] for s in signs])
+  smoothing = smoothing_of_pairs(np.array(asked, float), found)
+  np.testing.assert_allclose(smoothing, 1 - np.array(share), rtol=1e-12, atol=1e-12)

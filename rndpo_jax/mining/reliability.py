@@ -236,7 +236,7 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   Args:
     scores: f[N, K], the judge's.
     truth: f[N, K], the true scores.
-    num_bins: wanted; fewer if there are fewer distinct gaps.
+    num_bins: wanted; fewer if there are fewer distinct gaps. None is empty.
 
   Returns:
     {"gap_edges": the inner edges, ascending, "accuracy": share of pairs right of each bin, one
@@ -250,13 +250,12 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   if not gap.size:
     return {"gap_edges": [], "accuracy": [0.5]}
   edges = np.unique(np.quantile(gap, np.arange(1, num_bins) / num_bins))
+  # Equal gaps can leave a bin empty, of which nothing is known: the one below takes it in.
+  counts = np.bincount(np.searchsorted(edges, gap), minlength=len(edges) + 1)
+  edges = edges[counts[1:] > 0]
   bins = np.searchsorted(edges, gap)
-  counts = np.bincount(bins, minlength=len(edges) + 1)
-  accuracy = np.bincount(bins, weights=right, minlength=len(edges) + 1) / np.maximum(counts, 1)
-  return {
-    "gap_edges": edges.tolist(),
-    "accuracy": np.where(counts > 0, accuracy, 0.5).tolist(),
-  }
+  accuracy = np.bincount(bins, weights=right) / np.bincount(bins)
+  return {"gap_edges": edges.tolist(), "accuracy": accuracy.tolist()}
 
 
 def _pair_figures(scores, truth, judged=None):
