@@ -41,6 +41,7 @@ def test_a_mean_above_the_base_that_one_case_makes_is_not_enough():
 def test_worse_everywhere_gives_the_base_and_equal_everywhere_the_checkpoint():
   assert _choose(-np.abs(GOOD) - 1e-6, asked=0.5)["is_base"]
   assert _choose(np.zeros(10))["step"] == 50
+  assert _choose(np.full(60, 0.1), asked=1.0)["is_base"]  # of 60 cases 1 - 2**-60 is 1 in float64
 
 
 @pytest.mark.parametrize("count,step", [(1, 0), (3, 0), (4, 50)])

@@ -3,7 +3,7 @@
 The rule, on validation Dice alone. With d_i the difference checkpoint - base of case i of n:
 
     q = share of bootstrap resamples of the cases whose mean of d is >= 0
-    p = min(T_{n-1}(z(q) sqrt((n - 1) / n)), 1 - 2^-n)        probability of not being below
+    p = min(T_{n-1}(z(q) sqrt((n - 1) / n)), 1 - 2^-n) < 1    probability of not being below
 
 z is the normal quantile and T_{n-1} Student's distribution: the percentile bootstrap (Efron and
 Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; of pairs, so that what is hard in
@@ -58,8 +58,13 @@ def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dic
   return {
     "mean": float(difference.mean()),
     "ci": [float(low), float(high)] if count > 1 else None,
-    "probability": float(min(probability, 1 - 2.0**-count)),
+    "probability": float(min(probability, _most(count))),
   }
+
+
+def _most(count: int) -> float:
+  """The highest probability that so many cases can show; below 1 though float64 rounds 2^-54 off."""
+  return min(1 - 2.0**-count, float(np.nextafter(1.0, 0.0)))
 
 
 def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
 def _reason(taken, checkpoints, figures, is_base) -> str:
   """One sentence."""
   count, asked = figures["num_cases"], figures["min_probability"]
-  most = 1 - 2.0**-count
+  most = _most(count)
   if is_base and most < asked:
     return (
       f"The base is delivered: {count} validation cases show with probability {most:.3g} at most "
