@@ -176,6 +176,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
     beta=options.beta,
     normalization=options.normalization or row.normalization,
     exponent=options.power_exponent,
+    floor=options.power_floor,
     voxel_volume=measure_judges.volumes(config, evaluation.dataset, pairs["index"]),
   )
 
