@@ -183,22 +183,22 @@ def _judged(measured: Mapping, name: str) -> np.ndarray:
 
 
 def proposal_figures(measured: Mapping) -> dict:
-  """What `proposals.json` says; None where no image has a proposal.
+  """What `proposals.json` says, of the images that have a proposal; None where none has.
 
   Args:
     measured: of the validation split: "truth" f32[N, K], "present" bool[N, K] or None, "base" and
       "diversity" f32[N].
   """
   truth, present, diversity = (measured[name] for name in ("truth", "present", "diversity"))
-  best = truth
+  best, base = truth, measured["base"]
   if present is not None:
     some = present.any(axis=1)
-    best = np.where(present, truth, -1.0)[some]
+    best, base = np.where(present, truth, -1.0)[some], base[some]
     truth, diversity = truth[present], diversity[np.isfinite(diversity)]
   return {
     "split": "val",
     "diversity": float(diversity.mean()) if diversity.size else None,
-    "base_dice": float(measured["base"].mean()) if measured["base"].size else None,
+    "base_dice": float(base.mean()) if base.size else None,
     "mean_dice": float(truth.mean()) if truth.size else None,
     "best_dice": float(best.max(axis=1).mean()) if best.size else None,
   }
