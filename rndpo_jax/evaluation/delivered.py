@@ -63,7 +63,7 @@ def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dic
 
 
 def _most(count: int) -> float:
-  """The highest probability that so many cases can show; below 1 though float64 rounds 2^-54 off."""
+  """The highest probability that so many cases can show, below 1: float64 has no 1 - 2^-54."""
   return min(1 - 2.0**-count, float(np.nextafter(1.0, 0.0)))
 
 
