@@ -280,6 +280,7 @@ def _context(config, workdir, dataset) -> dict:
     "seed": config.seed,
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
     "terms": [list(config_lib.active_terms(own)) for own, *_ in phases.of_job(config, workdir)],
+    "objectives": [own.finetune.objective for own, *_ in phases.of_job(config, workdir)],
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": judge,
