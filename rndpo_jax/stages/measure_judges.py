@@ -67,12 +67,13 @@ class Measured(NamedTuple):
   Attributes:
     out: of `make_measure`'s function, a row an image.
     indices: i64[N], their records.
-    case_ids: of each.
+    case_ids: of each. group_ids: likewise.
   """
 
   out: dict
   indices: np.ndarray
   case_ids: list[str]
+  group_ids: list[str]
 
 
 def write_reliability(
@@ -133,13 +134,13 @@ def _measured(dataset, split: str, outputs: Iterable) -> Measured:
   out = _whole(outputs)
   known = out["known"]
   indices = dataset.splits[split][known]
-  case_ids = [dataset.records[index]["case_id"] for index in indices]
-  return Measured(jax.tree.map(lambda x: x[known], out), indices, case_ids)
+  ids = [[dataset.records[index][name] for index in indices] for name in ("case_id", "group_id")]
+  return Measured(jax.tree.map(lambda x: x[known], out), indices, *ids)
 
 
 def _of_no_image(measured: Measured) -> Measured:
   """Arrays of the same kinds, without a row."""
-  return Measured(jax.tree.map(lambda x: x[:0], measured.out), measured.indices[:0], [])
+  return Measured(jax.tree.map(lambda x: x[:0], measured.out), measured.indices[:0], [], [])
 
 
 def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dict:
@@ -153,6 +154,7 @@ def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dic
       num_bootstrap=config.judge.num_bootstrap,
       seed=config.seed,
       judged=_judged(of.out, name),
+      group_ids=of.group_ids,
     )
 
   scores, truth, mined = val.out["scores"][name], val.out["truth"], val.out["mined"][name]
@@ -171,6 +173,7 @@ def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dic
     val.case_ids,
     num_bootstrap=config.judge.num_bootstrap,
     seed=config.seed,
+    group_ids=val.group_ids,
   )
   return entry
 
