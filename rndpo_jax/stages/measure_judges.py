@@ -215,6 +215,7 @@ def _add_fused(config, val: Measured, labelled: Measured) -> dict[str, float]:
     out["truth"],
     val.case_ids,
     {name: _judged(out, name) for name in names},
+    val.group_ids,
   )
   for part, weights in ((val, left_out), (labelled, whole)):
     scores = part.out["scores"]
