@@ -29,6 +29,11 @@ FILES = [
     "config.finetune.pair_weight: found 'reliability', but pairs of config.data.preferences",
   ),
   (
+    {"data.preferences": "/p.csv"}
+    | {f"finetune.terms.chosen.{name}": 1.0 for name in ("weight", "image_temperature")},
+    "terms.chosen.image_temperature: found 1.0, but pairs of config.data.preferences have no",
+  ),
+  (
     {"data.preferences": "/p.csv", "data.proposals": "/own"},
     "config.data.proposals: found '/own', which nothing reads",
   ),

@@ -41,6 +41,7 @@ def test_a_mean_above_the_base_that_one_case_makes_is_not_enough():
 def test_worse_everywhere_gives_the_base_and_equal_everywhere_the_checkpoint():
   assert _choose(-np.abs(GOOD) - 1e-6, asked=0.5)["is_base"]
   assert _choose(np.zeros(10))["step"] == 50
+  assert _choose(np.full(60, 0.1), asked=1.0)["is_base"]  # of 60 cases 1 - 2**-60 is 1 in float64
 
 
 @pytest.mark.parametrize("count,step", [(1, 0), (3, 0), (4, 50)])
@@ -68,3 +69,17 @@ def test_shapes_that_do_not_fit_are_named():
   for dice in (np.zeros((2, 0)), np.zeros((3, 4)), np.full((2, 4), np.nan)):
     with pytest.raises(ValueError, match="of 2 steps"):
       delivered.choose([0, 50], dice, min_probability=0.9)
+
+
+def test_cases_of_one_group_count_as_one():
+  """Two frames of each of 5 patients that say the same tell no more than one frame of each."""
+  five = np.array([0.02, 0.01, -0.01, 0.03, 0.02])
+  single = delivered.choose([0, 50], _dice(five), min_probability=0.97)
+  patients = np.repeat(["e", "a", "d", "b", "c"], 2)
+  double = delivered.choose([0, 50], _dice(np.repeat(five, 2)), patients, min_probability=0.97)
+  entry, twice = single["checkpoints"][0], double["checkpoints"][0]
+  assert entry["probability"] == twice["probability"] <= 1 - 2.0**-5
+  np.testing.assert_allclose(entry["ci"], twice["ci"], rtol=1e-9)
+  assert double["is_base"] and double["num_cases"] == 10 and double["num_groups"] == 5
+  assert "10 validation cases of 5 groups show with probability 0.969 at most" in double["reason"]
+  assert delivered.paired(np.array([0.1, 0.2]), ["a", "a"])["ci"] is None

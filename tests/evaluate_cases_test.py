@@ -141,4 +141,4 @@ def test_cells_of_the_table_are_no_formulas():
   case = results.Case("test", "=HYPERLINK(1)", np.array([[4, 4], [4, 4], [4, 4]]))
   text = evaluate.csv_text({"base": 0}, {"base": [case]}, ["dice"], ["background", "-1+2"])
   assert "base,0,test,'=HYPERLINK(1),1,'-1+2,1.0,0,0" in text
-  assert [evaluate.quoted(name) for name in ("+a", "@a", "a=b", "")] == ["'+a", "'@a", "a=b", ""]
+  assert [results.quoted(name) for name in ("+a", "@a", "a=b", "")] == ["'+a", "'@a", "a=b", ""]

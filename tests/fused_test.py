@@ -18,6 +18,12 @@ def test_weights_are_log_odds_and_an_image_has_those_of_the_other_cases():
   sure = np.log(fused.MAX_ACCURACY / (1 - fused.MAX_ACCURACY))
   expected = [[sure, 0.0], [sure, 0.0], [0.0, 0.0], [np.log(3.0), 0.0]]
   np.testing.assert_allclose(others, expected, rtol=1e-6)
+  # Where a and c are of one patient, c learns of b alone.
+  again, others = fused.log_odds(
+    {"up": up, "down": -up}, truth, ["a", "a", "b", "c"], group_ids=["x", "x", "y", "x"]
+  )
+  np.testing.assert_array_equal(again, whole)
+  np.testing.assert_allclose(others, [*expected[:3], [sure, 0.0]], rtol=1e-6)
 
 
 def test_two_proposals_are_told_apart_by_the_weighted_majority():

@@ -106,3 +106,7 @@ def test_matched_betas_act_alike_on_a_pair_of_the_median_size():
     assert masses[0] == pytest.approx(masses[1])
   assert harm.matched_betas(3.0, "none", 0.5, 25.0) == {"none": 3.0, "region": 75.0}
   assert harm.matched_betas(3.0, "power", 0.5, 25.0)["none"] == pytest.approx(3.0 / 5)
+  # Below the floor a pair is divided by the floor.
+  assert harm.matched_betas(3.0, "power", 0.5, 25.0, 100.0)["none"] == pytest.approx(3.0 / 10)
+  found = _account(np.zeros((3, 2)), normalization="power", floor=100.0)["beta"]
+  assert found == pytest.approx({"none": 10.0 / 10, "region": 10.0})

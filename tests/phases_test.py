@@ -85,6 +85,26 @@ def test_a_phase_that_cannot_work_is_refused_by_key(phase, message):
     config_checks.validate(config)
 
 
+@pytest.mark.parametrize(
+  "first,key",
+  [
+    ({"judge.learned.num_steps": 100}, "judge.learned.num_steps 100 and 300"),
+    ({"augment.gamma": 0.07}, "augment.gamma 0.07 and"),
+    ({"judge.learned.num_steps": 100, "judge.compare": ("agreement",)}, None),  # not trained there
+    ({"augment.gamma": 0.07, **FIRST}, None),
+  ],
+)
+def test_phases_share_one_learned_judge(first, key):
+  config = config_lib.base_config()
+  config.judge.compare = ("agreement", "learned")
+  config.finetune.augment, config.finetune.reference = True, "online"
+  config.phases = (first, {})
+  if key is None:
+    return config_checks.validate(config)
+  with pytest.raises(ConfigError, match=f"config.phases: found {key}"):
+    config_checks.validate(config)
+
+
 @pytest.mark.parametrize("phases", [(), ({"finetune.num_steps": 50}, {})])
 def test_reliable_images_are_told_by_checkpoints_of_a_phase_before(phases):
   config = config_lib.base_config()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rndpo_jax.mining.reliability import calibration, reliability, smoothing_of_pairs
+from rndpo_jax.mining.reliability import calibration, mined, reliability, smoothing_of_pairs
 
 
 def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):
@@ -126,3 +126,46 @@ def test_calibration_counts_right_pairs_by_gap():
   np.testing.assert_allclose(smoothing, [[0.1, 0.5], [0.0, 0.1]], rtol=1e-12)
   nothing = calibration([[1.0, 1.0]], [[0.0, 0.5]])
   assert nothing == {"gap_edges": [], "accuracy": [0.5]}
+
+
+@pytest.mark.parametrize(
+  ("gaps", "right", "asked", "share"),
+  [
+    ([1, 1, 1, 5, 5, 5], [1, 1, 0, 1, 1, 1], [1, 2, 5, 6], [2 / 3, 2 / 3, 1, 1]),
+    ([1, 2, 2, 2, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1], [1, 2.2, 2.7, 4], [0.75, 0.75, 1, 1]),
+    ([2, 2, 2], [1, 1, 1], [1, 2, 3], [1, 1, 1]),
+  ],
+)
+def test_equal_gaps_leave_no_gap_of_which_nothing_is_known(gaps, right, asked, share):
+  # As of a judge that gives marks from 0 to 10; a gap above all that validation had counts, too.
+  signs = np.where(right, 1.0, -1.0)
+  found = calibration([[g, 0.0] for g in gaps], [[s, 0.0] for s in signs])
+  smoothing = smoothing_of_pairs(np.array(asked, float), found)
+  np.testing.assert_allclose(smoothing, 1 - np.array(share), rtol=1e-12, atol=1e-12)
+
+
+def test_intervals_are_over_groups_of_cases():
+  """Each case twice, in one group: the figures and their intervals are those of it once."""
+  rng = np.random.default_rng(0)
+  scores, truth = rng.normal(size=(2, 8, 4))
+  ids = [f"case {n}" for n in (3, 1, 4, 0, 5, 9, 2, 6)]
+  options = {"num_bootstrap": 300, "seed": 1}
+  pairs = rng.permuted(np.tile(np.arange(4), (8, 1)), axis=1)[:, :2]
+  again = [np.concatenate([x, x]) for x in (scores, truth, pairs)]
+  more = [f"{name} at rest" for name in ids]
+  for once, twice in (
+    (
+      reliability(scores, truth, ids, **options),
+      reliability(*again[:2], ids + more, group_ids=ids * 2, **options),
+    ),
+    (
+      mined(truth, pairs[:, :1], pairs[:, 1:], np.ones((8, 1)), ids, **options),
+      mined(
+        again[1], again[2][:, :1], again[2][:, 1:], np.ones((16, 1)), ids + more,
+        group_ids=ids * 2, **options,
+      ),
+    ),
+  ):  # fmt: skip
+    for name in (name for name in once if name.startswith(("pair", "weighted", "kendall", "top1"))):
+      np.testing.assert_allclose(once[name], twice[name], rtol=1e-9, err_msg=name)
+    assert twice["num_cases"] == 2 * once["num_cases"]

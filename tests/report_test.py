@@ -251,6 +251,23 @@ def test_study_judge_and_lost_gain_are_flagged(tmp_path):
   assert "lies 0.060 Dice below the peak" in parsed.text
 
 
+def test_figures_of_the_last_phase_alone_say_so(tmp_path):
+  """Its training counts steps from its own start; its pairs' reference is what it starts from."""
+  make_workdir(tmp_path, _results() | {"terms": [["labelled"], ["preference"]]})
+  harm = _harm()
+  harm["curve"][0]["step"] = 150
+  files.write_json(tmp_path / "evaluate" / "harm.json", harm)
+  row = '{"step": 50, "kind": "val", "val_dice": 0.9, "val_kl": 0.1, "val_entropy": 0.2}\n'
+  files.write_text(tmp_path / "finetune" / "metrics.jsonl", row)
+  _, parsed = _page(tmp_path)
+  for text in (
+    "Of the last of 2 phases, whose steps are counted from its own start.",
+    "KL divergence from the network that this fine-tuning started from",
+    "RN-DPO, step 150: gradient from wrong pairs DPO, step 150",
+  ):
+    assert text in parsed.text, text
+
+
 def test_the_headline_names_what_trained_and_no_judge_that_was_not_asked():
   found = tables.headline(_results())
   assert found["title"] == "hearts & <b>lungs</b>: RN-DPO with the judge agreement"
@@ -259,6 +276,8 @@ def test_the_headline_names_what_trained_and_no_judge_that_was_not_asked():
   found = tables.headline(_results() | {"terms": [first, second]})
   expected = "labelled + weak_to_strong, then RN-DPO with the judge agreement"
   assert found["title"].endswith(f": {expected}")
+  found = tables.headline(_results() | {"terms": [second, second], "objectives": ["ipo", "rn_dpo"]})
+  assert ": IPO, then RN-DPO with" in found["title"]
   found = tables.headline(_results() | {"terms": [first], "pairs": {"count": 0}})
   assert found["title"].endswith(": labelled + weak_to_strong")
   assert found["subtitle"].endswith("20 for test; seed 3")

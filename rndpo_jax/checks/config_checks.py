@@ -23,6 +23,7 @@ from rndpo_jax.evaluation import metrics
 from rndpo_jax.losses import objectives
 from rndpo_jax.mining import fused, judge_gate, judges, pair_rules, proposals
 from rndpo_jax.models import mirroring
+from rndpo_jax.training import image_terms
 
 
 def validate(config) -> None:
@@ -37,6 +38,7 @@ def validate(config) -> None:
   phases = [config_lib.of_phase(config, number) for number in numbers]
   for own in phases:
     _validate_phase(own)
+  _check_learned(phases)
   if not config_validation.may_have_cases(config):
     config_validation.check_without_cases(config)
   config_unread.check(phases)
@@ -66,6 +68,20 @@ def _validate_phase(config) -> None:
   config_model.check_turns(config)
   for key in ("case_pattern", "group_pattern"):
     _check_pattern(key, config.data[key])
+
+
+def _check_learned(phases) -> None:
+  """Checks that the phases that mine with the learned judge train the same one: they share it."""
+  mining = [own for own in phases[:-1] if "pairs" in image_terms.reads_of(own)] + phases[-1:]
+  users = [own for own in mining if "learned" in (own.judge.name, *own.judge.compare)]
+  shared = [config_lib.leaves(own) for own in users]
+  for key in shared[0] if shared else ():
+    found = [values[key] for values in shared if values[key] != shared[0][key]]
+    if found and key.startswith(("judge.learned.", "augment.")):
+      raise ConfigError(
+        f"config.phases: found {key} {shared[0][key]!r} and {found[0]!r}, but the phases share one "
+        "learned judge, which reads it; give them the same value"
+      )
 
 
 def _check_pairs(config, count: int) -> None:

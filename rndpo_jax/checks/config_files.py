@@ -51,6 +51,12 @@ def _check_preferences(config) -> None:
       "config.finetune.terms.consensus: it learns the mean of mined proposals, and pairs of "
       "config.data.preferences have none; set its weight to 0"
     )
+  for name, values in terms.items():
+    if values.get("image_temperature"):
+      raise ConfigError(
+        f"config.finetune.terms.{name}.image_temperature: found {values['image_temperature']}, but "
+        "pairs of config.data.preferences have no scores; leave it out"
+      )
   for key in ("pair_weight", "pair_smoothing", "min_pair_probability"):
     if options[key] in ("none", 0):
       continue

@@ -1,15 +1,16 @@
 """Which model a run hands over: the last checkpoint that is shown not to be below the base.
 
-The rule, on validation Dice alone. With d_i the difference checkpoint - base of case i of n:
+The rule, on validation Dice alone. With d_i the difference checkpoint - base of case i, in n groups
+(see `resampling`; most often each case is one):
 
-    q = share of bootstrap resamples of the cases whose mean of d is >= 0
-    p = min(T_{n-1}(z(q) sqrt((n - 1) / n)), 1 - 2^-n)        probability of not being below
+    q = share of bootstrap resamples of the groups whose mean of d over cases is >= 0
+    p = min(T_{n-1}(z(q) sqrt((n - 1) / n)), 1 - 2^-n) < 1    probability of not being below
 
 z is the normal quantile and T_{n-1} Student's distribution: the percentile bootstrap (Efron and
 Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; of pairs, so that what is hard in
-a case is hard for both) is too sure with few cases, and this widens it as Hesterberg's expanded
+a case is hard for both) is too sure with few groups, and this widens it as Hesterberg's expanded
 percentile interval does ("What Teachers Should Know About the Bootstrap", 2015). 1 - 2^-n is what n
-cases can show at most: all n are better by chance once in 2^n times. Delivered is the last
+groups can show at most: all n are better by chance once in 2^n times. Delivered is the last
 checkpoint with p >= `min_probability`; without one, the base. Deterministic: the seed is fixed.
 """
 
@@ -23,6 +24,7 @@ from etils import epath
 from scipy import special
 
 from rndpo_jax import errors, provenance, types
+from rndpo_jax.evaluation import resampling
 from rndpo_jax.runtime import files
 from rndpo_jax.training import checkpoint
 
@@ -33,21 +35,27 @@ NUM_RESAMPLES = 10_000
 _SEED = 0
 
 
-def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+def paired(
+  difference: np.ndarray,
+  group_ids: Sequence[str] | None = None,
+  *,
+  num_resamples: int = NUM_RESAMPLES,
+) -> dict[str, Any]:
   """What the differences of cases say about the mean difference.
 
   Args:
     difference: f64[n], one a case, n >= 1; in the unit of the metric.
-    num_resamples: of the cases.
+    group_ids: n, the group of each case; None if each is one of its own.
+    num_resamples: of the groups.
 
   Returns:
-    {"mean", "ci": [low, high], a 95% percentile interval, or None for a single case,
+    {"mean", "ci": [low, high], a 95% percentile interval, or None for a single group,
     "probability": p as above}.
   """
   difference = np.asarray(difference, np.float64)
-  count = len(difference)
-  draws = np.random.default_rng(_SEED).integers(0, count, (num_resamples, count))
-  means = difference[draws].mean(axis=1)
+  groups = _groups(group_ids, len(difference))
+  count = len(set(groups))
+  means = resampling.ratios(difference, 1.0, groups, num_resamples=num_resamples, seed=_SEED)
   low, high = np.percentile(means, [2.5, 97.5])
   share = np.mean(means >= 0)
   probability = share
@@ -58,22 +66,38 @@ def paired(difference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> dic
   return {
     "mean": float(difference.mean()),
     "ci": [float(low), float(high)] if count > 1 else None,
-    "probability": float(min(probability, 1 - 2.0**-count)),
+    "probability": float(min(probability, _most(count))),
   }
 
 
-def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) -> dict[str, Any]:
+def _groups(group_ids: Sequence[str] | None, count: int) -> Sequence[str]:
+  return [str(case) for case in range(count)] if group_ids is None else group_ids
+
+
+def _most(count: int) -> float:
+  """The highest probability that so many groups can show, below 1: float64 has no 1 - 2^-54."""
+  return min(1 - 2.0**-count, float(np.nextafter(1.0, 0.0)))
+
+
+def choose(
+  steps: Sequence[int],
+  dice: np.ndarray,
+  group_ids: Sequence[str] | None = None,
+  *,
+  min_probability: float,
+) -> dict[str, Any]:
   """Applies the rule.
 
   Args:
     steps: of the rows of `dice`, rising; the first is the base.
     dice: f64[len(steps), n], validation Dice of each case.
+    group_ids: n, as in `paired`.
     min_probability: p that a checkpoint needs; 0 takes the last, 1 the base.
 
   Returns:
     {"step", "is_base", "chosen_by": "validation", "rule", "reason" (a sentence), "val_dice",
     "base_val_dice", "mean", "ci" and "probability" of `paired` (of the base: 0, [0, 0], 1),
-    "min_probability", "num_cases", "checkpoints": [{"step", "val_dice", "mean", "ci",
+    "min_probability", "num_cases", "num_groups", "checkpoints": [{"step", "val_dice", "mean", "ci",
     "probability"}, ...] without the base}.
 
   Raises:
@@ -83,7 +107,7 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
   if dice.ndim != 2 or len(dice) != len(steps) or not dice.size or not np.isfinite(dice).all():
     raise ValueError(f"dice {dice.shape} of {len(steps)} steps: expected finite [steps, cases]")
   checkpoints = [
-    {"step": int(step), "val_dice": float(row.mean()), **paired(row - dice[0])}
+    {"step": int(step), "val_dice": float(row.mean()), **paired(row - dice[0], group_ids)}
     for step, row in zip(steps[1:], dice[1:], strict=True)
   ]
   base = {"step": int(steps[0]), "val_dice": float(dice[0].mean())}
@@ -91,6 +115,7 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
   passing = [entry for entry in checkpoints if entry["probability"] >= min_probability]
   taken = passing[-1] if passing else base
   figures = {"base_val_dice": base["val_dice"], "num_cases": dice.shape[1]}
+  figures["num_groups"] = len(set(_groups(group_ids, dice.shape[1])))
   figures["min_probability"] = min_probability
   return {
     **taken,
@@ -105,18 +130,18 @@ def choose(steps: Sequence[int], dice: np.ndarray, *, min_probability: float) ->
 
 def _reason(taken, checkpoints, figures, is_base) -> str:
   """One sentence."""
-  count, asked = figures["num_cases"], figures["min_probability"]
-  most = 1 - 2.0**-count
+  count, groups, asked = (figures[x] for x in ("num_cases", "num_groups", "min_probability"))
+  most, cases = _most(groups), "cases" if groups == count else f"cases of {groups} groups"
   if is_base and most < asked:
     return (
-      f"The base is delivered: {count} validation cases show with probability {most:.3g} at most "
+      f"The base is delivered: {count} validation {cases} show with probability {most:.3g} at most "
       f"that a checkpoint is not below it, and {asked:g} is asked."
     )
   if is_base and not checkpoints:
     return "The base is delivered: there is no checkpoint."
   shown = max(checkpoints, key=lambda entry: entry["probability"]) if is_base else taken
   compared = (
-    f"{shown['val_dice']:.4f} against {figures['base_val_dice']:.4f} over {count} cases, "
+    f"{shown['val_dice']:.4f} against {figures['base_val_dice']:.4f} over {count} {cases}, "
     f"probability {shown['probability']:.3f} of not being below, {asked:g} asked"
   )
   if is_base:

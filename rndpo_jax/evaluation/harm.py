@@ -27,16 +27,18 @@ KINDS = ("region", "none")
 
 
 def matched_betas(
-  beta: float, normalization: str, exponent: float, median_size: float
+  beta: float, normalization: str, exponent: float, median_size: float, floor: float = 1.0
 ) -> dict[str, float]:
   """Beta under each of KINDS that acts on a pair of the median size as `beta` does.
 
   Args:
     beta: of the run. normalization, exponent: of its objective, see `losses.objectives`.
     median_size: |D|, above 0, in the unit that the run's beta is for.
+    floor: of power, in that unit.
   """
   power = {"none": 0.0, "region": 1.0, "power": exponent}[normalization]
-  none = beta * median_size**-power
+  divided_by = max(median_size, floor) if normalization == "power" else median_size
+  none = beta * divided_by**-power
   return {"none": none, "region": none * median_size}
 
 
@@ -64,6 +66,7 @@ def account(
   beta: float,
   normalization: str,
   exponent: float = 0.5,
+  floor: float = 1.0,
   voxel_volume: np.ndarray | float = 1.0,
 ) -> dict[str, Any]:
   """Adds up right and wrong.
@@ -77,7 +80,7 @@ def account(
     weight: f[...] >= 0, w; 0 if a slot has no pair.
     share: f[...] in 0..1, of a tile in the image's |D|; 1 if the pair is of all of it.
     edges: region sizes between bins, rising.
-    beta: of the run. normalization, exponent: of its objective.
+    beta: of the run. normalization, exponent, floor: of its objective.
     voxel_volume: what a pixel stands for in training, such as mm^2; shaped to broadcast with size.
 
   Returns:
@@ -97,7 +100,7 @@ def account(
   wrong, places = gain < 0, np.searchsorted(np.asarray(edges), size, side="right")
   median = float(np.median(size)) if size.size else None
   typical = float(np.median(size * volume)) if size.size else 1.0
-  betas = matched_betas(beta, normalization, exponent, typical)
+  betas = matched_betas(beta, normalization, exponent, typical, floor)
   ends = [0, *edges, None]
   bins = [
     {"from": ends[b], "below": ends[b + 1], **_counts(wrong[places == b])}

@@ -53,6 +53,11 @@ def split_dice(cases: Sequence[Case], split: str) -> np.ndarray:
   return np.array([case_dice(case) for case in cases if case.split == split])
 
 
+def split_groups(cases: Sequence[Case], split: str, group_of: Mapping[str, str]) -> list[str]:
+  """The group of each case of a split, in the order of `split_dice`; `group_of` is by case id."""
+  return [group_of[case.case_id] for case in cases if case.split == split]
+
+
 def mean_metrics(
   cases: Sequence[Case], split: str, names: Sequence[str]
 ) -> dict[str, float | None]:
@@ -215,6 +220,11 @@ def units(spacing_unit: str) -> dict[str, str]:
   """The unit of each metric."""
   share = "fraction, 0 to 1"
   return {name: spacing_unit if row.distance else share for name, row in metrics.METRICS.items()}
+
+
+def quoted(text: str) -> str:
+  """A cell that a spreadsheet shows as it is: one that begins like a formula gets an apostrophe."""
+  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def plain(value: Any) -> Any:

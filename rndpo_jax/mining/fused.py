@@ -8,7 +8,7 @@ independently: Nitzan and Paroush, "Optimal decision rules in uncertain dichotom
 situations", International Economic Review 1982. For more the votes over all opponents add up, as in
 Borda's count. Only the order of a judge's scores within an image counts, so judges of different
 scales can be fused. p_j is measured on the validation split; where the fused judge is itself
-measured, an image's weights come from the other cases.
+measured, an image's weights come from the other groups of cases.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rndpo_jax.evaluation import resampling
 from rndpo_jax.mining import judges, reliability
 
 # A judge that had every pair right in a few cases must not outvote all others for ever.
@@ -36,6 +37,7 @@ def log_odds(
   truth: np.ndarray,
   case_ids: Sequence[str],
   judged: Mapping[str, np.ndarray] | None = None,
+  group_ids: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The judges' weights.
 
@@ -44,12 +46,15 @@ def log_odds(
     truth: f[N, K], the true scores.
     case_ids: N, the case of each image.
     judged: judge -> bool[N, K], the proposals that count; None for all.
+    group_ids: N, the group of each image's case; None if each case is one of its own.
 
   Returns:
-    (w f32[J], f32[N, J]: w as the other cases than the image's give it). p_j is the mean over cases
-    of `reliability.pair_accuracy`; 1/2 without an informative case.
+    (w f32[J], f32[N, J]: w as the other groups than the image's give it). p_j is the mean over
+    cases of `reliability.pair_accuracy`; 1/2 without an informative case.
   """
-  _, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
+  names = np.asarray(case_ids, dtype=str)
+  cases, first, case_index = np.unique(names, return_index=True, return_inverse=True)
+  place = resampling.places(cases if group_ids is None else np.asarray(group_ids)[first])
   whole, others = [], []
   for name, values in scores.items():
     accuracy = reliability.pair_accuracy(values, truth, judged and judged[name])
@@ -59,7 +64,9 @@ def log_odds(
     informative = count > 0
     mean = np.where(informative, total / np.maximum(count, 1), 0.0)
     whole.append(_weight(mean.sum(), informative.sum()))
-    others.append(_weight(mean.sum() - mean, informative.sum() - informative)[case_index])
+    own = np.bincount(place, weights=mean), np.bincount(place, weights=informative)
+    left_out = _weight(mean.sum() - own[0], informative.sum() - own[1])
+    others.append(left_out[place[case_index]])
   return np.float32(whole), np.stack(others, axis=1).astype(np.float32)
 
 

@@ -2,7 +2,7 @@
 
 Each figure is a number of an image first, then the mean over the images of a case, then the
 mean over cases, so that a volume of many slices weighs as one case. Intervals are percentile
-bootstrap intervals that resample cases.
+bootstrap intervals that resample groups of cases, such as patients; see `resampling`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
+from rndpo_jax.evaluation import resampling
 
 
 def reliability(
@@ -20,6 +22,7 @@ def reliability(
   num_bootstrap: int,
   seed: int,
   judged: np.ndarray | None = None,
+  group_ids: Sequence[str] | None = None,
 ) -> dict:
   """Measures a judge on images whose truth is known.
 
@@ -35,14 +38,14 @@ def reliability(
     scores: f[N, K], the judge's, higher is better.
     truth: f[N, K], the true scores; finite.
     case_ids: N, the case of each image.
-    num_bootstrap: resamples.
-    seed: of the resampling.
+    num_bootstrap: resamples. seed: of the resampling.
     judged: bool[N, K], the proposals that are there and this judge's to score; None for all.
+    group_ids: N, the group of each image's case; None if each case is one of its own.
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "kendall_tau", "kendall_tau_ci",
     "top1_regret", "top1_regret_ci", "num_cases"}. A figure without an informative image is
-    None, and so is a 95% interval of fewer than two informative cases; never NaN.
+    None, and so is a 95% interval of fewer than two informative groups; never NaN.
 
   Raises:
     ValueError: shapes that do not fit, or truth that is not finite.
@@ -57,8 +60,8 @@ def reliability(
     raise ValueError("true scores are not all finite")
   judged = np.ones(scores.shape, bool) if judged is None else np.asarray(judged)
   keep = judged.any(axis=1)  # an image without such a proposal tells nothing of the judge
-  scores, truth, judged = scores[keep], truth[keep], judged[keep]
-  cases, case_index = np.unique(np.asarray(case_ids, dtype=str)[keep], return_inverse=True)
+  groups, case_index = _cases(case_ids, group_ids)
+  scores, truth, judged, case_index = scores[keep], truth[keep], judged[keep], case_index[keep]
   accuracy, tau = _pair_figures(scores, truth, judged)
   ranked = np.where(np.isfinite(scores), scores, np.finfo(np.float64).min)
   top = np.argmax(np.where(judged, ranked, -np.inf), axis=1)
@@ -66,10 +69,10 @@ def reliability(
   regret = best - np.take_along_axis(truth, top[:, None], axis=1)[:, 0]
   result = {}
   for name, values in (("pair_accuracy", accuracy), ("kendall_tau", tau), ("top1_regret", regret)):
-    per_case = _case_means(values, case_index, len(cases))
+    per_case, known = _case_means(values, case_index, len(groups))
     result[name] = float(per_case.mean()) if len(per_case) else None
-    result[f"{name}_ci"] = _interval(per_case, num_bootstrap, seed)
-  result["num_cases"] = len(cases)
+    result[f"{name}_ci"] = _interval(per_case, 1.0, groups[known], num_bootstrap, seed)
+  result["num_cases"] = len(np.unique(case_index))
   return result
 
 
@@ -95,6 +98,7 @@ def mined(
   *,
   num_bootstrap: int,
   seed: int,
+  group_ids: Sequence[str] | None = None,
 ) -> dict:
   """How many pairs of the kind that mining makes are right: their chosen mask is truly better.
 
@@ -107,21 +111,21 @@ def mined(
     chosen: i[N, P], which of the K proposals. rejected: likewise.
     weight: f[N, P] >= 0, such as `gradient_mass`; 0 if a slot has no pair.
     case_ids: N, the case of each image.
-    num_bootstrap: resamples of cases.
-    seed: of the resampling.
+    num_bootstrap: resamples of groups.
+    seed: of the resampling. group_ids: N, as in `reliability`.
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "weighted_accuracy", "weighted_accuracy_ci",
     "num_pairs", "num_cases"}, percentile intervals of 95%. Without a pair the figures are None, and
-    with fewer than two cases that have pairs the intervals.
+    with fewer than two groups that have pairs the intervals.
   """
   truth, weight = np.asarray(truth, np.float64), np.asarray(weight, np.float64)
   gain = np.take_along_axis(truth, chosen, 1) - np.take_along_axis(truth, rejected, 1)
   counted = (weight > 0) & (gain != 0)
-  cases, case_index = np.unique(np.asarray(case_ids, dtype=str), return_inverse=True)
+  groups, case_index = _cases(case_ids, group_ids)
 
   def per_case(values):
-    return np.bincount(case_index, weights=values.sum(axis=1), minlength=len(cases))
+    return np.bincount(case_index, weights=values.sum(axis=1), minlength=len(groups))
 
   informative = per_case(1.0 * counted) > 0
   result = {}
@@ -129,11 +133,7 @@ def mined(
     whole = per_case(share * counted)[informative]
     right = per_case(share * (counted & (gain > 0)))[informative]
     result[name] = float(right.sum() / whole.sum()) if len(whole) else None
-    result[f"{name}_ci"] = None
-    if len(whole) > 1:
-      draws = _draws(len(whole), num_bootstrap, seed)
-      ratios = right[draws].sum(axis=1) / whole[draws].sum(axis=1)
-      result[f"{name}_ci"] = np.percentile(ratios, [2.5, 97.5]).tolist()
+    result[f"{name}_ci"] = _interval(right, whole, groups[informative], num_bootstrap, seed)
   return {**result, "num_pairs": int(counted.sum()), "num_cases": int(informative.sum())}
 
 
@@ -236,7 +236,7 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   Args:
     scores: f[N, K], the judge's.
     truth: f[N, K], the true scores.
-    num_bins: wanted; fewer if there are fewer distinct gaps.
+    num_bins: wanted; fewer if there are fewer distinct gaps. None is empty.
 
   Returns:
     {"gap_edges": the inner edges, ascending, "accuracy": share of pairs right of each bin, one
@@ -250,13 +250,12 @@ def calibration(scores: np.ndarray, truth: np.ndarray, *, num_bins: int = 4) -> 
   if not gap.size:
     return {"gap_edges": [], "accuracy": [0.5]}
   edges = np.unique(np.quantile(gap, np.arange(1, num_bins) / num_bins))
+  # Equal gaps can leave a bin empty, of which nothing is known: the one below takes it in.
+  counts = np.bincount(np.searchsorted(edges, gap), minlength=len(edges) + 1)
+  edges = edges[counts[1:] > 0]
   bins = np.searchsorted(edges, gap)
-  counts = np.bincount(bins, minlength=len(edges) + 1)
-  accuracy = np.bincount(bins, weights=right, minlength=len(edges) + 1) / np.maximum(counts, 1)
-  return {
-    "gap_edges": edges.tolist(),
-    "accuracy": np.where(counts > 0, accuracy, 0.5).tolist(),
-  }
+  accuracy = np.bincount(bins, weights=right) / np.bincount(bins)
+  return {"gap_edges": edges.tolist(), "accuracy": accuracy.tolist()}
 
 
 def _pair_figures(scores, truth, judged=None):
@@ -278,23 +277,24 @@ def _pair_figures(scores, truth, judged=None):
   return np.where(undefined, np.nan, accuracy), np.where(undefined, np.nan, tau)
 
 
+def _cases(case_ids, group_ids):
+  """The group of each case, cases sorted, and the case of each image."""
+  names = np.asarray(case_ids, dtype=str)
+  cases, first, case_index = np.unique(names, return_index=True, return_inverse=True)
+  return (cases if group_ids is None else np.asarray(group_ids, dtype=str)[first]), case_index
+
+
 def _case_means(values, case_index, num_cases):
-  """Mean over the defined images of each case; cases without any are left out."""
+  """Mean over the defined images of each case that has any, and which cases these are."""
   defined = np.isfinite(values)
   count = np.bincount(case_index[defined], minlength=num_cases)
   total = np.bincount(case_index[defined], weights=values[defined], minlength=num_cases)
-  return total[count > 0] / count[count > 0]
+  return total[count > 0] / count[count > 0], count > 0
 
 
-def _interval(per_case, num_bootstrap, seed):
-  """95% percentile bootstrap interval of the mean over cases."""
-  if len(per_case) < 2:
+def _interval(above, below, groups, num_bootstrap, seed):
+  """95% percentile bootstrap interval of sum(above) / sum(below) over cases."""
+  if len(set(groups)) < 2:
     return None
-  draws = _draws(len(per_case), num_bootstrap, seed)
-  low, high = np.percentile(per_case[draws].mean(axis=1), [2.5, 97.5])
-  return [float(low), float(high)]
-
-
-def _draws(count, num_bootstrap, seed):
-  """Resamples of `count` cases, i64[num_bootstrap, count]."""
-  return np.random.default_rng(seed).integers(0, count, (num_bootstrap, count))
+  found = resampling.ratios(above, below, groups, num_resamples=num_bootstrap, seed=seed)
+  return np.percentile(found, [2.5, 97.5]).tolist()

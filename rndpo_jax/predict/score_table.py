@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rndpo_jax.evaluation.results import quoted
 from rndpo_jax.predict.programs import SCORES
-from rndpo_jax.stages.evaluate import quoted
 
 FILE = "scores.csv"
 

@@ -69,7 +69,8 @@ def harm_chart(harm: Mapping) -> str | None:
 
 
 def training_charts(workdir: epath.Path, terms: Sequence[str]) -> list[dict[str, str]]:
-  """Charts of base training and of fine-tuning by these terms, from their `metrics.jsonl`."""
+  """Charts of base training and of the last phase of fine-tuning, by these terms, from their
+  `metrics.jsonl`."""
   tuned, checked = (_rows(workdir / "finetune", kind) for kind in ("train", "val"))
   blue, red, orange = figures.BLUE, figures.RED, figures.ORANGE
   start = f"The loss: {' + '.join(terms)}, by weight."
@@ -102,7 +103,8 @@ def training_charts(workdir: epath.Path, terms: Sequence[str]) -> list[dict[str,
       checked,
       {"val_kl": blue, "val_entropy": orange},
       "nats a pixel",
-      "Validation images: KL divergence from the base, and entropy of the prediction.",
+      "Validation images: KL divergence from the network that this fine-tuning started from, and "
+      "entropy of the prediction.",
     ),
     _chart(base, {"val_dice": orange}, "Dice", "Base: validation Dice on the model's grid."),
   ]

@@ -35,7 +35,8 @@ def with_interval(entry: Mapping[str, Any], key: str) -> str:
 
 def headline(results: Mapping) -> dict[str, str]:
   """Title and subtitle."""
-  objective = results["objective"].replace("_", "-").upper()
+  # One a phase; a file of an older version has that of the last alone.
+  objectives = results.get("objectives", [results["objective"]] * len(results["terms"]))
   judged, settings = "", [f"seed {results['seed']}"]
   if not {"preference", "online"}.isdisjoint(results["terms"][-1]):
     settings.insert(0, f"beta {results['beta']:g}")
@@ -46,7 +47,9 @@ def headline(results: Mapping) -> dict[str, str]:
     settings.insert(0, f"pairs by {results['rule']}")
   phases = [
     " + ".join(objective if name == "preference" else name for name in terms)
-    for terms in results["terms"]
+    for terms, objective in zip(
+      results["terms"], (x.replace("_", "-").upper() for x in objectives), strict=True
+    )
   ]
   return {
     "title": f"{results['dataset']}: {', then '.join(phases)}{judged}",
@@ -242,7 +245,7 @@ def pair_rows(manifest: Mapping) -> list[tuple[str, str]]:
 
 
 def harm_rows(harm: Mapping) -> list[tuple[str, ...]]:
-  """Rows by region size: pairs, share wrong, and each kind's share of the gradient at step 0."""
+  """Rows by region size: pairs, share wrong, and each kind's share of the gradient at the start."""
   start = harm["curve"][0]
   rows = []
   for place, entry in enumerate(harm["bins"]):

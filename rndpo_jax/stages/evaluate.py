@@ -74,7 +74,8 @@ def run(config, workdir: os.PathLike) -> None:
   cases |= {step: overlap_cases(evaluation, step) for step in steps if step not in cases}
   curve = [results.curve_point(step, cases[step]) for step in steps]
   points = label_free.measure(config, evaluation, steps)
-  chosen = _choose(config, steps, cases, points)
+  group_of = {entry["case_id"]: entry["group_id"] for entry in dataset.records}
+  chosen = _choose(config, steps, cases, points, group_of)
   delivered.write(workdir, results.plain(chosen), params(chosen["step"]), made_of)
   reported = {"base": 0, "finetuned": steps[-1], "selected": results.select_step(curve)}
   reported["delivered"] = chosen["step"]
@@ -96,7 +97,7 @@ def run(config, workdir: os.PathLike) -> None:
   stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
   content["label_free"] = {"checkpoints": points, **stops}
   content["rankseg"] = _rankseg(rankseg.of_base(config, evaluation), names)
-  content["delivered"] |= _delivered(chosen, models)
+  content["delivered"] |= _delivered(chosen, models, group_of)
   content["warnings"] = _warnings(config, content)
   files.write_json(workdir / "results.json", results.plain(content))
 
@@ -122,12 +123,13 @@ def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
   return found
 
 
-def _choose(config, steps, cases, points) -> dict:
+def _choose(config, steps, cases, points, group_of) -> dict:
   """Which model is delivered: by validation, or by `label_free` if there are no such cases."""
   options = config.evaluate
   dice = np.array([results.split_dice(cases[step], "val") for step in steps])
   if dice.size:
-    return delivered.choose(steps, dice, min_probability=options.delivered_min_probability)
+    groups = results.split_groups(cases[0], "val", group_of)
+    return delivered.choose(steps, dice, groups, min_probability=options.delivered_min_probability)
   return label_free.choose(points, max_kl=options.delivered_max_kl)
 
 
@@ -137,14 +139,15 @@ def _rankseg(cases, names) -> dict:
   return {split: results.mean_metrics(cases, split, overlap) for split in predict.SPLITS}
 
 
-def _delivered(chosen: dict, models) -> dict:
+def _delivered(chosen: dict, models, group_of) -> dict:
   """What `results.json` says of the delivered model besides its metrics."""
   test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
   difference = {"val": None, "test": None}
   if chosen["chosen_by"] == "validation":
     difference["val"] = {key: chosen[key] for key in ("mean", "ci", "probability")}
   if test[0].size:
-    difference["test"] = delivered.paired(test[0] - test[1])
+    groups = results.split_groups(models["base"], "test", group_of)
+    difference["test"] = delivered.paired(test[0] - test[1], groups)
   names = ("step", "is_base", "chosen_by", "rule", "reason", "min_probability", "max_kl")
   return {**{name: chosen[name] for name in names if name in chosen}, "difference": difference}
 
@@ -176,6 +179,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
     beta=options.beta,
     normalization=options.normalization or row.normalization,
     exponent=options.power_exponent,
+    floor=options.power_floor,
     voxel_volume=measure_judges.volumes(config, evaluation.dataset, pairs["index"]),
   )
 
@@ -217,16 +221,11 @@ def csv_text(
       values = results.case_values(case, names)
       empty = metrics.overlap(case.counts)
       for i, class_name in enumerate(class_names[1:]):
-        names_of_files = (quoted(case.case_id), i + 1, quoted(class_name))
+        names_of_files = (results.quoted(case.case_id), i + 1, results.quoted(class_name))
         row = [model, steps[model], case.split, *names_of_files]
         row += [values[name][i] for name in names]
         writer.writerow([*row, int(empty["mask_empty"][i]), int(empty["label_empty"][i])])
   return text.getvalue()
-
-
-def quoted(text: str) -> str:
-  """A cell that a spreadsheet shows as it is: one that begins like a formula gets an apostrophe."""
-  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _measured(models, steps, curve, names) -> dict:
@@ -279,6 +278,7 @@ def _context(config, workdir, dataset) -> dict:
     "seed": config.seed,
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
     "terms": [list(config_lib.active_terms(own)) for own, *_ in phases.of_job(config, workdir)],
+    "objectives": [own.finetune.objective for own, *_ in phases.of_job(config, workdir)],
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": judge,

@@ -67,12 +67,13 @@ class Measured(NamedTuple):
   Attributes:
     out: of `make_measure`'s function, a row an image.
     indices: i64[N], their records.
-    case_ids: of each.
+    case_ids: of each. group_ids: likewise.
   """
 
   out: dict
   indices: np.ndarray
   case_ids: list[str]
+  group_ids: list[str]
 
 
 def write_reliability(
@@ -133,13 +134,13 @@ def _measured(dataset, split: str, outputs: Iterable) -> Measured:
   out = _whole(outputs)
   known = out["known"]
   indices = dataset.splits[split][known]
-  case_ids = [dataset.records[index]["case_id"] for index in indices]
-  return Measured(jax.tree.map(lambda x: x[known], out), indices, case_ids)
+  ids = [[dataset.records[index][name] for index in indices] for name in ("case_id", "group_id")]
+  return Measured(jax.tree.map(lambda x: x[known], out), indices, *ids)
 
 
 def _of_no_image(measured: Measured) -> Measured:
   """Arrays of the same kinds, without a row."""
-  return Measured(jax.tree.map(lambda x: x[:0], measured.out), measured.indices[:0], [])
+  return Measured(jax.tree.map(lambda x: x[:0], measured.out), measured.indices[:0], [], [])
 
 
 def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dict:
@@ -153,6 +154,7 @@ def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dic
       num_bootstrap=config.judge.num_bootstrap,
       seed=config.seed,
       judged=_judged(of.out, name),
+      group_ids=of.group_ids,
     )
 
   scores, truth, mined = val.out["scores"][name], val.out["truth"], val.out["mined"][name]
@@ -171,6 +173,7 @@ def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dic
     val.case_ids,
     num_bootstrap=config.judge.num_bootstrap,
     seed=config.seed,
+    group_ids=val.group_ids,
   )
   return entry
 
@@ -183,22 +186,22 @@ def _judged(measured: Mapping, name: str) -> np.ndarray:
 
 
 def proposal_figures(measured: Mapping) -> dict:
-  """What `proposals.json` says; None where no image has a proposal.
+  """What `proposals.json` says, of the images that have a proposal; None where none has.
 
   Args:
     measured: of the validation split: "truth" f32[N, K], "present" bool[N, K] or None, "base" and
       "diversity" f32[N].
   """
   truth, present, diversity = (measured[name] for name in ("truth", "present", "diversity"))
-  best = truth
+  best, base = truth, measured["base"]
   if present is not None:
     some = present.any(axis=1)
-    best = np.where(present, truth, -1.0)[some]
+    best, base = np.where(present, truth, -1.0)[some], base[some]
     truth, diversity = truth[present], diversity[np.isfinite(diversity)]
   return {
     "split": "val",
     "diversity": float(diversity.mean()) if diversity.size else None,
-    "base_dice": float(measured["base"].mean()) if measured["base"].size else None,
+    "base_dice": float(base.mean()) if base.size else None,
     "mean_dice": float(truth.mean()) if truth.size else None,
     "best_dice": float(best.max(axis=1).mean()) if best.size else None,
   }
@@ -212,6 +215,7 @@ def _add_fused(config, val: Measured, labelled: Measured) -> dict[str, float]:
     out["truth"],
     val.case_ids,
     {name: _judged(out, name) for name in names},
+    val.group_ids,
   )
   for part, weights in ((val, left_out), (labelled, whole)):
     scores = part.out["scores"]

@@ -46,6 +46,7 @@ def run(config, workdir: os.PathLike) -> None:
     **tables.headline(results),
     **_result_part(results),
     **_mining_part(results, manifest),
+    "harm_start": harm["curve"][0]["step"],
     "harm_rows": tables.harm_rows(harm),
     "harm_text": tables.harm_text(harm) if harm["num_pairs"] else None,
     "harm_chart": charts.harm_chart(harm),
