@@ -261,6 +261,11 @@ def num_phases(config) -> int:
   return max(len(config.phases), 1) + config.finetune.rounds - 1
 
 
+def every_phase(config) -> list[ml_collections.ConfigDict]:
+  """The configs of all phases, in their order; see `of_phase`."""
+  return [of_phase(config, number) for number in range(1, num_phases(config) + 1)]
+
+
 def of_phase(config, number: int | None = None) -> ml_collections.ConfigDict:
   """The config of a phase: the job's, with what the phase changes.
 

@@ -185,11 +185,10 @@ def is_done(name: str, workdir: epath.Path) -> bool:
 
 def check_here(config: ml_collections.ConfigDict, stages=config_lib.STAGES) -> None:
   """As `_check_phase_here`, of every phase; those before the last run in the stage `mine`."""
-  count = config_lib.num_phases(config)
-  for number in range(1, count + 1):
-    own = config_lib.of_phase(config, number)
-    earlier = (*stages, "finetune") if number < count and "mine" in stages else stages
-    _check_phase_here(own, earlier)
+  *before, last = config_lib.every_phase(config)
+  for own in before:
+    _check_phase_here(own, (*stages, "finetune") if "mine" in stages else stages)
+  _check_phase_here(last, stages)
 
 
 def _check_phase_here(config, stages) -> None:

@@ -134,6 +134,9 @@ def test_phases_before_the_last_are_counted_and_tried(tiny_config, monkeypatch):
   alone = storage.planned(tiny_config(), data, {"w": shape}, {"index": 1})
   assert planned.pairs == 2 * alone.pairs
   assert planned.finetune == 3 * alone.finetune
+  large = {**trials, "phase 1": trials["phase 1"]._replace(memory=9)}
+  (line,) = dry_run.refusals(own, large, 8, planned, None)
+  assert "config.finetune.batch_size: found 4, with which the program 'phase 1'" in line
 
 
 def test_memory_of_what_mining_begins_with(tiny_config):
@@ -269,38 +272,6 @@ def test_error_for_what_does_not_fit_names_the_key(tiny_run, tried, monkeypatch,
   monkeypatch.setattr(timing, "try_programs", lambda *_: tried[1])
   with pytest.raises(ConfigError, match=r"--workdir: needs up to .* TB more, its disk has"):
     dry_run.run(config, workdir, num_unlabelled=10**12)
-
-
-@pytest.mark.parametrize(
-  "own, limits, expected",
-  [
-    # Version 2, as under Slurm: the job's limit counts for its step.
-    ("0::/slurm/job/step\n", {"slurm/job/memory.max": "5000", "slurm/memory.max": "max"}, [5000]),
-    # Version 2 in a container, which sees its own group as the root.
-    ("0::/\n", {"memory.max": "7000"}, [7000]),
-    # Version 1 in a container, whose path is the host's.
-    (
-      "5:cpu,memory:/docker/a\n3:pids:/b\n0::/\n",
-      {"memory/memory.limit_in_bytes": "6000", "b/memory.max": "1", "memory.max": "max"},
-      [6000],
-    ),
-    ("0::/a\n", {}, []),
-  ],
-)
-def test_limits_of_control_groups(tmp_path, own, limits, expected):
-  (tmp_path / "own").write_text(own)
-  for name, text in limits.items():
-    (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "root" / name).write_text(f"{text}\n")
-  assert timing.cgroup_limits(tmp_path / "own", tmp_path / "root") == expected
-  assert timing.cgroup_limits(tmp_path / "missing", tmp_path / "root") == []
-
-
-def test_the_memory_of_the_host_is_what_the_groups_leave(monkeypatch):
-  monkeypatch.setattr(timing, "cgroup_limits", lambda: [8_000, 2**62])
-  assert timing.memory_limit() == 1_000  # eight devices
-  monkeypatch.setattr(timing, "cgroup_limits", lambda: [])
-  assert timing.memory_limit() > 10_000_000
 
 
 class _Reached(Exception):

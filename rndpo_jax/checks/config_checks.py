@@ -34,8 +34,7 @@ def validate(config) -> None:
   """
   config_ranges.check_types(config)
   config_ranges.check_ranges(config)
-  numbers = range(1, config_lib.num_phases(config) + 1)
-  phases = [config_lib.of_phase(config, number) for number in numbers]
+  phases = config_lib.every_phase(config)
   for own in phases:
     _validate_phase(own)
   _check_learned(phases)

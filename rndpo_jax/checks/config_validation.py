@@ -22,8 +22,8 @@ def check_without_cases(config) -> None:
   Raises:
     ConfigError: naming the key, what was found and what is expected.
   """
-  for number in range(1, config_lib.num_phases(config) + 1):
-    _check_phase(config_lib.of_phase(config, number))
+  for own in config_lib.every_phase(config):
+    _check_phase(own)
 
 
 def _check_phase(config) -> None:

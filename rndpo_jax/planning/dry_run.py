@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +85,6 @@ def run(config, workdir: os.PathLike, num_unlabelled: int = 0) -> list[str]:
   return lines
 
 
-def _phases(config) -> list[tuple[str, Any]]:
-  """(name of the program of its steps, config) of each phase before the last."""
-  return [(timing.phase_name(number), own) for number, own in enumerate(timing.earlier(config), 1)]
-
-
 def example_record(out_info) -> dict[str, np.ndarray]:
   """A mined image as it is written, from the shapes of the mining program's results."""
   out = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), out_info)
@@ -108,11 +102,11 @@ def refusals(config, trials, limit: int, left: cost.Storage, free: int | None) -
     left: what is still to be written.
     free: bytes of the disk; None if there is no such limit.
   """
-  found, configs = [], dict(_phases(config))
+  found, earlier = [], timing.earlier(config)
   for name, tried in trials.items():
     if tried.memory > limit:
       size = f"{cost.show_bytes(tried.memory)} a device, of {cost.show_bytes(limit)}"
-      own, program = (configs[name], "finetune") if name in configs else (config, name)
+      own, program = (earlier[name], "finetune") if name in earlier else (config, name)
       found.append(timing.too_large(own, program, size, name))
   if free is not None and sum(left) > free:
     found.append(
@@ -179,8 +173,8 @@ def _rate(images_a_second: float) -> str:
 
 def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str, int]:
   """Batches of each program one after another, in the order of the stages."""
-  counts, base, before = data.num_images, config.base, _phases(config)
-  phases = [own for _, own in before] + [config]
+  counts, base, before = data.num_images, config.base, timing.earlier(config)
+  phases = [*before.values(), config]
   evaluations = sum(-(-own.finetune.num_steps // own.finetune.eval_every_steps) for own in phases)
   supervised = base.num_members if config_lib.trains_base(config) else 0
   validated = evaluations + supervised * -(-base.num_steps // base.eval_every_steps)
@@ -203,7 +197,7 @@ def num_batches(config, data: Data, trials: dict[str, timing.Trial]) -> dict[str
     "measure": judged * len(phases),
     "mine": cost.mining_batches(counts["unlabelled"], config.mine.num_shards, processes, local)
     * storage.num_minings(config),
-    **{name: own.finetune.num_steps for name, own in before},
+    **{name: own.finetune.num_steps for name, own in before.items()},
     "finetune": config.finetune.num_steps,
     "validate": validated * -(-counts["val"] // trials["validate"].batch_size),
     "evaluate": measured * evaluated * passes,

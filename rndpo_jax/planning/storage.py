@@ -31,7 +31,7 @@ def planned(config, data, params: types.Params, record) -> cost.Storage:
   """
   size = num_bytes(params)
   base = config.base
-  finetune = sum(_finetune_bytes(own.finetune, size) for own in _phases(config))
+  finetune = sum(_finetune_bytes(own.finetune, size) for own in config_lib.every_phase(config))
   member = cost.checkpoint_bytes(
     size, 3 * size, base.num_steps, base.eval_every_steps, base.keep_checkpoints, best=True
   )
@@ -53,12 +53,7 @@ def _finetune_bytes(tuned, size: int) -> int:
 
 def num_minings(config) -> int:
   """How often a job mines pairs: once a phase, if any of its terms reads them."""
-  return sum("pairs" in image_terms.reads_of(own) for own in _phases(config))
-
-
-def _phases(config) -> list:
-  numbers = range(1, config_lib.num_phases(config) + 1)
-  return [config_lib.of_phase(config, number) for number in numbers]
+  return sum("pairs" in image_terms.reads_of(own) for own in config_lib.every_phase(config))
 
 
 def to_come(storage: cost.Storage, workdir: os.PathLike) -> cost.Storage:

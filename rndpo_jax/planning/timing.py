@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -58,26 +59,20 @@ def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Tri
   """
   trials = _try(config, problem, mesh, batch_sizes(config, mesh))
   tried = [(_step_of(config), trials["finetune"])]
-  for number, own in enumerate(earlier(config), 1):
-    step = _step_of(own)
+  for name, own in earlier(config).items():
+    step, sizes = _step_of(own), {"finetune": own.finetune.batch_size}
     found = next((trial for other, trial in tried if other == step), None)
     if found is None:
-      found = _try(own, problem, mesh, {"finetune": step[0].batch_size}, phase_name(number))[
-        "finetune"
-      ]
+      found = _try(own, problem, mesh, sizes, name)["finetune"]
       tried.append((step, found))
-    trials[phase_name(number)] = found
+    trials[name] = found
   return trials
 
 
-def earlier(config) -> list:
-  """The configs of the phases before the last one, which `config` is of."""
-  return [config_lib.of_phase(config, number) for number in range(1, config_lib.num_phases(config))]
-
-
-def phase_name(number: int) -> str:
-  """Of the program that takes a step of a phase before the last."""
-  return f"phase {number}"
+def earlier(config) -> dict[str, ml_collections.ConfigDict]:
+  """The configs of the phases before the last, which `config` is of, by their steps' program."""
+  phases = config_lib.every_phase(config)[:-1]
+  return {f"phase {number}": own for number, own in enumerate(phases, 1)}
 
 
 def _step_of(config) -> tuple:

@@ -35,10 +35,9 @@ class Phase(NamedTuple):
 
 def of_job(config, workdir: os.PathLike) -> list[Phase]:
   """The phases of a job, in their order."""
-  count, steps, found = config_lib.num_phases(config), 0, []
-  for number in range(1, count + 1):
-    own = config_lib.of_phase(config, number)
-    folder = epath.Path(workdir) if number == count else _folder(workdir, number)
+  phases, steps, found = config_lib.every_phase(config), 0, []
+  for number, own in enumerate(phases, 1):
+    folder = epath.Path(workdir) if number == len(phases) else _folder(workdir, number)
     found.append(Phase(own, folder, steps))
     steps += own.finetune.num_steps
   return found

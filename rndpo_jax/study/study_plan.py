@@ -53,8 +53,7 @@ def cell_seconds(cell: grid.Cell, records) -> tuple[float, str]:
   """
   own = [record for record in records if record["data"] == cell.data]
   same = [record for record in own if record["recipe"] == cell.recipe]
-  numbers = range(1, config_lib.num_phases(cell.config) + 1)
-  steps = sum(config_lib.of_phase(cell.config, n).finetune.num_steps for n in numbers)
+  steps = sum(phase.finetune.num_steps for phase in config_lib.every_phase(cell.config))
   if same:
     return _mean(same, _seconds), "records of the same recipe"
   if own:
