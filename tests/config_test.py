@@ -35,6 +35,7 @@ WRONG = [
   ("judge.gate.min_accuracy", 1.5, "config.judge.gate.min_accuracy: found 1.5, expected 0..1"),
   ("mine.rule", "magic", "config.mine.rule"),
   ("mine.rule", "top_vs_rest", "set it to 7"),
+  ("mine.rule", "top_vs_base", "one pair an image, found"),
   ("mine.pairs_per_image", 8, "at most K - 1 = 7"),
   ("mine.max_region_size", -1, "config.mine.max_region_size: found -1, expected 0..2147483647"),
   ("base.weight_decay", -0.1, "found -0.1, expected a finite value of 0 or more"),
@@ -184,6 +185,15 @@ def test_a_value_that_cannot_work_raises(key, value, message):
   config = config_lib.base_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.ConfigError, match=message):
+    config_checks.validate(config)
+
+
+def test_a_rule_on_the_own_mask_needs_it_first():
+  config = config_lib.base_config()
+  config.mine.rule, config.mine.pairs_per_image = "top_vs_base", 1
+  config_checks.validate(config)
+  config.proposals.mix = "tta+threshold:7,base:1"
+  with pytest.raises(errors.ConfigError, match="found 'tta.*let it begin with base:1"):
     config_checks.validate(config)
 
 

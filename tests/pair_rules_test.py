@@ -45,6 +45,7 @@ def random_case(seed, num_images=20, count=5):
   [
     ("top_vs_bottom", [(1, 2), (1, 0), (1, 4), (1, 3)]),
     ("top_vs_rest", [(1, 0), (1, 2), (1, 3), (1, 4)]),
+    ("top_vs_base", [(1, 0)]),
     ("adjacent", [(1, 3), (3, 4), (4, 0), (0, 2)]),
   ],
 )
@@ -52,8 +53,9 @@ def test_pairs_and_their_order_by_hand(rule, expected):
   mined = mine(SCORES, rule=rule)
   assert pairs_of(mined) == expected
   chosen, rejected = np.array(expected).T
-  np.testing.assert_array_equal(mined.score_gap[0], SCORES[0][chosen] - SCORES[0][rejected])
-  np.testing.assert_array_equal(mined.region_size[0], abs(chosen - rejected))
+  found = mined.valid[0]
+  np.testing.assert_array_equal(mined.score_gap[0][found], SCORES[0][chosen] - SCORES[0][rejected])
+  np.testing.assert_array_equal(mined.region_size[0][found], abs(chosen - rejected))
   np.testing.assert_array_equal(mined.dropped, [[0, 0, 0, 0, 0]])
 
 
@@ -145,7 +147,22 @@ def test_empty_masks_are_masks_like_others():
   assert pairs_of(mined) == [(1, 4)] and mined.region_size[0, 0] == 9
 
 
-@pytest.mark.parametrize("rule", pair_rules.RULES)
+def test_against_the_own_mask_there_is_one_pair_or_none():
+  """None where the first proposal is the best, has no score, or is as good or the same mask."""
+  scores = [
+    [0.3, 0.9, 0.1, 0.7, 0.5], [0.95, 0.9, 0.1, 0.7, 0.5], [np.nan, 0.9, 0.1, 0.7, 0.5],
+    [0.3, 0.1, 0.3, 0.3, 0.2], [0.3, 0.1, 0.9, 0.3, 0.2],
+  ]  # fmt: skip
+  masks = np.repeat(MASKS, 5, 0)
+  masks[4, 2] = masks[4, 0]
+  mined = mine(scores, masks, "top_vs_base", 1)
+  assert [pairs_of(mined, image) for image in range(5)] == [[(1, 0)], [], [], [], []]
+  np.testing.assert_array_equal(
+    mined.dropped[:, :3], [[0] * 3, [0] * 3, [1, 0, 0], [0] * 3, [0, 1, 0]]
+  )
+
+
+@pytest.mark.parametrize("rule", sorted(pair_rules.RULES.keys() - {"top_vs_base"}))
 def test_scores_that_are_not_finite_are_dropped_and_counted(rule):
   scores = [[np.nan, 0.9, np.inf, 0.7, -np.inf], [np.nan] * 5]
   mined = mine(scores, np.repeat(MASKS, 2, 0), rule)

@@ -40,8 +40,9 @@ def get_study():
       # The default recipe; twice as long a first phase; the default's steps without a second one.
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600, 3200)}},
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (2000,)}},
-      # Three phases, at the lengths that the recipe has.
+      # Three phases, at the lengths that the recipe has, and with twice as long a first one.
       {"recipes": ("weak_to_strong_top1_rn_dpo",)},
+      {"recipes": ("weak_to_strong_top1_rn_dpo",), "axes": {"finetune.num_steps": (3200,)}},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
       {"recipes": ("rn_dpo",), "axes": {"finetune.beta": (1.0, 3.0, 10.0, 30.0)}, "draws": (0,)},

@@ -23,10 +23,15 @@ ENSEMBLE = {"base.num_members": 4, "base.member_labels": 0.7}
 LABELLED = {"finetune.terms.labelled.weight": 1.0}
 # The judge is right more often of proposals that are far apart.
 BOTTOM = {"mine.rule": "top_vs_bottom"}
+# Pairs in which the model would answer otherwise than its judge.
+BASE = {"mine.rule": "top_vs_base", "mine.pairs_per_image": 1}
 MIX_OF_16 = {"proposals.mix": "base:1,tta+threshold:15"}
 # Those that are worth more than one draw.
 ON_ALL_DRAWS = {
   "top_vs_bottom": BOTTOM,
+  "top_vs_base": BASE,
+  "top_vs_base, labelled": {**BASE, "phases": ({}, {**SECOND, **LABELLED})},
+  "top_vs_base, rounds": {**BASE, **ROUNDS},
   "rounds": ROUNDS,
   "rounds, labelled": {**ROUNDS, "phases": ({}, {**ROUNDS["phases"][1], **LABELLED})},
   "rounds of the oracle": {**ROUNDS, "judge.name": "oracle"},

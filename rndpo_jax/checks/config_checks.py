@@ -54,7 +54,7 @@ def _validate_phase(config) -> None:
   config_mix.check(config, mix)
   config_files.check(config, mix)
   if not config.data.preferences:
-    _check_pairs(config, sum(n for _, n in mix))
+    _check_pairs(config, mix)
   _check_objective(config)
   config_terms.check(config)
   if config.judge.name == "noisy_oracle" and not config.judge.flip_rate + config.judge.noise_level:
@@ -83,9 +83,10 @@ def _check_learned(phases) -> None:
       )
 
 
-def _check_pairs(config, count: int) -> None:
-  """Checks that the rule can give so many pairs of K = count proposals."""
+def _check_pairs(config, mix) -> None:
+  """Checks that the rule can give so many pairs of the K proposals of `mix`."""
   rule, pairs = config.mine.rule, config.mine.pairs_per_image
+  count = sum(n for _, n in mix)
   if rule != "random_pair" and pairs > count - 1:
     raise ConfigError(
       f"config.mine.pairs_per_image: found {pairs}, but rule {rule!r} gives at most K - 1 = "
@@ -95,6 +96,16 @@ def _check_pairs(config, count: int) -> None:
     raise ConfigError(
       f"config.mine.pairs_per_image: rule 'top_vs_rest' gives K - 1 = {count - 1} pairs an "
       f"image, found {pairs}; set it to {count - 1}"
+    )
+  if rule == "top_vs_base" and pairs != 1:
+    raise ConfigError(
+      f"config.mine.pairs_per_image: rule 'top_vs_base' gives one pair an image, found {pairs}; "
+      "set it to 1"
+    )
+  if rule == "top_vs_base" and list(mix[0][0]) != ["base"]:
+    raise ConfigError(
+      f"config.proposals.mix: found {config.proposals.mix!r}, but config.mine.rule='top_vs_base' "
+      "takes the first proposal for the model's own mask; let it begin with base:1"
     )
   if pairs > count * (count - 1) // 2:
     raise ConfigError(

@@ -141,6 +141,12 @@ def top_vs_rest(scores, key):
   return _against_top(scores, -jnp.arange(scores.shape[0], dtype=jnp.float32))
 
 
+def top_vs_base(scores, key):
+  """The best proposal against the first, which is the model's own mask; none where that is best."""
+  candidate, priority = top_vs_rest(scores, key)
+  return candidate & (jnp.arange(scores.shape[0]) == 0)[None, :], priority
+
+
 def random_pair(scores, key):
   """Every pair of proposals, in random order; the better is chosen."""
   count = scores.shape[0]
@@ -174,6 +180,7 @@ RULES = {
   "top_vs_random": top_vs_random,
   "top_vs_bottom": top_vs_bottom,
   "top_vs_rest": top_vs_rest,
+  "top_vs_base": top_vs_base,
   "random_pair": random_pair,
   "adjacent": adjacent,
 }
