@@ -45,6 +45,28 @@ def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
 
 
+def test_rules_of_stopping_stand_beside_the_oracle():
+  """The label-free rule stops before KL 0.05 is passed; validation took the base of one run."""
+  free = {"kl": [0.0, 0.02, 0.2], "dice_to_base": [1.0, 0.9, 0.9], "agreement": [1.0] * 3,
+          "labelled_dice": [0.8, 0.8, 0.7]}  # fmt: skip
+  curve = {"step": [0, 2, 4], "test": [0.6, 0.63, 0.5], **free}
+  rose = {**curve, "test": [0.6, 0.64, 0.7]}
+  records = [
+    record(RN, 0, 0, (0.4, 0.6), curve=curve, delivered={"step": 0}, config={}),
+    record(RN, 0, 1, (0.6, 0.8), curve=rose, delivered={"step": 4}, config={}),
+    record(RN, 0, 2, (0.6, 0.8)),  # nothing was measured
+  ]
+  (group,) = study_groups.groups(records)
+  rows = {row[0]: row[1:] for row in study_tables.stop_table(group).rows}
+  assert rows["last checkpoint"] == ["2", "+0.000", "\u22120.100", "1", "0.065", "0"]
+  assert rows["validation, as delivered"] == ["2", "+0.050", "+0.000", "0", "0.015", "1"]
+  assert rows["label-free, KL below 0.05"] == ["2", "+0.035", "+0.030", "0", "0.030", "0"]
+  assert rows["KL below 0.01 alone"][-1] == "2" and rows["KL below 0.3 alone"][2] == "\u22120.100"
+  assert rows["best on test (oracle)"] == ["2", "+0.065", "+0.030", "0", "0.000", "0"]
+  (group,) = study_groups.groups(records[2:])
+  assert not study_tables.stop_table(group).rows
+
+
 def test_points_are_chosen_over_shared_runs_and_never_by_what_is_no_setting():
   def runs(val, seeds, **axes):
     held = [{"last": v, "last_third_mean": v} for v in val]

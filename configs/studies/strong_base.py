@@ -25,6 +25,13 @@ VARIANTS = {
   "threshold 0.7": {"finetune.terms.weak_to_strong.threshold": 0.7},
   "second view": {"finetune.terms.weak_to_strong.second_view": True},
 }  # fmt: skip
+# At the recipe's own length: patients whose hearts are larger or smaller in pixels than those of
+# all labelled ones are where most is lost.
+ZOOM = {"augment.affine": 0.5, "augment.affine_zoom": 0.4}
+LONG = {
+  "as it is": {},
+  "zoom": {"phases": (ZOOM,)},
+}
 
 
 def get_study():
@@ -36,5 +43,15 @@ def get_study():
     "draws": (0,),
     "seeds": (0,),
     "set": {"judge.gate.action": "off", "finetune.num_steps": 400},
-    "arms": [{"recipes": ("weak_to_strong",), "axes": {"variant": VARIANTS}, "tuning": True}],
+    "arms": [
+      {"recipes": ("weak_to_strong",), "axes": {"variant": VARIANTS}, "tuning": True},
+      {
+        "recipes": ("weak_to_strong",),
+        "axes": {"1600 steps": LONG},
+        "tuning": True,
+        "set": {"finetune.num_steps": 1600},
+        "draws": (0, 1, 2),
+        "data": ("acdc",),
+      },
+    ],
   }

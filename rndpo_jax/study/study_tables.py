@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rndpo_jax.evaluation import label_free
 from rndpo_jax.report import tables as report_tables
-from rndpo_jax.study import bootstrap, study_groups
+from rndpo_jax.study import bootstrap, study_groups, study_stops
 
 Record = study_groups.Record
 _SIGNED = report_tables.signed
+_WORSE = 0.005  # of Dice: below it a delivered model counts as worse than its base
 
 
 class Table(NamedTuple):
@@ -126,11 +128,40 @@ def tuning_table(group: study_groups.Group) -> Table:
   return Table(f"Tuning: {group.title}", "Validation Dice; test was not looked at.", head, shown)
 
 
+def stop_table(group: study_groups.Group) -> Table:
+  """A row a rule that says where to stop, over the runs that have what every rule reads."""
+  found: dict[str, list[tuple[float, float, bool]]] = {}
+  for record in itertools.chain(*group.arms.values()):
+    for rule, dice, is_base in study_stops.stops(record):
+      found.setdefault(rule, []).append((dice, record["base"]["test"], is_base))
+  best = [dice for dice, *_ in found.get(study_stops.ORACLE, [])]
+  rows = []
+  for rule, runs in found.items():
+    dice, base, is_base = map(np.array, zip(*runs, strict=True))
+    row = [
+      rule, str(len(runs)), _SIGNED(float(np.mean(dice - base))),
+      _SIGNED(float(np.min(dice - base))), str(np.sum(dice < base - _WORSE)),
+      _mean(np.subtract(best, dice)), str(np.sum(is_base)),
+    ]  # fmt: skip
+    rows.append(row)
+  head = [
+    "rule", "runs", "gain", "worst run", f"worse than the base by over {_WORSE:g}",
+    "behind the oracle", "the base delivered",
+  ]  # fmt: skip
+  note = (
+    "Test Dice of the checkpoint that a rule takes, less the base's; mean over the runs, of any "
+    "recipe and judge, in which all that the rules read was measured. The label-free rule: "
+    f"{label_free.RULE}."
+  )
+  return Table(f"Where to stop: {group.title}", note, head, rows)
+
+
 def all_tables(records: Iterable[Record]) -> list[Table]:
   """Every table that has a row."""
   records = list(records)
   made = [(main_table, False), (pair_table, False), (chosen_table, False),
-          (chosen_pair_table, False), (stability_table, False), (tuning_table, True)]  # fmt: skip
+          (chosen_pair_table, False), (stability_table, False), (stop_table, False),
+          (tuning_table, True)]  # fmt: skip
   found = [
     make(group) for make, tuning in made for group in study_groups.groups(records, tuning=tuning)
   ]
