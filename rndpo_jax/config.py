@@ -239,7 +239,7 @@ def base_config() -> ml_collections.ConfigDict:
   evaluate.mirror = False  # averages over flips, 4 passes an image or 8: launch.predict --mirror
   evaluate.metrics = ("dice", "iou")  # of dice, iou, hd95, hd100, assd, nsd
   evaluate.delivered_min_probability = 0.9  # that it is not below the base; 0: the last
-  evaluate.delivered_max_kl = 0.05  # nats a pixel from the base, if there are no validation cases
+  evaluate.delivered_max_kl = 0.05  # nats a pixel from the base, where validation does not show it
   evaluate.nsd_tolerance_mm = 2.0  # of nsd; in voxels if the spacing is unknown
   # fmt: on
   return config

@@ -12,9 +12,9 @@ def _dice(*differences):
   return 0.8 + np.array([np.zeros(len(differences[0])), *differences])
 
 
-def _choose(*differences, asked=0.9):
+def _choose(*differences, asked=0.9, near=()):
   steps = list(range(0, 50 * len(differences) + 1, 50))
-  return delivered.choose(steps, _dice(*differences), min_probability=asked)
+  return delivered.choose(steps, _dice(*differences), min_probability=asked, near=near)
 
 
 GOOD = np.array([0.02, 0.01, 0.03, -0.01, 0.02, 0.015, 0.01, 0.02, 0.0, 0.03])
@@ -36,6 +36,30 @@ def test_a_mean_above_the_base_that_one_case_makes_is_not_enough():
   assert found["step"] == 0 and found["is_base"] and found["val_dice"] == found["base_val_dice"]
   assert "The base is delivered: no checkpoint" in found["reason"]
   assert "nearest, step 50" in found["reason"]
+
+
+def test_what_validation_half_shows_is_taken_if_it_is_near_the_base():
+  """The same differences at a probability between 0.8 and 0.9, and twice as strong a case."""
+  weak, strong = np.array([0.03, -0.01, 0.03, -0.02, 0.03, -0.015, 0.015, 0.0]), np.full(8, 0.02)
+  p = delivered.paired(weak)["probability"]
+  assert delivered.NEAR_PROBABILITY < p < 0.9
+
+  def step(*differences, near, **asked):
+    found = _choose(*differences, near=near, **asked)
+    assert found["is_base"] == (found["step"] == 0)
+    assert (found["chosen_by"] == "validation, label_free") == (
+      "kept the labelled" in found["reason"]
+    )
+    return found["step"]
+
+  assert step(weak, weak, near=[True, True]) == 100
+  assert step(weak, weak, near=[True, False]) == 50
+  assert step(weak, near=[False]) == step(weak, near=()) == 0
+  assert step(weak, near=[True], asked=1.0) == 0  # 1 asks for the base
+  assert step(weak - 0.01, near=[True]) == 0  # more likely below than not
+  assert step(strong, weak, near=[True, True]) == 50  # what validation shows goes first
+  with pytest.raises(ValueError):
+    step(weak, weak, near=[True])
 
 
 def test_worse_everywhere_gives_the_base_and_equal_everywhere_the_checkpoint():

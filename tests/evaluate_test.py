@@ -13,7 +13,15 @@ from rndpo_jax import errors, models, provenance, types
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.evaluation import cases, metrics, predict, results, validation_pairs
+from rndpo_jax.evaluation import (
+  cases,
+  delivered,
+  label_free,
+  metrics,
+  predict,
+  results,
+  validation_pairs,
+)
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files
@@ -185,9 +193,11 @@ def _delivered_dice(config, workdir, step):
   return results.mean_metrics(cases.overlap_cases(evaluation, 9), "test", ["dice"])["dice"]
 
 
-@pytest.mark.parametrize("asked", [0.9, 0.0])
-def test_delivered_holds_the_model_that_results_name(run, tmp_path, asked):
-  """Of 3 cases nothing is shown at 0.9: the base; 0 takes the last."""
+@pytest.mark.parametrize("asked,near", [(0.9, False), (0.0, False), (0.9, True)])
+def test_delivered_holds_the_model_that_results_name(run, tmp_path, monkeypatch, asked, near):
+  """Of 3 cases nothing is shown at 0.9: the base, or what is near it; 0 takes the last."""
+  monkeypatch.setattr(label_free, "passes", lambda points, max_kl: [near] * (len(points) - 1))
+  monkeypatch.setattr(delivered, "NEAR_PROBABILITY", 0.0)
   shutil.copytree(run[1], tmp_path / "run")
   config, workdir = _config(), tmp_path / "run"
   config.evaluate.delivered_min_probability = asked
@@ -195,9 +205,9 @@ def test_delivered_holds_the_model_that_results_name(run, tmp_path, asked):
   evaluate.run(config, workdir)
   found = files.read_json(workdir / "results.json")["delivered"]
   content = files.read_json(workdir / "delivered" / "delivered.json")
-  passing = [c["step"] for c in content["checkpoints"] if c["probability"] >= asked]
+  passing = [c["step"] for c in content["checkpoints"] if near or c["probability"] >= asked]
   assert found["step"] == content["step"] == max(passing, default=0)
-  assert found["is_base"] == (asked == 0.9) and found["reason"] == content["reason"]
+  assert found["is_base"] == (asked == 0.9 and not near) and found["reason"] == content["reason"]
   assert checkpoint.steps(workdir / "delivered" / "params") == [found["step"]]
   assert _delivered_dice(config, workdir, found["step"]) == found["test"]["dice"]
   assert content["fingerprints"].keys() == {"data", "base", "params"}

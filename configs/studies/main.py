@@ -43,6 +43,7 @@ def get_study():
       # Three phases, at the lengths that the recipe has, and with twice as long a first one.
       {"recipes": ("weak_to_strong_top1_rn_dpo",)},
       {"recipes": ("weak_to_strong_top1_rn_dpo",), "axes": {"finetune.num_steps": (3200,)}},
+      {"recipes": ("weak_to_strong_affine_rn_dpo", "weak_to_strong_affine_top1_rn_dpo")},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
       {"recipes": ("rn_dpo",), "axes": {"finetune.beta": (1.0, 3.0, 10.0, 30.0)}, "draws": (0,)},

@@ -4,6 +4,8 @@
       --records=configs/results/strong_base --workdir=DIR --roots=ph2=DIR,acdc=DIR
 """
 
+from configs.recipes import weak_to_strong_affine
+
 AFFINE = {"augment.affine": 0.8}
 ELASTIC = {"augment.elastic": 0.5, "augment.elastic_scale": 2.0, "augment.elastic_smoothing": 6.0}
 VARIANTS = {
@@ -25,12 +27,11 @@ VARIANTS = {
   "threshold 0.7": {"finetune.terms.weak_to_strong.threshold": 0.7},
   "second view": {"finetune.terms.weak_to_strong.second_view": True},
 }  # fmt: skip
-# At the recipe's own length: patients whose hearts are larger or smaller in pixels than those of
-# all labelled ones are where most is lost.
-ZOOM = {"augment.affine": 0.5, "augment.affine_zoom": 0.4}
+# At the recipe's own length: most is lost on patients whose hearts are larger or smaller in pixels
+# than those of all labelled ones.
 LONG = {
   "as it is": {},
-  "zoom": {"phases": (ZOOM,)},
+  "zoom": {"phases": (weak_to_strong_affine.FIRST,)},
 }
 
 

@@ -1,6 +1,6 @@
 """Which model a run hands over: the last checkpoint that is shown not to be below the base.
 
-The rule, on validation Dice alone. With d_i the difference checkpoint - base of case i, in n groups
+The rule, on validation Dice. With d_i the difference checkpoint - base of case i, in n groups
 (see `resampling`; most often each case is one):
 
     q = share of bootstrap resamples of the groups whose mean of d over cases is >= 0
@@ -11,7 +11,9 @@ Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; of pairs, so t
 a case is hard for both) is too sure with few groups, and this widens it as Hesterberg's expanded
 percentile interval does ("What Teachers Should Know About the Bootstrap", 2015). 1 - 2^-n is what n
 groups can show at most: all n are better by chance once in 2^n times. Delivered is the last
-checkpoint with p >= `min_probability`; without one, the base. Deterministic: the seed is fixed.
+checkpoint with p >= `min_probability`. Without one it is the last with p >= NEAR_PROBABILITY that
+passes the label-free rule (`label_free`) too: two signs that know nothing of each other. Without
+such a one, the base. Deterministic: the seed is fixed.
 """
 
 from __future__ import annotations
@@ -31,6 +33,12 @@ from rndpo_jax.training import checkpoint
 FOLDER = "delivered"
 FILE = "delivered.json"
 RULE = "the last checkpoint whose validation Dice is not below the base's, by a paired bootstrap"
+# Lower, and of the runs in which checkpoints drift down slowly too many deliver a worse one.
+NEAR_PROBABILITY = 0.8
+NEAR_RULE = (
+  f"{RULE}; without one the last that is not with probability {NEAR_PROBABILITY:g}, and that the "
+  "label-free rule lets pass"
+)
 NUM_RESAMPLES = 10_000
 _SEED = 0
 
@@ -85,6 +93,7 @@ def choose(
   group_ids: Sequence[str] | None = None,
   *,
   min_probability: float,
+  near: Sequence[bool] = (),
 ) -> dict[str, Any]:
   """Applies the rule.
 
@@ -93,9 +102,12 @@ def choose(
     dice: f64[len(steps), n], validation Dice of each case.
     group_ids: n, as in `paired`.
     min_probability: p that a checkpoint needs; 0 takes the last, 1 the base.
+    near: whether each checkpoint, in the order of `steps` without the base, passes the label-free
+      rule; empty if that is not known.
 
   Returns:
-    {"step", "is_base", "chosen_by": "validation", "rule", "reason" (a sentence), "val_dice",
+    {"step", "is_base", "chosen_by": "validation", or "validation, label_free" where the second part
+    of the rule took it, "rule", "reason" (a sentence), "val_dice",
     "base_val_dice", "mean", "ci" and "probability" of `paired` (of the base: 0, [0, 0], 1),
     "min_probability", "num_cases", "num_groups", "checkpoints": [{"step", "val_dice", "mean", "ci",
     "probability"}, ...] without the base}.
@@ -113,23 +125,31 @@ def choose(
   base = {"step": int(steps[0]), "val_dice": float(dice[0].mean())}
   base |= {"mean": 0.0, "ci": [0.0, 0.0], "probability": 1.0}
   passing = [entry for entry in checkpoints if entry["probability"] >= min_probability]
-  taken = passing[-1] if passing else base
+  supported = []
+  if not passing and min_probability < 1:
+    supported = [
+      entry
+      for entry, is_near in zip(checkpoints, near, strict=len(near) > 0)
+      if is_near and entry["probability"] >= NEAR_PROBABILITY
+    ]
+  taken = [base, *supported, *passing][-1]
   figures = {"base_val_dice": base["val_dice"], "num_cases": dice.shape[1]}
   figures["num_groups"] = len(set(_groups(group_ids, dice.shape[1])))
   figures["min_probability"] = min_probability
   return {
     **taken,
-    "is_base": not passing,
-    "chosen_by": "validation",
-    "rule": RULE,
-    "reason": _reason(taken, checkpoints, figures, not passing),
+    "is_base": taken is base,
+    "chosen_by": "validation, label_free" if supported else "validation",
+    "rule": NEAR_RULE if len(near) else RULE,
+    "reason": _reason(taken, checkpoints, figures, bool(passing)),
     **figures,
     "checkpoints": checkpoints,
   }
 
 
-def _reason(taken, checkpoints, figures, is_base) -> str:
+def _reason(taken, checkpoints, figures, is_passing) -> str:
   """One sentence."""
+  is_base = taken not in checkpoints
   count, groups, asked = (figures[x] for x in ("num_cases", "num_groups", "min_probability"))
   most, cases = _most(groups), "cases" if groups == count else f"cases of {groups} groups"
   if is_base and most < asked:
@@ -148,6 +168,12 @@ def _reason(taken, checkpoints, figures, is_base) -> str:
     return (
       "The base is delivered: no checkpoint is shown to be as good on validation (the nearest, "
       f"step {shown['step']}: Dice {compared})."
+    )
+  if not is_passing:
+    return (
+      f"The checkpoint of step {shown['step']} is delivered, the last that is near the base, has "
+      f"kept the labelled images, and has a validation Dice that is not below ({compared} where "
+      "that alone shows it)."
     )
   return (
     f"The checkpoint of step {shown['step']} is delivered, the last whose validation Dice is not "

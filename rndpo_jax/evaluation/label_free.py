@@ -10,8 +10,8 @@ Means over a few images on the model's grid, unlabelled ones but for the last fi
                    but a model that has gone astray loses these, too
 
 Without validation cases the model to use is chosen by `choose`: the last checkpoint that is near
-the base and has kept the labelled images. With them this chooses nothing, and what the rule would
-have delivered stands beside the oracle's stop, the checkpoint that is best on test (`stops`).
+the base and has kept the labelled images. With them it speaks beside them (`delivered`), and what
+it would have delivered stands beside the oracle's stop, the checkpoint that is best on test.
 """
 
 from __future__ import annotations
@@ -134,6 +134,12 @@ def labelled_figures(logits, labels, num_classes: int) -> dict[str, jax.Array]:
   return {"labelled_dice": jnp.mean(dice, axis=-1), "known": known}
 
 
+def passes(points: Sequence[Mapping[str, Any]], *, max_kl: float) -> list[bool]:
+  """Whether each checkpoint of `measure`, without the base, is as RULE asks."""
+  base, *others = points
+  return [_fault(point, base, max_kl) is None for point in others]
+
+
 def choose(points: Sequence[Mapping[str, Any]], *, max_kl: float) -> dict[str, Any]:
   """Applies RULE.
 
@@ -147,7 +153,7 @@ def choose(points: Sequence[Mapping[str, Any]], *, max_kl: float) -> dict[str, A
     base}.
   """
   base, *others = points
-  passing = [point for point in others if not _fault(point, base, max_kl)]
+  passing = [point for point, ok in zip(others, passes(points, max_kl=max_kl), strict=True) if ok]
   taken = passing[-1] if passing else base
   return {
     **taken,

@@ -124,13 +124,14 @@ def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
 
 
 def _choose(config, steps, cases, points, group_of) -> dict:
-  """Which model is delivered: by validation, or by `label_free` if there are no such cases."""
-  options = config.evaluate
+  """Which model is delivered: by validation first, or by `label_free` without such cases."""
+  options, max_kl = config.evaluate, config.evaluate.delivered_max_kl
   dice = np.array([results.split_dice(cases[step], "val") for step in steps])
   if dice.size:
     groups = results.split_groups(cases[0], "val", group_of)
-    return delivered.choose(steps, dice, groups, min_probability=options.delivered_min_probability)
-  return label_free.choose(points, max_kl=options.delivered_max_kl)
+    near, asked = label_free.passes(points, max_kl=max_kl), options.delivered_min_probability
+    return delivered.choose(steps, dice, groups, min_probability=asked, near=near)
+  return label_free.choose(points, max_kl=max_kl)
 
 
 def _rankseg(cases, names) -> dict:
@@ -143,7 +144,7 @@ def _delivered(chosen: dict, models, group_of) -> dict:
   """What `results.json` says of the delivered model besides its metrics."""
   test = [results.split_dice(models[name], "test") for name in ("delivered", "base")]
   difference = {"val": None, "test": None}
-  if chosen["chosen_by"] == "validation":
+  if "probability" in chosen:
     difference["val"] = {key: chosen[key] for key in ("mean", "ci", "probability")}
   if test[0].size:
     groups = results.split_groups(models["base"], "test", group_of)
