@@ -41,6 +41,12 @@ def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   (group,) = study_groups.groups(records)
   (row,) = study_tables.stability_table(group).rows
   assert row[:4] == [RN, "finetune.beta", "3", "10"] and row[5] == "30" and row[-1] == "0.300"
+  # Only what all values were run on counts, and without such a run there is no row.
+  more = [record(RN, 1, 0, (0.9, 0.9), axes={"finetune.beta": 30.0})]
+  (group,) = study_groups.groups(records + more)
+  assert study_tables.stability_table(group).rows == [row]
+  (group,) = study_groups.groups(records[:1] + more)
+  assert not study_tables.stability_table(group).rows
   text = study_tables.csv_text(records)
   assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
 
@@ -59,7 +65,7 @@ def test_rules_of_stopping_stand_beside_the_oracle():
   (group,) = study_groups.groups(records)
   rows = {row[0]: row[1:] for row in study_tables.stop_table(group).rows}
   assert rows["last checkpoint"] == ["2", "+0.000", "\u22120.100", "1", "0.065", "0"]
-  assert rows["validation, as delivered"] == ["2", "+0.050", "+0.000", "0", "0.015", "1"]
+  assert rows["as delivered"] == ["2", "+0.050", "+0.000", "0", "0.015", "1"]
   assert rows["label-free, KL below 0.05"] == ["2", "+0.035", "+0.030", "0", "0.030", "0"]
   assert rows["KL below 0.01 alone"][-1] == "2" and rows["KL below 0.3 alone"][2] == "\u22120.100"
   assert rows["best on test (oracle)"] == ["2", "+0.065", "+0.030", "0", "0.000", "0"]

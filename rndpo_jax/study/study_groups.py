@@ -107,11 +107,20 @@ def _best_on_validation(points: Mapping[str, Sequence[Record]]) -> str:
 
 
 def axis_points(group: Group) -> dict[tuple[str, str], dict[float, bootstrap.Interval]]:
-  """(recipe, axis) -> value -> sustained gain: see `axis_records`."""
-  return {
-    key: {value: gain(points[value]) for value in sorted(points)}
-    for key, points in axis_records(group).items()
-  }
+  """(recipe, axis) -> value -> sustained gain, over the draws and seeds that all values have.
+
+  See `axis_records`; an axis whose values share no run is left out.
+  """
+  found = {}
+  for key, points in axis_records(group).items():
+    runs = [{(r["draw"], r["seed"]) for r in records} for records in points.values()]
+    shared = set.intersection(*runs)
+    if shared:
+      found[key] = {
+        value: gain([r for r in points[value] if (r["draw"], r["seed"]) in shared])
+        for value in sorted(points)
+      }
+  return found
 
 
 def axis_records(group: Group) -> dict[tuple[str, str], dict[float, list[Record]]]:

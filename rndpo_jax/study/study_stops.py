@@ -37,7 +37,7 @@ def stops(record: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
   )
   taken = [
     ("last checkpoint", steps[-1]),
-    ("validation, as delivered", delivered),
+    ("as delivered", delivered),
     (f"label-free, KL below {max_kl:g}", free["chosen"]["step"]),
     *((f"KL below {stop['max_kl']:g} alone", stop["step"]) for stop in free["by_kl"]),
     (ORACLE, free["oracle"]["step"]),

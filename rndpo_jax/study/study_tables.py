@@ -105,7 +105,8 @@ def stability_table(group: study_groups.Group) -> Table:
     rows.append([*row, report_tables.show(spread)])
   head = ["recipe", "axis", "values", "best at", "its gain", "worst at", "its gain", "spread"]
   note = (
-    "Sustained gain over the base at each value of an axis; the test split chooses nothing here."
+    "Sustained gain over the base at each value of an axis, over the runs that all of them have; "
+    "the test split chooses nothing here."
   )
   return Table(f"Stability: {group.title}", note, head, rows)
 
