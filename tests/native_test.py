@@ -4,14 +4,13 @@ import errno
 import json
 import shutil
 
-import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from configs import nnunet as nnunet_config
 from rndpo_jax import errors, types
-from rndpo_jax.data import builder, native, reader, records, sources, split_batches, tiles, unpacked
+from rndpo_jax.data import builder, native, reader, records, split_batches, tiles, unpacked
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.planning import data_set
 from rndpo_jax.stages import prepare
@@ -85,35 +84,6 @@ def _config(root, **changes):
     values |= {"spacing": (1.5, 0.0), "patch_size": (8, 8)}
     config.update_from_flattened_dict({f"data.{k}": v for k, v in (values | changes).items()})
   return config
-
-
-def _source(config):
-  return sources.SOURCES[config.data.source].open(config)
-
-
-def test_what_is_measured_is_of_the_labelled_cases(tmp_path, monkeypatch):
-  """The median spacing and CT's percentiles; other cases' pixels count for nothing."""
-  monkeypatch.setattr(native, "_NUM_INTENSITIES", 4 * 10**5)
-  root = native_data.write(tmp_path, num_cases=4, channel="CT")
-  config = _config(root, spacing=(0.0, 1.0))
-  labelled = ["c00", "c02"]
-  source = _source(config)
-  found = native.settings(config, source, labelled)
-  assert found.spacing == (1.5, 1.0) and found.schemes == ("ct",)
-  pools = []
-  for case in labelled:
-    image, mask = (
-      np.asarray(nibabel.load(root / f"{part}/{case}{end}.nii.gz").dataobj)
-      for part, end in (("imagesTr", "_0000"), ("labelsTr", ""))
-    )
-    pools.append(image[mask > 0])
-  means = [np.mean(pool) for pool in pools]  # equal weight, however many pixels
-  (statistics,) = found.statistics
-  assert abs(statistics["mean"] - np.mean(means)) < 0.2
-  low = np.percentile(np.concatenate([np.resize(p, 10**5) for p in pools]), 0.5)
-  assert abs(statistics["percentile_00_5"] - low) <= 1
-  (root / "labelsTr" / "c01.nii.gz").write_bytes(b"no NIfTI any more")
-  assert native.settings(config, source, labelled) == found
 
 
 @pytest.mark.parametrize(
