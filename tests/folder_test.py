@@ -265,8 +265,8 @@ def test_what_would_be_overlooked_or_misread_is_refused(root):
   (root / "images" / "d.tif").unlink()
   _save(root / "masks" / "c.jpg", MASK)
   _refused(root, r"c\.jpg.*JPEG changes class ids")
-  (root / "masks" / "c.jpg").rename(root / "images" / "c.bmp")
-  _refused(root, r"c\.bmp.*overlooked")
+  (root / "masks" / "c.jpg").rename(root / "images" / "c.gif")
+  _refused(root, r"c\.gif.*overlooked")
 
 
 @pytest.mark.skipif(not PH2.is_dir(), reason="../shared/data/ph2 is not there")

@@ -15,7 +15,7 @@ from rndpo_jax.data.sources.folder import natural
 
 ENDINGS = (*cases.ENDINGS, *cases.LOSSY)
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".gz", ".nhdr", ".npy")
+_UNREADABLE = (".gif", ".webp", ".gz", ".nhdr", ".npy")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _SERIES = ""  # ending of a folder
 # JPEG changes class ids; .mhd is two files; DICOM has no plain mask.

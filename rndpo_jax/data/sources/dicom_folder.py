@@ -1,8 +1,8 @@
 """DICOM series and masks: `images/ID/`, a folder with one series, and `masks/ID.nii.gz`.
 
-Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd or .nrrd on the grid of their
-series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each slice
-is a record.
+Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd, .nrrd or .gipl on the grid of
+their series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each
+slice is a record.
 """
 
 from __future__ import annotations

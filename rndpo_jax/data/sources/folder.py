@@ -1,6 +1,6 @@
 """A folder of 2D images and masks: `images/ID.png` with `masks/ID.png`.
 
-PNG, JPEG (images alone, for it changes class ids) and TIFF; see `images` for what is taken.
+PNG, BMP, TIFF and JPEG (images alone, for it changes class ids); see `images` for what is taken.
 Images without a mask file are unlabelled. Sizes may differ between cases.
 """
 
@@ -14,13 +14,13 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import images
+from rndpo_jax.data.sources import cases, images
 from rndpo_jax.runtime import threads
 
-_LOSSLESS = (".png", ".tif", ".tiff")
-_LOSSY = (".jpg", ".jpeg")
+_LOSSLESS = cases.PICTURES
+_LOSSY = cases.LOSSY
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".dcm", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".npy")
+_UNREADABLE = (".gif", ".webp", ".dcm", ".nii", ".gz", *cases.ITK, ".npy")
 
 
 def open_source(config) -> records.Source:
