@@ -10,7 +10,17 @@ from scipy import ndimage
 
 from configs import nnunet as nnunet_config
 from rndpo_jax import errors, types
-from rndpo_jax.data import builder, native, reader, records, split_batches, tiles, unpacked
+from rndpo_jax.data import (
+  builder,
+  native,
+  reader,
+  records,
+  split_batches,
+  splits,
+  tiles,
+  unpacked,
+  writer,
+)
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.planning import data_set
 from rndpo_jax.stages import prepare
@@ -107,6 +117,16 @@ def prepared(tmp_path_factory):
   config = _config(native_data.write(folder / "raw"))
   prepare.run(config, folder / "work")
   return config, folder / "work"
+
+
+def test_an_image_too_large_for_a_record_raises_before_it_is_written(
+  prepared, tmp_path, monkeypatch
+):
+  config, _ = prepared
+  monkeypatch.setattr(writer, "_MAX_IMAGE_BYTES", 500)
+  message = r"imagesTr/c00_0000.*\) values of float32 are .*at most 500 in a record; take a coarser"
+  with pytest.raises(errors.DataError, match=message):
+    prepare.run(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +230,18 @@ def test_the_plan_counts_the_files_of_large_records(prepared, tmp_path, monkeypa
       dataset_lib.load_on_spacing(dataset, index, with_labels=name in ("labelled", "val"))
   written = sum(path.stat().st_size for path in dataset.unpacked.iterdir())
   assert data_set.describe_data(config, workdir).num_unpacked == written > 0
+
+
+def test_data_that_were_prepared_by_another_rule_keep_their_schemes(prepared, tmp_path):
+  config, workdir = prepared
+  content = json.loads((workdir / "data" / records.FILE).read_text())
+  assert content["native"]["schemes"] == ["zscore_in_mask"]
+  content["native"]["schemes"] = ["zscore"]
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / records.FILE).write_text(json.dumps(content))
+  shutil.copy(workdir / splits.FILE, tmp_path)
+  prepare.run(config, tmp_path)
+  assert records.read(tmp_path / "data")["native"].schemes == ("zscore",)
 
 
 def test_records_say_how_they_were_prepared(prepared):
