@@ -4,12 +4,12 @@
   python -m launch.predict --nnunet_folder=MODEL --input=DIR --output=MASKS [--fold=0] [--mirror]
 
 The second form segments with any model folder that nnU-Net v2 trained, as nnU-Net itself would.
---input is a folder of images or one file: NIfTI, .mha, .mhd, .nrrd, PNG, TIFF or JPEG, named
-ID.nii.gz or as nnU-Net does (ID_0000.nii.gz for the first channel); or a folder of DICOM series, a
-folder each, or one of them. --output gets a mask a case, in its format (PNG for JPEG, .mha for
-.mhd, NIfTI for DICOM) and on its own grid, with the class ids of the training data (training masks
-of 0 and 255 were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how sure the
-network is of each mask, rank 1 being the one to look at first.
+--input is a folder of images or one file: NIfTI, .mha, .mhd, .nrrd, .gipl, PNG, BMP, TIFF or JPEG,
+named ID.nii.gz or as nnU-Net does (ID_0000.nii.gz for the first channel); or a folder of DICOM
+series, a folder each, or one of them. --output gets a mask a case, in its format (PNG for JPEG,
+.mha for .mhd, NIfTI for DICOM) and on its own grid, with the class ids of the training data
+(training masks of 0 and 255 were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how
+sure the network is of each mask, rank 1 being the one to look at first.
 The same command goes on where it was stopped. Several processes share the work, each started with
 the same command and --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 """

@@ -37,7 +37,7 @@ def base_config() -> ml_collections.ConfigDict:
   # the labelled cases. () is the simple mode: whole images at data.size.
   data.spacing = ()
   data.patch_size = ()  # pixels of the network's input, with data.spacing
-  data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () by the channels' names
+  data.schemes = ()  # of data.intensity.SCHEMES, one a channel; () as nnU-Net chooses
   # Of the scheme 'ct': JSON of {"mean", "std", "percentile_00_5", "percentile_99_5"} or null, one a
   # channel; "" measures them under the masks of the labelled split.
   data.statistics = ""

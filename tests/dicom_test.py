@@ -212,6 +212,34 @@ def test_prediction_takes_series_and_writes_nifti_on_their_grid(root):
   assert cases.open_case([root / "images" / "a"], label, 3).label == label
 
 
+def test_series_of_any_depth_are_named_by_their_folders(root):
+  """As an archive leaves them, PATIENT/STUDY/SERIES, with other files beside."""
+  for name in ("p1/s1/t1", "p1/s1/t2", "p2/s1/t1"):
+    shutil.copytree(root / "images" / "a", root / "tree" / name)
+  shutil.copytree(root / "images" / "a", root / "tree" / "p2", dirs_exist_ok=True)
+  (root / "tree" / "p1" / "report.txt").touch()
+  (root / "tree" / "p1" / ".trash").mkdir()
+  (root / "tree" / "p1" / "s1" / "up").symlink_to(root / "tree" / "p1")
+  want = ["p1_s1_t1", "p1_s1_t2", "p2", "p2_s1_t1"]
+  found = inputs.list_inputs(str(root / "tree"), 1)
+  assert [one.case_id for one in found] == want
+  assert found[1].files == (root / "tree" / "p1" / "s1" / "t2",)
+  assert found[3].mask_name == "p2_s1_t1.nii.gz"
+  assert inputs.list_inputs(str(root / "tree" / "p2"), 1)[1].case_id == "s1_t1"
+  shutil.rmtree(root / "images")
+  (root / "tree").rename(root / "images")
+  (root / "masks" / "a.nii.gz").rename(root / "masks" / "p1_s1_t2.nii.gz")
+  source = _open(root, spatial_dims=3, group_pattern="([^_]+)")
+  assert [entry["case_id"] for entry in source.records] == want
+  assert [entry["has_mask"] for entry in source.records] == [False, True, False, False]
+  assert [entry["group_id"] for entry in source.records] == ["p1", "p1", "p2", "p2"]
+  shutil.copytree(root / "images" / "p2" / "s1", root / "images" / "p2_s1")
+  with pytest.raises(errors.DataError, match="p2_s1/t1: second series of the id 'p2_s1_t1'"):
+    _open(root)
+  with pytest.raises(errors.DataError, match="p2_s1/t1: second file of the id 'p2_s1_t1'"):
+    inputs.list_inputs(str(root / "images"), 1)
+
+
 def test_without_pydicom_the_extra_is_named(series, monkeypatch):
   monkeypatch.setitem(sys.modules, "pydicom", None)
   with pytest.raises(errors.DataError, match=r"ct: .*pip install 'rndpo_jax\[dicom\]'"):

@@ -152,9 +152,10 @@ def test_a_network_of_pictures_goes_out_for_pictures(tmp_path):
   image = jax.ShapeDtypeStruct((1, 8, 12, 3), np.float32)
   params = jax.eval_shape(segmenter.init, jax.random.key(0), image)
   params = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), params)
+  schemes = ("rgb", "zscore_in_mask", "zscore")
   trained = trained_lib.Trained(
     config, 3, ["background", "a", "b"], 3, 2, "voxel", (8, 12), (), "zscore",
-    records.Native((1.0, 2.0), ("rgb",) * 3, (None,) * 3), (0, 1), False, "",
+    records.Native((1.0, 2.0), schemes, (None,) * 3), (0, 1), False, "",
     params=params,
   )  # fmt: skip
   for path, content in nnunet_folder.make(trained, tmp_path / "work").items():
@@ -162,7 +163,9 @@ def test_a_network_of_pictures_goes_out_for_pictures(tmp_path):
   found = folder.read(tmp_path / "out", 0)
   same(found.params, trained.params)
   assert found.plans.axes == (0, 1)
-  assert found.plans.preprocessing[:3] == ((1.0, 2.0), (8, 12), ("rgb",) * 3)
+  assert found.plans.preprocessing[:3] == ((1.0, 2.0), (8, 12), schemes)
+  own = json.loads((tmp_path / "out" / "plans.json").read_text())["configurations"]["2d"]
+  assert own["use_mask_for_norm"] == [False, True, False]
   assert json.loads((tmp_path / "out" / "dataset.json").read_text())["file_ending"] == ".png"
 
 

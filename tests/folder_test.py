@@ -265,8 +265,14 @@ def test_what_would_be_overlooked_or_misread_is_refused(root):
   (root / "images" / "d.tif").unlink()
   _save(root / "masks" / "c.jpg", MASK)
   _refused(root, r"c\.jpg.*JPEG changes class ids")
-  (root / "masks" / "c.jpg").rename(root / "images" / "c.bmp")
-  _refused(root, r"c\.bmp.*overlooked")
+  (root / "masks" / "c.jpg").rename(root / "images" / "c.gif")
+  _refused(root, r"c\.gif.*overlooked")
+  (root / "images" / "c.gif").unlink()
+  (root / "images" / "p" / "t1").mkdir(parents=True)
+  (root / "images" / "p" / "notes.txt").touch()
+  assert len(_open(root).records) == 3
+  _save(root / "images" / "p" / "t1" / "d.png", MASK)
+  _refused(root, r"t1/d\.png: in a folder of its own.* named as t1_d\.png")
 
 
 @pytest.mark.skipif(not PH2.is_dir(), reason="../shared/data/ph2 is not there")

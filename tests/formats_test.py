@@ -12,7 +12,7 @@ from PIL import Image
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
-from rndpo_jax.data.sources import cases, folder
+from rndpo_jax.data.sources import cases, folder, images
 from rndpo_jax.predict import case_files, inputs
 
 sitk = pytest.importorskip("SimpleITK", reason="needs the extra 'itk'")
@@ -23,6 +23,7 @@ MASK = DRAW.integers(0, 3, (5, 6, 3)).astype(np.uint8)
 GRID = dict(
   spacing=(2, 1.5, 8), origin=(10, -20, 30), direction=(0, -1, 0, 0.6, 0, 0.8, -0.8, 0, 0.6)
 )
+STRAIGHT = GRID | {"direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}  # GIPL has no directions
 RGB = DRAW.integers(0, 255, (5, 6, 3)).astype(np.uint8)
 
 
@@ -36,8 +37,8 @@ def _save(path, array, *, spacing, origin, direction):
   return path
 
 
-def _write(path, array):
-  return _save(path, array, **GRID)
+def _write(path, array, grid=GRID):
+  return _save(path, array, **grid)
 
 
 def _picture(path, array):
@@ -57,12 +58,12 @@ def _describe(root, ending, channels=1):
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("ending", cases.ITK)
 def test_a_source_is_that_of_the_same_data_as_nifti(tmp_path, ending, dims):
-  found = []
+  found, grid = [], STRAIGHT if ending == ".gipl" else GRID
   for kind in (".nii.gz", ending):
     root = tmp_path / kind
     _describe(root, kind)
-    _write(root / "imagesTr" / f"a_0000{kind}", IMAGE)
-    _write(root / "labelsTr" / f"a{kind}", MASK)
+    _write(root / "imagesTr" / f"a_0000{kind}", IMAGE, grid)
+    _write(root / "labelsTr" / f"a{kind}", MASK, grid)
     found.append(raw.read(root, spatial_dims=dims))
   (nifti, expected), (source, pixels) = found
   assert source.spacing_unit == "mm" and source.dtype == "float32"
@@ -91,7 +92,7 @@ def test_bytes_stay_bytes_and_voxels_beside_a_header_tell_a_change(tmp_path):
     raw.open_source(tmp_path)
 
 
-@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("ending", [".png", ".tif", ".bmp"])
 def test_pictures_under_the_names_of_nnunet(tmp_path, ending):
   _describe(tmp_path, ending, channels=4)
   _picture(tmp_path / "imagesTr" / f"a_0000{ending}", RGB)
@@ -130,8 +131,11 @@ def _predicted(files, ending, mask):
 
 
 @pytest.mark.parametrize(
-  "name, written", [("a.mha", "case.mha"), ("a.mhd", "case.mha"), ("a.NRRD", "case.NRRD")]
-)
+  "name, written",
+  [
+    ("a.mha", "case.mha"), ("a.mhd", "case.mha"), ("a.NRRD", "case.NRRD"), ("a.gipl", "case.gipl"),
+  ],
+)  # fmt: skip
 def test_a_mask_has_the_format_and_geometry_of_its_image(tmp_path, name, written):
   path = _write(tmp_path / name, IMAGE)
   output = epath.Path(tmp_path / "out")
@@ -142,6 +146,38 @@ def test_a_mask_has_the_format_and_geometry_of_its_image(tmp_path, name, written
   assert found.GetPixelID() == sitk.sitkUInt8
   for get in ("GetSpacing", "GetOrigin", "GetDirection"):
     np.testing.assert_array_equal(getattr(found, get)(), getattr(image, get)())
+
+
+@pytest.mark.parametrize(
+  "ending,written,kind",
+  [
+    (".png", ".png", "PNG"),
+    (".JPG", ".png", "PNG"),
+    (".TIF", ".TIF", "TIFF"),
+    (".bmp", ".bmp", "BMP"),
+  ],
+)
+def test_a_picture_has_a_mask_of_its_format(tmp_path, ending, written, kind):
+  path = _picture(tmp_path / f"a{ending}", RGB)
+  output = epath.Path(tmp_path / "out")
+  output.mkdir()
+  case_files.write(output, _predicted([path], ending, MASK[..., 0]))
+  with Image.open(output / f"case{written}") as image:
+    assert image.format == kind and image.mode == "L"
+  np.testing.assert_array_equal(images.read_mask(output / f"case{written}", 3), MASK[..., 0])
+
+
+@pytest.mark.parametrize(
+  "change", [lambda c: c[:-1], lambda c: c[:60], lambda c: c[:252] + b"abcd" + c[256:]]
+)
+def test_a_gipl_file_that_is_not_whole_raises(tmp_path, change):
+  """ITK would read on beyond its end, in memory that is not the file's."""
+  path = _write(tmp_path / "a.gipl", IMAGE, STRAIGHT)
+  path.write_bytes(change(path.read_bytes()))
+  with pytest.raises(
+    errors.DataError, match=r"a\.gipl: no whole GIPL file .* replace or remove it"
+  ):
+    cases.open_file(path)
 
 
 def test_which_pictures_are_channels(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 
 from rndpo_jax import errors
-from rndpo_jax.data import records, resample
+from rndpo_jax.data import native, records, resample
 from rndpo_jax.evaluation import sliding_window, stitched
 from rndpo_jax.nnunet import folder as folder_lib
 from rndpo_jax.predict import (
@@ -229,6 +229,28 @@ def test_slices_of_a_volume_with_a_coarse_axis_in_them_are_those_of_evaluation(m
   )
   masks = stitched.make(types.SimpleNamespace(apply=apply), dataset)({}, (0, 1))
   np.testing.assert_array_equal(np.stack([mask for _, mask in masks], axis=2), found.mask)
+
+
+def test_images_with_zeros_among_the_crop_go_in_as_they_were_prepared(tmp_path):
+  """Zeros at its edges are left out of the z-score and stay, those closed on all sides count."""
+  volume = np.zeros((9, 8, 5), np.float32)
+  volume[1:8, 2:7] = np.random.default_rng(0).normal(90, 3, (7, 5, 5))
+  volume[1:4, 2:5], volume[5, 5, 2] = 0, 0
+  _save(volume, tmp_path / "a.nii.gz", np.diag([1.0, 1.0, 2.0, 1.0]))
+  mode = records.Native((1.0, 1.0), ("zscore_in_mask",), (None,))
+  network = native_network.NativeNetwork(
+    None, ({},), 1, ("background", "a"), mode.spacing, PATCH, *mode[1:], (), False, "", {}
+  )
+  (source,) = inputs.list_inputs(str(tmp_path), 1)
+  found = native_cases.read(source, network)
+  pixels = [records.Pixels(volume[:, :, z, None], None, np.eye(4)) for z in range(5)]
+  for z, own in enumerate(native.on_spacing(pixels, (1.0, 1.0, 2.0), mode, 2)):
+    np.testing.assert_array_equal(found.image[:, :, z], own.image)
+  crop = volume[1:8, 2:7].astype(np.float64)
+  inside = crop > 0
+  inside[4, 3, 2] = True
+  wanted = np.where(inside, (crop - crop[inside].mean()) / crop[inside].std(), 0)
+  np.testing.assert_allclose(found.image[..., 0], wanted, atol=1e-4)
 
 
 def test_equal_logits_give_the_lowest_class():

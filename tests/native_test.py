@@ -4,14 +4,23 @@ import errno
 import json
 import shutil
 
-import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from configs import nnunet as nnunet_config
 from rndpo_jax import errors, types
-from rndpo_jax.data import builder, native, reader, records, sources, split_batches, tiles, unpacked
+from rndpo_jax.data import (
+  builder,
+  native,
+  reader,
+  records,
+  split_batches,
+  splits,
+  tiles,
+  unpacked,
+  writer,
+)
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.planning import data_set
 from rndpo_jax.stages import prepare
@@ -87,35 +96,6 @@ def _config(root, **changes):
   return config
 
 
-def _source(config):
-  return sources.SOURCES[config.data.source].open(config)
-
-
-def test_what_is_measured_is_of_the_labelled_cases(tmp_path, monkeypatch):
-  """The median spacing and CT's percentiles; other cases' pixels count for nothing."""
-  monkeypatch.setattr(native, "_NUM_INTENSITIES", 4 * 10**5)
-  root = native_data.write(tmp_path, num_cases=4, channel="CT")
-  config = _config(root, spacing=(0.0, 1.0))
-  labelled = ["c00", "c02"]
-  source = _source(config)
-  found = native.settings(config, source, labelled)
-  assert found.spacing == (1.5, 1.0) and found.schemes == ("ct",)
-  pools = []
-  for case in labelled:
-    image, mask = (
-      np.asarray(nibabel.load(root / f"{part}/{case}{end}.nii.gz").dataobj)
-      for part, end in (("imagesTr", "_0000"), ("labelsTr", ""))
-    )
-    pools.append(image[mask > 0])
-  means = [np.mean(pool) for pool in pools]  # equal weight, however many pixels
-  (statistics,) = found.statistics
-  assert abs(statistics["mean"] - np.mean(means)) < 0.2
-  low = np.percentile(np.concatenate([np.resize(p, 10**5) for p in pools]), 0.5)
-  assert abs(statistics["percentile_00_5"] - low) <= 1
-  (root / "labelsTr" / "c01.nii.gz").write_bytes(b"no NIfTI any more")
-  assert native.settings(config, source, labelled) == found
-
-
 @pytest.mark.parametrize(
   "changes,message",
   [
@@ -137,6 +117,16 @@ def prepared(tmp_path_factory):
   config = _config(native_data.write(folder / "raw"))
   prepare.run(config, folder / "work")
   return config, folder / "work"
+
+
+def test_an_image_too_large_for_a_record_raises_before_it_is_written(
+  prepared, tmp_path, monkeypatch
+):
+  config, _ = prepared
+  monkeypatch.setattr(writer, "_MAX_IMAGE_BYTES", 500)
+  message = r"imagesTr/c00_0000.*\) values of float32 are .*at most 500 in a record; take a coarser"
+  with pytest.raises(errors.DataError, match=message):
+    prepare.run(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +230,18 @@ def test_the_plan_counts_the_files_of_large_records(prepared, tmp_path, monkeypa
       dataset_lib.load_on_spacing(dataset, index, with_labels=name in ("labelled", "val"))
   written = sum(path.stat().st_size for path in dataset.unpacked.iterdir())
   assert data_set.describe_data(config, workdir).num_unpacked == written > 0
+
+
+def test_data_that_were_prepared_by_another_rule_keep_their_schemes(prepared, tmp_path):
+  config, workdir = prepared
+  content = json.loads((workdir / "data" / records.FILE).read_text())
+  assert content["native"]["schemes"] == ["zscore_in_mask"]
+  content["native"]["schemes"] = ["zscore"]
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / records.FILE).write_text(json.dumps(content))
+  shutil.copy(workdir / splits.FILE, tmp_path)
+  prepare.run(config, tmp_path)
+  assert records.read(tmp_path / "data")["native"].schemes == ("zscore",)
 
 
 def test_records_say_how_they_were_prepared(prepared):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import struct
 import zlib
 
 import dicom_files
@@ -17,7 +18,7 @@ _TYPES = {"uint8": "UCHAR", "int16": "SHORT", "float32": "FLOAT", "float64": "DO
 _KINDS = {"uint8": "uint8", "int16": "int16", "float32": "float", "float64": "double"}
 SPACING = (1.5, 1.5, 8)
 FLAT = MASK[:, :, 0]
-_BIG = np.zeros((800, 800, 1000), np.uint8)
+_BIG = np.zeros((1100, 1100, 1000), np.uint8)
 
 
 def mha(array, voxels=None, **fields) -> bytes:
@@ -46,6 +47,14 @@ def nrrd(array, voxels=None, magic="NRRD0004", **fields) -> bytes:
   words = [f"{name.replace('_', ' ')}: {v}\n" for name, v in lines.items() if v is not None]
   content = array.tobytes("F") if voxels is None else voxels
   return f"{magic}\n{''.join(words)}\n".encode() + content
+
+
+def gipl(array, voxels=None, size=None, spacing=SPACING, magic=0xEFFFE9B0) -> bytes:
+  """A file of bytes by hand; numbers are big-endian."""
+  size = (*(size or array.shape), 1)[:4]
+  head = struct.pack(">4HH3f", *size, 8, *spacing)
+  content = array.tobytes("F") if voxels is None else voxels
+  return head + bytes(252 - len(head)) + struct.pack(">I", magic) + content
 
 
 def _zipped(array):
@@ -85,7 +94,7 @@ FILES = (
   (".mha", "size of 0", lambda: mha(MASK, DimSize=(12, 0, 2)), None, None),
   (".mha", "negative size", lambda: mha(MASK, DimSize=(12, -12, 2)), None, None),
   (".mha", "size of 2000^3", lambda: mha(MASK, DimSize=(2000,) * 3), None, None),
-  (".mha", "bomb of 6 x 10^8 voxels", lambda: _zipped(_BIG), None, None),
+  (".mha", "bomb of 1.2 x 10^9 voxels", lambda: _zipped(_BIG), None, None),
   (".mha", "spacing of 0", lambda: mha(MASK, ElementSpacing=(0, 1.5, 8)), None, None),
   (".mha", "negative spacing", lambda: mha(MASK, ElementSpacing=(-1.5, 1.5, 8)), None, None),
   (".mha", "spacing of NaN", lambda: mha(MASK, ElementSpacing=("nan", 1.5, 8)), None, None),
@@ -116,6 +125,22 @@ FILES = (
   (".mhd", "voxels that are not there", lambda: mha(MASK, b"", ElementDataFile="no"), None, None),
   (".mhd", "voxels in a device", lambda: mha(MASK, b"", ElementDataFile="/dev/zero"), None, None),
   (".mhd", "numbered files", lambda: mha(MASK, b"", ElementDataFile="a%d.raw 1 2 1"), None, None),
+  (".gipl", "plain", lambda: gipl(MASK), MASK, MASK),
+  (".gipl", "more data than the header says", lambda: gipl(MASK) + bytes(99), MASK, MASK),
+  (".gipl", "truncated", lambda: gipl(MASK)[:-40], None, None),
+  (".gipl", "half a header", lambda: gipl(MASK)[:60], None, None),
+  (".gipl", "no magic", lambda: gipl(MASK, magic=1), None, None),
+  (".gipl", "four axes", lambda: gipl(_four(MASK)), None, None),
+  (".gipl", "another size", lambda: gipl(MASK[:-1]), None, None),
+  (".gipl", "size of 0", lambda: gipl(MASK, size=(12, 0, 2)), None, None),
+  (".gipl", "size of 2000^3", lambda: gipl(MASK, size=(2000,) * 3), None, None),
+  (".gipl", "spacing of NaN", lambda: gipl(MASK, spacing=(np.nan, 1.5, 8)), None, None),
+  (".gipl", "empty file", lambda: b"", None, None),
+  (".gipl", "text", lambda: b"hello\n", None, None),
+  (".bmp", "plain", lambda: encode(FLAT, ending="bmp"), FLAT, FLAT),
+  (".bmp", "colour", lambda: encode(COLOUR, ending="bmp"), None, None),
+  (".bmp", "truncated", lambda: encode(GREY, ending="bmp")[:-9], None, None),
+  (".bmp", "another size", lambda: encode(FLAT[:-1], ending="bmp"), None, None),
   (".png", "plain", lambda: encode(FLAT), FLAT, FLAT),
   (".png", "0 and 255", lambda: encode(FLAT * 255), FLAT * 255, FLAT),
   (".png", "colour", lambda: encode(COLOUR), None, None),
@@ -128,6 +153,7 @@ FILES = (
 )  # fmt: skip
 _WHOLE = {
   ".mha": lambda: mha(MASK), ".mhd": lambda: mha(MASK), ".nrrd": lambda: nrrd(MASK),
+  ".gipl": lambda: gipl(MASK), ".bmp": lambda: encode(FLAT, ending="bmp"),
   ".png": lambda: encode(FLAT), ".tif": lambda: encode(FLAT, ending="tif"),
 }  # fmt: skip
 
@@ -148,7 +174,7 @@ def _nnunet(ending, content, array, is_label):
       return config_of(root), None
     first = array if array.ndim == 2 else array[:, :, 0]
     right = {"mask": first} if is_label else {"image": first[..., None]}
-    if ending not in (".png", ".tif"):
+    if ending not in (".png", ".bmp", ".tif"):
       right["spacing"] = SPACING[:2]
     return config_of(root), right
 
@@ -251,7 +277,7 @@ def _series(change, is_taken):
 def rows() -> list[Row]:
   found = []
   for ending, name, content, image, label in FILES:
-    kind = {".png": "nnunet", ".tif": "nnunet"}.get(ending, "itk")
+    kind = "nnunet" if ending in (".png", ".bmp", ".tif") else "itk"
     for array, is_label in ((image, False), (label, True)):
       what = f"{ending} {name}, as {'label' if is_label else 'image'}"
       found.append(Row(kind, what, _nnunet(ending, content, array, is_label)))

@@ -169,6 +169,7 @@ SHORT = {
   ("json", "labels with digits of no number"), ("json", "one file in two cases"),
   ("config", "pattern without end"), ("itk", ".mha compressed, damaged, as image"),
   ("itk", ".mhd voxels in a device, as label"), ("nnunet", ".tif 16 bits, as image"),
+  ("itk", ".gipl truncated, as image"),
   ("dicom", "a slice without an ending"), ("dicom", "a slice missing"),
   ("dicom", "FIFO as a slice"),
   ("scores", "symlink to /dev/zero"), ("masks", "bomb of 10^10 pixels"),

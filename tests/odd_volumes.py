@@ -77,7 +77,7 @@ FILES = (
   ("eight axes", lambda: nifti(MASK, dim=(8, 12, 12, 2, 1, 1, 1, 1)), None, None),
   ("header of 32767^3 voxels", lambda: nifti(MASK, dim=(3, *[32767] * 3, 1, 1, 1, 1)), None, None),
   ("header of 2000^3 voxels", lambda: nifti(MASK, dim=(3, *[2000] * 3, 1, 1, 1, 1)), None, None),
-  ("bomb of 6 x 10^8 voxels", lambda: nifti(np.zeros((800, 800, 1000), np.uint8)), None, None),
+  ("bomb of 1.2 x 10^9 voxels", lambda: nifti(np.zeros((1100, 1100, 1000), np.uint8)), None, None),
   ("more data than the header says", lambda: nifti(MASK) + bytes(999), MASK, MASK),
   ("offset beyond the end", lambda: nifti(MASK, vox_offset=1e9), None, None),
   ("negative offset", lambda: nifti(MASK, vox_offset=-500.0), None, None),
@@ -111,7 +111,7 @@ SAYS = {
 # As images without a label, of which nothing could be said to differ: None, refused.
 UNLABELLED = {
   "header of 32767^3 voxels": None, "header of 2000^3 voxels": None, "negative dim": None,
-  "bomb of 6 x 10^8 voxels": None, "CIFTI": None, "four axes": None, "two axes": MASK[..., 0],
+  "bomb of 1.2 x 10^9 voxels": None, "CIFTI": None, "four axes": None, "two axes": MASK[..., 0],
   "another size": MASK[:-1], "sform of NaN": MASK, "sform of zeros": MASK, "moved by 5 mm": MASK,
 }  # fmt: skip
 

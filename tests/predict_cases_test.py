@@ -104,7 +104,8 @@ def test_names_say_which_files_make_a_case(tmp_path):
     ([], "gone", "gone: no such folder or file"),
     (["notes.txt"], ".", r"no images; expected files .nii.gz"),
     (["imagesTs/"], ".", r"give .*imagesTs"),
-    (["a.png", "a.tif"], ".", r"a.tif: second file of the id 'a', beside a.png"),
+    (["p/", "p/q/", "p/q/im.png", "p/n.txt"], ".", r"1 images such as .*p/q/im.png: .*as q_im.png"),
+    (["a.png", "a.tif"], ".", r"a.tif: second file of the id 'a', beside .*a.png"),
   ],
 )
 def test_bad_input_is_one_line(tmp_path, make, source, message):

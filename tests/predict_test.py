@@ -225,6 +225,10 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, network, truth, c
   (folder / "cut.png").write_bytes(good[0].read_bytes()[:100])
   Image.new("RGB", (9, 9)).save(folder / "rgb.png")
   (folder / "scan.mha").write_bytes(b"?")
+  for place in ("old", "masks"):
+    (folder / place / "in").mkdir(parents=True)
+    (folder / place / "in" / "a.png").touch()
+  (folder / "masks" / inputs.SETTINGS).touch()  # what prediction wrote
   (folder / "notes.txt").write_text("not an image")
   nibabel.save(_nifti(np.full((9, 8, 2), np.nan, np.float32)), folder / "nan.nii.gz")
   nibabel.save(_nifti(np.zeros((9, 8, 2, 3), np.float32)), folder / "time.nii.gz")
@@ -234,6 +238,7 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, network, truth, c
   for name in ("cut.png", "rgb.png", "scan.mha", "nan.nii.gz", "time.nii.gz"):
     assert len([line for line in lines if f"{folder / name}: " in line]) == 1, lines
   assert "3 channels, but the network was trained on 1" in str(lines)
+  assert f"not predicted: 1 images in folders below --input, such as {folder / 'old'}" in str(lines)
   with (tmp_path / "out" / score_table.FILE).open(newline="") as file:
     assert [row["case_id"] for row in csv.DictReader(file)] == [
       path.stem for path in sorted(good, key=lambda path: int(path.stem[4:]))

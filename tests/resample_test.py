@@ -80,6 +80,29 @@ def test_coarse_volumes_are_resampled_slice_by_slice(new_shape):
   np.testing.assert_array_equal(turned, want)
 
 
+@pytest.mark.parametrize(
+  "shape,spacing,new_spacing",
+  [
+    ((9, 8, 7), ISO, (1.5, 0.7, 2.0)), ((9, 8, 7), (1.0, 1.0, 6.0), (1.5, 0.7, 3.0)),
+    ((1, 8, 7), ISO, (0.4, 1.0, 1.2)), ((9, 8), ISO[:2], (1.7, 0.6)),
+  ],
+)  # fmt: skip
+def test_volumes_are_resampled_some_lines_at_a_time(monkeypatch, shape, spacing, new_spacing):
+  """Which lines go together makes no difference, to the last bit."""
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(*shape, 1)).astype(np.float32)
+  mask = rng.integers(0, 3, shape).astype(np.uint8)
+  edges = {"spacing": spacing, "new_spacing": new_spacing}
+  new_shape = resample.resampled_shape(shape, **edges)
+  found = []
+  for values in (10**6, 150, 1):
+    monkeypatch.setattr(resample, "_BLOCK_VALUES", values)
+    one = resample.resample_image(image, new_shape, **edges)
+    other = resample.resample_mask(mask, new_shape, **edges, ids=(1, 2))
+    found.append((one.tobytes(), other.tobytes()))
+  assert found[0] == found[1] == found[2]
+
+
 def test_values_by_hand():
   edges = {"spacing": (1, 1), "new_spacing": (1, 1)}
   ramp = np.array([[0, 4]], np.float32)[..., None]

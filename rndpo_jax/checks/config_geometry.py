@@ -9,7 +9,7 @@ from rndpo_jax.checks import config_model
 from rndpo_jax.data import intensity
 from rndpo_jax.errors import ConfigError
 
-MAX_PIXELS = 2**28  # of an image or a volume, such as 645 x 645 x 645
+MAX_PIXELS = 2**28  # of what a network sees at once; files may have more, see sources.volume
 
 
 def check(config) -> None:

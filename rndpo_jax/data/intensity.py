@@ -21,8 +21,13 @@ def zscore(values: np.ndarray, statistics=None, mask=None) -> np.ndarray:
   del statistics, mask
   mean = values.mean(dtype=np.float64)
   # Row by row: `values.std` would make a copy in float64.
-  squares = sum(np.square(row - mean, dtype=np.float64).sum() for row in values)
+  squares = sum(_sum_of_squares(row, mean) for row in values)
   return _scaled(values, mean, max(np.sqrt(squares / values.size), _SMALLEST))
+
+
+def _sum_of_squares(values: np.ndarray, mean: np.float64) -> np.float64:
+  delta = values - mean  # f64
+  return np.square(delta, out=delta).sum()
 
 
 def zscore_in_mask(values: np.ndarray, statistics, mask: np.ndarray) -> np.ndarray:

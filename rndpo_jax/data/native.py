@@ -8,114 +8,19 @@ box is empty, and their mask the background.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import intensity, nonzero, records, resample
 
-_NUM_INTENSITIES = 10**7  # of all cases together, from which CT's percentiles are taken
-
-
-def settings(config, source: records.Source, labelled: Collection[str]) -> records.Native | None:
-  """Spacing, schemes and statistics of a data set; None in the simple mode.
-
-  What is measured is measured on the labelled split: the median spacing of its cases, and for the
-  scheme 'ct' the intensities under its masks.
-
-  Args:
-    config: `data.spacing` and `data.schemes` are read.
-    source: the data set.
-    labelled: case ids of that split.
-
-  Raises:
-    records.DataError: if a spacing is unknown, or there are not as many schemes as channels.
-  """
-  if not config.data.spacing:
-    return None
-  spacing = spacing_of(config, source.records, labelled)
-  schemes = tuple(config.data.schemes)
-  if not schemes:
-    names = source.channel_names or ("",) * source.num_channels
-    schemes = tuple(map(intensity.scheme_of_channel, names))
-  if len(schemes) != source.num_channels:
-    raise errors.DataError(
-      f"config.data.schemes: found {schemes}, expected {source.num_channels}, one a channel of "
-      f"{source.name}"
-    )
-  return records.Native(
-    spacing=spacing,
-    schemes=schemes,
-    statistics=_given(config.data.statistics) or _statistics(source, schemes, labelled),
-  )
-
-
-def _given(text: str) -> tuple[dict | None, ...]:
-  """What `config.data.statistics` holds; () if that is empty."""
-  try:
-    content = json.loads(text or "[]")
-    return tuple(None if one is None else {k: float(v) for k, v in one.items()} for one in content)
-  except (ValueError, TypeError, AttributeError) as error:
-    raise errors.DataError(
-      f"config.data.statistics: found {text!r} ({error}), expected a JSON list, an object of "
-      f"{', '.join(intensity.STATISTICS)} or null a channel"
-    ) from error
-
-
-def spacing_of(config, entries: Sequence[dict], labelled: Collection[str]) -> tuple[float, ...]:
-  """`config.data.spacing`, with the median of the labelled cases where it says 0.
-
-  Raises:
-    records.DataError: if the spacing of a record is unknown.
-  """
-  wanted = tuple(config.data.spacing)
-  unknown = [entry["record_id"] for entry in entries if entry["spacing"] is None]
-  if unknown:
-    raise errors.DataError(
-      f"config.data.spacing: found {wanted}, but the spacing of {unknown[0]!r} is unknown "
-      f"({len(unknown)} of {len(entries)} records); set it in the header, or leave "
-      "config.data.spacing empty and give config.data.size"
-    )
-  of_case = {entry["case_id"]: entry["spacing"] for entry in entries}
-  median = np.median([of_case[case] for case in labelled], axis=0)
-  return tuple(float(mm or found) for mm, found in zip(wanted, median, strict=True))
-
-
-def _statistics(source, schemes, labelled: Collection[str]) -> tuple[dict | None, ...]:
-  """What 'ct' reads, of the pixels under the labelled masks, each case with equal weight."""
-  if "ct" not in schemes:
-    return (None,) * len(schemes)
-  rng = np.random.default_rng(1234)
-  pools: list[np.ndarray] = []
-  for first, end in _units(source.records):
-    if source.records[first]["case_id"] not in labelled:
-      continue
-    pixels = list(itertools.islice(source.read(first), end - first))
-    for one, entry in zip(pixels, source.records[first:end], strict=True):
-      records.check_pixels(one, entry, source.num_classes)
-    known = [(one.mask > 0) & (one.mask != types.IGNORED) for one in pixels]
-    found = np.concatenate([p.image[k] for p, k in zip(pixels, known, strict=True)])
-    if len(found):
-      pools.append(found[rng.integers(len(found), size=_NUM_INTENSITIES // len(labelled))])
-  if not pools:
-    raise errors.DataError(
-      f"{source.name}: every labelled mask is empty, so the scheme 'ct' has no percentiles; check "
-      "the masks, or set config.data.schemes"
-    )
-  pool = np.concatenate(pools).astype(np.float64)
-  low, high = np.percentile(pool, (0.5, 99.5), axis=0)
-  columns = zip(pool.mean(0), pool.std(0), low, high, strict=True)
-  named = [dict(zip(intensity.STATISTICS, map(float, values), strict=True)) for values in columns]
-  return tuple(n if scheme == "ct" else None for n, scheme in zip(named, schemes, strict=True))
-
 
 def of_source(source: records.Source, native: records.Native | None) -> records.Source:
   """The source with `Pixels.on_spacing`; the source itself in the simple mode."""
   if native is None:
     return source
-  ends = dict(itertools.chain.from_iterable(_places(*unit) for unit in _units(source.records)))
+  ends = dict(itertools.chain.from_iterable(_places(*unit) for unit in units(source.records)))
 
   def read(start: int) -> Iterator[records.Pixels]:
     first, _ = ends[start] if start < len(source.records) else (start, start)
@@ -139,7 +44,7 @@ def _places(first: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
   return ((place, (first, end)) for place in range(first, end))
 
 
-def _units(entries: Sequence[dict]) -> list[tuple[int, int]]:
+def units(entries: Sequence[dict]) -> list[tuple[int, int]]:
   """[first, end) of the records that are prepared together: a volume's slices, or one record."""
   units = []
   for place, entry in enumerate(entries):
@@ -148,6 +53,12 @@ def _units(entries: Sequence[dict]) -> list[tuple[int, int]]:
     else:
       units.append((place, place + 1))
   return units
+
+
+def joined(pixels: Sequence[records.Pixels], sliced: bool) -> np.ndarray:
+  """[*S, I] of what is prepared together: the slices of a volume along its last axis, or one."""
+  image = pixels[0].image
+  return np.stack([p.image for p in pixels], axis=image.ndim - 1) if sliced else image
 
 
 def case_spacing(entry: dict) -> tuple[float, ...]:
@@ -175,7 +86,7 @@ def on_spacing(
   """
   dims = len(native.spacing)
   sliced = len(spacing) > dims
-  image = np.stack([p.image for p in pixels], axis=dims) if sliced else pixels[0].image
+  image = joined(pixels, sliced)
   box = nonzero.box(image)
   inside = nonzero.mask(image)[box] if "zscore_in_mask" in native.schemes else None
   try:

@@ -11,13 +11,15 @@ after axis: interpolation is a product over the axes, and so 12 products a voxel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import chex
 import numpy as np
 from scipy import ndimage
 
 ANISOTROPY = 3.0  # above this ratio of spacings the coarsest axis is resampled apart
+_BLOCK_VALUES = 2**22  # that are resampled at once
 _PAD = 12  # edge values that the spline's filter runs over before the image, as in scipy
 
 
@@ -101,8 +103,10 @@ def resample_mask(
   taps = _all_taps(mask.shape, new_shape, coarse_axis(spacing, new_spacing))
   out = np.zeros(tuple(new_shape), np.uint8)
   for label in ids:
-    share = (mask == label).astype(np.float64)
-    out[_interpolate(share, taps) >= 0.5] = label
+    share = mask == label
+    for axis, own in taps:
+      share = _of_lines(functools.partial(interpolate_axis, taps=own), share, axis)
+    out[share >= 0.5] = label
   return out
 
 
@@ -184,17 +188,35 @@ def _interpolate(array: np.ndarray, taps) -> np.ndarray:
 
 
 def _resample_channel(values: np.ndarray, new_shape, coarse: int | None) -> np.ndarray:
-  """f[*S] -> f64[*new_shape]."""
+  """f[*S] -> f[*new_shape]."""
   within = tuple(axis for axis in range(values.ndim) if axis != coarse)
   changed = [axis for axis in within if values.shape[axis] != new_shape[axis]]
-  out = values.astype(np.float64)
+  out = values
   for axis in sorted(changed, key=lambda axis: new_shape[axis] / values.shape[axis]):
-    out = _spline_axis(out, axis, new_shape[axis])
+    out = _of_lines(functools.partial(_spline_axis, size=new_shape[axis]), out, axis)
   if changed:  # a spline overshoots
     low, high = (get(values, axis=within, keepdims=True) for get in (np.min, np.max))
     np.clip(out, low, high, out=out)
   if coarse is not None and values.shape[coarse] != new_shape[coarse]:
     out = interpolate_axis(out, coarse, nearest_taps(values.shape[coarse], new_shape[coarse]))
+  return out
+
+
+def _of_lines(function: Callable, values: np.ndarray, axis: int) -> np.ndarray:
+  """function(f64 values, axis), which sees lines along the axis alone, of some lines at a time:
+  f64 copies of a volume, of which it makes several, would take many times the volume's memory."""
+  across = 1 if axis == 0 else 0
+  length = values.shape[across]
+  count = max(1, _BLOCK_VALUES * length // values.size)
+  out = None
+  for low in range(0, length, count):
+    block = (slice(None),) * across + (slice(low, low + count),)
+    found = function(values[block].astype(np.float64), axis)
+    if out is None:
+      shape = [*found.shape]
+      shape[across] = length
+      out = np.empty(shape, np.float64)
+    out[block] = found
   return out
 
 

@@ -15,10 +15,12 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from rndpo_jax import types
+from rndpo_jax import errors, types
 from rndpo_jax.data import records
 from rndpo_jax.runtime import files, preemption
 
+# A record is a protocol buffer, of less than 2 GiB, with room for its masks, which are compressed.
+_MAX_IMAGE_BYTES = 2**31 - 2**27
 KEPT = "prepare: finished files are kept"
 
 
@@ -70,8 +72,10 @@ def examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
     own, more = pixels.on_spacing, {}
     if own is not None:
       more = {"mask_on_spacing": none if own.mask is None else own.mask, "box": own.box}
+    image = pixels.image.astype(source.dtype, copy=False) if own is None else own.image
+    _check_size(image, pixels.image_path)
     yield {
-      "image": pixels.image.astype(source.dtype, copy=False) if own is None else own.image,
+      "image": image,
       "mask": none if pixels.mask is None else pixels.mask,
       "has_mask": np.uint8(pixels.mask is not None),
       "record_id": entry["record_id"],
@@ -82,6 +86,16 @@ def examples(source: records.Source, span: tuple[int, int]) -> Iterator[dict]:
       "affine": pixels.affine.astype(np.float32),
       **more,
     }
+
+
+def _check_size(image: np.ndarray, path: str) -> None:
+  """Refuses an image that no record can hold, before it fails to be written."""
+  if image.nbytes > _MAX_IMAGE_BYTES:
+    raise errors.DataError(
+      f"{path}: {image.shape} values of {image.dtype} are {image.nbytes:,} bytes, expected at most "
+      f"{_MAX_IMAGE_BYTES:,} in a record; take a coarser config.data.spacing or "
+      "config.data.spatial_dims=2, or crop the image"
+    )
 
 
 def write(path: epath.Path, features, examples: Iterable[dict]) -> dict[str, Any]:

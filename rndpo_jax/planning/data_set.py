@@ -12,7 +12,16 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax.checks import config_validation
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.data import native, reader, records, sources, splits, tiles, unpacked
+from rndpo_jax.data import (
+  native,
+  native_settings,
+  reader,
+  records,
+  sources,
+  splits,
+  tiles,
+  unpacked,
+)
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict, sliding_window
 from rndpo_jax.mining import judges
@@ -86,7 +95,7 @@ def _in_tiles(config, data: Data, entries, parts: Mapping[str, Sequence[int]]) -
     spacing, boxes = data.dataset.native.spacing, data.dataset.boxes
   else:
     labelled = {entries[i]["case_id"] for i in parts["labelled"]}
-    spacing, boxes = native.spacing_of(config, entries, labelled), None
+    spacing, boxes = native_settings.spacing_of(config, entries, labelled), None
 
   def shape(index: int) -> tuple[int, ...]:
     entry = entries[index]

@@ -95,8 +95,8 @@ def _encode(source: inputs.Input, mask: np.ndarray) -> bytes:
 
 
 def _picture(source: inputs.Input, mask: np.ndarray) -> bytes:
-  kind = "TIFF" if source.mask_ending.lower() in (".tif", ".tiff") else "PNG"
   content = io.BytesIO()
+  kind = Image.registered_extensions()[source.mask_ending.lower()]  # of Pillow's own writers
   Image.fromarray(mask).save(content, format=kind)
   return content.getvalue()
 

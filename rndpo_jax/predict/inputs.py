@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks
-from rndpo_jax.data.sources import cases, dicom
+from rndpo_jax.data.sources import cases, dicom, subfolders
 from rndpo_jax.data.sources.folder import natural
 
 ENDINGS = (*cases.ENDINGS, *cases.LOSSY)
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".gz", ".nhdr", ".npy")
+_UNREADABLE = (".gif", ".webp", ".gz", ".nhdr", ".npy")
+SETTINGS = "predict.json"  # of a folder that prediction writes into
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _SERIES = ""  # ending of a folder
 # JPEG changes class ids; .mhd is two files; DICOM has no plain mask.
@@ -61,7 +62,8 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
   Volumes' files are channels, as nnU-Net names them (`ID_0000.nii.gz`), if all of the folder are
   named so; else each is a case. Pictures' files are channels if, further, each case has the numbers
   from 0000 on and no more than the network's channels: `slice_0001.png` is a name like any other.
-  A folder with DICOM files in it is a case, be it `path` itself or in it.
+  A folder with DICOM files in it is a case, be it `path` itself or below it at any depth; then its
+  id is the folders' names from `path` on, joined by '_'. Other images are taken from `path` alone.
   What lies beside a file decides on its name's meaning, be it asked for alone or with the folder.
 
   Args:
@@ -77,10 +79,10 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
     )
   place = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if place.is_dir():
-    inputs = _in_folder(place, num_channels)
+    inputs = _in_folder(place, num_channels, list(subfolders.below(place)))
     _check_ids(inputs)
   elif place.is_file():
-    beside = _in_folder(place.parent, num_channels)
+    beside = _in_folder(place.parent, num_channels, [])
     inputs = [one for one in beside if place in (*one.files, *_slices(one))]
   else:
     raise errors.DataError(f"--input: {place}: no such folder or file; give that of the images")
@@ -92,10 +94,23 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
   return sorted(inputs, key=lambda one: natural(one.case_id))
 
 
-def _in_folder(place: pathlib.Path, num_channels: int) -> list[Input]:
-  """The cases of a folder, in any order."""
-  names = sorted(place.iterdir())
-  found = _listed(names)
+def overlooked(path: str) -> list[pathlib.Path]:
+  """The images in folders below `path`, which `list_inputs` does not take: they may be of anything,
+  such as labels or earlier versions. Those that prediction wrote do not count."""
+  place, found, written = pathlib.Path(path).expanduser(), [], []
+  for _, folder in subfolders.below(place) if place.is_dir() else ():
+    if (folder / SETTINGS).exists():
+      written.append(folder)
+    if not any(folder.is_relative_to(other) for other in written):
+      found += [file for _, ending, file, _ in _listed(sorted(folder.iterdir()))]
+  return found
+
+
+def _in_folder(
+  place: pathlib.Path, num_channels: int, folders: list[tuple[str, pathlib.Path]]
+) -> list[Input]:
+  """The cases of a folder, and of folders below it with DICOM files, in any order."""
+  found = _listed(sorted(place.iterdir()))
   pictures = [entry for entry in found if _is_picture(entry[1])]
   readable = [entry for entry in found if entry[1].lower() in ENDINGS]
   volumes = [entry for entry in readable if not _is_picture(entry[1])]
@@ -107,11 +122,10 @@ def _in_folder(place: pathlib.Path, num_channels: int) -> list[Input]:
     if part is pictures and any(one.problem for one in joined):
       joined = []
     inputs += joined or [Input(stem, (file,), ending) for stem, ending, file, _ in part]
-  folders = [name for name in names if name.is_dir() and not name.name.startswith(".")]
-  folders = [name for name in folders if os.access(name, os.R_OK | os.X_OK)]  # not lost+found
-  for folder in (place, *folders):
-    if dicom.files_of(folder):
-      inputs.append(Input(file_checks.check_text(folder.name, str(folder)), (folder,), _SERIES))
+  own = (file_checks.check_text(place.name, str(place)), place)
+  inputs += [
+    Input(n, (folder,), _SERIES) for n, folder in (own, *folders) if dicom.files_of(folder)
+  ]
   return inputs
 
 
@@ -185,11 +199,20 @@ def _check_ids(inputs: list[Input]) -> None:
     other = first.setdefault(one.case_id, one)
     if other is not one:
       raise errors.DataError(
-        f"{one.files[0]}: second file of the id {one.case_id!r}, beside {other.files[0].name}; "
+        f"{one.files[0]}: second file of the id {one.case_id!r}, beside {other.files[0]}; "
         "their masks would have one name, keep or rename one"
       )
 
 
 def _hint(place: pathlib.Path) -> str:
   inside = [name for name in ("imagesTs", "imagesTr", "images") if (place / name).is_dir()]
-  return f"; give {place / inside[0]}" if inside else ""
+  if inside:
+    return f"; give {place / inside[0]}"
+  images = overlooked(str(place))
+  if not images:
+    return ""
+  return (
+    f"; of folders in it DICOM alone is taken, and there are {len(images)} images such as "
+    f"{images[0]}: give one folder after the other, each with an --output of its own, or bring the "
+    f"images into one folder, named as {images[0].parent.name}_{images[0].name}"
+  )

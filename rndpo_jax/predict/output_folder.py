@@ -9,10 +9,11 @@ from typing import Any
 from etils import epath
 
 from rndpo_jax import errors, provenance
+from rndpo_jax.predict import inputs
 from rndpo_jax.predict.job import Job
 from rndpo_jax.runtime import files
 
-SETTINGS = "predict.json"
+SETTINGS = inputs.SETTINGS
 
 
 def check(source: str, output: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 
 import jax
 from etils import epath
@@ -33,7 +34,7 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
   found = inputs.list_inputs(source, job.num_channels)
   if multihost.is_first():
     output_folder.claim(output, job, options._asdict())
-    _say_start(job, found)
+    _say_start(job, found, inputs.overlooked(source))
   multihost.barrier("predict: the output is claimed")
   own = found[jax.process_index() :: jax.process_count()]
   is_done = functools.partial(case_files.is_done, output, probabilities=options.probabilities)
@@ -63,9 +64,14 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
     )
 
 
-def _say_start(job: Job, found: list[inputs.Input]) -> None:
+def _say_start(job: Job, found: list[inputs.Input], overlooked: list[pathlib.Path]) -> None:
   classes = ", ".join(f"{n} {name}" for n, name in enumerate(job.class_names))
   progress.say(f"{len(found)} cases, by {job.title}; classes in the masks: {classes}")
   for ending, of_mask in sorted({(one.ending.lower(), one.mask_ending.lower()) for one in found}):
     if of_mask != ending:
       progress.say(f"masks of {ending or 'DICOM series'} are written as {of_mask}")
+  if overlooked:
+    progress.say(
+      f"not predicted: {len(overlooked)} images in folders below --input, such as {overlooked[0]}; "
+      "give their folder to have them predicted, too"
+    )

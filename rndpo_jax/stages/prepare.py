@@ -13,6 +13,7 @@ from rndpo_jax.checks import config_validation
 from rndpo_jax.data import (
   builder,
   native,
+  native_settings,
   preference_file,
   proposal_files,
   records,
@@ -58,7 +59,11 @@ def run(config, workdir: epath.PathLike) -> None:
   shards.check_num_shards(config, len(unlabelled))
   check_truth(config, source.records, unlabelled)
   check_files(config, source.records, parts, source.num_classes)
-  source = native.of_source(source, native.settings(config, source, parts["labelled"]))
+  chosen = native_settings.choose(config, source, parts["labelled"])
+  if multihost.is_first():
+    for note in chosen.notes:
+      progress.say(f"[prepare] {note}")
+  source = native.of_source(source, chosen.native)
   written = builder.build(source, directory)
   if multihost.is_first():
     pixels = [one["pixels_fingerprint"] for one in written]

@@ -16,8 +16,8 @@ from rndpo_jax.data import geometry, records
 from rndpo_jax.data.sources import dicom, images, itk, nifti, volume
 
 NIFTI = (".nii.gz", ".nii")
-ITK = (".mha", ".mhd", ".nrrd")
-PICTURES = (".png", ".tif", ".tiff")
+ITK = (".mha", ".mhd", ".nrrd", ".gipl")
+PICTURES = (".png", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")  # images alone: JPEG changes class ids
 ENDINGS = (*NIFTI, *ITK, *PICTURES)  # of images and labels
 _READERS: dict[str, Callable[[pathlib.Path], volume.Volume]] = {

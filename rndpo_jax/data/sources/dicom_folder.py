@@ -1,8 +1,10 @@
 """DICOM series and masks: `images/ID/`, a folder with one series, and `masks/ID.nii.gz`.
 
-Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd or .nrrd on the grid of their
-series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each slice
-is a record.
+Series may lie deeper, as in `images/PATIENT/STUDY/SERIES/`: then ID is PATIENT_STUDY_SERIES.
+
+Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd, .nrrd or .gipl on the grid of
+their series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each
+slice is a record.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import pathlib
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import case_source, dicom, folder
+from rndpo_jax.data.sources import case_source, dicom, folder, subfolders
 from rndpo_jax.data.sources import cases as cases_lib
 
 _MASKS = (*cases_lib.NIFTI, *cases_lib.ITK)
@@ -62,10 +64,23 @@ def _series(place: pathlib.Path) -> dict[str, pathlib.Path]:
       raise errors.DataError(
         f"{path}: a file; expected a folder for each series, with its slices; move or remove it"
       )
-    found[file_checks.check_text(path.name, str(path))] = path
+  for name, path in subfolders.below(place):
+    # Without series in it at any depth it is an empty case, which reading it names.
+    is_top = path.parent == place
+    if not dicom.files_of(path) and (not is_top or _has_series(path)):
+      continue
+    if name in found:
+      raise errors.DataError(
+        f"{path}: second series of the id {name!r}, beside {found[name]}; rename one of the folders"
+      )
+    found[name] = path
   if not found:
     raise errors.DataError(f"{place}: no series; expected a folder for each, with its slices")
   return found
+
+
+def _has_series(place: pathlib.Path) -> bool:
+  return any(dicom.files_of(path) for _, path in subfolders.below(place))
 
 
 def _masks(place: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -1,11 +1,12 @@
 """A folder of 2D images and masks: `images/ID.png` with `masks/ID.png`.
 
-PNG, JPEG (images alone, for it changes class ids) and TIFF; see `images` for what is taken.
+PNG, BMP, TIFF and JPEG (images alone, for it changes class ids); see `images` for what is taken.
 Images without a mask file are unlabelled. Sizes may differ between cases.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import images
+from rndpo_jax.data.sources import cases, images, subfolders
 from rndpo_jax.runtime import threads
 
-_LOSSLESS = (".png", ".tif", ".tiff")
-_LOSSY = (".jpg", ".jpeg")
+_LOSSLESS = cases.PICTURES
+_LOSSY = cases.LOSSY
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".bmp", ".gif", ".webp", ".dcm", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".npy")
+_UNREADABLE = (".gif", ".webp", ".dcm", ".nii", ".gz", *cases.ITK, ".npy")
 
 
 def open_source(config) -> records.Source:
@@ -158,6 +159,7 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
       continue
     if suffix not in suffixes:
       if path.is_dir():
+        _check_no_images(path, suffixes)
         continue
       if suffix in (*_LOSSY, *_UNREADABLE):
         why = "JPEG changes class ids" if suffix in _LOSSY else "it would be overlooked"
@@ -176,6 +178,20 @@ def _list(folder: pathlib.Path, suffixes: tuple[str, ...], what: str) -> dict[st
   if not files:
     raise errors.DataError(f"{folder}: no {what}; expected files ID{'|'.join(suffixes)}")
   return files
+
+
+def _check_no_images(place: pathlib.Path, suffixes: tuple[str, ...]) -> None:
+  """Refuses a folder in that of the images, or masks, if it holds some."""
+  if place.name.startswith(".") or not os.access(place, os.R_OK | os.X_OK):
+    return
+  for folder in (place, *(inner for _, inner in subfolders.below(place))):
+    for path in sorted(folder.iterdir()):
+      if path.suffix.lower() in suffixes and not path.name.startswith("."):
+        raise errors.DataError(
+          f"{path}: in a folder of its own, where it would be overlooked; bring all into "
+          f"{place.parent}, named as {folder.name}_{path.name}, or remove it "
+          "(config.data.group_pattern keeps a patient's images together)"
+        )
 
 
 def _hint(root: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""Reading PNG, JPEG and TIFF: what is taken, how, and what is refused.
+"""Reading PNG, BMP, JPEG and TIFF: what is taken, how, and what is refused.
 
 Images, by Pillow's mode: L and 1 are grey, RGB is colour, 8 bits each; I;16, I and F are grey
 and become float32. A palette image becomes RGB. An alpha channel is dropped if it is opaque
@@ -22,7 +22,7 @@ from rndpo_jax.data import file_checks
 from rndpo_jax.data.sources import volume
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "I": 1, "F": 1}
-_FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow would read dozens, some by other programs
+_FORMATS = ("PNG", "BMP", "JPEG", "TIFF")  # Pillow would read dozens, some by other programs
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -181,7 +181,7 @@ def _open(path: pathlib.Path) -> Image.Image:
     ) from error
   except _BROKEN as error:
     raise errors.DataError(
-      f"{path}: no readable header of a PNG, JPEG or TIFF ({file_checks.one_line(error)}); "
+      f"{path}: no readable header of a PNG, BMP, JPEG or TIFF ({file_checks.one_line(error)}); "
       "replace or remove the file"
     ) from error
   if frames > 1:

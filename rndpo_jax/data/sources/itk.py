@@ -1,11 +1,13 @@
-"""One MetaImage (.mha, .mhd) or NRRD file, read and written with SimpleITK, the extra `itk`.
+"""One MetaImage (.mha, .mhd), NRRD or GIPL file, read and written with SimpleITK, the extra `itk`.
 
 Axes are (x, y, z), as nibabel has them, and world coordinates NIfTI's: a file converted to NIfTI by
 SimpleITK gives the same voxels, spacing and affine. A header without a spacing means 1 mm to ITK.
+GIPL has no directions: they are those of the axes, to ITK as here.
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import tempfile
@@ -24,6 +26,11 @@ _META_DATA_FILE = re.compile(rb"^ElementDataFile *= *([^\r\n]*)", re.MULTILINE)
 _OBJECT = re.compile(r"\w+\(0x[0-9a-f]+\): ")
 _COMPRESSED = re.compile(rb"^CompressedData *= *T", re.MULTILINE | re.IGNORECASE)
 _LINE_END = re.compile(rb"\r?\n?")
+# GIPL: the last four bytes of a header of 256, big-endian; ITK looks for them only where it chooses
+# the reader.
+_GIPL_MAGIC = (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8")
+_GIPL_HEADER = 256
+_IMAGE_IO = {".nrrd": "NrrdImageIO", ".gipl": "GiplImageIO"}
 _NRRD_DATA_FILE = re.compile(rb"^data ?file: *([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -41,6 +48,8 @@ def open_file(path: pathlib.Path) -> volume.Volume:
   if reader.GetNumberOfComponents() != 1 or "complex" in kind:
     raise errors.DataError(f"{path}: voxels of type {kind!r}; expected one real number a voxel")
   volume.check_shape(path, shape)
+  if path.suffix.lower() == ".gipl":
+    _check_gipl(path, reader, shape)
   spacing = tuple(float(edge) for edge in reader.GetSpacing())
   if not all(np.isfinite(edge) and edge > 0 for edge in spacing):
     raise errors.DataError(
@@ -69,6 +78,8 @@ def data_files(path: pathlib.Path) -> list[pathlib.Path]:
   except OSError as error:
     raise errors.DataError(f"{path}: {error.strerror}; bring it back or remove it") from error
   kind = path.suffix.lower()
+  if kind == ".gipl":
+    return [path]
   if kind == ".nrrd":
     # Up to the first empty line, after which voxels begin.
     match = _NRRD_DATA_FILE.search(re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0])
@@ -96,7 +107,7 @@ def encode_mask(path: pathlib.Path, mask: np.ndarray, ending: str) -> bytes:
   Args:
     path: of the image.
     mask: on its grid.
-    ending: '.mha' or '.nrrd'.
+    ending: '.mha', '.nrrd' or '.gipl'.
 
   Raises:
     errors.DataError: if the image's header can no longer be read.
@@ -110,6 +121,20 @@ def encode_mask(path: pathlib.Path, mask: np.ndarray, ending: str) -> bytes:
     written = pathlib.Path(folder) / f"mask{ending.lower()}"
     library.WriteImage(image, str(written), useCompression=True)
     return written.read_bytes()
+
+
+def _check_gipl(path: pathlib.Path, reader, shape: tuple[int, ...]) -> None:
+  """Refuses what is no GIPL file, or is cut off: ITK would make voxels of what is in memory."""
+  with path.open("rb") as file:
+    magic = file.read(_GIPL_HEADER)[-4:]
+  one = _library(path).Image([1] * len(shape), reader.GetPixelID())
+  wanted, found = math.prod(shape) * one.GetSizeOfPixelComponent(), path.stat().st_size
+  if magic in _GIPL_MAGIC and found >= _GIPL_HEADER + wanted:
+    return
+  raise errors.DataError(
+    f"{path}: no whole GIPL file ({found:,} bytes, expected a header of {_GIPL_HEADER} and "
+    f"{wanted:,} of voxels); replace or remove it"
+  )
 
 
 def _library(path: pathlib.Path) -> types.ModuleType:
@@ -127,7 +152,7 @@ def _library(path: pathlib.Path) -> types.ModuleType:
 def _reader(path: pathlib.Path):
   """SimpleITK's, the header read."""
   reader = _library(path).ImageFileReader()
-  reader.SetImageIO("NrrdImageIO" if path.suffix.lower() == ".nrrd" else "MetaImageIO")
+  reader.SetImageIO(_IMAGE_IO.get(path.suffix.lower(), "MetaImageIO"))
   reader.SetFileName(str(path))
   try:
     reader.ReadImageInformation()
@@ -163,6 +188,8 @@ def _voxels(path: pathlib.Path, as_bytes: bool) -> np.ndarray:
 def _check_compressed(path: pathlib.Path) -> None:
   """Raises zlib.error on a damaged MetaImage: ITK would give the voxels before the damage."""
   last = data_files(path)[-1]
+  if path.suffix.lower() == ".gipl":
+    return
   with path.open("rb") as file:
     content = file.read(_MAX_HEADER)
   match = _META_DATA_FILE.search(content)

@@ -11,7 +11,8 @@ import numpy as np
 
 from rndpo_jax import errors
 
-_MAX_VOXELS = 2**28  # such as 512 x 512 x 1024
+# Metrics count |A| + |B| voxels in int32. Whole-body CT has 512 x 512 x 1300 and more.
+_MAX_VOXELS = 2**30 - 1
 
 
 class Volume(NamedTuple):
