@@ -11,7 +11,7 @@ import pathlib
 
 from rndpo_jax.errors import ConfigError
 
-DEFAULT = "weak_to_strong_rn_dpo"
+DEFAULT = "weak_to_strong_affine_rn_dpo"
 
 
 def names():
