@@ -134,12 +134,14 @@ def test_a_network_of_ours_goes_out_with_plans_that_describe_it(trained_here, tm
   same(found.params, trained.params)
   plans = found.plans
   assert plans.axes == (2, 1, 0) and plans.class_names == ("background", "a", "b")
-  assert plans.preprocessing[:3] == ((1.5, 1.25, 4.0), (8, 10, 4), ("zscore",))
+  assert plans.preprocessing[:3] == ((1.5, 1.25, 4.0), (8, 10, 4), ("zscore_in_mask",))
   ours = models.architecture(trained.config.model, spatial_dims=3)
   assert plans.architecture.transposed(plans.axes) == ours
   assert found.checkpoint[1:] == ("3d_fullres", "nnUNetTrainer", (0, 1, 2))
   own = json.loads((tmp_path / "out" / "plans.json").read_text())["configurations"]["3d_fullres"]
   assert own["spacing"] == [4.0, 1.25, 1.5] and own["patch_size"] == [4, 10, 8]
+  assert own["normalization_schemes"] == ["ZScoreNormalization"]
+  assert own["use_mask_for_norm"] == [True]  # as prepare decided
   assert plans_lib.architecture_of(own).kernels == ((3, 3, 3), (3, 3, 3))
 
 
