@@ -8,7 +8,8 @@ order in which they matter, and an interrupted study goes on where it was.
 """
 
 # Every recipe has 400 steps after the base; those on weak_to_strong have 800, and 400 more in a
-# second phase. The recipes as they are have twice as long a first one: they are arms of their own.
+# second phase. The recipes as they are have twice as long a first one: they are arms of their own,
+# and the default is one of those.
 ONE_PHASE = ("rn_dpo", "supervised_longer", "self_training", "top1", "dpo")
 ON_STRONG = (
   "weak_to_strong_rn_dpo", "weak_to_strong", "weak_to_strong_top1", "weak_to_strong_dpo",
@@ -37,13 +38,19 @@ def get_study():
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": ORACLE, "set": HALF},
       # The winner's training without its second phase, as many steps.
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (1200,)}},
-      # The default recipe; twice as long a first phase; the default's steps without a second one.
+      # The first phase as long as the recipe has it, and twice as long; its steps without a second.
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600, 3200)}},
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (2000,)}},
       # Three phases, at the lengths that the recipe has, and with twice as long a first one.
       {"recipes": ("weak_to_strong_top1_rn_dpo",)},
       {"recipes": ("weak_to_strong_top1_rn_dpo",), "axes": {"finetune.num_steps": (3200,)}},
-      {"recipes": ("weak_to_strong_affine_rn_dpo", "weak_to_strong_affine_top1_rn_dpo")},
+      # The default, the same without its second phase, and with one between the two.
+      {
+        "recipes": (
+          "weak_to_strong_affine_rn_dpo", "weak_to_strong_affine",
+          "weak_to_strong_affine_top1_rn_dpo",
+        ),
+      },
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
       {"recipes": ("rn_dpo",), "axes": {"finetune.beta": (1.0, 3.0, 10.0, 30.0)}, "draws": (0,)},
