@@ -50,7 +50,7 @@ def main(argv):
   from rndpo_jax.checks import config_checks
   from rndpo_jax.errors import RndpoError
   from rndpo_jax.nnunet import imported
-  from rndpo_jax.planning import programs
+  from rndpo_jax.planning import program_inputs
 
   jax.config.update("jax_enable_compilation_cache", False)  # it is the compiler that is asked
   unknown = set(_PROGRAMS.value) - {*PROGRAMS, *MORE}
@@ -64,7 +64,7 @@ def main(argv):
     config_checks.validate(config)
     config = config_lib.of_phase(config)
     check_micro_batches(config, _BATCH.value)
-    problem = programs.problem_of(config, _CHANNELS.value, _CLASSES.value)
+    problem = program_inputs.problem_of(config, _CHANNELS.value, _CLASSES.value)
     for topology in _TOPOLOGY.value:
       show(config, topology, problem)
   except RndpoError as error:

@@ -8,7 +8,16 @@ import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.planning import cost, data_set, dry_run, programs, roofline, storage, timing
+from rndpo_jax.planning import (
+  cost,
+  data_set,
+  dry_run,
+  program_inputs,
+  programs,
+  roofline,
+  storage,
+  timing,
+)
 from rndpo_jax.runtime import files, multihost, sharding
 from rndpo_jax.stages import prepare
 from rndpo_jax.training import checkpoint
@@ -147,7 +156,7 @@ def test_memory_of_what_mining_begins_with(tiny_config):
       judge__compare=judges, judge__learned__batch_size=8, judge__learned__masks_per_image=masks
     )
     lowers = programs.programs(
-      config, programs.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8}
+      config, program_inputs.problem_of(config, 1, 0), mesh, {"measure": 16, "judge": 8}
     )
     compiled = {program: lower().compile() for program, lower in lowers.items()}
     memory.append({program: roofline.memory(x) for program, x in compiled.items()})

@@ -7,63 +7,23 @@ import jax
 import numpy as np
 import optax
 import pytest
+from mesh_problem import BATCH, CLASSES, MIN_SIZE, PAIRS, PLANE, VOLUME, mesh_of, network, problem
 
-from rndpo_jax import models, types
+from rndpo_jax import types
 from rndpo_jax.config import base_config
-from rndpo_jax.losses import bit_planes
 from rndpo_jax.planning import hlo
 from rndpo_jax.runtime import sharding
 from rndpo_jax.stages import base, finetune
-from rndpo_jax.training import checkpoint, train_step, validation
+from rndpo_jax.training import train_step
 
-BATCH, PAIRS, CLASSES = 4, 2, 3
-PLANE, VOLUME = (16, 16), (12, 44, 2)
-MIN_SIZE = 500  # elements
 # The gradient stands in the state after a step.
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-def mesh_of(data, fsdp, space):
-  return sharding.make_mesh(jax.devices()[: data * fsdp * space], fsdp=fsdp, space=space)
-
-
-@functools.cache
-def network(dims, lanes=1):
-  config = base_config().model
-  config.width, config.depth, config.lanes = 4, 2, lanes
-  return models.build(config, num_classes=CLASSES, spatial_dims=dims)
-
-
-@functools.cache
-def problem(size):
-  """(params, batch): four images, two pairs each, one slot without a pair; the same labelled."""
-  rng = np.random.default_rng(0)
-  masks = rng.integers(0, CLASSES, (2, BATCH, PAIRS, *size)).astype(np.uint8)
-  weight = np.ones((BATCH, PAIRS), np.float32)
-  weight[1, 1] = 0
-  images = rng.normal(size=(BATCH, *size, 1)).astype(np.float32)
-  batch = types.PairBatch(
-    images=images,
-    chosen=np.asarray(bit_planes.pack(masks[0], CLASSES, len(size))),
-    rejected=np.asarray(bit_planes.pack(masks[1], CLASSES, len(size))),
-    reference_margin=rng.normal(size=(BATCH, PAIRS)).astype(np.float32),
-    reference_log_prob=np.full((BATCH, PAIRS), -9.0, np.float32),
-    weight=weight,
-    voxel_volume=np.ones(BATCH, np.float32),
-  )
-  batch = types.FinetuneBatch(pairs=batch, labelled={"image": images, "label": masks[0][:, 0]})
-  shapes = jax.eval_shape(network(len(size)).init, jax.random.key(0), images)
-
-  def draw(x):
-    return rng.normal(float(x.ndim == 1), 0.2, x.shape).astype(np.float32)
-
-  return jax.tree.map(draw, shapes), batch
-
-
-def compile_step(kind, size, mesh, accumulate_steps=1):
+def compile_step(kind, size, mesh, accumulate_steps=1, depth=2):
   """(compiled step, state, (batch, key, reference)) of the base's or fine-tuning's training."""
-  params, batch = problem(size)
-  segmenter = network(len(size))
+  params, batch = problem(size, depth)
+  segmenter = network(len(size), depth)
   segmenter = segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh))
   if kind == "terms":
     config = base_config()
@@ -112,9 +72,9 @@ def take(compiled, state, arguments):
 
 
 @functools.cache
-def alone(kind, size, accumulate_steps=1):
+def alone(kind, size, accumulate_steps=1, depth=2):
   """(bytes of the step's program, result of a step) of one device."""
-  compiled, state, arguments = compile_step(kind, size, mesh_of(1, 1, 1), accumulate_steps)
+  compiled, state, arguments = compile_step(kind, size, mesh_of(1, 1, 1), accumulate_steps, depth)
   return num_bytes(compiled), jax.device_get(take(compiled, state, arguments))
 
 
@@ -158,20 +118,20 @@ def assert_same(one, shared, size):
 
 
 @pytest.mark.parametrize(
-  "kind,size,axes,parts,unshared",
+  "kind,size,depth,axes,parts,unshared",
   [
-    ("base, ignored pixels", PLANE, (2, 2, 2), 1, 4),
-    ("base", VOLUME, (2, 2, 2), 1, 4),
-    ("terms", PLANE, (2, 2, 2), 1, 4),
-    ("finetune", PLANE, (1, 2, 4), 2, 2),
-    ("finetune", PLANE, (2, 2, 1), 1, 2),
-    ("finetune", PLANE, (1, 2, 1), 2, 1),
+    ("base, ignored pixels", PLANE, 1, (2, 2, 2), 1, 4),
+    ("base", VOLUME, 2, (2, 2, 2), 1, 4),
+    ("terms", PLANE, 1, (2, 2, 2), 1, 4),
+    ("finetune", PLANE, 2, (1, 2, 4), 2, 2),
+    ("finetune", PLANE, 1, (2, 2, 1), 1, 2),
+    ("finetune", PLANE, 2, (1, 2, 1), 2, 1),
   ],
 )
-def test_a_step_on_several_devices_is_that_of_one(kind, size, axes, parts, unshared):
+def test_a_step_on_several_devices_is_that_of_one(kind, size, depth, axes, parts, unshared):
   """Also with dropout and augmentation, which draw by place, and in micro-batches."""
-  memory, result = alone(kind, size, parts)
-  shared = compile_step(kind, size, mesh_of(*axes), parts)
+  memory, result = alone(kind, size, parts, depth)
+  shared = compile_step(kind, size, mesh_of(*axes), parts, depth)
   # An eighth of the activations, borders and the parameters; if those of an image were not shared,
   # it would be this part.
   assert num_bytes(shared[0]) < 0.9 * memory / unshared
@@ -205,11 +165,11 @@ def test_gradients_of_folded_kernels_are_reduced_as_those_of_plain_ones(monkeypa
   for lanes in (1, 128):
     folded = functools.partial(network, lanes=lanes)
     monkeypatch.setitem(globals(), "network", folded)
-    compiled, *_ = compile_step("finetune", PLANE, mesh_of(2, 2, 1))
+    compiled, *_ = compile_step("finetune", PLANE, mesh_of(2, 2, 1), depth=1)
     found = hlo.collectives(compiled.as_text())
     reduced.append(sum(size for kind, size in found if kind == "all-reduce"))
     monkeypatch.undo()
-  params = sum(4 * x.size for x in jax.tree.leaves(problem(PLANE)[0]))
+  params = sum(4 * x.size for x in jax.tree.leaves(problem(PLANE, 1)[0]))
   assert params <= reduced[1] <= reduced[0] < 1.2 * params
 
 
@@ -224,85 +184,3 @@ def test_large_parameters_and_their_moments_lie_in_parts(volume_step):
     shared += part < first.size
     assert all(leaf.sharding == first.sharding for leaf in leaves)
   assert shared == 3 and state.step.is_fully_replicated
-
-
-def test_the_default_network_stays_whole_in_two_and_three_dimensions():
-  config = base_config()
-  for dims in (2, 3):
-    net = models.build(config.model, num_classes=2, spatial_dims=dims)
-    images = np.zeros((1, *(8,) * dims, 1), np.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
-    placed = sharding.param_shardings(shapes, mesh_of(1, 8, 1), config.mesh.fsdp_min_size)
-    assert all(s.is_fully_replicated for s in jax.tree.leaves(placed))
-
-
-def test_no_device_gets_more_of_a_batch_than_its_part():
-  _, batch = problem(VOLUME)
-  labelled = types.Batch(*batch.labelled.values(), *[np.ones(4)] * 2)
-  placed, validated = sharding.put_batch((batch, labelled), mesh_of(2, 1, 2))
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), batch, placed)
-  for array, shape in (
-    (placed.pairs.images, (2, 6, 44, 2, 1)),
-    (placed.pairs.chosen, (2, PAIRS, 2, 132)),
-    (placed.pairs.weight, (2, PAIRS)),
-    (placed.labelled["image"], (2, 6, 44, 2, 1)),
-    (placed.labelled["label"], (2, 6, 44, 2)),
-    (validated.images, (2, 6, 44, 2, 1)),
-    (validated.labels, (2, 6, 44, 2)),
-  ):
-    assert {s.data.shape for s in array.addressable_shards} == {shape}
-
-
-def test_validation_on_eight_devices_is_that_of_one():
-  params, batch = problem(PLANE)
-  other = jax.tree.map(lambda x: 0.9 * x, params)
-  batch = types.Batch(
-    *batch.labelled.values(), np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])
-  )
-  results = []
-  for axes in ((1, 1, 1), (2, 2, 2)):
-    mesh = mesh_of(*axes)
-    validate = validation.make_validate(
-      network(2).apply, CLASSES, lambda: [batch], mesh, other, MIN_SIZE
-    )
-    results.append(validate(sharding.put_params(params, mesh, MIN_SIZE)))
-  assert results[0].keys() == {"val_dice", "val_kl", "val_entropy"} and results[0]["val_kl"] > 1e-3
-  for name, value in results[0].items():
-    np.testing.assert_allclose(results[1][name], value, rtol=1e-5, err_msg=name)
-
-
-def test_an_image_whose_label_is_all_ignored_is_not_validated_on():
-  params, batch = problem(PLANE)
-  images, labels = batch.labelled["image"], np.array(batch.labelled["label"])
-  validate = [
-    validation.make_validate(network(2).apply, CLASSES, lambda b=b: [b], mesh_of(1, 1, 1))
-    for b in (
-      types.Batch(images, labels, np.arange(4, dtype=np.int32), np.array([True] * 3 + [False])),
-      types.Batch(
-        images, np.where(np.arange(4)[:, None, None] == 3, types.IGNORED, labels).astype(np.uint8),
-        np.arange(4, dtype=np.int32), np.ones(4, bool),
-      ),
-    )
-  ]  # fmt: skip
-  assert validate[0](params) == validate[1](params)
-
-
-@pytest.mark.parametrize("axes", [(1, 1, 1), (8, 1, 1), (1, 4, 2)])
-def test_a_state_goes_on_on_another_mesh(axes, tmp_path):
-  params, optimizer = problem(PLANE)[0], optax.adam(0.1)
-
-  def start(mesh):
-    state = train_step.make_state(params, optimizer, mesh, True, MIN_SIZE)
-    return state._replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
-
-  there = start(mesh_of(2, 2, 2))
-  checkpoint.save(tmp_path, 3, there)
-  like = train_step.make_state(
-    jax.tree.map(np.zeros_like, params), optimizer, mesh_of(*axes), True, MIN_SIZE
-  )
-  _, here = checkpoint.restore_latest(tmp_path, like)
-  for x, y, z in zip(*map(jax.tree.leaves, (there, here, like)), strict=True):
-    np.testing.assert_array_equal(x, y)
-    assert y.sharding == z.sharding
-  whole = sharding.fetch(here.params)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), whole, params)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.planning import chips, programs, roofline
+from rndpo_jax.planning import chips, program_inputs, programs, roofline
 from rndpo_jax.planning import topology as topology_lib
 from rndpo_jax.runtime import sharding
 
@@ -33,7 +33,10 @@ def test_programs_follow_the_stages_without_libtpu(tiny_config):
   config = tiny_config(finetune__ema_decay=0.9, finetune__reference="online", judge__name="learned")
   mesh = sharding.make_mesh()
   found = programs.programs(
-    config, programs.problem_of(config, 1, 0), mesh, dict.fromkeys(PROGRAMS, BATCH * mesh.size)
+    config,
+    program_inputs.problem_of(config, 1, 0),
+    mesh,
+    dict.fromkeys(PROGRAMS, BATCH * mesh.size),
   )
   outputs = {name: lower().out_info for name, lower in found.items()}
   images = BATCH * mesh.size
@@ -55,7 +58,7 @@ def test_lanes_are_those_of_the_devices_that_it_is_compiled_for(tiny_config):
   for lanes in (0, 1, 128):
     config = tiny_config(model__lanes=lanes)
     lowers = programs.programs(
-      config, programs.problem_of(config, 1, 0), mesh, {"evaluate": mesh.size}
+      config, program_inputs.problem_of(config, 1, 0), mesh, {"evaluate": mesh.size}
     )
     texts.append(lowers["evaluate"]().as_text())
   assert texts[0] == texts[1] != texts[2]
@@ -96,12 +99,15 @@ def test_steps_reduce_gradients_and_mining_is_silent(slice_of_four, tiny_config)
   assert mesh.size == 4
   config = tiny_config()
   folded_programs = programs.programs(
-    config, programs.problem_of(config, 1, 0), mesh, dict.fromkeys(PROGRAMS, BATCH * mesh.size)
+    config,
+    program_inputs.problem_of(config, 1, 0),
+    mesh,
+    dict.fromkeys(PROGRAMS, BATCH * mesh.size),
   )
   assert set(folded_programs) == set(PROGRAMS)
   plain = programs.programs(
     tiny_config(model__lanes=1),
-    programs.problem_of(config, 1, 0),
+    program_inputs.problem_of(config, 1, 0),
     mesh,
     {"finetune": BATCH * mesh.size},
   )
@@ -126,7 +132,7 @@ def test_micro_batches_cost_what_the_batch_does(slice_of_four, tiny_config):
   for parts in (1, 4):
     config = tiny_config(finetune__accumulate_steps=parts)
     lowered = programs.programs(
-      config, programs.problem_of(config, 1, 0), mesh, {"finetune": 32 * mesh.size}
+      config, program_inputs.problem_of(config, 1, 0), mesh, {"finetune": 32 * mesh.size}
     )
     reports.append(roofline.measure(lowered["finetune"]().compile(), parts))
   whole, by_parts = reports
@@ -153,7 +159,7 @@ def test_unknown_chip_or_number_of_classes_raises(tiny_config):
   with pytest.raises(ConfigError, match=r"--topology: found 'v9z:2x2'"):
     topology_lib.open_topology("v9z:2x2")
   with pytest.raises(ConfigError, match="--num_classes"):
-    programs.problem_of(tiny_config(data__num_classes=0), 1, 0)
+    program_inputs.problem_of(tiny_config(data__num_classes=0), 1, 0)
 
 
 @needs_libtpu

@@ -13,7 +13,7 @@ import pytest
 from rndpo_jax import errors, pipeline
 from rndpo_jax.mining import judges, pair_rules, program, proposals, user_judges
 from rndpo_jax.pairs import shards
-from rndpo_jax.planning import programs
+from rndpo_jax.planning import program_inputs, programs
 from rndpo_jax.runtime import files, sharding
 
 SHAPES = tuple(
@@ -246,7 +246,7 @@ def test_a_judge_that_fails_while_mining_ends_in_one_line(clinic, tiny_run, tiny
 
 def test_a_plan_takes_a_judge_on_the_host_for_nothing(clinic, tiny_config):
   config = tiny_config(judge__name="clinic_judges:in_numpy", judge__compare=())
-  problem = programs.Problem(2, 1, 2, (16, 16), native=(20, 18))
+  problem = program_inputs.Problem(2, 1, 2, (16, 16), native=(20, 18))
   assert list(program.host_judges(config, problem)) == ["clinic_judges:in_numpy"]
   lowered = programs.programs(config, problem, sharding.make_mesh(), {"mine": 8, "measure": 8})
   for lower in lowered.values():

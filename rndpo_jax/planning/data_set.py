@@ -25,7 +25,7 @@ from rndpo_jax.data import (
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import predict, sliding_window
 from rndpo_jax.mining import judges
-from rndpo_jax.planning import programs
+from rndpo_jax.planning import program_inputs
 from rndpo_jax.stages import prepare
 
 
@@ -45,7 +45,7 @@ class Data(NamedTuple):
       `data.unpacked`.
   """
 
-  problem: programs.Problem
+  problem: program_inputs.Problem
   num_images: dict[str, int]
   num_stored: int
   num_bytes: int
@@ -76,7 +76,7 @@ def describe_data(config, workdir: os.PathLike) -> Data:
     config_validation.check_without_cases(config)
   shown = [entries[i]["shape"] for name in predict.SPLITS for i in parts[name]]
   shown = shown or [entry["shape"] for entry in entries]  # then no mask is brought to such a grid
-  problem = programs.Problem(
+  problem = program_inputs.Problem(
     facts["num_classes"],
     facts["num_channels"],
     facts["spatial_dims"],

@@ -23,7 +23,7 @@ from rndpo_jax.data import records, tiles, writer
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import sliding_window
 from rndpo_jax.pairs import shards
-from rndpo_jax.planning import programs, roofline
+from rndpo_jax.planning import program_inputs, programs, roofline
 from rndpo_jax.runtime import multihost, sharding
 
 # Images read, and records written, to see how long one takes.
@@ -45,7 +45,7 @@ class Trial(NamedTuple):
   out_info: Any
 
 
-def try_programs(config, problem: programs.Problem, mesh: Mesh) -> dict[str, Trial]:
+def try_programs(config, problem: program_inputs.Problem, mesh: Mesh) -> dict[str, Trial]:
   """Compiles each program at the config's batch size, and times it.
 
   Args:
