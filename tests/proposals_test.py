@@ -157,7 +157,7 @@ def test_edited_masks_are_the_argmax_of_the_same_values():
   flat, own = np.argmax(logits, -1).astype(np.uint8).reshape(6, 6, 6), keys.ravel()
   for place, name in ((0, "corrupt"), (2, "drop_component")):
     folded = jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)
-    flat = mask_edits.EDITS[name](folded, flat, 3)
+    flat = jax.jit(mask_edits.EDITS[name], static_argnums=2)(folded, flat, 3)
   np.testing.assert_array_equal(np.argmax(edited, -1), np.reshape(flat, (2, 3, 6, 6)))
 
 

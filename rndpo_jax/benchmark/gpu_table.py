@@ -48,7 +48,9 @@ _TINY_JOB = (
   "--config.mine.batch_size=4", "--config.mine.num_shards=1", "--config.finetune.num_steps=4",
   "--config.finetune.batch_size=4", "--config.finetune.eval_every_steps=2",
   "--config.finetune.log_every_steps=2", "--config.judge.num_bootstrap=20",
-  "--config.judge.gate.action=off",
+  "--config.judge.gate.action=off", "--config.base.augment=False",
+  "--config.finetune.augment=False", "--config.finetune.reference=cached",
+  "--config.proposals.mix=base:1,threshold:3", "--config.mine.pairs_per_image=2",
 )  # fmt: skip
 _TINY_QUICKSTART = ("--config.data.size=(16,16)", *_TINY_JOB)
 _TINY_VOLUME = {"shape": (2, 4, 4, 4), "width": 4, "depth": 1, "matrix": 64}

@@ -68,18 +68,22 @@ def mine(
     candidate = candidate & present[:, :, None] & present[:, None, :]
   known = jnp.where(finite, scores, 0.0)
   gap = known[:, :, None] - known[:, None, :]
+  takers = _takers(finite, sizes, gap, min_score_gap, min_region_size, max_region_size)
+  candidate, dropped = _filter(candidate, takers)
+  select = partial(_select, pairs_per_image=pairs_per_image)
+  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, sizes), dropped)
+
+
+def _takers(finite, sizes, gap, min_score_gap, min_region_size, max_region_size):
+  """bool[b, K, K] of each filter, which candidates it takes; in the order of FILTERS."""
   too_large = (sizes > max_region_size) & (max_region_size > 0)
-  # In the order of FILTERS.
-  takers = (
+  return (
     ~(finite[:, :, None] & finite[:, None, :]),
     sizes == 0,
     gap == 0,
     gap <= min_score_gap,
     (sizes < min_region_size) | too_large,
   )
-  candidate, dropped = _filter(candidate, takers)
-  select = partial(_select, pairs_per_image=pairs_per_image)
-  return types.Pairs(*jax.vmap(select)(candidate, priority, gap, sizes), dropped)
 
 
 def _check(rule: str, pairs_per_image: int, count: int) -> None:

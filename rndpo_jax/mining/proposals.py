@@ -82,15 +82,7 @@ def of_logits(
   base_logits, logits, start = network.base, [], 0
   for (atoms, count), own in zip(mix, network.entries, strict=True):
     noise_keys = network_logits.proposal_keys(keys, start, count)[1]
-    if "file" in atoms:
-      entry = file_masks.logits(files, base_logits.shape[-1])
-    elif "member" in atoms:
-      members = network.members
-      entry = members[:, np.arange(count) % members.shape[1]].astype(jnp.float32)
-    elif own is not None:
-      entry = own
-    else:
-      entry = jnp.repeat(base_logits[:, None], count, axis=1)
+    entry = _unchanged(atoms, count, own, network, files)
     if "temperature" in atoms:
       entry = entry / _per_proposal(np.geomspace(temperature_low, temperature_high, count), entry)
     if "logit_noise" in atoms:
@@ -108,6 +100,18 @@ def of_logits(
     logits = jnp.where(inside[:, None, ..., None], logits, nothing[:, None])
   sampled = types.Proposals(jnp.argmax(logits, axis=-1).astype(jnp.uint8), logits, base_logits)
   return sampled if files is None else file_masks.add(sampled, mix, files)
+
+
+def _unchanged(atoms, count: int, own, network: types.NetworkLogits, files) -> jax.Array:
+  """Logits f32[b, count, *S, C] of an entry of a mix, before its atoms change them."""
+  if "file" in atoms:
+    return file_masks.logits(files, network.base.shape[-1])
+  if "member" in atoms:
+    members = network.members
+    return members[:, np.arange(count) % members.shape[1]].astype(jnp.float32)
+  if own is not None:
+    return own
+  return jnp.repeat(network.base[:, None], count, axis=1)
 
 
 class Sampler(NamedTuple):

@@ -19,7 +19,7 @@ from etils import epath
 from rndpo_jax import provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, proposal_files, tiles
-from rndpo_jax.mining import fused, given_pairs, judge_gate, judges, user_judges
+from rndpo_jax.mining import given_pairs, judges, user_judges
 from rndpo_jax.mining.program import (
   Scored,
   host_judges,
@@ -32,10 +32,11 @@ from rndpo_jax.mining.program import (
 )
 from rndpo_jax.mining.ranked import Ranked, make_rule_ranked
 from rndpo_jax.pairs import manifest, shards
-from rndpo_jax.runtime import files, multihost, preemption, progress, sharding, threads
+from rndpo_jax.runtime import multihost, preemption, progress, sharding, threads
 from rndpo_jax.stages import (
   base,
   examples,
+  judge_to_mine,
   measure_judges,
   phases,
   prepare,
@@ -90,16 +91,9 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   with preemption.together(_KEPT):
     if multihost.is_first() and not all((directory / name).exists() for name in _MEASURED):
       measure = _measure_program(config, dataset, weights, score, hosted, place)
-      outputs = {
-        split: batches(judged.splits[split], measure, with_labels=True)
-        for split in measure_judges.SPLITS
-      }
-      by_tiles = None
-      if is_whole:
-        outputs, by_tiles = tile_pairs.of_measuring(config, dataset, outputs)
-      measure_judges.write_reliability(config, directory, judged, outputs, by_tiles)
-  config = pass_gate(config, directory)
-  weights["log_odds"] = read_log_odds(config, directory)
+      _measure_judges(config, directory, dataset, judged, batches, measure)
+  config = judge_to_mine.pass_gate(config, directory)
+  weights["log_odds"] = judge_to_mine.read_log_odds(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted, place)
   with_labels = judges.needs(config.judge.name, "labels")
   mined = functools.partial(batches, program=program, with_labels=with_labels)
@@ -111,58 +105,43 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     if multihost.is_first():
       manifest.write_empty(config, directory)
     return
-  write = functools.partial(_write, config)
-  if is_whole:
+  _write_shards(config, directory, dataset, judged, weights, mined)
+  if multihost.is_first():
+    manifest.write_manifest(config, directory)
+
+
+def _measure_judges(
+  config, directory, dataset, judged, batches: Callable, measure: Callable
+) -> None:
+  """Writes what `_MEASURED` names; `measure` is run on the splits whose truth is known."""
+  outputs = {
+    split: batches(judged.splits[split], measure, with_labels=True)
+    for split in measure_judges.SPLITS
+  }
+  by_tiles = None
+  if config.mine.whole_images:
+    outputs, by_tiles = tile_pairs.of_measuring(config, dataset, outputs)
+  measure_judges.write_reliability(config, directory, judged, outputs, by_tiles)
+
+
+def _write_shards(config, directory, dataset, judged, weights, mined: Callable) -> None:
+  """Writes this process's shards, but for those that are finished."""
+  write, indices = functools.partial(_write, config), judged.splits["unlabelled"]
+  if config.mine.whole_images:
     policy = {"policy": weights["policy"]}
     margins = on_local_devices(given_pairs.make_batch(config, dataset), policy)
     write = functools.partial(tile_pairs.write, config, dataset, margins)
-  indices = judged.splits["unlabelled"]
   with preemption.together(_KEPT):
     for shard, part in enumerate(np.array_split(indices, config.mine.num_shards)):
       path = shards.shard_path(directory, shard, config.mine.num_shards)
       if shard % jax.process_count() == jax.process_index() and not manifest.is_finished(path):
         write(path, part, mined)
-  if multihost.is_first():
-    manifest.write_manifest(config, directory)
 
 
 def _write(config, path, part, mined: Callable) -> None:
   """Writes a shard of images, as they are mined."""
   outputs = mined(part, stays=("masks",))
   manifest.write(path, len(part), -(-len(part) // _batch_size(config)), outputs)
-
-
-def pass_gate(config, directory: epath.Path):
-  """The config with the judge that mines, which `judges.json` says if it is auto.
-
-  Raises:
-    errors.MiningError: on process 0, if the judge does not pass `config.judge.gate`.
-  """
-  names = used_judges(config)
-
-  def look() -> int:
-    table = files.read_json(directory / "judges.json")
-    name = judge_gate.used(table, config.judge.name)
-    table = files.read_json(directory / "judges.json", **{name: dict})
-    action = config.judge.gate.action if "pairs" in image_terms.reads_of(config) else "off"
-    found = judge_gate.check(
-      table, name, min_accuracy=config.judge.gate.min_accuracy, action=action
-    )
-    if config.judge.name == judges.AUTO:
-      progress.say(f"judge auto: {name!r}, with {judge_gate.shown(table[name]['mined'])} right")
-    if found:
-      progress.say(f"warning: {found}")
-    return names.index(name)
-
-  return judge_gate.with_judge(config, names[multihost.broadcast(look)])
-
-
-def read_log_odds(config, directory: epath.Path) -> np.ndarray | None:
-  """The weights of the judge `fused`, f32[J], which measuring wrote; None for another judge."""
-  if config.judge.name != judges.FUSED:
-    return None
-  found = files.read_json(directory / "judges.json", **{judges.FUSED: dict})[judges.FUSED]
-  return np.array([found["weights"][name] for name in fused.members(config)], np.float32)
 
 
 def _fingerprints(dataset, weights, proposed=None) -> dict[str, str]:
