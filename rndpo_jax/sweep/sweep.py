@@ -88,18 +88,23 @@ def run(
   _say_start(config, grid, form, mesh)
   diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
   if multihost.is_first():
-    content = {
-      **sweep_results.results(grid, directory, diverged, _validated(config.finetune)),
+    how = {
       "fingerprints": provenance.of_finetuning(dataset, params),
       "form": form,
       "num_devices": mesh.size,
-      "base": sweep_results.base_dice(workdir),
     }
-    files.write_json(directory / DONE, content)
-    checkpoint.keep_only(directory / "state", ())
+    _write_results(config, workdir, directory, grid, diverged, how)
   multihost.barrier("sweep")
   files.refresh(directory)
   return files.read_json(directory / DONE)
+
+
+def _write_results(config, workdir, directory, grid, diverged, how: dict[str, Any]) -> None:
+  """`sweep.json`, and `how` the members were trained in it; the states are no longer needed."""
+  results = sweep_results.results(grid, directory, diverged, _validated(config.finetune))
+  content = {**results, **how, "base": sweep_results.base_dice(workdir)}
+  files.write_json(directory / DONE, content)
+  checkpoint.keep_only(directory / "state", ())
 
 
 def _say_start(config, grid: dict[str, list], form: str, mesh: Mesh) -> None:
