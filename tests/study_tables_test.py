@@ -71,6 +71,13 @@ def test_rules_of_stopping_stand_beside_the_oracle():
   assert rows["best on test (oracle)"] == ["2", "+0.065", "+0.030", "0", "0.000", "0"]
   (group,) = study_groups.groups(records[2:])
   assert not study_tables.stop_table(group).rows
+  # A run with a limit of its own has a row of its own.
+  own = {"evaluate.delivered_max_kl": 0.01}
+  more = record(RN, 0, 3, (0.6, 0.8), curve=rose, delivered={"step": 4}, config=own)
+  (group,) = study_groups.groups([*records, more])
+  rows = {row[0]: row[1:] for row in study_tables.stop_table(group).rows}
+  assert rows["label-free, KL below 0.05"][0] == "2"
+  assert rows["label-free, KL below 0.01"] == ["1", "+0.000", "+0.000", "0", "0.100", "1"]
 
 
 def test_points_are_chosen_over_shared_runs_and_never_by_what_is_no_setting():

@@ -41,9 +41,8 @@ def get_study():
       # The first phase as long as the recipe has it, and twice as long; its steps without a second.
       {"recipes": ("weak_to_strong_rn_dpo",), "axes": {"finetune.num_steps": (1600, 3200)}},
       {"recipes": ("weak_to_strong",), "axes": {"finetune.num_steps": (2000,)}},
-      # Three phases, at the lengths that the recipe has, and with twice as long a first one.
+      # Three phases, at the lengths that the recipe has.
       {"recipes": ("weak_to_strong_top1_rn_dpo",)},
-      {"recipes": ("weak_to_strong_top1_rn_dpo",), "axes": {"finetune.num_steps": (3200,)}},
       # The default, the same without its second phase, and with one between the two.
       {
         "recipes": (

@@ -125,11 +125,11 @@ def mirror_axes(config, workdir: epath.Path, dataset) -> tuple[int, ...]:
 
 def _choose(config, steps, cases, points, group_of) -> dict:
   """Which model is delivered: by validation first, or by `label_free` without such cases."""
-  options, max_kl = config.evaluate, config.evaluate.delivered_max_kl
+  asked, max_kl = config.evaluate.delivered_min_probability, config.evaluate.delivered_max_kl
   dice = np.array([results.split_dice(cases[step], "val") for step in steps])
   if dice.size:
     groups = results.split_groups(cases[0], "val", group_of)
-    near, asked = label_free.passes(points, max_kl=max_kl), options.delivered_min_probability
+    near = label_free.passes(points, max_kl=max_kl)
     return delivered.choose(steps, dice, groups, min_probability=asked, near=near)
   return label_free.choose(points, max_kl=max_kl)
 

@@ -131,18 +131,18 @@ def tuning_table(group: study_groups.Group) -> Table:
 
 def stop_table(group: study_groups.Group) -> Table:
   """A row a rule that says where to stop, over the runs that have what every rule reads."""
-  found: dict[str, list[tuple[float, float, bool]]] = {}
+  found: dict[str, list[tuple[float, float, float, bool]]] = {}
   for record in itertools.chain(*group.arms.values()):
+    best, base = max(record["curve"]["test"]), record["base"]["test"]
     for rule, dice, is_base in study_stops.stops(record):
-      found.setdefault(rule, []).append((dice, record["base"]["test"], is_base))
-  best = [dice for dice, *_ in found.get(study_stops.ORACLE, [])]
+      found.setdefault(rule, []).append((dice, base, best, is_base))
   rows = []
-  for rule, runs in found.items():
-    dice, base, is_base = map(np.array, zip(*runs, strict=True))
+  for rule, runs in found.items():  # the label-free one by its limit, which runs may set apart
+    dice, base, best, is_base = map(np.array, zip(*runs, strict=True))
     row = [
       rule, str(len(runs)), _SIGNED(float(np.mean(dice - base))),
       _SIGNED(float(np.min(dice - base))), str(np.sum(dice < base - _WORSE)),
-      _mean(np.subtract(best, dice)), str(np.sum(is_base)),
+      _mean(best - dice), str(np.sum(is_base)),
     ]  # fmt: skip
     rows.append(row)
   head = [
