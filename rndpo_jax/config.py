@@ -135,6 +135,7 @@ def base_config() -> ml_collections.ConfigDict:
   proposals.noise_smoothing = 8.0  # pixels, width of the field's Gaussian
   proposals.temperature_low = 0.5  # geometric sweep low..high
   proposals.temperature_high = 2.0  # divisors of the logits
+  proposals.zoom = 1.5  # things are seen 1 / zoom to zoom times as large
   proposals.threshold_shift = 4.0  # background logit shifted by -s..s
 
   config.judge = judge = ml_collections.ConfigDict()

@@ -25,6 +25,8 @@ def test_a_sampler_needs_what_makes_it_act(key, mix):
   [
     ("base:1,member:1", "base.num_members: found 1, but 'member'"),
     ("member+tta:2", r"found 'member\+tta', but 'member' is another model's own"),
+    ("member+zoom:2", r"found 'member\+zoom', but 'member' is another model's own"),
+    ("base:1,zoom:3,zoom:4", "'zoom' is there twice"),
     ("base:1,largest_component:2", "found largest_component:2, which makes 1 different masks"),
   ],
 )

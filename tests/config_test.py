@@ -40,6 +40,7 @@ WRONG = [
   ("mine.max_region_size", -1, "config.mine.max_region_size: found -1, expected 0..2147483647"),
   ("base.weight_decay", -0.1, "found -0.1, expected a finite value of 0 or more"),
   ("proposals.temperature_low", 0.0, "above 0"),
+  ("proposals.zoom", 1.0, "proposals.zoom: found 1.0, expected 1..4, above 1"),
   ("data.num_unlabelled", 0, "-1 for all"),
   ("data.size", (0, 0), "above 0"),
   ("judge.compare", ("noisy_oracle",), "judge.name"),
@@ -244,7 +245,7 @@ def test_no_more_views_than_the_grid_has(size, views):
     }
   )
   # Composed with a sampler that draws or sweeps, a view that comes again gives another mask.
-  for mix in ("tta:{}", "tta+threshold:40", "tta+mc_dropout:40,tta+mc_dropout:40"):
+  for mix in ("tta:{}", "tta+threshold:40", "tta+zoom:40", "tta+mc_dropout:40,tta+mc_dropout:40"):
     config.proposals.mix = mix.format(views)
     config_checks.validate(config)
   for mix in ("tta:{}", "mc_dropout:2,tta:{}"):

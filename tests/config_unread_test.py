@@ -38,6 +38,7 @@ CONDITIONAL = [
   ("proposals.noise_scale", 2.0, {"proposals.mix": "logit_noise:8"}),
   ("proposals.noise_smoothing", 2.0, {"proposals.mix": "logit_noise:8"}),
   ("proposals.threshold_shift", 2.0, {"proposals.mix": "threshold:8"}),
+  ("proposals.zoom", 2.0, {"proposals.mix": "tta+zoom:8"}),
   ("base.member_labels", 0.5, {"base.num_members": 2}),
   ("judge.border", 5, {"judge.name": "entropy"}),
   ("judge.learned.num_steps", 5, {"judge.name": "learned"}),

@@ -235,14 +235,14 @@ def test_sample_judge_and_mine_do_not_depend_on_devices_or_batch_size():
   images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
   keys = jax.random.split(jax.random.key(1))
   params = [jax.random.normal(keys[0], (3, 3, 1, 4)), jax.random.normal(keys[1], (3, 3, 4, 3))]
-  mix = proposals.parse_mix("mc_dropout+logit_noise:3,tta:2")
+  mix = proposals.parse_mix("mc_dropout+logit_noise:3,tta:2,zoom:2")
   judge = judges.build("agreement", num_classes=3, border=1, flip_rate=0.0, noise_level=0.0)
 
   def program(params, images, index):
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(7), i), 3))(index)
     sampled = proposals.sample(
       segmenter, params, images, keys[:, 0], mix=mix, noise_scale=1.0, noise_smoothing=2.0,
-      temperature_low=1.0, temperature_high=1.0, threshold_shift=0.0,
+      temperature_low=1.0, temperature_high=1.0, threshold_shift=0.0, zoom=1.5,
     )  # fmt: skip
     probs = jax.nn.softmax(sampled.logits)
     scores = judge(images, sampled.masks, probs, judges.Context(keys[:, 1]))

@@ -9,11 +9,11 @@ import pytest
 
 from rndpo_jax import types
 from rndpo_jax.data.noise import smooth_noise
-from rndpo_jax.mining import mask_edits, network_logits, overlap, proposals
+from rndpo_jax.mining import mask_edits, overlap, proposals, views
 
 OPTIONS = {
   "noise_scale": 1.5, "noise_smoothing": 2.0, "temperature_low": 0.5, "temperature_high": 2.0,
-  "threshold_shift": 3.0,
+  "threshold_shift": 3.0, "zoom": 2.0,
 }  # fmt: skip
 
 
@@ -70,25 +70,66 @@ def test_all_entries_without_views_share_one_encoder_pass():
 
 @pytest.mark.parametrize("shape,count", [((4, 4), 7), ((4, 6), 3), ((4, 4, 2), 15), ((2, 4, 6), 7)])
 def test_views_are_distinct_symmetries(shape, count):
-  views = network_logits.views(shape)
+  found = views.symmetries(shape)
   x = np.arange(np.prod(shape)).reshape(shape)
-  seen = {np.flip(np.rot90(x, turn), flip).tobytes() for turn, flip in views}
-  assert len(views) == len(seen) == count and x.tobytes() not in seen
+  seen = {np.flip(np.rot90(x, turn), flip).tobytes() for turn, flip, _ in found}
+  assert len(found) == len(seen) == count and x.tobytes() not in seen
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 6), (4, 4, 2)])
 def test_views_are_undone(shape):
-  count = len(network_logits.views(shape))
+  count = len(views.symmetries(shape))
   images, _, same = draw(f"tta:{count + 2}", shape, params=0.0)
   # A network that works pixel by pixel sees through every view.
   np.testing.assert_array_equal(same.logits[..., 1], np.repeat(images[:, None], count + 2, 1))
   images, calls, got = draw(f"tta:{count + 2}", shape)
   assert calls == ["encode", "decode", "encode", "decode"]
   ramp = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) * np.float32(0.1)
-  for k, (turn, flip) in enumerate(network_logits.views(shape)):
+  for k, (turn, flip, _) in enumerate(views.symmetries(shape)):
     expected = images + np.rot90(np.flip(ramp, flip), -turn)
     np.testing.assert_allclose(got.logits[:, k, ..., 1], expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(got.logits[:, count:], got.logits[:, :2])
+
+
+def test_zooms_are_undone_and_what_they_do_not_see_is_the_bases():
+  assert views.zooms(5, 8.0) == pytest.approx([2, 1 / 2, 4, 1 / 4, 8])
+  # By linear interpolation a ramp in the image is a ramp in its zoom, and comes back as it was.
+  ramp = 10.0 * np.arange(8) + np.arange(8)[:, None]
+  images = np.stack([ramp, -ramp])[..., None].astype(np.float32)
+  outside = np.zeros((2, 8, 8, 1), np.float32)
+  for zoom in (2.0, 0.5, 7 / 5):
+    view = views.View(1, (0,), zoom)
+    seen = np.asarray(view.apply(images))
+    back = np.asarray(view.undo(seen, outside))
+    # What is seen of it; seen smaller, the edge is between two pixels.
+    low = 3.5 - 3.5 / zoom if zoom > 1 else 1
+    inside = (np.arange(8) >= low) & (np.arange(8) <= 7 - low)
+    inside = inside[:, None] & inside
+    np.testing.assert_allclose(back[:, inside], images[:, inside], atol=1e-4)
+    assert inside.sum() == {2.0: 16, 0.5: 36, 7 / 5: 36}[zoom]
+    if zoom > 1:
+      assert (back[:, ~inside] == 0).all()
+  # Turned and mirrored after the zoom, as numpy does it.
+  upright = np.asarray(views.View(zoom=2.0).apply(images))
+  np.testing.assert_allclose(upright[0, 1, 1, 0], ramp[2, 2] + 11 / 4, rtol=1e-6)
+  turned = np.flip(np.rot90(upright, 1, (1, 2)), 1)
+  np.testing.assert_array_equal(views.View(1, (0,), 2.0).apply(images), turned)
+
+
+def test_an_entry_of_zooms_sees_each_through_the_network():
+  images, calls, got = draw("base:1,zoom:2,tta+zoom:3", shape=(8, 8))
+  assert calls == ["encode", "decode"] * 3
+  segmenter = ramp_segmenter([])
+  entries = [views.View(zoom=2.0), views.View(zoom=0.5)]
+  entries += [
+    v._replace(zoom=z)
+    for v, z in zip(views.symmetries((8, 8)), (2**0.5, 2**-0.5, 2.0), strict=False)
+  ]
+  for k, view in enumerate(entries, 1):
+    seen = segmenter.encode(0.1, view.apply(images[..., None]))
+    logits = segmenter.decode(0.1, seen)
+    expected = view.undo(logits, got.base_logits)
+    np.testing.assert_allclose(got.logits[:, k], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_views_with_dropout_draw_apart():

@@ -236,6 +236,21 @@ def test_a_copy_that_was_killed_is_made_again(tmp_path, monkeypatch):
   assert [path.name for path in target.parent.iterdir()] == ["finetune"]
 
 
+def test_of_two_processes_that_copy_at_once_one_copy_stays(tmp_path, monkeypatch):
+  source, target = epath.Path(tmp_path) / "kept", epath.Path(tmp_path) / "phases" / "key"
+  files.write_text(source / "done.json", "mine")
+  copytree = shutil.copytree
+
+  def while_another_ends(path, other):
+    copytree(path, other)
+    files.write_text(target / "done.json", "its")
+
+  monkeypatch.setattr(shutil, "copytree", while_another_ends)
+  study_loop._copy_once(source, target)
+  assert (target / "done.json").read_text() == "its"
+  assert [path.name for path in target.parent.iterdir()] == ["key"]
+
+
 def test_cells_share_their_first_phase(tiny_run, tmp_path):
   """A job of one phase, and the same as the first of two: trained once."""
   first = {

@@ -27,7 +27,8 @@ class Range(NamedTuple):
     if self.high == math.inf:
       low = f"above {self.low}" if self.above else f"of {self.low} or more"
       return f"a finite value {low}"
-    return f"{self.low}..{self.high}" + (f", below {self.high}" if self.below else "")
+    open_ends = f", above {self.low}" * self.above + f", below {self.high}" * self.below
+    return f"{self.low}..{self.high}{open_ends}"
 
 
 # JAX takes the last 32 bits of a seed, so that a larger one would be another seed's twin.
@@ -64,7 +65,7 @@ RANGES = {
   "base.keep_checkpoints": _KEPT, "base.checkpoint_minutes": _FROM_0,
   "proposals.noise_scale": _FROM_0, "proposals.noise_smoothing": _FROM_0,
   "proposals.temperature_low": _ABOVE_0, "proposals.temperature_high": _ABOVE_0,
-  "proposals.threshold_shift": _FROM_0,
+  "proposals.threshold_shift": _FROM_0, "proposals.zoom": Range(1, 4, above=True),
   "judge.flip_rate": _SHARE, "judge.noise_level": _FROM_0, "judge.border": Range(0, 256),
   "judge.num_bootstrap": Range(1, 10**5), "judge.gate.min_accuracy": _SHARE,
   "judge.learned.width": _WIDTH, "judge.learned.num_steps": _STEPS,

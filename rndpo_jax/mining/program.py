@@ -85,7 +85,9 @@ def make_network(config, dataset) -> Callable[..., types.NetworkLogits]:
   def network(weights, keys, images):
     others = [segmenter.apply(params, images) for params in weights["ensemble"]]
     members = jnp.stack(others, axis=1) if others else None
-    return network_logits.compute(segmenter, weights["policy"], images, keys, mix, members)
+    return network_logits.compute(
+      segmenter, weights["policy"], images, keys, mix, members, zoom=config.proposals.zoom
+    )
 
   return network
 
@@ -118,7 +120,7 @@ def make_score(config, dataset, learned_apply: Callable | None) -> Callable:
   fused_of = fused.members(config)
   options = {
     "mix": proposals.parse_mix(config.proposals.mix),
-    **{name: value for name, value in config.proposals.items() if name != "mix"},
+    **{name: value for name, value in config.proposals.items() if name not in ("mix", "zoom")},
   }
 
   def score(weights, keys, batch: types.Batch, chosen_names):

@@ -1,10 +1,10 @@
 """Samplers: K mask proposals of each image from one segmenter.
 
 A mix is a list of entries, each a composition of samplers and a count. A proposal is made in
-this order: a view of the image (`tta`), the decoder with or without dropout (`mc_dropout`), the
-view undone, or another base model (`member`); `temperature`, `logit_noise`, `threshold`, argmax,
-and what `mask_edits` changes in the mask. Proposal k of an image draws from fold_in(key of the
-image, k) alone, so that it does not depend on the batch it is in.
+this order: a view of the image (`zoom`, `tta`), the decoder with or without dropout
+(`mc_dropout`), the view undone, or another base model (`member`); `temperature`, `logit_noise`,
+`threshold`, argmax, and what `mask_edits` changes in the mask. Proposal k of an image draws from
+fold_in(key of the image, k) alone, so that it does not depend on the batch it is in.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def sample(
   *,
   mix: tuple[tuple[tuple[str, ...], int], ...],
   member_logits: jax.Array | None = None,
+  zoom: float,
   **options,
 ) -> types.Proposals:
   """Samples K proposals of each image: `of_logits` of what the network says of it.
@@ -39,9 +40,10 @@ def sample(
     keys: [b], one key an image.
     mix: as `parse_mix` returns it.
     member_logits: f32[b, M, *S, C] of the other base models, which `member` takes in turn.
+    zoom: how many times as large the proposals of `zoom` see things at most, see `views.zooms`.
     **options: the others of `of_logits`.
   """
-  network = network_logits.compute(segmenter, params, images, keys, mix, member_logits)
+  network = network_logits.compute(segmenter, params, images, keys, mix, member_logits, zoom=zoom)
   return of_logits(network, keys, mix=mix, **options)
 
 
@@ -133,6 +135,7 @@ SAMPLERS = {
   "file": Sampler(),  # masks of config.data.proposals, by themselves
   "base": Sampler(),
   "member": Sampler(),
+  "zoom": Sampler(options=("zoom",)),
   "tta": Sampler(),
   "mc_dropout": Sampler(strength="model.dropout", random=True),
   "temperature": Sampler(options=("temperature_low", "temperature_high")),
@@ -188,7 +191,7 @@ def _parse_entry(entry: str) -> tuple[tuple[str, ...], int]:
       f"config.proposals.mix: found {entry[:80]!r}; 'file' takes masks as they are: use 'file:"
       f"{int(count)}', a mask for each folder of config.data.proposals"
     )
-  others = {"tta", "mc_dropout"} & set(atoms)
+  others = network_logits.RUN_AGAIN & set(atoms)
   if "member" in atoms and others:
     raise errors.ConfigError(
       f"config.proposals.mix: found {'+'.join(atoms)!r}, but 'member' is another model's own "

@@ -242,11 +242,7 @@ def _measured(models, steps, curve, names) -> dict:
     model: {split: results.empty_masks(cases, split) for split in predict.SPLITS}
     for model, cases in models.items()
   }
-  return content | {
-    "curve": curve,
-    "sustained": results.sustained(curve),
-    "empty_masks": empty,
-  }
+  return content | {"curve": curve, "sustained": results.sustained(curve), "empty_masks": empty}
 
 
 def _warnings(config, content) -> list[str]:

@@ -21,7 +21,7 @@ from rndpo_jax import errors, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, native, tiles
 from rndpo_jax.evaluation import sliding_window
-from rndpo_jax.mining import overlap, proposals
+from rndpo_jax.mining import network_logits, overlap, proposals
 from rndpo_jax.mining.program import make_network, with_keys
 from rndpo_jax.runtime import preemption, sharding
 
@@ -153,7 +153,7 @@ def _apart(config, logits: np.ndarray) -> types.NetworkLogits:
   """The parts of [N, *S, C] in the order in which `_make_apply` joins them."""
   entries, place = [], 1
   for atoms, count in proposals.parse_mix(config.proposals.mix):
-    own = bool({"tta", "mc_dropout"} & set(atoms))
+    own = bool(network_logits.RUN_AGAIN & set(atoms))
     entries.append(logits[place : place + count] if own else None)
     place += count * own
   members = logits[place:] if place < len(logits) else None

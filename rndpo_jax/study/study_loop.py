@@ -209,26 +209,31 @@ def _run_cell(cell: grid.Cell, folder: epath.Path, base_workdir: epath.Path) -> 
       break
     _copy_once(path, folder / name)
   own = _timed(config, folder, CELL_STAGES[:2])
+  # At once: the rest of a cell takes long, and may be cut off.
+  for name, path in shared.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _copy_once(folder / name, path)
   # A job of one phase may be what others begin with.
   alone = base_workdir / "phases" / grid.phase_key(cell, 1) / "finetune"
   if not shared and (alone / "done.json").exists():
     _copy_once(alone, folder / "finetune")
   own |= _timed(config, folder, CELL_STAGES[2:])
-  for name, path in shared.items():
-    if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      (folder / name).rename(path)
   return {**own, **seconds}
 
 
 def _copy_once(source: epath.Path, target: epath.Path) -> None:
-  """Copies a folder that is not there; it appears whole, so that a kill leaves no part of it."""
+  """Copies a folder that is not there; it appears whole, also if another process copies it too."""
   if target.exists():
     return
-  part = target.parent / f".{target.name}.tmp"
+  part = target.parent / f".{target.name}.{os.getpid()}.tmp"
   shutil.rmtree(part, ignore_errors=True)
   shutil.copytree(source, part)
-  part.rename(target)
+  try:
+    part.rename(target)
+  except OSError:  # another process was first
+    if not target.exists():
+      raise
+    shutil.rmtree(part)
 
 
 def _shared_phases(cell: grid.Cell, base_workdir: epath.Path) -> dict[str, epath.Path]:
