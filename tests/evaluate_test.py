@@ -13,15 +13,8 @@ from rndpo_jax import errors, models, provenance, types
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
-from rndpo_jax.evaluation import (
-  cases,
-  delivered,
-  label_free,
-  metrics,
-  predict,
-  results,
-  validation_pairs,
-)
+from rndpo_jax.evaluation import cases, delivered, label_free, metrics, predict, results
+from rndpo_jax.evaluation import validation_pairs as pairs_lib
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files
@@ -98,7 +91,7 @@ def _write_pairs(config, workdir):
     dropped=None,
   )
   packed = bit_planes.pack(masks, 4, 2)
-  validation_pairs.write(workdir / "pairs" / "validation.npz", index, packed, truth, pairs)
+  pairs_lib.write(workdir / "pairs" / "validation.npz", index, packed, truth, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +209,9 @@ def test_delivered_holds_the_model_that_results_name(run, tmp_path, monkeypatch,
 def test_margins_of_validation_pairs_follow_the_definition(run):
   """sum_{p in D} (z_p[y+_p] - z_p[y-_p]) of each pair, one image at a time."""
   config, workdir, found = run
-  pairs = validation_pairs.read(workdir / "pairs" / "validation.npz")
+  pairs = pairs_lib.read(workdir / "pairs" / "validation.npz")
   evaluation = open_evaluation(config, workdir)
-  got = validation_pairs.margins(config, evaluation, pairs, [0, 4])
+  got = pairs_lib.margins(config, evaluation, pairs, [0, 4])
   segmenter = models.build(config.model, num_classes=4, spatial_dims=2)
   for step, rows in zip((0, 4), got, strict=True):
     for n, index in enumerate(pairs["index"]):

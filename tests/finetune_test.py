@@ -14,13 +14,7 @@ from rndpo_jax.losses import bit_planes, objectives
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.stages import base, finetune, measure_judges
-from rndpo_jax.training import (
-  accumulation,
-  loss_fns,
-  pair_terms,
-  term_inputs,
-  train_step,
-)
+from rndpo_jax.training import accumulation, loss_fns, pair_terms, term_inputs, train_step
 
 SIZE, CLASSES = (4, 4), 3
 

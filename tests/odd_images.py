@@ -20,10 +20,8 @@ MASK[3:9, 4:10] = 1
 
 def encode(array, mode=None, ending="png", **options) -> bytes:
   image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-  content = io.BytesIO()
-  (image.convert(mode) if mode else image).save(
-    content, {"tif": "tiff"}.get(ending, ending), **options
-  )
+  image, content = image.convert(mode) if mode else image, io.BytesIO()
+  image.save(content, {"tif": "tiff"}.get(ending, ending), **options)
   return content.getvalue()
 
 
@@ -298,7 +296,6 @@ def rows() -> list[Row]:
   for name, make_it, ok in SPECIAL:
     for part in ("images", "masks"):
       found.append(Row("file", f"{name} as {part[:-1]}", _special(part, make_it, ok)))
-  found.append(Row("file", "twins in Unicode", _twins))
-  found.append(Row("file", "image and mask, twins in Unicode", _decomposed_mask))
-  found.append(Row("file", "mask of another size", _size_of_mask))
-  return found
+  of_twins = Row("file", "image and mask, twins in Unicode", _decomposed_mask)
+  found += [Row("file", "twins in Unicode", _twins), of_twins]
+  return [*found, Row("file", "mask of another size", _size_of_mask)]

@@ -17,6 +17,8 @@ ON_STRONG = (
 HALF = {"finetune.num_steps": 800}
 OTHERS = ("mean_teacher", "ua_mt", "copy_paste", "st_plus_plus", "cross_pseudo", "consensus", "ipo")
 ORACLE = {"judge": {"oracle": {"judge.name": "oracle"}}}
+# Proposals that see things larger and smaller, for data in which organs differ in size.
+ZOOM = {"mix": {"zoom": {"proposals.mix": "base:1,tta+zoom:7"}}}
 
 
 def get_study():
@@ -50,6 +52,7 @@ def get_study():
           "weak_to_strong_affine_top1_rn_dpo",
         ),
       },
+      {"recipes": ("weak_to_strong_affine_rn_dpo", "rn_dpo"), "axes": ZOOM},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
       {"recipes": ("rn_dpo",), "axes": {"finetune.beta": (1.0, 3.0, 10.0, 30.0)}, "draws": (0,)},
