@@ -5,7 +5,7 @@ from __future__ import annotations
 from rndpo_jax import config as config_lib
 from rndpo_jax.checks import config_model
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.mining import network_logits, proposals, views
+from rndpo_jax.mining import proposals, views
 
 
 def check(config, mix) -> None:
@@ -39,7 +39,7 @@ def check(config, mix) -> None:
       )
     if "file" not in atoms:  # as many different masks as there are folders
       _check_repeats(config, atoms, count, bool(strengths) or frozenset(atoms) not in fixed)
-    if "tta" in atoms and "zoom" not in atoms and not strengths and count > num_views:
+    if "tta" in atoms and not strengths and count > num_views:
       raise ConfigError(
         f"config.proposals.mix: found {name}:{count}, but data.{grid}={size} has "
         f"{num_views} flips and turns besides the image itself, and more would repeat them; use "
@@ -56,7 +56,7 @@ def _check_repeats(config, atoms, count: int, varies: bool) -> None:
       "another base model; set it to 2 or more"
     )
   distinct = others if "member" in atoms else 1
-  if not network_logits.VIEWS & set(atoms) and not varies and count > distinct:
+  if "tta" not in atoms and not varies and count > distinct:
     raise ConfigError(
       f"config.proposals.mix: found {'+'.join(atoms)}:{count}, which makes {distinct} different "
       f"masks; use a count of {distinct}, or compose it with 'threshold' or 'logit_noise'"

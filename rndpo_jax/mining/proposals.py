@@ -135,7 +135,7 @@ SAMPLERS = {
   "file": Sampler(),  # masks of config.data.proposals, by themselves
   "base": Sampler(),
   "member": Sampler(),
-  "zoom": Sampler(options=("zoom",)),
+  "zoom": Sampler(options=("zoom",), strength="proposals.zoom"),
   "tta": Sampler(),
   "mc_dropout": Sampler(strength="model.dropout", random=True),
   "temperature": Sampler(options=("temperature_low", "temperature_high")),
