@@ -12,7 +12,7 @@ from etils import epath
 from study_cells import DPO, PH2, RN, ROOT, expand, record, study
 from tiny_config import get_config
 
-from rndpo_jax.errors import FileError
+from rndpo_jax.errors import ConfigError, FileError
 from rndpo_jax.runtime import files, lock, preemption
 from rndpo_jax.study import (
   cell_records,
@@ -251,8 +251,8 @@ def test_of_two_processes_that_copy_at_once_one_copy_stays(tmp_path, monkeypatch
   assert [path.name for path in target.parent.iterdir()] == ["key"]
 
 
-def test_cells_share_their_first_phase(tiny_run, tmp_path):
-  """A job of one phase, and the same as the first of two: trained once."""
+def test_cells_share_their_first_phase(tiny_run, tmp_path, monkeypatch):
+  """A job of one phase, and the same as the first of two: trained once, also after a cut."""
   first = {
     "finetune.num_steps": 2, "finetune.eval_every_steps": 1, "finetune.ema_decay": 0.5,
     "finetune.batch_size": 16,
@@ -270,6 +270,18 @@ def test_cells_share_their_first_phase(tiny_run, tmp_path):
   for name in ("splits.json", "config.json"):
     shutil.copy(tiny_run[1] / name, base)
   files.write_json(epath.Path(base) / "seconds.json", {"base": 1.0})
+  timed = study_loop._timed
+
+  def cut_off(config, folder, stages):
+    if "finetune" in stages:
+      raise ConfigError("cut off in the last phase")
+    return timed(config, folder, stages)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(study_loop, "_timed", cut_off)
+    assert study_loop.run(cells[:1], tmp_path / "work", tmp_path / "records", ["all"])
+  (phase,) = (base / "phases").iterdir()
+  assert (phase / "finetune" / "done.json").exists()
   assert study_loop.run(cells, tmp_path / "work", tmp_path / "records", ["all"]) == []
   kept = list((base / "phases").iterdir())
   assert [path.name for path in kept] == [grid.phase_key(cells[0], 1)]

@@ -96,13 +96,9 @@ def _zoomed(x: jax.Array, zoom: float) -> jax.Array:
 
 def _matrix(n: int, zoom: float) -> np.ndarray:
   """f32[n, n] that interpolates n pixels at `_places`; what is beyond the edge is what is at it."""
-  places = np.clip(_places(n, zoom), 0, n - 1)
-  low = np.minimum(np.floor(places).astype(int), max(n - 2, 0))
-  high = np.minimum(low + 1, n - 1)
-  weights = np.zeros((n, n))
-  np.add.at(weights, (np.arange(n), low), 1 - (places - low))
-  np.add.at(weights, (np.arange(n), high), places - low)
-  return weights.astype(np.float32)
+  places, grid = _places(n, zoom), np.arange(n)
+  columns = [np.interp(places, grid, unit) for unit in np.eye(n)]
+  return np.stack(columns, axis=1).astype(np.float32)
 
 
 def _places(n: int, zoom: float) -> np.ndarray:
