@@ -172,6 +172,33 @@ def test_images_draw_apart_and_by_position_alone():
   assert not np.allclose(other, out)
 
 
+def test_what_was_zero_around_a_region_stays_zero():
+  """In channels normalised inside a mask alone; a spline's remains of a zero count as zero."""
+  images, masks = _batch(count=4)
+  images = images / 100 + 0.01
+  images[:, :3] = 0.0
+  images[:, 2] = [[[9e-5, 0.0]]]
+  changes = {"intensity": 1.0, "noise": 1.0, "gamma": 1.0}
+  free, _ = _run(images, masks, **changes)
+  both, out_masks = _run(images, masks, **changes, in_mask=(True, True))
+  np.testing.assert_array_equal(both[:, :3], 0.0)
+  np.testing.assert_allclose(both[:, 3:], free[:, 3:], atol=1e-6)
+  np.testing.assert_array_equal(out_masks, masks)
+  assert np.all(free[:, :3] != 0)
+  # Outside is where each such channel is zero, and the other channel stays as it came.
+  images[:, 0, 0, 1] = 0.5
+  free, _ = _run(images, masks, **changes)
+  one, _ = _run(images, masks, **changes, in_mask=(False, True))
+  expected = free.copy()
+  expected[:, :3, :, 1] = 0.0
+  expected[:, 0, 0, 1] = free[:, 0, 0, 1]
+  np.testing.assert_allclose(one, expected, atol=1e-6)
+  np.testing.assert_array_equal(one == 0, expected == 0)
+  moved, moved_masks = _run(images, masks, **changes, flip=1.0, in_mask=(False, True))
+  np.testing.assert_array_equal(moved[:, 5:7, :, 1], 0.0)
+  np.testing.assert_array_equal(moved_masks, masks[:, :, ::-1, ::-1])
+
+
 def test_quarter_turns_need_squares():
   images, masks = _batch(size=(8, 6))
   with pytest.raises(ValueError, match=r"equal H and W, found \(8, 6\)"):

@@ -190,6 +190,27 @@ def test_no_gradient_flows_into_what_teaches():
     assert not np.any(grads)
 
 
+def test_no_view_changes_the_zeros_around_a_region():
+  """Images of zeros alone, seen by a network that tells any other value."""
+  policy, average, _, _, batch = draw()
+  batch = jax.tree.map(lambda x: x if x.dtype == np.uint8 else np.zeros_like(x), batch)
+  config = base_config()
+  config.data.size = SIZE
+  config.augment.update({"intensity": 1.0, "noise": 1.0, "turn": 0.0})
+  config.strong.update({"intensity": 1.0, "noise": 1.0})
+  config.finetune.terms.preference.weight = 0.0
+  for name in ("labelled", "weak_to_strong", "consistency"):
+    config.finetune.terms[name].weight = 1.0
+  config.finetune.terms.weak_to_strong.threshold = 0.0
+  given = types.StepInputs(jax.random.key(0), teacher=average)
+  shows = []
+  for in_mask in ((), (True, True)):
+    loss_fn = finetune.make_loss_fn(config, apply, num_classes=CLASSES, in_mask=in_mask)
+    grads = jax.grad(lambda params, f=loss_fn: f(params, batch, given)[0])(policy)
+    shows.append(bool(np.any(grads)))  # of a linear map, 0 where its input is
+  assert shows == [True, False]
+
+
 def test_weights_rise_but_not_those_of_what_is_known():
   policy, average, _, _, batch = draw()
   terms = {"labelled": {"weight": 0.5}, "consistency": {"weight": 2.0}}

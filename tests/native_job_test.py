@@ -101,6 +101,7 @@ def test_prediction_of_a_run_equals_evaluation_bit_for_bit(native_job, tmp_path)
   config.evaluate.mirror = mirror
   network = native_network.of_run(trained.load(workdir, "base"))
   assert network.schemes == dataset.native.schemes == ("zscore_in_mask",)  # as prepare decided
+  assert dataset.in_mask == (True,)
   options = predict_job.Options(scores=False, mirror=mirror)
   predict_run.run(native_run.job(network, options), str(tmp_path), tmp_path / "masks", options)
   params = base.load(workdir, dataset)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy import ndimage
 
 from rndpo_jax.data.noise import smooth_noise
 
+# Of a z-score, less than which is nothing: around a region splines leave that much of a 0.
+_NEAR_ZERO = 1e-4
 # Options that move pixels; a view without them keeps every pixel in its place.
 MOVING = (
   "flip", "turn", "elastic", "elastic_scale", "elastic_smoothing", "affine", "affine_degrees",
@@ -22,12 +25,12 @@ def augment(
   key: jax.Array, images: jax.Array, masks: jax.Array, *, flip: float, turn: float,
   intensity: float, intensity_scale: float, gamma: float, gamma_scale: float, noise: float,
   noise_scale: float, elastic: float, elastic_scale: float, elastic_smoothing: float,
-  affine: float, affine_degrees: float, affine_zoom: float,
+  affine: float, affine_degrees: float, affine_zoom: float, in_mask: tuple[bool, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Augments a batch; all options are Python numbers, and a probability of 0 costs nothing.
 
   Order: affine map and elastic deformation as one, quarter turns, flips; then gamma, intensity,
-  noise.
+  noise; then channels of `in_mask` are 0 again where they were before gamma, as in nnU-Net.
 
   Args:
     key: one key; position n of the batch draws from fold_in(key, n).
@@ -45,6 +48,8 @@ def augment(
     affine: probability of a rotation about the centre in the (H, W) plane, by an angle uniform in
       -affine_degrees..affine_degrees, with a zoom of every axis by one factor exp(u affine_zoom),
       u uniform in -1..1.
+    in_mask: whether a channel was normalised inside the part that is not zero, and is 0 outside
+      it; outside is where all such channels are 0. Empty if none was.
 
   Returns:
     (images f32[B, *S, I], masks u8[B, M, *S]).
@@ -71,12 +76,15 @@ def augment(
       image, mask = _turn(keys[1], image, mask, turn)
     if flip > 0:
       image, mask = _flip(keys[2], image, mask, flip)
+    moved = image
     if gamma > 0:
       image = _gamma(keys[3], image, gamma, gamma_scale)
     if intensity > 0:
       image = _intensity(keys[4], image, intensity, intensity_scale)
     if noise > 0:
       image = _noise(keys[5], image, noise, noise_scale)
+    if any(in_mask):
+      image = _zero_outside(image, moved, np.array(in_mask))
     return image, mask
 
   positions = jnp.arange(images.shape[0], dtype=jnp.uint32)
@@ -164,3 +172,8 @@ def _noise(key, image, probability, scale):
   happens, draw = jax.random.split(key)
   changed = image + scale * jax.random.normal(draw, image.shape)
   return jnp.where(jax.random.bernoulli(happens, probability), changed, image)
+
+
+def _zero_outside(image, before, in_mask):
+  is_outside = jnp.all(jnp.abs(before[..., in_mask]) < _NEAR_ZERO, axis=-1, keepdims=True)
+  return jnp.where(is_outside & in_mask.reshape((1,) * (image.ndim - 1) + (-1,)), 0.0, image)

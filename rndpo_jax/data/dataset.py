@@ -57,6 +57,13 @@ class Dataset(NamedTuple):
   tiles: Any = None
   unpacked: epath.Path | None = None
 
+  @property
+  def in_mask(self) -> tuple[bool, ...]:
+    """Whether a channel is 0 outside the part that is not zero; () if none is, see `augment`."""
+    schemes = () if self.native is None else self.native.schemes
+    found = tuple(name == "zscore_in_mask" for name in schemes)
+    return found if any(found) else ()
+
 
 def open_dataset(config, workdir: epath.PathLike) -> Dataset:
   """Opens what the stage 'prepare' wrote, here or in `config.base.workdir`.

@@ -138,7 +138,9 @@ def _train_member(config, workdir, member: int) -> None:
   loss_fn = make_loss_fn(
     segmenter._replace(apply=sharding.data_parallel(segmenter.apply, mesh)),
     dice_weight=config.base.dice_weight,
-    augment_options=config.augment.to_dict() if config.base.augment else None,
+    augment_options=(
+      {**config.augment.to_dict(), "in_mask": dataset.in_mask} if config.base.augment else None
+    ),
     has_ignored=dataset.has_ignored,
   )
   transformation, min_size = optimizer(config.base), config.mesh.fsdp_min_size

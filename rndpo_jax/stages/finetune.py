@@ -94,6 +94,7 @@ def _make_step(config, dataset, segmenter: types.Segmenter, mesh: Mesh, params: 
     sharding.data_parallel(segmenter.apply, mesh),
     num_classes=dataset.num_classes,
     has_ignored=dataset.has_ignored,
+    in_mask=dataset.in_mask,
   )
   min_size = config.mesh.fsdp_min_size
   reference = sharding.put_params(params, mesh, min_size) if needs_base(config) else None
@@ -127,7 +128,12 @@ def check_made_of(directory: epath.Path, name: str, dataset, params: types.Param
 
 
 def make_loss_fn(
-  config, apply: Callable, *, num_classes: int, has_ignored: bool = False
+  config,
+  apply: Callable,
+  *,
+  num_classes: int,
+  has_ignored: bool = False,
+  in_mask: tuple[bool, ...] = (),
 ) -> train_step.LossFn:
   """That of the config's terms.
 
@@ -136,9 +142,12 @@ def make_loss_fn(
     apply: of the segmenter, (params, images, key=None) -> logits.
     num_classes: C.
     has_ignored: whether labels may hold `types.IGNORED`.
+    in_mask: of `augment`.
   """
   options, dice_weight = config.finetune, config.base.dice_weight
-  weak, strong = config.augment.to_dict(), config.strong.to_dict()
+  weak, strong = (
+    {**part.to_dict(), "in_mask": in_mask} for part in (config.augment, config.strong)
+  )
   pairs = pair_terms.Settings(
     apply=apply,
     num_classes=num_classes,

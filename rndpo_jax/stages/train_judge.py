@@ -29,15 +29,18 @@ def build(config, dataset) -> tuple[Callable, Callable]:
   )
 
 
-def make_loss_fn(config, apply: Callable, num_classes: int) -> Callable:
+def make_loss_fn(
+  config, apply: Callable, num_classes: int, in_mask: tuple[bool, ...] = ()
+) -> Callable:
   """(params, batch {"image", "label"}, StepInputs) -> (loss, metrics), on masks from the labels.
 
   Args:
     config: the whole config.
     apply: from `build`.
     num_classes: C.
+    in_mask: of `augment`.
   """
-  augment_options = config.augment.to_dict()
+  augment_options = {**config.augment.to_dict(), "in_mask": in_mask}
   masks_per_image = config.judge.learned.masks_per_image
 
   def loss_fn(params, batch, inputs):
@@ -79,7 +82,9 @@ def train(config, workdir: os.PathLike, dataset) -> tuple[Callable, types.Params
   init_key, fit_key = jax.random.split(seeds.judge_key(config.seed))
   images = jnp.zeros((1, *dataset.size, dataset.num_channels))
   params = jax.jit(init)(init_key, images)
-  loss_fn = make_loss_fn(config, sharding.data_parallel(apply, mesh), dataset.num_classes)
+  loss_fn = make_loss_fn(
+    config, sharding.data_parallel(apply, mesh), dataset.num_classes, dataset.in_mask
+  )
   transformation = optimizer(options)
   directory = epath.Path(workdir) / "pairs" / "judge"
   state = train_loop.fit(

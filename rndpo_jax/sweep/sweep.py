@@ -216,7 +216,11 @@ def _make(config, dataset, params, grid, mesh, form):
     config.model, num_classes=dataset.num_classes, spatial_dims=dataset.spatial_dims
   )
   loss_fn = finetune.make_loss_fn(
-    config, segmenter.apply, num_classes=dataset.num_classes, has_ignored=dataset.has_ignored
+    config,
+    segmenter.apply,
+    num_classes=dataset.num_classes,
+    has_ignored=dataset.has_ignored,
+    in_mask=dataset.in_mask,
   )
   unit = options.copy_and_resolve_references()
   unit.learning_rate = 1.0
