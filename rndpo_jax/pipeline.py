@@ -13,7 +13,7 @@ from etils import epath
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, models
 from rndpo_jax import workdir as workdir_lib
-from rndpo_jax.checks import config_checks
+from rndpo_jax.checks import config_checks, config_flips
 from rndpo_jax.data import proposal_files
 from rndpo_jax.mining import judges
 from rndpo_jax.mining.program import used_judges
@@ -130,7 +130,8 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
       if name == "mine":
         _run_earlier_phases(config, workdir)
       if name not in ALONE or multihost.is_first():
-        RUNNERS[name](last, workdir)
+        # The base comes before all phases: what they change, augmentation say, is not for it.
+        RUNNERS[name](config if name == "base" else last, workdir)
     for folder in (workdir, (workdir / DONE[name]).parent):
       files.refresh(folder)
     progress.say(f"[{name}] {time.monotonic() - start:.1f} s")
@@ -205,6 +206,8 @@ def _check_phase_here(config, stages) -> None:
   """
   if "mine" in stages and proposal_files.count(config):
     proposal_files.generators(config)
+  if config.base.nnunet_folder and "base" in stages and not imported.is_mirrored(config):
+    config_flips.check_unflipped(config)
   names = used_judges(config)
   trained = [name for name in ("base", "finetune") if name in stages]
   if not config_lib.trains_base(config):

@@ -70,9 +70,10 @@ def test_a_global_that_weights_do_not_need_raises_with_its_name_and_is_not_run(t
     (b"\x80\x02ctorch\ndevice\n)\x81.", ["NEWOBJ"]),
     (b"\x80\x02}(X\x01\x00\x00\x00xX\x01\x00\x00\x00y", ["damaged"]),
     (b"\x80\x02tt.", ["damaged"]),
-    (b"\x80\x02}]K\x01s.", ["damaged"]),
+    (b"\x80\x02}]K\x01s.", ["keys that are no text or number"]),
     (b"\x80\x02K\x01.", ["'network_weights' is NoneType, expected dict"]),
     (b"no pickle", ["damaged"]),
+    (b"\x80\x02}N" + b"\x85" * 10**6 + b"Ns.", ["keys that are no text or number"]),
   ],
 )
 def test_a_pickle_that_is_no_checkpoint_raises(tmp_path, data, words):
@@ -87,6 +88,8 @@ def test_a_pickle_that_is_no_checkpoint_raises(tmp_path, data, words):
   (2, (2, 5), "reaches beyond its 8 values"),
   (3, (4, 3), "reaches beyond its 8 values"),
   (3, (4,), "2 axes with 1 strides"),
+  (3, (2**72, 1), ""),
+  (2, (0, 2**70), ""),
   (0, Persistent(("storage", Global("torch.FloatStorage"), "0", "cpu", 9)), "found 32 bytes"),
   (0, Persistent(("storage", Global("torch.FloatStorage"), "1", "cpu", 8)), "no entry"),
   (0, Persistent(("storage", Global("torch.device"), "0", "cpu", 8)), "is stored as"),

@@ -40,3 +40,25 @@ def test_what_needs_validation_cases_is_an_error_without(changes, message):
 def test_no_judge_is_asked_for_where_no_term_reads_pairs():
   terms = {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
   config_checks.validate(_config(**terms, **{"judge.name": "auto", "data.num_val": 0}))
+
+
+W2S = {
+  "finetune.terms.preference.weight": 0.0, "finetune.terms.weak_to_strong.weight": 1.0,
+  "finetune.ema_decay": 0.9,
+}  # fmt: skip
+CHOSEN = {"finetune.terms.chosen.weight": 1.0}
+ONLINE = {"finetune.terms.online.weight": 1.0, "finetune.ema_decay": 0.9}
+
+
+@pytest.mark.parametrize(
+  "changes,bad,message",
+  [
+    (W2S, {"finetune.unlabelled_batch_size": 1}, "cutmix: a box comes from another image"),
+    (CHOSEN, {"mine.rule": "random_pair"}, "mine.rule: found 'random_pair', .* takes it for a la"),
+    (ONLINE, {"finetune.terms.online.num_proposals": 2}, "num_proposals: found 2, .* smaller mask"),
+  ],
+)
+def test_terms_that_would_not_do_what_they_say_raise(changes, bad, message):
+  config_checks.validate(_config(**changes))
+  with pytest.raises(ConfigError, match=message):
+    config_checks.validate(_config(**changes, **bad))

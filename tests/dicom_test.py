@@ -52,6 +52,22 @@ def test_it_is_what_itk_reads(series):
     np.testing.assert_allclose((found.affine @ (*voxel, 1))[:3], there, atol=1e-6)
 
 
+def test_a_file_that_a_copy_left_empty_is_no_missing_last_slice(series):
+  """Names as a hospital's archive writes them, without an ending."""
+  for place in range(4):
+    dicom_files.path(series, place).rename(series / f"IM{place:04d}")
+  assert dicom.open_series(series).shape == (5, 6, 4)
+  for content in (b"", bytes(4096)):
+    (series / "IM0003").write_bytes(content)
+    with pytest.raises(errors.DataError, match="IM0003: no readable DICOM header"):
+      dicom.open_series(series)
+
+
+def test_a_slope_of_0_is_1_as_to_itk(tmp_path):
+  dicom_files.write(tmp_path / "a.dcm", VOLUME[..., 0], 0, RescaleSlope=0)
+  np.testing.assert_array_equal(dicom.open_series(tmp_path).read(False), VOLUME[..., 0] - 1000.0)
+
+
 def test_slope_and_intercept_are_each_slices_own_and_names_need_no_ending(tmp_path):
   for place in range(3):
     slope = None if place == 2 else place + 0.5

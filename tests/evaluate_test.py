@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import errors, models, provenance, types
+from rndpo_jax import errors, models, types
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader
@@ -18,7 +18,7 @@ from rndpo_jax.evaluation import validation_pairs as pairs_lib
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import judges
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import evaluate, phases, prepare
+from rndpo_jax.stages import evaluate, finetune, phases, prepare
 from rndpo_jax.training import checkpoint
 
 NAMES = ("dice", "iou", "hd95", "assd", "nsd")
@@ -49,7 +49,7 @@ def _write_checkpoints(config, workdir):
   files.write_json(
     workdir / "base" / "selected.json", {"step": 5, "fingerprints": {"data": dataset.fingerprint}}
   )
-  made_of = provenance.of_finetuning(dataset, jax.device_get(params))
+  made_of = finetune.made_of(config, workdir, workdir / "pairs", dataset, jax.device_get(params))
   files.write_json(workdir / "finetune" / "done.json", {"step": 4, "fingerprints": made_of})
   for step, seed in ((2, 1), (4, 2)):
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
@@ -70,6 +70,7 @@ def _write_pairs(config, workdir):
   files.write_json(workdir / "pairs" / "judges.json", {"agreement": judge | {"used": True}})
   manifest = {
     "num_pairs": 9,
+    "shards": [],
     "dropped": {"tie": 1, "score_gap": 0, "identical": 3, "region_size": 0},
     "region_size": {"p5": 1.0, "p50": 2.0, "p95": 8.0, "histogram": {"edges": [], "counts": []}},
   }
@@ -99,8 +100,8 @@ def run(tmp_path_factory):
   """(config, workdir, results) of one evaluation."""
   config, workdir = _config(), tmp_path_factory.mktemp("evaluate")
   prepare.run(config, workdir)
-  _write_checkpoints(config, workdir)
   _write_pairs(config, workdir)
+  _write_checkpoints(config, workdir)
   evaluate.run(config, workdir)
   return config, workdir, files.read_json(workdir / "results.json")
 

@@ -108,6 +108,17 @@ def test_a_compressed_file_of_8_bits_is_read_wherever_its_tags_stand(tmp_path):
     np.testing.assert_array_equal(images.read_image(tmp_path / "a.tif"), image)
 
 
+def test_a_tiff_whose_0_is_white_is_refused(tmp_path):
+  """Pillow inverts it: a mask of 0 and 255 would change sides."""
+  path = tmp_path / "a.tif"
+  Image.fromarray(MASK * 255).save(path, tiffinfo={262: 0})
+  for read in (images.header, lambda path: images.read_mask(path, 2)):
+    with pytest.raises(errors.DataError, match="a.tif: a TIFF in which 0 is white"):
+      read(path)
+  Image.fromarray(MASK * 255).save(path)
+  np.testing.assert_array_equal(images.read_mask(path, 2), MASK)
+
+
 def test_palette_masks_are_indices_and_palette_images_are_colours(tmp_path):
   palette = Image.fromarray(MASK, mode="P")
   palette.putpalette([0, 0, 0, 200, 10, 30])

@@ -180,6 +180,25 @@ def test_a_gipl_file_that_is_not_whole_raises(tmp_path, change):
     cases.open_file(path)
 
 
+def test_a_flipped_bit_of_a_compressed_nrrd_is_never_other_voxels(tmp_path):
+  path = tmp_path / "a.nrrd"
+  sitk.WriteImage(sitk.GetImageFromArray(IMAGE.T), str(path), useCompression=True)
+  content, named = path.read_bytes(), 0
+  np.testing.assert_array_equal(cases.open_file(path).read(False), IMAGE)
+  start = content.index(b"\n\n") + 2
+  for place in np.linspace(start, len(content) - 1, 25).astype(int):
+    changed = bytearray(content)
+    changed[place] ^= 1 << place % 8
+    path.write_bytes(changed)
+    try:
+      found = cases.open_file(path).read(False)
+    except errors.DataError as error:
+      named += "a.nrrd: " in str(error)
+    else:
+      np.testing.assert_array_equal(found, IMAGE)
+  assert named > 15
+
+
 def test_which_pictures_are_channels(tmp_path):
   def ids(num_channels, *names, alone=None):
     place = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -197,6 +216,11 @@ def test_which_pictures_are_channels(tmp_path):
   assert ids(1, *numbered) == plain and ids(1, *numbered, alone=numbered[0]) == plain[:1]
   assert ids(1, "a_0000.png", "b.png") == [("a_0000", 1, "a_0000.png"), ("b", 1, "b.png")]
   assert ids(1, "a_0000.png", "b_0000.mha") == [("a", 1, "a.png"), ("b", 1, "b.mha")]
+  # One in colour is an image by itself, however many there are.
+  place = tmp_path / "colour"
+  for name in numbered:
+    _picture(place / name, RGB)
+  assert [one.case_id for one in inputs.list_inputs(str(place), 3)] == [n for n, *_ in plain]
 
 
 def test_without_simpleitk_the_extra_is_named(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ import jax
 import native_data
 import nnunet_models
 import numpy as np
+import pth_files
 import pytest
 
 from configs import nnunet_model
 from rndpo_jax import errors, models, pipeline
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.nnunet import folder, imported
+from rndpo_jax.nnunet import checkpoint_pth, folder, imported
 from rndpo_jax.stages import base
 
 
@@ -112,3 +113,24 @@ def test_folds_become_the_members_of_the_base(model, tmp_path):
     assert (work / "base" / "nnunet" / name).read_bytes() == (model / name).read_bytes()
   assert imported.kept_fold(work / "base" / "nnunet") == "3"
   assert (work / "base" / "metrics.jsonl").read_text().count("val_dice") == 1
+
+
+def test_a_model_that_was_trained_without_flips_is_shown_none(tmp_path):
+  nnunet_models.write(tmp_path)
+  path = tmp_path / "fold_0" / "checkpoint_final.pth"
+  weights = checkpoint_pth.read(path).weights
+  pipeline.check_here(imported.resolve(config_of(tmp_path)))
+  for axes in ((1,), None):
+    pth_files.write(path, weights, inference_allowed_mirroring_axes=axes)
+    given = imported.resolve(config_of(tmp_path))
+    with pytest.raises(errors.ConfigError, match="not trained on flips") as refusal:
+      pipeline.check_here(given)
+    assert str(refusal.value).endswith("set --config.proposals.mix=base:1,threshold:7")
+    changes = {"finetune.augment": True, "finetune.reference": "online", "augment.turn": 0.0}
+    given.update_from_flattened_dict({**changes, "proposals.mix": "base:1, tta:3"})
+    with pytest.raises(errors.ConfigError, match="so config.augment.flip=0.5, ") as refusal:
+      pipeline.check_here(given)
+    wanted = "--config.augment.flip=0.0 --config.proposals.mix=base:1,threshold:3"
+    assert str(refusal.value).endswith(wanted)
+    given.update_from_flattened_dict({"augment.flip": 0.0, "proposals.mix": "base:1,threshold:3"})
+    pipeline.check_here(given)

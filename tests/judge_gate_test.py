@@ -38,6 +38,13 @@ def test_the_lower_bound_decides_not_the_figure():
   for table in (TABLE, {"entropy": _entry(0.9, None)}, {"entropy": {}}):
     with pytest.raises(errors.MiningError, match="'entropy' has"):
       judge_gate.check(table, "entropy", **options)
+  few = {"entropy": _entry(1.0, [1.0, 1.0])}
+  few["entropy"]["mined"]["num_groups"] = 3
+  with pytest.raises(errors.MiningError, match="3 groups of validation cases .* fewer than 4 do"):
+    judge_gate.check(few, "entropy", **options)
+  few["entropy"]["mined"]["num_groups"] = 4
+  assert judge_gate.check(few, "entropy", **options) is None
+  assert judge_gate.check({"entropy": {}}, "entropy", min_accuracy=0.0, action="refuse") is None
   options["min_accuracy"] = 0.53
   with pytest.raises(errors.MiningError, match="no other judge of config.judge.compare passes"):
     judge_gate.check(TABLE, "confidence", **options)
@@ -73,7 +80,7 @@ def test_shares_of_right_pairs_by_hand():
   found = reliability.mined(truth, chosen, rejected, weight, ["a", "b"], num_bootstrap=500, seed=0)
   assert found["pair_accuracy"] == pytest.approx(2 / 3)
   assert found["weighted_accuracy"] == pytest.approx(5 / 6)
-  assert found["num_pairs"] == 3 and found["num_cases"] == 2
+  assert found["num_pairs"] == 3 and found["num_cases"] == found["num_groups"] == 2
   assert found["pair_accuracy_ci"] == pytest.approx([0.5, 1.0])
   assert found["weighted_accuracy_ci"] == pytest.approx([0.75, 1.0])
   one = reliability.mined(truth, chosen, rejected, weight, ["a", "a"], num_bootstrap=9, seed=0)

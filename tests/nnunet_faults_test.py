@@ -5,6 +5,9 @@ import nnunet_raw as raw
 import numpy as np
 import pytest
 
+from rndpo_jax import errors
+from rndpo_jax.data.sources import cases
+
 
 @pytest.fixture
 def root(tmp_path):
@@ -37,6 +40,24 @@ def test_truncated_file(root, part):
   path = root / part
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   raw.refused(root, f"{path.name}: truncated or damaged")
+
+
+def test_a_flipped_bit_of_a_compressed_file_is_never_other_voxels(tmp_path):
+  """gzip's checksum stands behind the last voxel: it must be read too."""
+  path, voxels = tmp_path / "a.nii.gz", np.indices((24, 20, 12)).sum(0).astype(np.int16)
+  raw.save(path, voxels)
+  content, named = path.read_bytes(), 0
+  for place in np.linspace(30, len(content) - 1, 40).astype(int):
+    changed = bytearray(content)
+    changed[place] ^= 1 << place % 8
+    path.write_bytes(changed)
+    try:
+      found = cases.open_file(path).read(False)
+    except errors.DataError as error:
+      named += "a.nii.gz: " in str(error)
+    else:
+      np.testing.assert_array_equal(found, voxels)
+  assert named > 30
 
 
 def test_truncated_plain_file(tmp_path):

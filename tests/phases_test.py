@@ -153,6 +153,26 @@ def test_every_recipe_is_of_use_on_every_data_set():
     ph2.get_config("rn_dop")
 
 
+def test_what_a_phase_changes_is_not_for_the_base(tiny_config, tmp_path, monkeypatch):
+  config, seen = tiny_config(), {}
+  online = {"finetune.augment": True, "finetune.reference": "online"}
+  config.phases = ({"augment.affine": 0.5, **online},)
+
+  def remember(name):
+    def run(given, workdir):
+      seen[name] = given.augment.affine
+      files.write_text(epath.Path(workdir) / pipeline.DONE[name], "")
+
+    return run
+
+  for name in ("prepare", "base", "finetune"):
+    monkeypatch.setitem(pipeline.RUNNERS, name, remember(name))
+  for path in (pipeline.DONE["mine"], *pipeline.ALSO["mine"]):
+    files.write_text(tmp_path / path, "")
+  pipeline.run(config, tmp_path, ("prepare", "base", "finetune"))
+  assert seen["base"] == 0.0 and seen["finetune"] == 0.5
+
+
 def read_phase(config, workdir, number, dataset):
   own = config_lib.of_phase(config, number)
   return phases.start(own, workdir, dataset)

@@ -220,6 +220,8 @@ def test_regions_and_slices_along_another_axis_raise(tmp_path):
   for reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient"):
     with pytest.raises(errors.FileError, match=f"'image_reader_writer' is '{reader}': turning im"):
       plans.read(write(tmp_path, {"c": NEW}, image_reader_writer=reader), "c")
+  with pytest.raises(errors.FileError, match="'MyReader', expected one of nnU-Net's own, Nat"):
+    plans.read(write(tmp_path, {"c": NEW}, image_reader_writer="MyReader"), "c")
   with pytest.raises(errors.DataError, match="dataset.json: no such file"):
     (tmp_path / "dataset.json").unlink()
     plans.read(tmp_path, "c")

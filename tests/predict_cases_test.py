@@ -98,6 +98,15 @@ def test_names_say_which_files_make_a_case(tmp_path):
   assert inputs.Input("x", (), ".JPG").mask_name == "x.png"
 
 
+def test_images_of_formats_that_are_not_read_are_named(tmp_path):
+  names = ("a.hdr", "b.mgz", "c.mnc", "d.jp2")
+  for name in (*names, "a.img", "e.nii", "notes.txt"):
+    (tmp_path / name).touch()
+  found = inputs.list_inputs(str(tmp_path), 1)
+  assert [one.files[0].name for one in found if one.problem] == list(names)
+  assert [one.case_id for one in found if not one.problem] == ["e"]
+
+
 @pytest.mark.parametrize(
   "make, source, message",
   [

@@ -271,6 +271,12 @@ def test_a_rerun_does_what_is_missing_alone(tmp_path, network, truth):
   assert again[1]["foreground_pixels"] == again[2]["foreground_pixels"]
   with pytest.raises(errors.ConfigError, match="mirror was False, is True"):
     _predict(network, folder, output, mirror=True)
+  _predict(network, kept, output)  # one of its files is of the same folder
+  with pytest.raises(errors.ConfigError, match="input was '.*/in', is '.*/other'"):
+    _predict(network, _write_png(tmp_path / "other", truth), output)
+  (output / "predict.json").write_text("{")
+  with pytest.raises(errors.ConfigError, match="predict.json is damaged, .* name another folder"):
+    _predict(network, folder, output)
 
 
 def test_a_signal_ends_it_and_the_rerun_finishes(tmp_path, network, truth, monkeypatch):

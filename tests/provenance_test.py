@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors, pipeline, provenance
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import base
+from rndpo_jax.stages import base, evaluate, finetune
 from rndpo_jax.training import checkpoint, metric_writer
 
 
@@ -57,6 +58,22 @@ def test_pairs_of_another_base_are_refused_and_the_remedy_works(copied):
   assert {name for name in before if before[name] != after[name]} == {"base"}
   first = metric_writer.read_rows(workdir / "finetune", "train")[0]
   np.testing.assert_allclose(first["loss"], np.log(2), atol=1e-3)
+
+
+def test_a_fine_tuning_on_other_pairs_is_refused(copied):
+  """As after new preferences of readers, whose pairs alone were mined again."""
+  given, workdir = copied
+  shutil.rmtree(workdir / "pairs")
+  (workdir / "results.json").unlink()
+  pipeline.run(given, workdir, ["mine", "finetune"])  # the same pairs again
+  path = workdir / "pairs" / "manifest.json"
+  manifest = files.read_json(path)
+  manifest["shards"][0]["sha256"] = 64 * "0"
+  files.write_json(path, manifest)
+  message = "finetune was not made from this pairs: .* delete that folder"
+  for run in (finetune.run, evaluate.run):
+    with pytest.raises(errors.ProvenanceError, match=message):
+      run(config_lib.of_phase(given), workdir)
 
 
 def test_pairs_that_do_not_say_of_what_they_are_do_not_count(copied):

@@ -169,3 +169,30 @@ def test_intervals_are_over_groups_of_cases():
     for name in (name for name in once if name.startswith(("pair", "weighted", "kendall", "top1"))):
       np.testing.assert_allclose(once[name], twice[name], rtol=1e-9, err_msg=name)
     assert twice["num_cases"] == 2 * once["num_cases"]
+
+
+def test_intervals_of_few_groups_are_wider_than_plain_percentiles():
+  """Five groups, by hand: t of 4 degrees is 2.776, so the ends are Phi(+-3.104), below 0.00095."""
+  right = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+  truth = np.stack([right, 1 - right], axis=1)
+  chosen, rejected = np.zeros((5, 1), int), np.ones((5, 1), int)
+  found = mined(
+    truth, chosen, rejected, np.ones((5, 1)), list("abcde"), num_bootstrap=20_000, seed=0
+  )
+  # Of five draws none is right in 0.0003, at most one in 0.0067, at most two in 0.058: a plain
+  # 2.5% would be 0.4.
+  np.testing.assert_allclose(found["pair_accuracy_ci"], [0.2, 1.0])
+  assert found["pair_accuracy"] == 0.8
+
+
+def test_a_judge_by_chance_seldom_passes_with_few_groups():
+  rng, passes = np.random.default_rng(0), 0
+  for _ in range(200):
+    right = rng.random((5, 1)) < 0.5
+    truth = np.concatenate([right, ~right], axis=1).astype(float)
+    found = mined(
+      truth, np.zeros((5, 4), int), np.ones((5, 4), int), np.ones((5, 4)), list("abcde"),
+      num_bootstrap=300, seed=0,
+    )  # fmt: skip
+    passes += found["weighted_accuracy_ci"][0] >= 0.5
+  assert passes <= 0.05 * 200

@@ -1,4 +1,7 @@
-"""The mean of the proposals' probabilities as a soft label, on strong views."""
+"""The mean of the proposals' probabilities as a soft label, on strong views.
+
+Of images of which mining makes a pair: those on which all proposals are equal are not seen.
+"""
 
 from configs.recipes import without_pairs
 

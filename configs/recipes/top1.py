@@ -1,4 +1,7 @@
-"""The judge's top proposal as a label, on strong views, beside the labelled images."""
+"""The judge's top proposal as a label, on strong views, beside the labelled images.
+
+Of images of which mining makes a pair: those on which all proposals are equal are not seen.
+"""
 
 from configs.recipes import without_pairs
 

@@ -27,6 +27,9 @@ def check(config) -> None:
   _check_reliable(config)
   if "online" in terms:
     _check_online(terms["online"], options)
+  if "chosen" in terms:
+    _check_chosen(config)
+  _check_boxes(options, terms)
   _check_batches(config, terms)
   changed = [name for name in ("augment", "strong") if options[name]]
   if "preference" in terms and changed and options.reference == "cached":
@@ -91,8 +94,34 @@ def _check_reliable(config) -> None:
     )
 
 
+def _check_boxes(options, terms) -> None:
+  """Checks that there is another image to paste a box of, in each part of a batch."""
+  count = options.unlabelled_batch_size // options.accumulate_steps
+  if count < 2 and terms.get("weak_to_strong", {}).get("cutmix"):
+    raise ConfigError(
+      "config.finetune.terms.weak_to_strong.cutmix: a box comes from another image, but with "
+      f"unlabelled_batch_size={options.unlabelled_batch_size} and accumulate_steps="
+      f"{options.accumulate_steps} a step sees one at a time; set cutmix to 0, or another of them"
+    )
+
+
+def _check_chosen(config) -> None:
+  """Checks that chosen masks are the judge's best, where they are taken for labels."""
+  if not config.data.preferences and not config.mine.rule.startswith("top_"):
+    raise ConfigError(
+      f"config.mine.rule: found {config.mine.rule!r}, by which a chosen mask need not be the best, "
+      "and config.finetune.terms.chosen takes it for a label; take a rule top_..."
+    )
+
+
 def _check_online(made_here, options) -> None:
   """Checks that pairs of the policy's own proposals can differ, and be smoothed."""
+  if made_here["threshold_shift"] and made_here["num_proposals"] == 2:
+    raise ConfigError(
+      "config.finetune.terms.online.num_proposals: found 2, but beside the policy's own mask the "
+      "shifts of threshold_shift are of both signs; with one alone it would always be the smaller "
+      "mask: take 3 or more, or set threshold_shift to 0"
+    )
   if not made_here["noise_scale"] + made_here["threshold_shift"]:
     raise ConfigError(
       "config.finetune.terms.online: noise_scale and threshold_shift are 0, so that all proposals "

@@ -21,7 +21,7 @@ from rndpo_jax.runtime import threads
 
 # Overlooking one of these would drop a mask without a word; nnU-Net writes JSON, NPZ and PKL files
 # beside its masks, which are none.
-_UNREADABLE = (*cases.LOSSY, ".bmp", ".gif", ".webp", ".dcm", ".npy", ".hdr", ".img")
+_UNREADABLE = (*cases.LOSSY, ".gif", ".webp", ".dcm", ".npy", ".hdr", ".img")
 _MAX_SHIFT = 0.25  # voxels, as between the files of a case
 
 

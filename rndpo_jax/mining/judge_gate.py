@@ -16,6 +16,7 @@ from rndpo_jax import errors
 from rndpo_jax.mining import judges
 
 ACTIONS = ("refuse", "warn", "off")
+MIN_GROUPS = 4  # of cases: by chance a judge is right in each of three once in eight times
 
 
 def is_measured(entry: Mapping[str, Any]) -> bool:
@@ -24,9 +25,14 @@ def is_measured(entry: Mapping[str, Any]) -> bool:
 
 
 def lower_bound(entry: Mapping[str, Any]) -> float:
-  """Of a judge's entry in `judges.json`; minus infinity if there is no interval."""
+  """Of a judge's entry in `judges.json`; minus infinity with fewer than `MIN_GROUPS` groups."""
   interval = entry.get("mined", {}).get("weighted_accuracy_ci")
-  return interval[0] if interval else -math.inf
+  return interval[0] if interval and _groups(entry) >= MIN_GROUPS else -math.inf
+
+
+def _groups(entry: Mapping[str, Any]) -> int:
+  """Of cases, that have pairs; older entries do not say it."""
+  return entry.get("mined", {}).get("num_groups", MIN_GROUPS)
 
 
 def best(table: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
@@ -75,7 +81,8 @@ def finding(
     action: of ACTIONS.
   """
   entry = table[name]
-  if action == "off" or name == "oracle" or lower_bound(entry) >= min_accuracy:
+  is_asked = action != "off" and name != "oracle" and min_accuracy > 0
+  if not is_asked or lower_bound(entry) >= min_accuracy:
     return None
   if not is_measured(entry):
     return (
@@ -90,6 +97,11 @@ def finding(
     if other != name and not judges.needs(other, "labels") and lower_bound(found) >= min_accuracy
   ]
   remedy = "no other judge of config.judge.compare passes"
+  if _groups(entry) < MIN_GROUPS:
+    remedy = (
+      f"{_groups(entry)} groups of validation cases have such pairs, and fewer than {MIN_GROUPS} "
+      "do not show it, whatever they say"
+    )
   if others:
     other = best(table, others)
     remedy = f"the judge {other!r} passes with {shown(table[other]['mined'])}"
@@ -126,5 +138,5 @@ def shown(mined: Mapping[str, Any]) -> str:
   interval = mined["weighted_accuracy_ci"]
   text = f"{mined['weighted_accuracy']:.3f}"
   if not interval:
-    return f"{text} (one case gives no interval)"
+    return f"{text} (one group of cases gives no interval)"
   return f"{text} ({interval[0]:.3f} to {interval[1]:.3f})"

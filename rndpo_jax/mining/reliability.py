@@ -2,7 +2,10 @@
 
 Each figure is a number of an image first, then the mean over the images of a case, then the
 mean over cases, so that a volume of many slices weighs as one case. Intervals are percentile
-bootstrap intervals that resample groups of cases, such as patients; see `resampling`.
+bootstrap intervals that resample groups of cases, such as patients (see `resampling`). With few
+groups those are too narrow, so they are expanded as Hesterberg has it ("What Teachers Should Know
+About the Bootstrap", 2015): of n groups the ends are the quantiles Phi(+-t sqrt(n / (n - 1))), t
+being the 2.5% quantile of Student's distribution with n - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 from rndpo_jax.evaluation import resampling
 
@@ -116,8 +120,8 @@ def mined(
 
   Returns:
     {"pair_accuracy", "pair_accuracy_ci": [low, high], "weighted_accuracy", "weighted_accuracy_ci",
-    "num_pairs", "num_cases"}, percentile intervals of 95%. Without a pair the figures are None, and
-    with fewer than two groups that have pairs the intervals.
+    "num_pairs", "num_cases", "num_groups"}, intervals of 95%. Cases and groups are those that have
+    pairs. Without a pair the figures are None, and with fewer than two groups the intervals.
   """
   truth, weight = np.asarray(truth, np.float64), np.asarray(weight, np.float64)
   gain = np.take_along_axis(truth, chosen, 1) - np.take_along_axis(truth, rejected, 1)
@@ -134,7 +138,12 @@ def mined(
     right = per_case(share * (counted & (gain > 0)))[informative]
     result[name] = float(right.sum() / whole.sum()) if len(whole) else None
     result[f"{name}_ci"] = _interval(right, whole, groups[informative], num_bootstrap, seed)
-  return {**result, "num_pairs": int(counted.sum()), "num_cases": int(informative.sum())}
+  return {
+    **result,
+    "num_pairs": int(counted.sum()),
+    "num_cases": int(informative.sum()),
+    "num_groups": len(set(groups[informative])),
+  }
 
 
 def gradient_mass(
@@ -293,8 +302,10 @@ def _case_means(values, case_index, num_cases):
 
 
 def _interval(above, below, groups, num_bootstrap, seed):
-  """95% percentile bootstrap interval of sum(above) / sum(below) over cases."""
-  if len(set(groups)) < 2:
+  """95% expanded percentile bootstrap interval of sum(above) / sum(below) over cases."""
+  count = len(set(groups))
+  if count < 2:
     return None
   found = resampling.ratios(above, below, groups, num_resamples=num_bootstrap, seed=seed)
-  return np.percentile(found, [2.5, 97.5]).tolist()
+  low = special.ndtr(special.stdtrit(count - 1, 0.025) * np.sqrt(count / (count - 1)))
+  return np.quantile(found, [low, 1 - low]).tolist()

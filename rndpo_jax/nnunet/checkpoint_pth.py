@@ -71,14 +71,15 @@ class Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
-def read_configuration(path: os.PathLike | str) -> str:
-  """Name of the plans' configuration, as in 2d; reads no array.
+def read_facts(path: os.PathLike | str) -> tuple[str, tuple[int, ...]]:
+  """`configuration` and `mirroring_axes` of `Checkpoint`; reads no array.
 
   Raises:
     errors.FileError: as `read`.
   """
   with _errors_named(path), zipfile.ZipFile(path) as archive:
-    return _configuration(read_pickle(archive)[1])
+    content = read_pickle(archive)[1]
+    return _configuration(content), _mirroring_axes(content)
 
 
 def read(path: os.PathLike | str) -> Checkpoint:
@@ -99,8 +100,10 @@ def _errors_named(path: os.PathLike | str) -> Iterator[None]:
   """Errors of a file as FileError with its name."""
   try:
     yield
-  except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-    raise errors.FileError(f"{path}: {error}; {_REMEDY}") from error
+  except (
+    ValueError, OSError, EOFError, RuntimeError, OverflowError, MemoryError, zipfile.BadZipFile,
+  ) as error:  # fmt: skip
+    raise errors.FileError(f"{path}: {error or type(error).__name__}; {_REMEDY}") from error
 
 
 def read_pickle(archive: zipfile.ZipFile) -> tuple[str, Any]:
@@ -192,17 +195,21 @@ def _checkpoint(content: Any, storages: _Storages) -> Checkpoint:
       raise ValueError(
         f"network_weights has {reprlib.repr(name)}: {type(tensor).__name__}, expected tensors"
       )
+  return Checkpoint(
+    {name: storages.array(name, tensor) for name, tensor in weights.items()},
+    _configuration(content),
+    _key(content, "trainer_name", str),
+    _mirroring_axes(content),
+  )
+
+
+def _mirroring_axes(content: Any) -> tuple[int, ...]:
   axes = content.get("inference_allowed_mirroring_axes") or ()
   if not isinstance(axes, (tuple, list)) or not _are_counts(tuple(axes)):
     raise ValueError(
       f"inference_allowed_mirroring_axes is {reprlib.repr(axes)}, expected axes or None"
     )
-  return Checkpoint(
-    {name: storages.array(name, tensor) for name, tensor in weights.items()},
-    _configuration(content),
-    _key(content, "trainer_name", str),
-    tuple(axes),
-  )
+  return tuple(axes)
 
 
 def _configuration(content: Any) -> str:

@@ -44,8 +44,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
   root = pathlib.Path(config.base.nnunet_folder).expanduser()
   names = folds(config)
-  path = root / f"fold_{names[0]}" / CHECKPOINT
-  plans = plans_lib.read(root, checkpoint_pth.read_configuration(path))
+  plans = plans_lib.read(root, checkpoint_pth.read_facts(_checkpoint(config))[0])
   decided = _decided(config, plans) | {"base.num_members": len(names)}
   defaults, values = config_lib.leaves(config_lib.base_config()), config_lib.leaves(config)
   for key, value in decided.items():
@@ -58,6 +57,22 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(decided)
   return config
+
+
+def is_mirrored(config) -> bool:
+  """Whether the first fold of `config.base.nnunet_folder` was trained on flips along every axis.
+
+  Raises:
+    errors.FileError: naming the checkpoint that cannot be used.
+  """
+  _, axes = checkpoint_pth.read_facts(_checkpoint(config))
+  return set(range(config.data.spatial_dims)) <= set(axes)
+
+
+def _checkpoint(config) -> pathlib.Path:
+  """Of the first fold."""
+  root = pathlib.Path(config.base.nnunet_folder).expanduser()
+  return root / f"fold_{folds(config)[0]}" / CHECKPOINT
 
 
 def _decided(config, plans: plans_lib.Plans) -> dict[str, Any]:

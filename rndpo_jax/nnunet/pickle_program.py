@@ -19,6 +19,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _COUNTS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_KEYS = (str, int, float, bool, type(None))
 _MARK = object()
 
 
@@ -134,6 +135,9 @@ class _Machine:
     target = self.stack[-1]
     if type(target) is not (dict if is_dict else list):
       raise ValueError(f"its pickle puts items into {type(target).__name__}")
+    if is_dict and not all(isinstance(key, _KEYS) for key in items[::2]):
+      # Hashing tuples in tuples can take the stack, or for ever.
+      raise ValueError("its pickle has keys that are no text or number, which no weights need")
     if is_dict:
       target.update(zip(items[::2], items[1::2], strict=True))
     else:

@@ -21,6 +21,8 @@ _NETWORKS = {"PlainConvUNet": False, "ResidualEncoderUNet": True}  # name -> is_
 _NORM = {"eps": nnunet.EPSILON, "affine": True}
 _IGNORE = "ignore"  # nnU-Net's name for pixels of unknown class
 _PICTURES = "NaturalImage2DIO"  # nnU-Net's reader of them
+# Others of its own that turn no image.
+_READERS = (_PICTURES, "SimpleITKIO", "NibabelIO", "Tiff3DIO")
 _REMEDY = "expected what nnU-Net v2 wrote beside its folds"
 
 
@@ -212,6 +214,11 @@ def _axes(plans: Mapping[str, Any], dims: int) -> tuple[int, ...]:
   reader = plans.get("image_reader_writer")
   if str(reader).endswith("WithReorient"):
     raise ValueError(f"'image_reader_writer' is {reader!r}: turning images is not supported")
+  if reader is not None and reader not in _READERS:
+    raise ValueError(
+      f"'image_reader_writer' is {reader!r}, expected one of nnU-Net's own, {', '.join(_READERS)}: "
+      "what another does to images is unknown"
+    )
   if dims == 3:
     return tuple(forward.index(2 - axis) for axis in range(3))
   if forward[0] != 0:

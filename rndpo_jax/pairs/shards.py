@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -180,6 +181,19 @@ def check_made_of(directory: os.PathLike, dataset, params: Any) -> None:
     raise _not_mined(path)
   there, here = files.read_json(path).get("fingerprints"), provenance.of_finetuning(dataset, params)
   provenance.check(directory, there, here, _mine_again(directory))
+
+
+def fingerprint(directory: os.PathLike) -> str:
+  """SHA-256 of all pairs that the manifest lists, in hexadecimal.
+
+  Raises:
+    errors.PairsError: if nothing is mined there.
+  """
+  path = epath.Path(directory) / "manifest.json"
+  if not path.exists():
+    raise _not_mined(path)
+  sums = [entry["sha256"] for entry in files.read_json(path, shards=list)["shards"]]
+  return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
 def _mine_again(directory: epath.Path) -> str:

@@ -1,4 +1,4 @@
-"""Which cases a folder or file holds, by names alone."""
+"""Which cases a folder or file holds, by names, and of pictures by the first one's colours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rndpo_jax.data.sources.folder import natural
 
 ENDINGS = (*cases.ENDINGS, *cases.LOSSY)
 # Overlooking one of these would drop a case without a word; other files may lie about.
-_UNREADABLE = (".gif", ".webp", ".gz", ".nhdr", ".npy")
+_UNREADABLE = (".gif", ".webp", ".jp2", ".gz", ".nhdr", ".hdr", ".mgz", ".mgh", ".mnc", ".npy")
 SETTINGS = "predict.json"  # of a folder that prediction writes into
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _SERIES = ""  # ending of a folder
@@ -61,7 +61,8 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
 
   Volumes' files are channels, as nnU-Net names them (`ID_0000.nii.gz`), if all of the folder are
   named so; else each is a case. Pictures' files are channels if, further, each case has the numbers
-  from 0000 on and no more than the network's channels: `slice_0001.png` is a name like any other.
+  from 0000 on and no more than the network's channels, and the first file does not hold them all,
+  as one in colour: `slice_0001.png` is a name like any other.
   A folder with DICOM files in it is a case, be it `path` itself or below it at any depth; then its
   id is the folders' names from `path` on, joined by '_'. Other images are taken from `path` alone.
   What lies beside a file decides on its name's meaning, be it asked for alone or with the folder.
@@ -119,7 +120,7 @@ def _in_folder(
   ]
   for part in (volumes, pictures):
     joined = _channels(part, num_channels)
-    if part is pictures and any(one.problem for one in joined):
+    if part is pictures and (any(one.problem for one in joined) or _fills(joined, num_channels)):
       joined = []
     inputs += joined or [Input(stem, (file,), ending) for stem, ending, file, _ in part]
   own = (file_checks.check_text(place.name, str(place)), place)
@@ -127,6 +128,16 @@ def _in_folder(
     Input(n, (folder,), _SERIES) for n, folder in (own, *folders) if dicom.files_of(folder)
   ]
   return inputs
+
+
+def _fills(joined: list[Input], num_channels: int) -> bool:
+  """Whether the first file of cases has all channels of a network of several, as RGB has."""
+  if num_channels == 1 or not joined:
+    return False
+  try:
+    return cases.open_file(joined[0].files[0]).num_channels == num_channels
+  except errors.DataError:  # reading the case names it
+    return False
 
 
 def _slices(one: Input) -> list[pathlib.Path]:

@@ -43,24 +43,31 @@ def check(source: str, output: str) -> None:
       )
 
 
-def claim(output: epath.Path, job: Job, options: Mapping[str, Any]) -> None:
+def claim(output: epath.Path, source: str, job: Job, options: Mapping[str, Any]) -> None:
   """Writes what the masks have in common, or checks that those there were made with the same.
 
   Args:
     output: folder.
+    source: `--input`. Masks of the images of another folder would take the place of those there.
     job: the network.
     options: of `run.Options`.
 
   Raises:
     errors.ConfigError: naming all that differs, or that the folder cannot be written.
   """
-  path, settings = output / SETTINGS, _settings(job, options)
+  path, settings = output / SETTINGS, _settings(source, job, options)
   if path.exists():
-    there = files.read_json(path)
+    try:
+      there = files.read_json(path)
+    except errors.FileError as error:
+      raise errors.ConfigError(
+        f"--output: {path} is damaged, so that nothing says how the masks there were made; name "
+        "another folder"
+      ) from error
     changes = [
       f"{name} was {there.get(name)!r}, is {value!r}"
       for name, value in settings.items()
-      if there.get(name) != value
+      if there.get(name, value if name == "input" else None) != value  # older ones do not say it
     ]
     if changes:
       raise errors.ConfigError(
@@ -78,9 +85,11 @@ def claim(output: epath.Path, job: Job, options: Mapping[str, Any]) -> None:
     ) from error
 
 
-def _settings(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(source: str, job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
   """What the masks of an output folder have in common."""
+  images = pathlib.Path(source).expanduser().resolve()
   return {
+    "input": str(images.parent if images.is_file() else images),
     **job.settings,
     "params": provenance.fingerprint(job.params),
     **{name: options[name] for name in ("mirror", "probabilities", "scores")},

@@ -33,7 +33,7 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
   output = epath.Path(output)
   found = inputs.list_inputs(source, job.num_channels)
   if multihost.is_first():
-    output_folder.claim(output, job, options._asdict())
+    output_folder.claim(output, source, job, options._asdict())
     _say_start(job, found, inputs.overlooked(source))
   multihost.barrier("predict: the output is claimed")
   own = found[jax.process_index() :: jax.process_count()]

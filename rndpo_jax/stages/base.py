@@ -113,8 +113,10 @@ def mirror_axes(config, workdir: os.PathLike, spatial_dims: int) -> tuple[int, .
     model = imported.read_kept(home)
     axes = model.checkpoint.mirroring_axes
     return tuple(n for n, axis in enumerate(model.plans.axes) if axis in axes)
-  is_flipped = config.base.augment and config.augment.flip > 0
-  return tuple(range(spatial_dims)) if is_flipped else ()
+  # Older ones do not say it.
+  by_config = config.base.augment and config.augment.flip > 0
+  selected = files.read_json(home.parent / "selected.json")
+  return tuple(range(spatial_dims)) if selected.get("flipped", by_config) else ()
 
 
 def member_directory(workdir: os.PathLike, member: int) -> epath.Path:
@@ -252,6 +254,7 @@ def _write_selected(config, directory: epath.Path, row: dict, rule: str, data: s
       "rule": rule,
       "val_dice": row["val_dice"],
       "seed": config.seed,
+      "flipped": config.base.augment and config.augment.flip > 0,
       "fingerprints": {"data": data},
       **more,
     },

@@ -59,7 +59,8 @@ def run(config, workdir: os.PathLike) -> None:
   params = params_of_step(workdir, dataset, places)
   for own, folder, _ in phases.of_job(config, workdir):
     start = phases.start(own, workdir, dataset)
-    finetune.check_made_of(folder / "finetune", "done.json", dataset, start)
+    here = finetune.made_of(own, workdir, folder / "pairs", dataset, start)
+    finetune.check_made_of(folder / "finetune", "done.json", here)
   axes = mirror_axes(config, workdir, dataset)
   evaluation = predict.open_evaluation(config, dataset, workdir / "evaluate", params, axes)
   steps = [0, *tuned]

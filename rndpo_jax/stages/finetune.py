@@ -53,10 +53,10 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   params = phases.start(config, workdir, dataset)
   if "pairs" in image_terms.reads_of(config):
     shards.check_made_of(pairs, dataset, params)
+  fingerprints = made_of(config, workdir, pairs, dataset, params)
   if multihost.broadcast((directory / "done.json").exists):
-    check_made_of(directory, "done.json", dataset, params)
+    check_made_of(directory, "done.json", fingerprints)
     return
-  fingerprints = provenance.of_finetuning(dataset, params)
   train_loop.fit(
     _make_step(config, dataset, segmenter, mesh, params),
     train_step.make_state(
@@ -110,19 +110,39 @@ def _make_step(config, dataset, segmenter: types.Segmenter, mesh: Mesh, params: 
   return lambda state, batch, key: step(state, batch, key, reference)
 
 
-def check_made_of(directory: epath.Path, name: str, dataset, params: types.Params) -> None:
-  """Checks that a fine-tuning or a sweep is of these data and this base.
+def made_of(config, workdir, pairs: epath.Path, dataset, params: types.Params) -> dict[str, str]:
+  """Fingerprints of all that a fine-tuning of `config` is made of, by name.
+
+  Args:
+    config: of the phase.
+    workdir: with the base.
+    pairs: the folder of its pairs.
+    dataset: the prepared data.
+    params: that it starts from.
+
+  Raises:
+    errors.PairsError: if it reads pairs and none are mined.
+  """
+  found, read = provenance.of_finetuning(dataset, params), image_terms.reads_of(config)
+  if "pairs" in read:
+    found["pairs"] = shards.fingerprint(pairs)
+  if "partner" in read:
+    found["partner"] = provenance.fingerprint(base.load(workdir, dataset, member=1))
+  return found
+
+
+def check_made_of(directory: epath.Path, name: str, here: dict[str, str]) -> None:
+  """Checks that a fine-tuning or a sweep is of what is here.
 
   Args:
     directory: `finetune/` or `sweep/`.
     name: of the file in it that keeps the fingerprints of what it was made of.
-    dataset: that is here.
-    params: of the base that is here.
+    here: from `made_of`.
 
   Raises:
     errors.ProvenanceError: naming the folder to delete.
   """
-  there, here = files.read_json(directory / name), provenance.of_finetuning(dataset, params)
+  there = files.read_json(directory / name)
   remedy = "delete that folder and run the same command again"
   provenance.check(directory, there.get("fingerprints"), here, remedy)
 

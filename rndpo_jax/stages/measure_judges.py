@@ -16,6 +16,7 @@ from rndpo_jax.losses import bit_planes
 from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, ranked, reliability
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
+from rndpo_jax.training import image_terms
 
 # Splits whose truth is known. The base was trained on the labelled one, so what is measured there
 # says little about unlabelled images, and is kept apart.
@@ -102,7 +103,8 @@ def write_reliability(
   parts = {split: _measured(dataset, split, outputs[split]) for split in names}
   labelled = parts["labelled"]
   val = parts.get("val", _of_no_image(labelled))
-  check_foreground(parts[names[0]].out["base_foreground"], names[0])
+  if "pairs" in image_terms.reads_of(config):
+    check_foreground(parts[names[0]].out["base_foreground"], names[0])
   weights = {}
   if judges.FUSED in program.used_judges(config):
     weights = _add_fused(config, val, labelled)

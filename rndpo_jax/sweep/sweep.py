@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rndpo_jax import config as config_lib
-from rndpo_jax import models, provenance, types
+from rndpo_jax import models, types
 from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, split_batches
@@ -79,20 +79,17 @@ def run(
       "config.data.num_val above 0, in another --workdir"
     )
   params = phases.start(config, workdir, dataset)
+  made_of = finetune.made_of(config, workdir, epath.Path(workdir) / "pairs", dataset, params)
   if multihost.broadcast((directory / DONE).exists):
-    finetune.check_made_of(directory, DONE, dataset, params)
+    finetune.check_made_of(directory, DONE, made_of)
     progress.say("[sweep] done before")
     return files.read_json(directory / DONE)
   mesh = _mesh_of(grid)
   form = form or population.default_form(mesh)
   _say_start(config, grid, form, mesh)
-  diverged = _train(config, workdir, directory, dataset, params, grid, mesh, form)
+  diverged = _train(config, workdir, directory, dataset, params, made_of, grid, mesh, form)
   if multihost.is_first():
-    how = {
-      "fingerprints": provenance.of_finetuning(dataset, params),
-      "form": form,
-      "num_devices": mesh.size,
-    }
+    how = {"fingerprints": made_of, "form": form, "num_devices": mesh.size}
     _write_results(config, workdir, directory, grid, diverged, how)
   multihost.barrier("sweep")
   files.refresh(directory)
@@ -173,7 +170,7 @@ def _claim(directory: epath.Path, grid: dict[str, list]) -> None:
     multihost.barrier("claim of a sweep")
 
 
-def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.ndarray:
+def _train(config, workdir, directory, dataset, params, made_of, grid, mesh, form) -> np.ndarray:
   """Trains all members; returns the step at which each diverged, i32[N, R], 0 if it did not."""
   options = config.finetune
   pairs = epath.Path(workdir) / "pairs"
@@ -198,7 +195,7 @@ def _train(config, workdir, directory, dataset, params, grid, mesh, form) -> np.
     checkpoints=checkpoint_manager.CheckpointManager(
       directory,
       description="sweep",
-      fingerprints=provenance.of_finetuning(dataset, params),
+      fingerprints=made_of,
       keep_checkpoints=options.keep_checkpoints,
       keep_params="none",
       minutes=options.checkpoint_minutes,

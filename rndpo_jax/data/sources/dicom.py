@@ -50,8 +50,28 @@ class _Slice(NamedTuple):
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The DICOM files that lie in a folder: by their ending or, without one, by their first bytes."""
-  return [path for path in sorted(folder.iterdir()) if _is_dicom(path)]
+  """The DICOM files that lie in a folder: by their ending or, without one, by their first bytes.
+
+  Of names without one those of nothing but zeros are among them, where others are DICOM: they are
+  what a copy that was cut off leaves, and reading their header says so.
+  """
+  paths = sorted(folder.iterdir())
+  found = {path for path in paths if _is_dicom(path)}
+  if any(not _has_ending(path) for path in found):
+    found |= {path for path in paths if _is_blank(path)}
+  return sorted(found)
+
+
+def _has_ending(path: pathlib.Path) -> bool:
+  ending = path.suffix[1:]
+  return bool(ending) and not ending.isdecimal()  # names may be UIDs
+
+
+def _is_blank(path: pathlib.Path) -> bool:
+  if path.name.startswith(".") or _has_ending(path) or not path.is_file():
+    return False
+  with path.open("rb") as file:
+    return not file.read(132).strip(b"\0")
 
 
 def _is_dicom(path: pathlib.Path) -> bool:
@@ -60,7 +80,7 @@ def _is_dicom(path: pathlib.Path) -> bool:
     return False
   if ending in _ENDINGS:
     return True
-  if (ending and not ending[1:].isdecimal()) or not path.is_file():  # names may be UIDs
+  if _has_ending(path) or not path.is_file():
     return False
   try:
     with path.open("rb") as file:
@@ -142,7 +162,7 @@ def _header(library: types.ModuleType, path: pathlib.Path) -> _Slice:
       spacing=spacing and spacing[::-1],  # DICOM: between rows, between columns
       directions=_numbers(found, "ImageOrientationPatient", 6),
       position=_numbers(found, "ImagePositionPatient", 3),
-      slope=(_numbers(found, "RescaleSlope", 1) or (1.0,))[0],
+      slope=(_numbers(found, "RescaleSlope", 1) or (1.0,))[0] or 1.0,  # 0 is 1 to ITK too
       intercept=(_numbers(found, "RescaleIntercept", 1) or (0.0,))[0],
     )
     frames, samples = int(found.get("NumberOfFrames") or 1), int(found.get("SamplesPerPixel") or 1)

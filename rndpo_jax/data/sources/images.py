@@ -29,6 +29,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Files have no place for a spacing: as nnU-Net's reader of pictures has it.
 SPACING_MM = (1.0, 1.0)
 SPACING_NOTE = "pictures have no spacing: for config.data.spacing a pixel is 1 mm, as in nnU-Net"
+_PHOTOMETRIC = 262  # tag of TIFF; 0 is WhiteIsZero
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright
 
 
@@ -85,6 +86,7 @@ def header(path: pathlib.Path) -> Header:
     if image.height * image.width < 2:
       raise errors.DataError(f"{path}: an image of one pixel; expected more, remove it")
     _check_depth(path, image)
+    _check_zero_is_black(path, image)
     dtype = "float32" if mode in ("I", "F") else "uint8"
     return Header((image.height, image.width), _CHANNELS[mode], dtype, _orientation(path, image))
 
@@ -122,6 +124,7 @@ def read_mask(path: pathlib.Path, num_classes: int) -> np.ndarray:
   """
   with _open(path) as image:
     _check_depth(path, image)
+    _check_zero_is_black(path, image)
     array = np.asarray(_decode(path, image.copy))
   if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
     array = array[..., 0]
@@ -161,6 +164,15 @@ def _check_depth(path: pathlib.Path, image: Image.Image) -> None:
     raise errors.DataError(
       f"{path}: colour or transparency of 16 bits a channel is not supported; convert it to 8 bits "
       "a channel, or to grey alone"
+    )
+
+
+def _check_zero_is_black(path: pathlib.Path, image: Image.Image) -> None:
+  """Refuses a grey TIFF whose 0 is white, which Pillow inverts, if it has 8 bits."""
+  if image.format == "TIFF" and image.mode == "L" and image.tag_v2.get(_PHOTOMETRIC) == 0:
+    raise errors.DataError(
+      f"{path}: a TIFF in which 0 is white (PhotometricInterpretation WhiteIsZero), so that its "
+      "values would be inverted; save it with 0 as black, or as PNG"
     )
 
 

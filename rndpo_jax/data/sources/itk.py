@@ -31,6 +31,10 @@ _LINE_END = re.compile(rb"\r?\n?")
 _GIPL_MAGIC = (b"\xef\xff\xe9\xb0", b"\x2a\xe3\x89\xb8")
 _GIPL_HEADER = 256
 _IMAGE_IO = {".nrrd": "NrrdImageIO", ".gipl": "GiplImageIO"}
+_NRRD_GZIP = re.compile(
+  rb"(?:(?!encoding:)[^\r\n]+\r?\n)*encoding: *(?:gzip|gz) *\r?\n(?:[^\r\n]+\r?\n)*\r?\n",
+  re.IGNORECASE,
+)
 _NRRD_DATA_FILE = re.compile(rb"^data ?file: *([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -186,19 +190,27 @@ def _voxels(path: pathlib.Path, as_bytes: bool) -> np.ndarray:
 
 
 def _check_compressed(path: pathlib.Path) -> None:
-  """Raises zlib.error on a damaged MetaImage: ITK would give the voxels before the damage."""
+  """Raises zlib.error on damaged compressed voxels: ITK may give them without an error."""
   last = data_files(path)[-1]
-  if path.suffix.lower() == ".gipl":
+  kind = path.suffix.lower()
+  if kind == ".gipl":
     return
   with path.open("rb") as file:
     content = file.read(_MAX_HEADER)
-  match = _META_DATA_FILE.search(content)
-  if match is None or not _COMPRESSED.search(content[: match.start()]):
+  if kind == ".nrrd":
+    match = _NRRD_GZIP.match(content)
+    start, window = match and match.end(), 31  # of gzip
+  else:
+    match = _META_DATA_FILE.search(content)
+    match = match if match and _COMPRESSED.search(content[: match.start()]) else None
+    start = match and match.end() + len(_LINE_END.match(content, match.end())[0])
+    window = 15  # of zlib
+  if match is None:
     return
-  stream = zlib.decompressobj()
+  stream = zlib.decompressobj(window)
   with last.open("rb") as file:
     if last == path:
-      file.seek(match.end() + len(_LINE_END.match(content, match.end())[0]))
+      file.seek(start)
     while not stream.eof and (part := file.read(2**16)):
       while part:
         stream.decompress(part, 2**24)

@@ -6,6 +6,8 @@ slices, in mm if the header names no unit: as nnU-Net and ITK have it.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import pathlib
 import zlib
 
@@ -82,9 +84,19 @@ def _unit(image) -> str:
 def _voxels(path: pathlib.Path, image, as_bytes: bool) -> np.ndarray:
   """Scaled voxels: bytes as they are if asked for, float32 otherwise."""
   try:
-    if as_bytes and image.get_data_dtype() == np.uint8:
-      return np.asarray(image.dataobj)
-    return image.get_fdata(dtype=np.float32, caching="unchanged")
+    with contextlib.ExitStack() as stack:
+      file = None
+      if path.suffix.lower() == ".gz":
+        file = stack.enter_context(gzip.open(path))
+        image = type(image).from_stream(file)
+      if as_bytes and image.get_data_dtype() == np.uint8:
+        array = np.asarray(image.dataobj)
+      else:
+        array = image.get_fdata(dtype=np.float32, caching="unchanged")
+      # gzip's checksum stands behind the last voxel; without it damage is wrong voxels, no error.
+      while file is not None and file.read(2**20):
+        pass
+      return array
   except _BROKEN as error:
     raise errors.DataError(
       f"{path}: truncated or damaged, its voxels cannot be read ({file_checks.one_line(error)}); "
