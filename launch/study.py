@@ -9,6 +9,7 @@ share the cells that are left. See rndpo_jax/study/README.md.
 """
 
 import pathlib
+import sys
 
 from absl import app, flags
 
@@ -39,7 +40,8 @@ def main(argv):
     cells = grid.expand(study, recipes.apply, roots(), _ONLY.value)
     name = pathlib.Path(_STUDY.value).stem
     if _REPORT.value:
-      study_page.write(_RECORDS.value, name, cells)
+      everything = grid.expand(study, recipes.apply, roots())
+      study_page.write(_RECORDS.value, name, everything)
       progress.say(f"{_RECORDS.value}/study.md, study.csv and study.html are written")
       return
     study_loop.check(cells)
@@ -58,6 +60,8 @@ def main(argv):
     if len(failed) < len(cells):
       everything = grid.expand(study, recipes.apply, roots())
       study_page.write(_RECORDS.value, name, everything)
+    if failed:
+      sys.exit(1)
 
 
 def roots():

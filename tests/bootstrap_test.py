@@ -25,8 +25,9 @@ def test_equal_differences_have_an_interval_of_no_width_and_a_claim():
   runs = [run(draw, seed, [0.25] * 4) for draw in range(3) for seed in range(2)]
   found = bootstrap.interval(runs)
   assert (found.mean, found.low, found.high, found.claim) == (0.25, 0.25, 0.25, "better")
-  worse = bootstrap.interval([run(0, 0, [-0.5, -0.5])])
+  worse = bootstrap.interval([run(draw, 0, [-0.5, -0.5]) for draw in range(2)])
   assert worse.claim == "worse"
+  assert bootstrap.interval([run(0, 0, [-0.5, -0.5])]).claim == "one draw: no claim"
   assert bootstrap.interval([run(0, 0, [0.0, 0.0])]).claim == "not told apart"
 
 

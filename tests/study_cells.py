@@ -47,7 +47,7 @@ def record(recipe, draw, seed, sustained, base=(0.5, 0.7), **more):
     "steps": 4, "base": {"val": 0.6, "test": float(np.mean(base))},
     "mb": {"base": 1.0, "cell": 2.0}, "curve": {"step": [0, 4], "test": [0.6, test]},
     "test": {"last": test, "last_third_mean": test, "peak": test, "drop": 0.0},
-    "judge": {"name": "agreement", "pair_accuracy": 0.65},
+    "judge": {"name": "agreement", "pair_accuracy": 0.65}, "pairs": {"count": 9},
     "cases": {"ids": f"draw{draw}", "patient": [0, 1], "base": list(base), "last": list(sustained),
               "sustained": list(sustained)},
     **more,

@@ -96,3 +96,11 @@ def test_changed_keys_hold_no_path_of_this_machine():
   cell = expand(study())[0]._replace(config=config)
   assert "/" not in json.dumps(grid.changed(cell))
   assert config_lib.base_config().finetune.beta == 10.0  # the default that no line repeats
+
+
+def test_arms_that_differ_in_what_no_table_shows_are_refused():
+  arms = [{"recipes": (RN,)}, {"recipes": (RN,), "set": {"finetune.num_steps": 9}}]
+  with pytest.raises(ConfigError, match="differ in 'set' alone.* give what differs as an axis"):
+    expand(study(arms=arms))
+  arms[1] = {"recipes": (RN,), "axes": {"finetune.num_steps": (9,)}}
+  assert len(expand(study(arms=arms))) == 4

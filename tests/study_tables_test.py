@@ -4,6 +4,7 @@ import pytest
 from study_cells import DPO, RN, record
 
 from rndpo_jax.study import (
+  bootstrap,
   study_groups,
   study_tables,
 )
@@ -24,15 +25,51 @@ def test_gains_and_differences_are_paired_by_draw_and_seed():
   assert rows[DPO]["against the base"] == "not told apart"
   assert rows[DPO]["worst run"] == "\u22120.100"
   (pair,) = study_tables.pair_table(group).rows
-  assert pair[:3] == [DPO, RN, "1"] and pair[4] == "worse"
+  assert pair[:4] == [DPO, RN, "4 / 4", "1"] and pair[5] == pair[7] == "one draw: no claim"
   # How long a training is tells recipes apart, as a setting such as beta does not.
   longer = [record(RN, 0, 0, (0.9, 0.9), axes={"finetune.num_steps": 9})]
   (group,) = study_groups.groups(winner + longer)
   (pair,) = study_tables.pair_table(group).rows
-  assert pair[:3] == [RN, f"{RN}, finetune.num_steps=9", "1"]
+  assert pair[:4] == [RN, f"{RN}, finetune.num_steps=9", "4 / 4", "1"]
   # Runs that share no cases are not compared.
-  other = [record(DPO, 0, 0, (0.4, 0.6), cases={**loser[0]["cases"], "ids": "others"})]
-  assert study_groups.difference(winner, other) is None
+  # Nor those of two bases, as of one seed on two machines.
+  for change in ({"ids": "others"}, {"base": [0.5, 0.71]}):
+    other = [record(DPO, 0, 0, (0.4, 0.6), cases={**loser[0]["cases"], **change})]
+    assert study_groups.difference(winner, other) is None
+
+
+def test_what_a_phase_adds_is_seen_at_the_last_step():
+  def run(draw, sustained, last):
+    found = record(RN, draw, 0, sustained)
+    return {**found, "cases": {**found["cases"], "last": list(last)}}
+
+  first = [run(draw, (0.5, 0.7), (0.6, 0.8)) for draw in range(2)]
+  second = [{**run(draw, (0.5, 0.7), (0.5, 0.7)), "recipe": DPO, "steps": 2} for draw in range(2)]
+  (group,) = study_groups.groups(first + second)
+  (pair,) = study_tables.pair_table(group).rows
+  assert pair[2] == "2 / 4" and pair[5] == "not told apart" and pair[7] == "worse"
+  assert pair[6] == "\u22120.100 (\u22120.100 to \u22120.100)"
+  text = study_tables.csv_text(first + second)
+  assert "tiny,4,dpo,rn_dpo,last,-0.10000,-0.10000,-0.10000,2,worse" in text
+
+
+def test_means_are_of_draws_and_pairs_of_runs_that_have_some():
+  records = [record(RN, 0, seed, (0.8, 0.8), base=(0.5, 0.5)) for seed in range(3)]
+  records.append(record(RN, 1, 0, (0.6, 0.6), base=(0.3, 0.3), pairs={"count": 0}))
+  records[0]["judge"] = {"name": "agreement", "pair_accuracy": 0.95}
+  (group,) = study_groups.groups(records)
+  table = study_tables.main_table(group)
+  row = dict(zip(table.head, table.rows[0], strict=True))
+  assert (row["base"], row["sustained"], row["steps"]) == ("0.400", "0.700", "4")
+  assert row["pairs right"] == "0.75"
+  (group,) = study_groups.groups(records[3:])
+  row = dict(zip(table.head, study_tables.main_table(group).rows[0], strict=True))
+  assert row["pairs right"] == "" and row["against the base"] == "one draw: no claim"
+
+
+def test_a_bound_beside_zero_shows_on_which_side_it_is():
+  found = bootstrap.Interval(0.002, 0.0002, 0.004, 2, 2)
+  assert study_tables._with_interval(found) == "+0.002 (+0.0002 to +0.004)"
 
 
 def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
@@ -48,7 +85,10 @@ def test_stability_tells_the_best_and_the_worst_value_of_an_axis():
   (group,) = study_groups.groups(records[:1] + more)
   assert not study_tables.stability_table(group).rows
   text = study_tables.csv_text(records)
-  assert '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,worse' in text
+  assert (
+    '"rn_dpo, finetune.beta=30",base,sustained,-0.20000,-0.20000,-0.20000,1,one draw: no claim'
+    in text
+  )
 
 
 def test_rules_of_stopping_stand_beside_the_oracle():
@@ -116,6 +156,7 @@ def test_validation_chooses_the_point_of_a_recipe_not_test():
     "dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "rn_dpo, finetune.beta=3, judge=oracle",
   ]  # fmt: skip
   rows = study_tables.chosen_pair_table(group).rows
-  assert ["dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "1"] in [row[:3] for row in rows]
+  wanted = ["dpo, finetune.beta=0.1", "rn_dpo, finetune.beta=3", "4 / 4", "1"]
+  assert wanted in [row[:4] for row in rows]
   assert study_tables.pair_table(group).rows == []  # all are points of an axis
   assert study_groups.chosen(study_groups.groups(records[3:])[0]).arms == {}

@@ -9,8 +9,9 @@ percentile of these means (Davison and Hinkley, Bootstrap Methods and their Appl
 section 3.8; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007, for two crossed
 factors).
 
-With the few draws that a study has, such an interval is somewhat too narrow; with one draw and one
-seed it tells of the cases alone.
+With the few draws that a study has, such an interval is too narrow: in simulations without any
+difference three draws make a claim in some 10% instead of 5%. With one draw it tells of the cases
+alone, and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BETTER, WORSE, SAME = "better", "worse", "not told apart"
+BETTER, WORSE, SAME, ONE_DRAW = "better", "worse", "not told apart", "one draw: no claim"
 
 
 class Run(NamedTuple):
@@ -39,22 +40,25 @@ class Run(NamedTuple):
 
 
 class Interval(NamedTuple):
-  """A mean with its 95% interval; `num_runs` is of how many runs."""
+  """A mean with its 95% interval, of how many runs and draws."""
 
   mean: float
   low: float
   high: float
   num_runs: int
+  num_draws: int
 
   @property
   def claim(self) -> str:
-    """'better' or 'worse' only where the interval excludes zero."""
+    """'better' or 'worse' only where the interval of several draws excludes zero."""
+    if self.num_draws == 1 and (self.low > 0 or self.high < 0):
+      return ONE_DRAW
     if self.low > 0:
       return BETTER
     return WORSE if self.high < 0 else SAME
 
 
-def interval(runs: Sequence[Run], *, num_resamples: int = 2000, seed: int = 0) -> Interval:
+def interval(runs: Sequence[Run], *, num_resamples: int = 20_000, seed: int = 0) -> Interval:
   """The mean of paired differences and its 95% interval.
 
   Args:
@@ -65,7 +69,7 @@ def interval(runs: Sequence[Run], *, num_resamples: int = 2000, seed: int = 0) -
   draws = _by_draw(runs)
   mean = np.mean([np.mean([np.mean(run.values) for run in part]) for part in draws])
   low, high = np.percentile(resample(runs, num_resamples, seed), (2.5, 97.5))
-  return Interval(float(mean), float(low), float(high), len(runs))
+  return Interval(float(mean), float(low), float(high), len(runs), len(draws))
 
 
 def resample(runs: Sequence[Run], num_resamples: int, seed: int) -> np.ndarray:

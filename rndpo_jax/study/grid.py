@@ -28,7 +28,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -136,10 +136,24 @@ def expand(
     own = _cells(study, arm, apply_recipe, roots)
     for cell in sorted(own, key=lambda cell: (cell.draw, cell.seed)):
       cells.setdefault(cell.key, cell)
+  _check_labels(cells.values())
   found = [cell for cell in cells.values() if only in cell.key]
   if not found:
     raise ConfigError(f"--only: no cell of {len(cells)} has {only!r} in its key")
   return found
+
+
+def _check_labels(cells: Iterable[Cell]) -> None:
+  """Refuses two cells that tables would take for two runs of one arm."""
+  seen: dict[tuple, Cell] = {}
+  for cell in cells:
+    place = (cell.data, cell.budget, cell.draw, cell.seed, cell.label, cell.tuning)
+    other = seen.setdefault(place, cell)
+    if other is not cell:
+      raise ConfigError(
+        f"study: the cells {other.key} and {cell.key} differ in 'set' alone, so that tables would "
+        "mix them; give what differs as an axis"
+      )
 
 
 def _without_recipe(get_config: Callable) -> Callable[[], ml_collections.ConfigDict]:
@@ -208,7 +222,7 @@ def phase_key(cell: Cell, number: int) -> str:
     table[section] = (False, "")
   found = {
     key: value
-    for key, value in _changed(own).items()
+    for key, value in _values(own).items()  # with defaults: an older one made another phase
     if (config_unread.find(table, key) or (True, ""))[0]
   }
   return _digest(found if number == 1 else [phase_key(cell, number - 1), found])
@@ -220,14 +234,19 @@ def changed(cell: Cell) -> dict[str, Any]:
 
 
 def _changed(config) -> dict[str, Any]:
-  values = json.loads(json.dumps(config_lib.leaves(config)))  # tuples become lists
-  defaults = json.loads(json.dumps(config_lib.leaves(config_lib.base_config())))
-  free = workdir_lib.OPERATIONAL + ("base.workdir",)
+  defaults = _values(config_lib.base_config())
   return {
     key: value
-    for key, value in values.items()
-    if not key.startswith(free) and (key not in defaults or value != defaults[key])
+    for key, value in _values(config).items()
+    if key not in defaults or value != defaults[key]
   }
+
+
+def _values(config) -> dict[str, Any]:
+  """Every key that may change results."""
+  values = json.loads(json.dumps(config_lib.leaves(config)))  # tuples become lists
+  free = workdir_lib.OPERATIONAL + ("base.workdir",)
+  return {key: value for key, value in values.items() if not key.startswith(free)}
 
 
 def _digest(content: Any) -> str:

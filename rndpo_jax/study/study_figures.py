@@ -103,7 +103,7 @@ def over_judge(group: study_groups.Group) -> str | None:
   points: dict[str, list[tuple[float, float]]] = {}
   for records in group.arms.values():
     for record in records:
-      accuracy = record["judge"].get("pair_accuracy")
+      accuracy = study_groups.pairs_right(record)
       if accuracy is not None:
         change = record["test"]["last_third_mean"] - record["base"]["test"]
         points.setdefault(record["recipe"], []).append((accuracy, change))

@@ -7,7 +7,7 @@ is asked for, and are paired: the same draw, seed, base and case.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,24 +47,41 @@ def gain(records: Sequence[Record], what: str = "sustained") -> bootstrap.Interv
   return bootstrap.interval([_run(record, _cases(record, what, "base")) for record in records])
 
 
-def difference(first: Sequence[Record], second: Sequence[Record]) -> bootstrap.Interval | None:
-  """Sustained Dice of the first minus the second, over runs of the same draw, seed and cases."""
+def difference(
+  first: Sequence[Record], second: Sequence[Record], what: str = "sustained"
+) -> bootstrap.Interval | None:
+  """Dice of the first minus the second, over runs of the same draw, seed, base and cases."""
   others = {_pairing(record): record for record in second}
   runs = []
   for record in first:
     other = others.get(_pairing(record))
     if other is not None:
-      values = np.subtract(record["cases"]["sustained"], other["cases"]["sustained"])
+      values = np.subtract(record["cases"][what], other["cases"][what])
       runs.append(_run(record, values))
   return bootstrap.interval(runs) if runs else None
 
 
 def _pairing(record: Record) -> tuple:
-  return record["draw"], record["seed"], record["cases"]["ids"]
+  # A base that was trained again, on another machine say, has other cases' Dice.
+  cases = record["cases"]
+  return record["draw"], record["seed"], cases["ids"], tuple(cases["base"])
 
 
 def _cases(record: Record, first: str, second: str) -> np.ndarray:
   return np.subtract(record["cases"][first], record["cases"][second])
+
+
+def mean(records: Sequence[Record], value: Callable[[Record], float]) -> float:
+  """The mean over draws of the means over their runs, as that of gains."""
+  draws: dict[int, list[float]] = {}
+  for record in records:
+    draws.setdefault(record["draw"], []).append(value(record))
+  return float(np.mean([np.mean(values) for values in draws.values()]))
+
+
+def pairs_right(record: Record) -> float | None:
+  """Share of validation pairs that the used judge has right; None where no pair is trained on."""
+  return record["judge"].get("pair_accuracy") if record["pairs"]["count"] else None
 
 
 def _run(record: Record, values: np.ndarray) -> bootstrap.Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,23 +37,27 @@ def main_table(group: study_groups.Group) -> Table:
   rows = []
   for label, records in group.arms.items():
     held, last = study_groups.gain(records), study_groups.gain(records, "last")
-    test = [record["test"] for record in records]
-    bases = [record["base"]["test"] for record in records]
-    worst = min(t["last_third_mean"] - base for t, base in zip(test, bases, strict=True))
+    worst = min(r["test"]["last_third_mean"] - r["base"]["test"] for r in records)
+    sustained, peak, drop = (
+      _by_draws(records, lambda record, name=name: record["test"][name])
+      for name in ("last_third_mean", "peak", "drop")
+    )
     row = [
-      label, str(len(records)), _mean(bases), _mean(t["last_third_mean"] for t in test),
-      _with_interval(held), held.claim, _with_interval(last), _mean(t["peak"] for t in test),
-      _mean(t["drop"] for t in test), _SIGNED(worst), _judged(records), _delivered(records),
+      label, _steps(records), str(len(records)),
+      _by_draws(records, lambda record: record["base"]["test"]), sustained, _with_interval(held),
+      held.claim, _with_interval(last), peak, drop, _SIGNED(worst), _judged(records),
+      _delivered(records),
     ]  # fmt: skip
     rows.append((-held.mean, row))
   head = [
-    "recipe", "runs", "base", "sustained", "gain, sustained", "against the base", "gain, last",
-    "peak", "drop", "worst run", "pairs right", "delivered",
+    "recipe", "steps", "runs", "base", "sustained", "gain, sustained", "against the base",
+    "gain, last", "peak", "drop", "worst run", "pairs right", "delivered",
   ]  # fmt: skip
   note = (
-    "Test Dice, mean over runs. Sustained is the mean of the last third of the checkpoints; gains "
-    "with 95% intervals; worst run is the lowest sustained gain of a single run; pairs right is "
-    "the used judge's on validation."
+    "Test Dice, mean over draws and in them over runs. Sustained is the mean of the last third of "
+    "the checkpoints of all phases, so of a short last phase the end of the one before too; steps "
+    "are of all phases; gains with 95% intervals; worst run is the lowest sustained gain of a "
+    "single run; pairs right is the used judge's on validation."
   )
   return Table(f"Recipes: {group.title}", note, head, [row for _, row in sorted(rows)])
 
@@ -67,12 +71,18 @@ def pair_table(group: study_groups.Group) -> Table:
     if study_groups.numbers(records[0]["axes"]) <= {study_groups.LENGTH}
   ]
   for first, second in itertools.combinations(sorted(plain), 2):
-    found = study_groups.difference(group.arms[first], group.arms[second])
+    arms = group.arms[first], group.arms[second]
+    found, last = (study_groups.difference(*arms, what) for what in ("sustained", "last"))
     if found is not None:
-      row = [first, second, str(found.num_runs), _with_interval(found), found.claim]
+      row = [first, second, " / ".join(map(_steps, arms)), str(found.num_runs)]
+      row += [_with_interval(found), found.claim, _with_interval(last), last.claim]
       rows.append((-abs(found.mean), row))
-  head = ["recipe", "against", "shared runs", "difference, sustained", "the first is"]
-  note = "Over the runs that both have, on the same bases and cases; 95% intervals."
+  head = ["recipe", "against", "steps", "shared runs", "difference, sustained", "the first is",
+          "difference, last", "the first is"]  # fmt: skip
+  note = (
+    "Over the runs that both have, on the same bases and cases; 95% intervals. What a phase adds "
+    "to the one before is seen at the last step: sustained is in part of checkpoints before it."
+  )
   return Table(f"Differences: {group.title}", note, head, [row for _, row in sorted(rows)])
 
 
@@ -118,14 +128,15 @@ def tuning_table(group: study_groups.Group) -> Table:
     held = [record["val"]["last_third_mean"] for record in records]
     bases = [record["base"]["val"] for record in records]
     last = _mean(record["val"]["last"] for record in records)
-    rows.append((records[0]["recipe"], float(np.mean(held)), label, len(records), bases, last))
-  best = {recipe: max(row[1] for row in rows if row[0] == recipe) for recipe, *_ in rows}
+    length = records[0]["recipe"], _steps(records)
+    rows.append((length, float(np.mean(held)), label, len(records), bases, last))
+  best = {length: max(row[1] for row in rows if row[0] == length) for length, *_ in rows}
   shown = [
-    [label, str(count), _mean(bases), report_tables.show(held), last,
-     "best" if held == best[recipe] else ""]
-    for recipe, held, label, count, bases, last in sorted(rows, key=lambda row: (row[0], -row[1]))
+    [label, length[1], str(count), _mean(bases), report_tables.show(held), last,
+     "best" if held == best[length] else ""]
+    for length, held, label, count, bases, last in sorted(rows, key=lambda row: (row[0], -row[1]))
   ]  # fmt: skip
-  head = ["recipe", "runs", "base", "sustained", "last", ""]
+  head = ["recipe", "steps", "runs", "base", "sustained", "last", "of its length"]
   return Table(f"Tuning: {group.title}", "Validation Dice; test was not looked at.", head, shown)
 
 
@@ -192,8 +203,9 @@ def csv_text(records: Iterable[Record]) -> str:
       for what in ("sustained", "last")
     ]
     rows += [
-      (first, second, "sustained", study_groups.difference(group.arms[first], group.arms[second]))
+      (first, second, what, study_groups.difference(group.arms[first], group.arms[second], what))
       for first, second in itertools.combinations(sorted(group.arms), 2)
+      for what in ("sustained", "last")
     ]
     for *names, found in rows:
       if found is not None:
@@ -210,22 +222,39 @@ def _mean(values: Iterable[float]) -> str:
   return report_tables.show(float(np.mean(list(values))))
 
 
+def _by_draws(records: Sequence[Record], value: Callable[[Record], float]) -> str:
+  return report_tables.show(study_groups.mean(records, value))
+
+
+def _steps(records: Sequence[Record]) -> str:
+  return ", ".join(map(str, sorted({record["steps"] for record in records})))
+
+
 def _with_interval(found: bootstrap.Interval) -> str:
-  return f"{_SIGNED(found.mean)} ({_SIGNED(found.low)} to {_SIGNED(found.high)})"
+  return f"{_SIGNED(found.mean)} ({_bound(found.low)} to {_bound(found.high)})"
+
+
+def _bound(value: float) -> str:
+  """Four digits where three would hide on which side of zero it is."""
+  return _SIGNED(value) if round(value, 3) else _SIGNED(value, 4)
 
 
 def _judged(records: Sequence[Record]) -> str:
-  known = [record["judge"].get("pair_accuracy") for record in records]
+  known = map(study_groups.pairs_right, records)
   known = [value for value in known if value is not None]
   return f"{np.mean(known):.2f}" if known else ""
 
 
 def _delivered(records: Sequence[Record]) -> str:
   """Mean gain of the delivered models over their bases, and the worst."""
-  gains = []
-  for record in records:
-    test = (record.get("delivered") or {}).get("test")
-    dice = test.get("dice") if isinstance(test, Mapping) else None
-    if dice is not None:
-      gains.append(dice - record["base"]["test"])
-  return f"{_SIGNED(float(np.mean(gains)))}, worst {_SIGNED(min(gains))}" if gains else ""
+  known = [record for record in records if _delivered_gain(record) is not None]
+  if not known:
+    return ""
+  mean = study_groups.mean(known, _delivered_gain)
+  return f"{_SIGNED(mean)}, worst {_SIGNED(min(map(_delivered_gain, known)))}"
+
+
+def _delivered_gain(record: Record) -> float | None:
+  test = (record.get("delivered") or {}).get("test")
+  dice = test.get("dice") if isinstance(test, Mapping) else None
+  return None if dice is None else dice - record["base"]["test"]
