@@ -55,6 +55,11 @@ ONLINE = {"finetune.terms.online.weight": 1.0, "finetune.ema_decay": 0.9}
   [
     (W2S, {"finetune.unlabelled_batch_size": 1}, "cutmix: a box comes from another image"),
     (CHOSEN, {"mine.rule": "random_pair"}, "mine.rule: found 'random_pair', .* takes it for a la"),
+    (
+      {**W2S, "finetune.teacher_views": "flips"},
+      {"augment.flip": 0.0},
+      "teacher_views: found 'flips', but config.augment.flip is 0",
+    ),
     (ONLINE, {"finetune.terms.online.num_proposals": 2}, "num_proposals: found 2, .* smaller mask"),
   ],
 )

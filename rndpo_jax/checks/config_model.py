@@ -64,7 +64,7 @@ def check_size(config) -> None:
 
 
 def check_turns(config) -> None:
-  """Checks that what is turned by a quarter is square.
+  """Checks that what is turned by a quarter is square, and flipped images are no news.
 
   Raises:
     ConfigError: otherwise.
@@ -75,7 +75,13 @@ def check_turns(config) -> None:
     raise ConfigError(
       f"config.augment.turn: quarter turns need H equal to W, found size {size}; set it to 0"
     )
-  if config.finetune.teacher_views == "flips_turns" and size[0] != size[1]:
+  views = config.finetune.teacher_views
+  if views != "one" and not config.augment.flip:
+    raise ConfigError(
+      f"config.finetune.teacher_views: found {views!r}, but config.augment.flip is 0, so that "
+      "flipped images are strange to the network; set it to one"
+    )
+  if views == "flips_turns" and size[0] != size[1]:
     raise ConfigError(
       f"config.finetune.teacher_views: quarter turns need H equal to W, found size {size}; set it "
       "to flips"

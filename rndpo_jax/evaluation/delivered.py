@@ -13,7 +13,8 @@ percentile interval does ("What Teachers Should Know About the Bootstrap", 2015)
 groups can show at most: all n are better by chance once in 2^n times. Delivered is the last
 checkpoint with p >= `min_probability`. Without one it is the last with p >= NEAR_PROBABILITY that
 passes the label-free rule (`label_free`) too: two signs that know nothing of each other. Without
-such a one, the base. Deterministic: the seed is fixed.
+such a one, the base. Each checkpoint is asked by itself: of many that are worth no more than the
+base, some one may pass by chance. Deterministic: the seed is fixed.
 """
 
 from __future__ import annotations
