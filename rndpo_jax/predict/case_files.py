@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import nibabel
@@ -75,6 +75,19 @@ def is_done(output: epath.Path, source: inputs.Input, *, probabilities: bool) ->
 def read_done(output: epath.Path, source: inputs.Input) -> dict:
   """What `write` said of a case that is done."""
   return files.read_json(_done(output, source), mask=str, scores=dict)
+
+
+def read_others(output: epath.Path, case_ids: Collection[str]) -> list[dict]:
+  """What `write` said of the cases whose masks are there, but for those of `case_ids`."""
+  found = []
+  for path in sorted((output / FOLDER).glob("*.json")):
+    try:
+      entry = {} if path.stem in case_ids else files.read_json(path, mask=str, scores=dict)
+    except errors.RndpoError:  # a crash has emptied it: its case is predicted again when asked for
+      continue
+    if entry and (output / entry["mask"]).exists():
+      found.append(entry)
+  return found
 
 
 def _done(output: epath.Path, source: inputs.Input) -> epath.Path:

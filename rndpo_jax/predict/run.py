@@ -56,6 +56,8 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
   if multihost.is_first() and options.scores:
     files.refresh(output / case_files.FOLDER)
     rows = [case_files.read_done(output, one) for one in found if is_done(one)]
+    # Of masks that another --input of the same folder has made, one of its files say.
+    rows += case_files.read_others(output, {one.case_id for one in found})
     files.write_text(output / score_table.FILE, score_table.text(rows))
   if count:
     raise errors.DataError(
