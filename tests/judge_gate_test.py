@@ -67,6 +67,10 @@ def test_a_judge_that_no_validation_case_measures_is_not_refused_but_said():
 def test_auto_is_the_best_lower_bound():
   names = ("entropy", "agreement", "confidence")
   assert judge_gate.best(TABLE, names) == "confidence"
+  few = {name: _entry(figure, [0.4, 0.9]) for name, figure in (("a", 0.6), ("b", 0.8), ("c", 0.7))}
+  for entry in few.values():
+    entry["mined"]["num_groups"] = 3
+  assert judge_gate.best(few, "abc") == "b"
   assert judge_gate.used(TABLE, "auto") == "agreement" and judge_gate.used({}, "x") == "x"
   with pytest.raises(errors.FileError, match="no judge is marked as used"):
     judge_gate.used({"entropy": {}, "version": 1}, "auto")

@@ -36,8 +36,13 @@ def _groups(entry: Mapping[str, Any]) -> int:
 
 
 def best(table: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
-  """Of `names`, the judge with the highest lower bound; the first of equals."""
-  return max(names, key=lambda name: lower_bound(table[name]))
+  """Of `names`, the judge with the highest lower bound; of equals that with the highest figure."""
+
+  def worth(name: str) -> tuple[float, float]:
+    figure = table[name].get("mined", {}).get("weighted_accuracy")
+    return lower_bound(table[name]), -math.inf if figure is None else figure
+
+  return max(names, key=worth)
 
 
 def used(table: Mapping[str, Mapping[str, Any]], name: str) -> str:
