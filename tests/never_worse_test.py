@@ -24,12 +24,12 @@ def base(tmp_path_factory):
   return campaign.make_config(80, 0, **TINY), tmp_path_factory.mktemp("never_worse") / "base"
 
 
-@pytest.mark.parametrize("judge,gate", [("reversed", "refuses"), ("large", "passes")])
-def test_a_judge_that_makes_the_model_worse_does_not_reach_the_user(base, tmp_path, judge, gate):
-  """The second is right in most pairs, so that the gate lets it through, but biased."""
+@pytest.mark.parametrize("judge,right", [("reversed", 0.0), ("large", 0.656)])
+def test_a_judge_that_makes_the_model_worse_does_not_reach_the_user(base, tmp_path, judge, right):
+  """The second is right in most pairs, which 8 cases do not show to the gate, but biased."""
   changes = {"num_steps": 24, "eval_every_steps": 12, "batch_size": 8, "learning_rate": 3e-3}
   changes = {f"finetune__{name}": value for name, value in changes.items()}
   cell = campaign.run_cell(base, tmp_path / judge, judge, **changes)
-  assert cell.base > 0.3 and cell.gate == gate
+  assert cell.base > 0.3 and cell.gate == "refuses" and cell.right.startswith(f"{right:.3f}")
   assert cell.last < cell.base - campaign.TOLERANCE  # it did harm
   assert cell.delivered >= cell.base - campaign.TOLERANCE
