@@ -181,7 +181,8 @@ def test_the_page_is_made_from_the_records_alone(ran):
   assert "Recipes: tiny, 4 labelled" in text and "Differences: tiny" in text
   assert "3 of 4 cells have a record" in text and "Failed: tiny-n4-d0-s0-rn_dpo" in text
   assert page.count("data:image/svg+xml") == 3 and "http:" not in page
-  assert (folder / "study.csv").read_text().count("\n") == 6  # head, 2 x 2 gains, 1 difference
+  # Head, 2 x 2 gains, 2 differences.
+  assert (folder / "study.csv").read_text().count("\n") == 7
   with pytest.raises(FileError, match="none of a cell of this study"):
     study_page.write(folder, "tiny", expand(study(set={"finetune.num_steps": 6})))
 
