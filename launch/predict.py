@@ -3,8 +3,8 @@
   python -m launch.predict --workdir=OUT --input=DIR --output=MASKS [--checkpoint=delivered]
   python -m launch.predict --nnunet_folder=MODEL --input=DIR --output=MASKS [--fold=0] [--mirror]
 
-The second form segments with any model folder that nnU-Net v2 trained, as nnU-Net itself would:
-its own default is --mirror and every fold of a model.
+The second form segments with any model folder that nnU-Net v2 trained, as nnU-Net itself does with
+one fold and without mirroring; what it does by default is --mirror --fold=0,1,2,3,4.
 --input is a folder of images or one file: NIfTI, .mha, .mhd, .nrrd, .gipl, PNG, BMP, TIFF or JPEG,
 named ID.nii.gz or as nnU-Net does (ID_0000.nii.gz for the first channel); or a folder of DICOM
 series, a folder each, or one of them. --output gets a mask a case, in its format (PNG for JPEG,

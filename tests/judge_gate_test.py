@@ -5,7 +5,7 @@ import pytest
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, pipeline
-from rndpo_jax.mining import judge_gate, reliability
+from rndpo_jax.mining import judge_gate, pair_value, reliability
 from rndpo_jax.runtime import files
 
 
@@ -98,9 +98,7 @@ def test_gradient_mass_of_each_normalization():
   options = {"exponent": 0.5, "floor": 9.0}
 
   def mass(*names, weights=(1.0,), **more):
-    found = reliability.gradient_mass(
-      size, normalizations=names, weights=weights, **options, **more
-    )
+    found = pair_value.gradient_mass(size, normalizations=names, weights=weights, **options, **more)
     return found.tolist()
 
   assert mass("none") == [0, 4, 100] and mass("region") == [0, 1, 1]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rndpo_jax.mining.reliability import calibration, mined, reliability, smoothing_of_pairs
+from rndpo_jax.mining.pair_value import calibration, smoothing_of_pairs
+from rndpo_jax.mining.reliability import mined, reliability
 
 
 def measure(scores, truth, cases=None, num_bootstrap=200, seed=0):

@@ -1,6 +1,6 @@
 """The judge's top proposal as a label, on strong views, beside the labelled images.
 
-Of images of which mining makes a pair: those on which all proposals are equal are not seen.
+Sees only images of which mining makes a pair, so none on which all proposals are equal.
 """
 
 from configs.recipes import without_pairs

@@ -64,7 +64,7 @@ def check_size(config) -> None:
 
 
 def check_turns(config) -> None:
-  """Checks that what is turned by a quarter is square, and flipped images are no news.
+  """Checks that what is turned by a quarter is square, and that flipped views are trained on.
 
   Raises:
     ConfigError: otherwise.

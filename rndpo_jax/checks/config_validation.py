@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
-from rndpo_jax.mining import judges, reliability
+from rndpo_jax.mining import judges, pair_value
 from rndpo_jax.training import image_terms
 
 
@@ -37,7 +37,7 @@ def _check_phase(config) -> None:
         f"config.judge.{key}: found {name!r}, which goes by how often judges are right, {remedy}; "
         "leave it out, and name one judge, such as 'agreement'"
       )
-  if reliability.reads_calibration(options.pair_weight, options.min_pair_probability):
+  if pair_value.reads_calibration(options.pair_weight, options.min_pair_probability):
     key = "min_pair_probability" if options.min_pair_probability else "pair_weight"
     raise ConfigError(
       f"config.finetune.{key}: found {options[key]!r}, which goes by how often the judge is right, "

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from rndpo_jax import errors
 from rndpo_jax.mining import judges
 
@@ -134,6 +136,25 @@ def check(
       "base); --config.judge.gate.action=warn goes on all the same"
     )
   return found
+
+
+def check_foreground(found: np.ndarray, split: str) -> None:
+  """Refuses a base that finds nothing, before its empty masks are mined.
+
+  Args:
+    found: bool[N], whether its mask of each image has any foreground.
+    split: of the images, one of SPLITS.
+
+  Raises:
+    MiningError: with what to change.
+  """
+  if not found.any():
+    name = {"val": "validation"}.get(split, split)
+    raise errors.MiningError(
+      f"the base segmenter finds no foreground in any of {len(found)} {name} images, so that "
+      "pairs of its proposals would teach nothing: train it longer (config.base.num_steps), with "
+      "another config.base.learning_rate, or on more labelled cases, in a new --workdir"
+    )
 
 
 def shown(mined: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry, loader, split_batches, tiles
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.losses import objectives
-from rndpo_jax.mining import judge_gate, reliability
+from rndpo_jax.mining import judge_gate, pair_value
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, sharding
 from rndpo_jax.training import image_terms
@@ -140,14 +140,14 @@ def tile_weights(config, sizes: np.ndarray, voxel_volume: float) -> np.ndarray:
   Returns:
     f64[P], 0 where a slot has no pair.
   """
-  mass = reliability.gradient_mass(sizes, **mass_options(config), voxel_volume=voxel_volume)
+  mass = pair_value.gradient_mass(sizes, **mass_options(config), voxel_volume=voxel_volume)
   is_pair = np.asarray(sizes) > 0
   in_tile, in_image = np.where(is_pair, mass / np.where(is_pair, sizes, 1), 1.0)
   return np.where(is_pair.all(axis=0), in_image / in_tile, 0.0)
 
 
 def mass_options(config) -> dict:
-  """Keyword arguments of `reliability.gradient_mass` that the config gives."""
+  """Keyword arguments of `pair_value.gradient_mass` that the config gives."""
   options = config.finetune
   rows = [objectives.OBJECTIVES[name] for name in objectives.parse(options.objective)]
   return {
@@ -159,7 +159,7 @@ def mass_options(config) -> dict:
 
 
 def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Score gaps f32[P] -> weights f64[P] of the pairs, as `reliability.worth_of_pairs` says.
+  """Score gaps f32[P] -> weights f64[P] of the pairs, as `pair_value.worth_of_pairs` says.
 
   How often the judge is right at a gap stands in `judges.json`.
 
@@ -167,8 +167,8 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
     ConfigError: if no pair would weigh anything.
   """
   options = weight_options(config)
-  if not reliability.reads_calibration(**options):
-    return lambda gap: reliability.worth_of_pairs(gap, None, **options)
+  if not pair_value.reads_calibration(**options):
+    return lambda gap: pair_value.worth_of_pairs(gap, None, **options)
   name, calibration = _calibration(config, directory)
   best = max(calibration["accuracy"])
   if options["kind"] == "reliability" and best <= 0.5:
@@ -183,11 +183,11 @@ def weights_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.n
       f"{name!r} has at no gap more than {best:.3f} of the pairs right on validation; lower it, or "
       "take another judge"
     )
-  return lambda gap: reliability.worth_of_pairs(gap, calibration, **options)
+  return lambda gap: pair_value.worth_of_pairs(gap, calibration, **options)
 
 
 def smoothing_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np.ndarray] | None:
-  """Score gaps f32[P] -> f64[P] as `reliability.smoothing_of_pairs` says; None if it is not asked.
+  """Score gaps f32[P] -> f64[P] as `pair_value.smoothing_of_pairs` says; None if it is not asked.
 
   Raises:
     ConfigError: if no pair would teach anything.
@@ -200,7 +200,7 @@ def smoothing_by_gap(config, directory: epath.Path) -> Callable[[np.ndarray], np
       f"config.finetune.pair_smoothing: 'reliability' smooths every pair by 1/2, for the judge "
       f"{name!r} has at no gap more than half of the pairs right on validation; take another judge"
     )
-  return lambda gap: reliability.smoothing_of_pairs(gap, calibration)
+  return lambda gap: pair_value.smoothing_of_pairs(gap, calibration)
 
 
 def _calibration(config, directory: epath.Path) -> tuple[str, dict]:
@@ -212,7 +212,7 @@ def _calibration(config, directory: epath.Path) -> tuple[str, dict]:
 
 
 def weight_options(config) -> dict:
-  """Keyword arguments of `reliability.worth_of_pairs` that the config gives."""
+  """Keyword arguments of `pair_value.worth_of_pairs` that the config gives."""
   options = config.finetune
   return {"kind": options.pair_weight, "min_probability": options.min_pair_probability}
 

@@ -10,10 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rndpo_jax import errors, seeds, types
+from rndpo_jax import seeds, types
 from rndpo_jax.evaluation import validation_pairs
 from rndpo_jax.losses import bit_planes
-from rndpo_jax.mining import fused, judge_gate, judges, overlap, program, ranked, reliability
+from rndpo_jax.mining import (
+  fused,
+  judge_gate,
+  judges,
+  overlap,
+  pair_value,
+  program,
+  ranked,
+  reliability,
+)  # fmt: skip
 from rndpo_jax.pairs import pair_batches
 from rndpo_jax.runtime import files, progress
 from rndpo_jax.training import image_terms
@@ -104,7 +113,7 @@ def write_reliability(
   labelled = parts["labelled"]
   val = parts.get("val", _of_no_image(labelled))
   if "pairs" in image_terms.reads_of(config):
-    check_foreground(parts[names[0]].out["base_foreground"], names[0])
+    judge_gate.check_foreground(parts[names[0]].out["base_foreground"], names[0])
   weights = {}
   if judges.FUSED in program.used_judges(config):
     weights = _add_fused(config, val, labelled)
@@ -163,7 +172,7 @@ def _entry(config, dataset, name: str, val: Measured, labelled: Measured) -> dic
   judged = np.where(_judged(val.out, name), scores, np.nan)
   entry = {
     **figures(val),
-    "calibration": reliability.calibration(judged, truth),
+    "calibration": pair_value.calibration(judged, truth),
     "split": "val" if len(val.indices) else None,
     "labelled": figures(labelled),
   }
@@ -245,7 +254,7 @@ def pair_weights(config, dataset, indices, mined: types.Pairs, entry: Mapping) -
     mined: their pairs.
     entry: of `judges.json`, for its calibration.
   """
-  mass = reliability.gradient_mass(
+  mass = pair_value.gradient_mass(
     mined.region_size,
     **pair_batches.mass_options(config),
     voxel_volume=volumes(config, dataset, indices),
@@ -260,7 +269,7 @@ def volumes(config, dataset, indices) -> np.ndarray:
 
 
 def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping) -> np.ndarray:
-  """`reliability.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
+  """`pair_value.worth_of_pairs` by the config, f64[N, P]; 0 if a slot has no pair.
 
   Times 1 - 2 e if pairs are smoothed by e, which is what smoothing leaves of the slope at h = 0.
 
@@ -269,31 +278,12 @@ def pair_worth(config, score_gap: np.ndarray, valid: np.ndarray, entry: Mapping)
     score_gap: f32[N, P]. valid: bool[N, P].
     entry: of `judges.json`, for its calibration.
   """
-  worth = reliability.worth_of_pairs(
+  worth = pair_value.worth_of_pairs(
     score_gap, entry.get("calibration"), **pair_batches.weight_options(config)
   )
   if config.finetune.pair_smoothing != "none":
-    worth = worth * (1.0 - 2.0 * reliability.smoothing_of_pairs(score_gap, entry["calibration"]))
+    worth = worth * (1.0 - 2.0 * pair_value.smoothing_of_pairs(score_gap, entry["calibration"]))
   return np.where(valid, worth, 0.0)
-
-
-def check_foreground(found: np.ndarray, split: str) -> None:
-  """Refuses a base that finds nothing, before its empty masks are mined.
-
-  Args:
-    found: bool[N], whether its mask of each image has any foreground.
-    split: of the images, one of SPLITS.
-
-  Raises:
-    MiningError: with what to change.
-  """
-  if not found.any():
-    name = {"val": "validation"}.get(split, split)
-    raise errors.MiningError(
-      f"the base segmenter finds no foreground in any of {len(found)} {name} images, so that "
-      "pairs of its proposals would teach nothing: train it longer (config.base.num_steps), with "
-      "another config.base.learning_rate, or on more labelled cases, in a new --workdir"
-    )
 
 
 def _whole(outputs: Iterable) -> dict:
