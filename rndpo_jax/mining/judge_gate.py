@@ -1,5 +1,8 @@
 """Whether a judge's pairs may be trained on: the gate before fine-tuning, and the judge `auto`.
 
+A judge that is refused ends the job if the phase that would read its pairs is the first. A later
+phase is left out instead: what the phases before it have made is evaluated and delivered.
+
 The figure is `reliability.mined`'s share of right pairs, weighted by the gradient that each pair
 gets; what is asked is that the lower bound of its 95% interval reaches `judge.gate.min_accuracy`.
 Without validation cases there is no figure, and no judge can be refused for it.
@@ -18,6 +21,10 @@ from rndpo_jax import errors
 from rndpo_jax.mining import judges
 
 ACTIONS = ("refuse", "warn", "off")
+REMEDY = (
+  "Take another judge (config.judge.name, or 'auto'), a base trained longer or on more labels, or "
+  "more validation cases"
+)
 MIN_GROUPS = 4  # of cases: by chance a judge is right in each of three once in eight times
 
 
@@ -120,20 +127,26 @@ def finding(
   )
 
 
+def refuses(
+  table: Mapping[str, Mapping[str, Any]], name: str, found: str | None, action: str
+) -> bool:
+  """Whether a `finding` is more than a warning: action `refuse`, of a judge that was measured."""
+  return bool(found) and action == "refuse" and is_measured(table[name])
+
+
 def check(
   table: Mapping[str, Mapping[str, Any]], name: str, *, min_accuracy: float, action: str
 ) -> str | None:
   """`finding`, for who goes on in spite of it.
 
   Raises:
-    MiningError: if there is one of a judge that was measured, and the action is `refuse`.
+    MiningError: if `refuses` says so.
   """
   found = finding(table, name, min_accuracy=min_accuracy, action=action)
-  if found and action == "refuse" and is_measured(table[name]):
+  if refuses(table, name, found, action):
     raise errors.MiningError(
-      f"{found}. Take another judge (config.judge.name, or 'auto'), a base trained longer or on "
-      "more labels, or more validation cases, in a new --workdir (--config.base.workdir keeps the "
-      "base); --config.judge.gate.action=warn goes on all the same"
+      f"{found}. {REMEDY}, in a new --workdir (--config.base.workdir keeps the base); "
+      "--config.judge.gate.action=warn goes on all the same"
     )
   return found
 

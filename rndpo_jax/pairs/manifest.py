@@ -121,8 +121,14 @@ def write_manifest(config, directory: epath.Path) -> None:
   _write(config, directory, found)
 
 
-def write_empty(config, directory: epath.Path) -> None:
-  """The manifest of a run whose fine-tuning reads no pairs: no shard, and zeros for all figures."""
+def write_empty(config, directory: epath.Path, left_out: str = "") -> None:
+  """The manifest of a phase without pairs: no shard, and zeros for all figures.
+
+  Args:
+    config: of the phase.
+    directory: `pairs/`.
+    left_out: why the phase is not to be trained, see `shards.left_out`; empty if it is.
+  """
   zeros = dict.fromkeys(("p5", "p50", "p95"), 0.0)
   found = dict.fromkeys(("num_images", "num_pairs", "num_bytes"), 0) | {
     "shards": [],
@@ -130,6 +136,7 @@ def write_empty(config, directory: epath.Path) -> None:
     "dropped": dict.fromkeys(pair_rules.FILTERS, 0),
     "region_size": {**zeros, "histogram": {"edges": [1, 2], "counts": [0]}},
     "score_gap": zeros,
+    "left_out": left_out,
   }
   _write(config, directory, found)
 

@@ -196,6 +196,13 @@ def fingerprint(directory: os.PathLike) -> str:
   return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
+def left_out(directory: os.PathLike) -> str:
+  """Why the phase of these pairs is not trained: its judge was refused. Empty if it is trained, or
+  if nothing is mined there."""
+  path = epath.Path(directory) / "manifest.json"
+  return files.read_json(path).get("left_out", "") if path.exists() else ""
+
+
 def _mine_again(directory: epath.Path) -> str:
   return (
     f"delete the folders {directory} and {directory.parent / 'finetune'}, and run the same command "

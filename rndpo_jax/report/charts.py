@@ -68,10 +68,17 @@ def harm_chart(harm: Mapping) -> str | None:
   return figures.lines(series, ylabel="share of gradient from wrong pairs")
 
 
-def training_charts(workdir: epath.Path, terms: Sequence[str]) -> list[dict[str, str]]:
-  """Charts of base training and of the last phase of fine-tuning, by these terms, from their
-  `metrics.jsonl`."""
-  tuned, checked = (_rows(workdir / "finetune", kind) for kind in ("train", "val"))
+def training_charts(
+  workdir: epath.Path, terms: Sequence[str], folder: str = "finetune"
+) -> list[dict[str, str]]:
+  """Charts of base training and of the last phase of fine-tuning, from their `metrics.jsonl`.
+
+  Args:
+    workdir: of the job.
+    terms: of that phase.
+    folder: of that phase, in `workdir`.
+  """
+  tuned, checked = (_rows(workdir / folder, kind) for kind in ("train", "val"))
   blue, red, orange = figures.BLUE, figures.RED, figures.ORANGE
   start = f"The loss: {' + '.join(terms)}, by weight."
   if list(terms) == ["preference"]:

@@ -38,6 +38,7 @@ from rndpo_jax.losses import objectives
 from rndpo_jax.losses.preference import REGION_SIZE_EDGES
 from rndpo_jax.mining import judge_gate
 from rndpo_jax.mining import judges as judges_lib
+from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, preemption, progress
 from rndpo_jax.stages import base, finetune, measure_judges, phases
 from rndpo_jax.training import checkpoint, image_terms
@@ -157,7 +158,8 @@ def _delivered(chosen: dict, models, group_of) -> dict:
 def _write_harm(config, workdir, evaluation, steps, judge) -> dict:
   """Writes HARM, and returns it with the first and last checkpoint alone."""
   # Of the last phase, whose start is the reference of its pairs.
-  first = phases.of_job(config, workdir)[-1].steps
+  before = [phase for phase in phases.trained(config, workdir) if phase.folder != workdir]
+  first = sum(phase.config.finetune.num_steps for phase in before)
   found = _harm(config, workdir, evaluation, [step for step in steps if step >= first], judge)
   files.write_json(evaluation.folder / HARM, results.plain(found))
   curve = found.pop("curve")
@@ -247,11 +249,15 @@ def _measured(models, steps, curve, names) -> dict:
 
 
 def _warnings(config, content) -> list[str]:
-  """Those of `results.warnings`, and of the gate if a run went on in spite of it."""
+  """Those of `results.warnings`, of phases left out, and of the gate if a run went on in spite."""
+  left_out = [
+    f"Phase {entry['phase']} was left out: {entry['reason']}. {judge_gate.REMEDY}."
+    for entry in content["left_out"]
+  ]
   is_judged = "pairs" in image_terms.reads_of(config)
   has_beta = not {"preference", "online"}.isdisjoint(config_lib.active_terms(config))
-  said = results.warnings(content, has_beta=has_beta, is_judged=is_judged)
-  if not is_judged or config.data.preferences:  # nothing was judged
+  said = left_out + results.warnings(content, has_beta=has_beta, is_judged=is_judged)
+  if left_out or not is_judged or config.data.preferences:  # said, or nothing was judged
     return said
   found = judge_gate.finding(content["judges"], content["judge"], **config.judge.gate)
   return [*said, f"{found[0].upper()}{found[1:]}."] if found else said
@@ -267,6 +273,7 @@ def _context(config, workdir, dataset) -> dict:
   pairs = files.read_json(
     workdir / "pairs" / "manifest.json", num_pairs=int, dropped=dict, region_size=dict
   )
+  every, trained = phases.of_job(config, workdir), phases.trained(config, workdir)
   cases = {
     split: len({dataset.records[int(i)]["case_id"] for i in indices})
     for split, indices in dataset.splits.items()
@@ -275,8 +282,14 @@ def _context(config, workdir, dataset) -> dict:
     "dataset": config.data.name,
     "seed": config.seed,
     "base_seed": files.read_json(workdir / "base" / "selected.json").get("seed"),
-    "terms": [list(config_lib.active_terms(own)) for own, *_ in phases.of_job(config, workdir)],
-    "objectives": [own.finetune.objective for own, *_ in phases.of_job(config, workdir)],
+    "terms": [list(config_lib.active_terms(own)) for own, *_ in trained],
+    "objectives": [own.finetune.objective for own, *_ in trained],
+    "left_out": [
+      {"phase": number, "reason": shards.left_out(phase.folder / "pairs")}
+      for number, phase in enumerate(every, 1)
+      if phases.is_left_out(phase)
+    ],
+    "finetune_folder": str((trained[-1].folder / "finetune").relative_to(workdir)),
     "objective": config.finetune.objective,
     "beta": config.finetune.beta,
     "judge": judge,

@@ -18,7 +18,7 @@ from rndpo_jax import models, provenance, seeds, types
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.models import mirroring
 from rndpo_jax.pairs import pair_batches, shards
-from rndpo_jax.runtime import files, multihost, sharding
+from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import base, phases, reliable
 from rndpo_jax.training import (
   checkpoint_manager,
@@ -34,6 +34,8 @@ from rndpo_jax.training import (
 
 def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None:
   """Fine-tunes to `config.finetune.num_steps`; writes `finetune/`, `done.json` last.
+
+  Of a phase that mining has left out `done.json` is all, with step 0.
 
   Args:
     config: of the phase, see `phases`.
@@ -56,6 +58,12 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   fingerprints = made_of(config, workdir, pairs, dataset, params)
   if multihost.broadcast((directory / "done.json").exists):
     check_made_of(directory, "done.json", fingerprints)
+    return
+  if multihost.broadcast(lambda: bool(shards.left_out(pairs))):
+    if multihost.is_first():
+      progress.say("the phase is left out, for its judge was refused")
+      directory.mkdir(parents=True, exist_ok=True)
+      files.write_json(directory / "done.json", {"step": 0, "fingerprints": fingerprints})
     return
   train_loop.fit(
     _make_step(config, dataset, segmenter, mesh, params),

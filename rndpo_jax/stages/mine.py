@@ -61,11 +61,12 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   Finished shards are kept, so an interrupted run goes on, with any number of processes: shard i is
   of process i mod N, and process 0 writes all that is not a shard. First the judges are measured
   against the truth of the validation and the labelled split (`judges.json`); `manifest.json`
-  comes last. If no term of fine-tuning reads pairs, no more is done than that.
+  comes last. If no term of fine-tuning reads pairs, no more is done than that; nor if the judge
+  does not pass `config.judge.gate` in a phase after the first, which is left out then.
 
   Raises:
     errors.MiningError: if no pair is left, naming the filters that took them, or if the judge does
-      not pass `config.judge.gate`.
+      not pass the gate in the first phase.
     errors.DataError: if the judge needs truth that unlabelled images lack.
   """
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
@@ -92,7 +93,7 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     if multihost.is_first() and not all((directory / name).exists() for name in _MEASURED):
       measure = _measure_program(config, dataset, weights, score, hosted, place)
       _measure_judges(config, directory, dataset, judged, batches, measure)
-  config = judge_to_mine.pass_gate(config, directory)
+  config, reason = judge_to_mine.pass_gate(config, directory)
   weights["log_odds"] = judge_to_mine.read_log_odds(config, directory)
   program = _mine_program(config, dataset, weights, score, hosted, place)
   with_labels = judges.needs(config.judge.name, "labels")
@@ -101,9 +102,9 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
     outputs = mined(examples.indices(judged))
     outputs = tile_pairs.examples(dataset, outputs) if is_whole else outputs
     examples.write(directory / "examples.npz", judged, outputs)
-  if "pairs" not in image_terms.reads_of(config):
+  if reason is not None or "pairs" not in image_terms.reads_of(config):
     if multihost.is_first():
-      manifest.write_empty(config, directory)
+      manifest.write_empty(config, directory, left_out=reason or "")
     return
   _write_shards(config, directory, dataset, judged, weights, mined)
   if multihost.is_first():

@@ -1,7 +1,8 @@
 """Phases: fine-tunings one after another, each from the result of the one before.
 
 Phase n starts from the last parameters of phase n - 1, the first from the base; they are its
-reference too, and its pairs are mined by them. The last phase is in the work directory itself,
+reference too, and its pairs are mined by them. A phase whose judge was refused is left out, and the
+next one starts where it would have. The last phase is in the work directory itself,
 `pairs/` and `finetune/`; phase n before it in `phase-n/`. See `config.of_phase` for their configs.
 """
 
@@ -15,6 +16,7 @@ from etils import epath
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, types
+from rndpo_jax.pairs import shards
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint, train_loop
 
@@ -43,6 +45,21 @@ def of_job(config, workdir: os.PathLike) -> list[Phase]:
   return found
 
 
+def is_left_out(phase: Phase) -> bool:
+  """Whether mining has left a phase out."""
+  return bool(shards.left_out(phase.folder / "pairs"))
+
+
+def trained(config, workdir: os.PathLike) -> list[Phase]:
+  """`of_job` without what is left out."""
+  steps, found = 0, []
+  for phase in of_job(config, workdir):
+    if not is_left_out(phase):
+      found.append(phase._replace(steps=steps))
+      steps += phase.config.finetune.num_steps
+  return found
+
+
 def start(config, workdir: os.PathLike, dataset) -> types.Params:
   """The parameters that a phase starts from, a numpy tree.
 
@@ -55,21 +72,29 @@ def start(config, workdir: os.PathLike, dataset) -> types.Params:
     errors.CheckpointError: if they cannot be read.
     errors.ProvenanceError: if the base was trained on other data.
   """
-  number = config_lib.num_phases(config)
-  if number == 1:
+  before = _before(config, workdir)
+  if before is None:
     return base.load(workdir, dataset)
-  before = config_lib.of_phase(config, number - 1)
-  directory = _folder(workdir, number - 1) / "finetune"
-  step = before.finetune.num_steps
+  directory, step = before.folder / "finetune", before.config.finetune.num_steps
   return checkpoint.restore_params(directory / "params", step, stage_directory=directory)
 
 
 def kept_before(config, workdir: os.PathLike) -> tuple[epath.Path, list[int]]:
   """`finetune/` of the phase before this one, and the steps of its checkpoints."""
-  before = config_lib.of_phase(config, config_lib.num_phases(config) - 1)
-  folder = _folder(workdir, config_lib.num_phases(config) - 1)
-  steps = train_loop.kept_steps(before.finetune.num_steps, before.finetune.eval_every_steps)
-  return folder / "finetune", steps
+  before = _before(config, workdir)
+  options = before.config.finetune
+  steps = train_loop.kept_steps(options.num_steps, options.eval_every_steps)
+  return before.folder / "finetune", steps
+
+
+def _before(config, workdir: os.PathLike) -> Phase | None:
+  """The phase that the last of a config starts from; None if that is the base."""
+  for number in range(config_lib.num_phases(config) - 1, 0, -1):
+    own = config_lib.of_phase(config, number)
+    found = Phase(own, _folder(workdir, number), 0)
+    if not is_left_out(found):
+      return found
+  return None
 
 
 def checkpoints(config, workdir: os.PathLike) -> Iterator[tuple[int, epath.Path, int]]:
@@ -79,7 +104,7 @@ def checkpoints(config, workdir: os.PathLike) -> Iterator[tuple[int, epath.Path,
     errors.DataError: if there is none.
     errors.CheckpointError: if they are not those that the config says.
   """
-  for own, folder, steps in of_job(config, workdir):
+  for own, folder, steps in trained(config, workdir):
     directory = folder / "finetune"
     found = checkpoint.steps(directory / "params")
     expected = train_loop.kept_steps(own.finetune.num_steps, own.finetune.eval_every_steps)

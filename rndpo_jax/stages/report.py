@@ -50,7 +50,9 @@ def run(config, workdir: os.PathLike) -> None:
     "harm_rows": tables.harm_rows(harm),
     "harm_text": tables.harm_text(harm) if harm["num_pairs"] else None,
     "harm_chart": charts.harm_chart(harm),
-    "training_charts": charts.training_charts(workdir, results["terms"][-1]),
+    "training_charts": charts.training_charts(
+      workdir, results["terms"][-1], results.get("finetune_folder", "finetune")
+    ),
     "has_preference": "preference" in results["terms"][-1],
     **pictures.examples(workdir / "pairs" / "examples.npz"),
     **pictures.cases(workdir / "evaluate" / "gallery.npz", results["class_names"]),

@@ -24,7 +24,7 @@ from rndpo_jax import models, types
 from rndpo_jax import seeds as seeds_lib
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, split_batches
-from rndpo_jax.errors import ConfigError
+from rndpo_jax.errors import ConfigError, MiningError
 from rndpo_jax.pairs import pair_batches, shards
 from rndpo_jax.runtime import files, multihost, progress, sharding
 from rndpo_jax.stages import finetune, phases, reliable
@@ -65,7 +65,7 @@ def run(
   Raises:
     ConfigError: on a grid that cannot be, or a folder with another sweep.
     preemption.Preempted: after a signal, the state being saved.
-    checkpoint.CheckpointError, pairs.PairsError.
+    checkpoint.CheckpointError, pairs.PairsError, MiningError if mining has left the phase out.
   """
   grid = {"betas": list(betas), "learning_rates": list(learning_rates), "seeds": list(seeds)}
   config = config_lib.of_phase(config)
@@ -78,8 +78,11 @@ def run(
       f"--workdir: {workdir} has no validation cases, by which a sweep is judged; set "
       "config.data.num_val above 0, in another --workdir"
     )
+  pairs = epath.Path(workdir) / "pairs"
+  if multihost.broadcast(lambda: bool(shards.left_out(pairs))):
+    raise MiningError(f"{pairs}: there are no pairs to train on; {shards.left_out(pairs)}")
   params = phases.start(config, workdir, dataset)
-  made_of = finetune.made_of(config, workdir, epath.Path(workdir) / "pairs", dataset, params)
+  made_of = finetune.made_of(config, workdir, pairs, dataset, params)
   if multihost.broadcast((directory / DONE).exists):
     finetune.check_made_of(directory, DONE, made_of)
     progress.say("[sweep] done before")
