@@ -43,6 +43,10 @@ _MIRROR = flags.DEFINE_bool(
 _PROBABILITIES = flags.DEFINE_bool(
   "probabilities", False, "Also writes ID.npz, 'probabilities' float16 [*S, C]."
 )
+_DICOM_SEG = flags.DEFINE_bool(
+  "dicom_seg", False,
+  "Also writes ID.dcm, a DICOM segmentation of the series with a segment a class (extra dicom).",
+)  # fmt: skip
 _SCORES = flags.DEFINE_bool(
   "scores", True, "Writes scores.csv, for which proposals of each image are drawn (--workdir)."
 )
@@ -71,6 +75,7 @@ def main(argv):
         probabilities=_PROBABILITIES.value,
         scores=_SCORES.value,
         workers=_WORKERS.value,
+        dicom_seg=_DICOM_SEG.value,
       )
       job, options = _job(options)
       run.run(job, _INPUT.value, _OUTPUT.value, options)

@@ -21,7 +21,7 @@ from rndpo_jax.runtime import threads
 
 # Overlooking one of these would drop a mask without a word; nnU-Net writes JSON, NPZ and PKL files
 # beside its masks, which are none.
-_UNREADABLE = (*cases.LOSSY, ".gif", ".webp", ".dcm", ".npy", ".hdr", ".img")
+_UNREADABLE = (*cases.LOSSY, ".gif", ".webp", ".ima", ".npy", ".hdr", ".img")
 _MAX_SHIFT = 0.25  # voxels, as between the files of a case
 
 
@@ -61,7 +61,7 @@ def grids(entries: Sequence[Mapping[str, Any]]) -> dict[str, Grid]:
 def stem(name: str) -> str | None:
   """A mask file's name without its ending; None if that is no format of masks."""
   stem, ending = cases.split_name(name)
-  return stem if ending.lower() in cases.ENDINGS else None
+  return stem if ending.lower() in cases.MASKS else None
 
 
 def listing(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -76,7 +76,7 @@ def listing(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       continue
     if path.suffix.lower() in _UNREADABLE:
       raise errors.DataError(
-        f"{path}: not a format that masks are taken in; expected {', '.join(cases.ENDINGS)}; "
+        f"{path}: not a format that masks are taken in; expected {', '.join(cases.MASKS)}; "
         "convert or remove it"
       )
     name = stem(path.name)
@@ -116,8 +116,9 @@ def check(
       another size or place.
   """
   try:
-    found = cases.open_file(path)
-    _check_place(path, grid, found, affine_of)
+    affine = np.eye(4) if affine_of is None else np.asarray(affine_of(grid.first))
+    found = cases.open_mask(path, grid.shape, affine)
+    _check_place(path, grid, found, affine)
     if found.read_ids is not None:
       return found.read_ids(num_classes)
     return images.class_ids(found.read(False), num_classes, str(path))
@@ -125,18 +126,17 @@ def check(
     raise errors.DataError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _check_place(path, grid: Grid, found, affine_of) -> None:
+def _check_place(path, grid: Grid, found, affine: np.ndarray) -> None:
   if found.shape != grid.shape:
     raise errors.DataError(
       f"{path}: a mask of {found.shape} pixels for an image of {grid.shape}; expected the same "
       "size: bring it to the image's own grid, or remove it"
     )
-  if affine_of is None or cases.split_name(path.name)[1].lower() in cases.PICTURES:
-    return
-  own = np.asarray(affine_of(grid.first))
-  shift = geometry.grid_shift(own, found.affine, grid.shape)
   # The identity says that the image's place is unknown.
-  if not np.array_equal(own, np.eye(4)) and shift > _MAX_SHIFT:
+  if cases.split_name(path.name)[1].lower() in cases.PICTURES or np.array_equal(affine, np.eye(4)):
+    return
+  shift = geometry.grid_shift(affine, found.affine, grid.shape)
+  if shift > _MAX_SHIFT:
     raise errors.DataError(
       f"{path}: its header places voxels up to {shift:.3g} voxels away from where the image's "
       "does; bring it to the image's own grid, or remove it"

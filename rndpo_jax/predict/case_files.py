@@ -1,10 +1,11 @@
-"""What is written of a case: mask, probabilities, and last the file that says it is done."""
+"""What is written of a case: its masks, probabilities, and last the file that says it is done."""
 
 from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Collection, Mapping
+import pathlib
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import nibabel
@@ -38,14 +39,29 @@ class Predicted(NamedTuple):
   scores: Mapping[str, float]
 
 
-def write(output: epath.Path, case: Predicted) -> None:
-  """Writes a case's files, each by rename."""
+def write(
+  output: epath.Path,
+  case: Predicted,
+  segmentation: Callable[[pathlib.Path, np.ndarray], bytes] | None = None,
+) -> None:
+  """Writes a case's files, each by rename.
+
+  Args:
+    output: folder.
+    case: predicted.
+    segmentation: (folder of a series, mask) -> a DICOM segmentation to be written as well.
+
+  Raises:
+    errors.DataError: if the case's format cannot hold the mask.
+  """
   name = case.source.mask_name
   files.write_bytes(output / name, _encode(case.source, case.mask))
   if case.probabilities is not None:
     content = io.BytesIO()
     np.savez_compressed(content, probabilities=case.probabilities)
     files.write_bytes(output / _npz(case.source), content.getvalue())
+  if segmentation is not None:
+    files.write_bytes(output / _seg(case.source), segmentation(case.source.files[0], case.mask))
   files.write_json(
     _done(output, case.source),
     {
@@ -59,12 +75,16 @@ def write(output: epath.Path, case: Predicted) -> None:
   )
 
 
-def is_done(output: epath.Path, source: inputs.Input, *, probabilities: bool) -> bool:
+def is_done(
+  output: epath.Path, source: inputs.Input, *, probabilities: bool, with_dicom_seg: bool = False
+) -> bool:
   """Whether all of a case is written, of the files that it has now."""
   path = _done(output, source)
   if not path.exists() or not (output / source.mask_name).exists():
     return False
   if probabilities and not (output / _npz(source)).exists():
+    return False
+  if with_dicom_seg and not (output / _seg(source)).exists():
     return False
   try:
     return files.read_json(path, input=str, scores=dict)["input"] == inputs.stamp(source)
@@ -96,6 +116,10 @@ def _done(output: epath.Path, source: inputs.Input) -> epath.Path:
 
 def _npz(source: inputs.Input) -> str:
   return f"{source.case_id}.npz"
+
+
+def _seg(source: inputs.Input) -> str:
+  return f"{source.case_id}.dcm"
 
 
 def _encode(source: inputs.Input, mask: np.ndarray) -> bytes:

@@ -63,8 +63,9 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
   named so; else each is a case. Pictures' files are channels if, further, each case has the numbers
   from 0000 on and no more than the network's channels, and the first file does not hold them all,
   as one in colour: `slice_0001.png` is a name like any other.
-  A folder with DICOM files in it is a case, be it `path` itself or below it at any depth; then its
-  id is the folders' names from `path` on, joined by '_'. Other images are taken from `path` alone.
+  A folder with DICOM files in it is a case, be it `path` itself or below it at any depth, but for
+  those that prediction wrote; its id is the folders' names from `path` on, joined by '_'. Other
+  images are taken from `path` alone.
   What lies beside a file decides on its name's meaning, be it asked for alone or with the folder.
 
   Args:
@@ -80,7 +81,7 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
     )
   place = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
   if place.is_dir():
-    inputs = _in_folder(place, num_channels, list(subfolders.below(place)))
+    inputs = _in_folder(place, num_channels, _not_written(place))
     _check_ids(inputs)
   elif place.is_file():
     beside = _in_folder(place.parent, num_channels, [])
@@ -98,12 +99,19 @@ def list_inputs(path: str, num_channels: int) -> list[Input]:
 def overlooked(path: str) -> list[pathlib.Path]:
   """The images in folders below `path`, which `list_inputs` does not take: they may be of anything,
   such as labels or earlier versions. Those that prediction wrote do not count."""
-  place, found, written = pathlib.Path(path).expanduser(), [], []
-  for _, folder in subfolders.below(place) if place.is_dir() else ():
+  place = pathlib.Path(path).expanduser()
+  folders = _not_written(place) if place.is_dir() else []
+  return [file for _, folder in folders for _, _, file, _ in _listed(sorted(folder.iterdir()))]
+
+
+def _not_written(place: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+  """`subfolders.below`, but for what prediction wrote."""
+  found, written = [], []
+  for name, folder in subfolders.below(place):
     if (folder / SETTINGS).exists():
       written.append(folder)
     if not any(folder.is_relative_to(other) for other in written):
-      found += [file for _, ending, file, _ in _listed(sorted(folder.iterdir()))]
+      found.append((name, folder))
   return found
 
 

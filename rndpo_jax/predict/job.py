@@ -21,12 +21,14 @@ class Options(NamedTuple):
     probabilities: whether they are written.
     scores: whether `scores.csv` is.
     workers: threads that read; 0 for one a processor.
+    dicom_seg: whether masks of DICOM series are written as DICOM segmentations, too.
   """
 
   mirror: bool = False
   probabilities: bool = False
   scores: bool = True
   workers: int = 0
+  dicom_seg: bool = False
 
 
 class Job(NamedTuple):

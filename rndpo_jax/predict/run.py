@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from rndpo_jax import errors
+from rndpo_jax.data.sources import dicom_seg
 from rndpo_jax.predict import case_files, inputs, output_folder, score_table
 from rndpo_jax.predict.job import KEPT, Job, Options
 from rndpo_jax.runtime import files, multihost, preemption, progress, threads
@@ -32,12 +33,19 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
   """
   output = epath.Path(output)
   found = inputs.list_inputs(source, job.num_channels)
+  if options.dicom_seg:
+    _check_series(found)
   if multihost.is_first():
     output_folder.claim(output, source, job, options._asdict())
     _say_start(job, found, inputs.overlooked(source))
   multihost.barrier("predict: the output is claimed")
   own = found[jax.process_index() :: jax.process_count()]
-  is_done = functools.partial(case_files.is_done, output, probabilities=options.probabilities)
+  is_done = functools.partial(
+    case_files.is_done,
+    output,
+    probabilities=options.probabilities,
+    with_dicom_seg=options.dicom_seg,
+  )
   left = [one for one in own if not is_done(one)]
   broken: list[inputs.Input] = []
 
@@ -45,9 +53,16 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
     broken.append(one)
     progress.say(f"not predicted: {error}")
 
+  encode = functools.partial(dicom_seg.encode, class_names=job.class_names, title=job.title)
+
+  def write(case: case_files.Predicted) -> None:
+    try:
+      case_files.write(output, case, encode if options.dicom_seg else None)
+    except errors.DataError as error:
+      on_broken(case.source, error)
+
   with preemption.together(KEPT):
     done = job.predicted(left, on_broken)
-    write = functools.partial(case_files.write, output)
     written = threads.in_order(write, done, max(_WRITERS, options.workers))
     total, before = len(own), len(own) - len(left)
     for _ in progress.track(written, total=total, description="predict", unit="cases", done=before):
@@ -64,6 +79,17 @@ def run(job: Job, source: str, output: os.PathLike, options: Options) -> None:
       f"--input: {count} of {len(found)} cases could not be predicted, each is named above; fix or "
       "remove their files and run the same command again: finished cases are kept"
     )
+
+
+def _check_series(found: list[inputs.Input]) -> None:
+  """Refuses cases that no DICOM segmentation can be made of."""
+  others = [one for one in found if not one.is_series]
+  if others:
+    raise errors.ConfigError(
+      f"--dicom_seg: {others[0].files[0]} is no DICOM series, nor are {len(others) - 1} more of "
+      f"{len(found)} cases; leave the flag out, or give the folder of the series"
+    )
+  dicom_seg.import_highdicom(found[0].files[0])
 
 
 def _say_start(job: Job, found: list[inputs.Input], overlooked: list[pathlib.Path]) -> None:

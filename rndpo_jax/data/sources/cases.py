@@ -13,13 +13,14 @@ import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import geometry, records
-from rndpo_jax.data.sources import dicom, images, itk, nifti, volume
+from rndpo_jax.data.sources import dicom, dicom_seg, images, itk, nifti, volume
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd", ".gipl")
 PICTURES = (".png", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg")  # images alone: JPEG changes class ids
 ENDINGS = (*NIFTI, *ITK, *PICTURES)  # of images and labels
+MASKS = (*ENDINGS, *dicom_seg.ENDINGS)  # that a user brings beside images of any format
 _READERS: dict[str, Callable[[pathlib.Path], volume.Volume]] = {
   **dict.fromkeys(NIFTI, nifti.open_file),
   **dict.fromkeys(ITK, itk.open_file),
@@ -88,6 +89,18 @@ def open_file(path: pathlib.Path) -> volume.Volume:
   return reader(path)
 
 
+def open_mask(path: pathlib.Path, shape: tuple[int, ...], affine: np.ndarray) -> volume.Volume:
+  """`open_file` of a mask, which may be a DICOM segmentation as well.
+
+  Args:
+    path: of the mask.
+    shape, affine: of its image; a segmentation is brought to them, of others they may differ.
+  """
+  if path.suffix.lower() in dicom_seg.ENDINGS and not path.is_dir():
+    return dicom_seg.open_mask(path, shape, affine)
+  return open_file(path)
+
+
 def open_case(channels, label, spatial_dims: int) -> Case:
   """Reads the headers of a case's files, and checks that they are of one grid.
 
@@ -114,7 +127,8 @@ def open_case(channels, label, spatial_dims: int) -> Case:
   if label is not None and split_name(label.name)[1].lower() in LOSSY:
     raise errors.DataError(f"{label}: JPEG changes class ids; expected a mask as PNG")
   others = list(zip(channels[1:], opened[1:], strict=True))
-  for path, other in [*others, *([(label, open_file(label))] if label else [])]:
+  labels = [(label, open_mask(label, first.shape, first.affine))] if label else []
+  for path, other in [*others, *labels]:
     _check_grid(path, other, channels[0], first)
   return Case(
     channels=channels,
@@ -192,22 +206,22 @@ def read_case(
 
 def _pixels(path: pathlib.Path, case: Case) -> np.ndarray:
   """[*S, I of the file]: uint8 if the whole case is, float32 otherwise."""
-  found = _opened_again(path, case)
+  found = open_file(path)
+  _check_shape_again(path, found, case)
   return found.read(case.eight_bit and found.eight_bit).reshape(*case.shape, found.num_channels)
 
 
 def _class_ids(case: Case, num_ids: int) -> np.ndarray:
-  found = _opened_again(case.label, case)
+  found = open_mask(case.label, case.shape, case.affine)
+  _check_shape_again(case.label, found, case)
   if found.read_ids is not None:
     return found.read_ids(num_ids)
   return images.class_ids(found.read(False), num_ids, str(case.label))
 
 
-def _opened_again(path: pathlib.Path, case: Case) -> volume.Volume:
-  found = open_file(path)
+def _check_shape_again(path: pathlib.Path, found: volume.Volume, case: Case) -> None:
   if found.shape != case.shape:
     raise errors.DataError(
       f"{path}: {found.shape} voxels now, {case.shape} when it was listed; let the files rest, and "
       "run the same command again"
     )
-  return found

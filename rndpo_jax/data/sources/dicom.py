@@ -9,44 +9,18 @@ taken as they are stored, MONOCHROME1 among them.
 from __future__ import annotations
 
 import pathlib
-import struct
-import types
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from rndpo_jax import errors
-from rndpo_jax.data import file_checks
-from rndpo_jax.data.sources import volume
+from rndpo_jax.data.sources import dicom_header, volume
 
 _ENDINGS = (".dcm", ".dicom", ".ima")
-_TAGS = (
-  "SeriesInstanceUID", "Rows", "Columns", "PixelSpacing", "ImagerPixelSpacing",
-  "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept",
-  "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "ModalityLUTSequence",
-)  # fmt: skip
-_BROKEN = (
-  OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError, struct.error,
-  NotImplementedError, RuntimeError, OverflowError,
-)  # fmt: skip
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MAX_SHIFT = 0.25  # voxels that a slice may lie away from its place on an even grid
 _GAP = 1.5  # times the usual distance of slices: one is missing
 _ROUNDING = 1e-3  # of spacing and directions between slices
-
-
-class _Slice(NamedTuple):
-  """A file's header: what of it places and scales its pixels."""
-
-  path: pathlib.Path
-  series: str
-  size: tuple[int, int]  # columns, rows
-  spacing: tuple[float, ...] | None  # mm between columns, between rows
-  directions: tuple[float, ...] | None  # of growing column, of growing row
-  position: tuple[float, ...] | None  # mm, of the first pixel
-  slope: float
-  intercept: float
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -96,14 +70,7 @@ def open_series(folder: pathlib.Path) -> volume.Volume:
     errors.DataError: if pydicom is missing, a header cannot be used, there are several series,
       sizes, spacings or orientations, or slices are missing, doubled or shifted.
   """
-  library = _library(folder)
-  slices = [_header(library, path) for path in files_of(folder)]
-  if not slices:
-    raise errors.DataError(
-      f"{folder}: no DICOM files in this folder; expected the slices of one series"
-    )
-  _check_alike(slices)
-  slices, step = (slices, None) if len(slices) == 1 else _in_order(slices)
+  slices, step = _slices(folder)
   first = slices[0]
   shape = first.size if step is None else (*first.size, len(slices))
   volume.check_shape(folder, shape)
@@ -115,8 +82,17 @@ def open_series(folder: pathlib.Path) -> volume.Volume:
     affine=_affine(first, step),
     spacing=spacing,
     eight_bit=False,
-    read=lambda _: _voxels(library, slices).reshape(shape),
+    read=lambda _: _voxels(slices).reshape(shape),
   )
+
+
+def slice_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a series, in the order of its slices in `open_series`.
+
+  Raises:
+    errors.DataError: as `open_series` does.
+  """
+  return [one.path for one in _slices(folder)[0]]
 
 
 def modality(folder: pathlib.Path) -> str:
@@ -125,79 +101,22 @@ def modality(folder: pathlib.Path) -> str:
   Raises:
     errors.DataError: if the file cannot be read.
   """
-  library, path = _library(folder), files_of(folder)[0]
-  try:
-    found = library.dcmread(path, stop_before_pixels=True, specific_tags=["Modality"])
-    return str(found.get("Modality") or "")
-  except (*_BROKEN, library.errors.InvalidDicomError) as error:
+  return str(dicom_header.read(files_of(folder)[0], ["Modality"]).get("Modality") or "")
+
+
+def _slices(folder: pathlib.Path) -> tuple[list[dicom_header.Slice], np.ndarray | None]:
+  """The slices in order, and the mm from one to the next, f64[3], None if there is one alone."""
+  dicom_header.import_pydicom(folder)
+  slices = [dicom_header.read_slice(path) for path in files_of(folder)]
+  if not slices:
     raise errors.DataError(
-      f"{path}: no readable DICOM header ({file_checks.one_line(error)}); replace or remove it"
-    ) from error
-
-
-def _library(path: pathlib.Path) -> types.ModuleType:
-  try:
-    import pydicom
-  except ImportError as error:
-    raise errors.DataError(
-      f"{path}: DICOM is read with pydicom, which is not installed; run "
-      "pip install 'rndpo_jax[dicom]', or convert the series to NIfTI"
-    ) from error
-  # Scanners' small offences would be a warning a slice.
-  pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-  return pydicom
-
-
-def _header(library: types.ModuleType, path: pathlib.Path) -> _Slice:
-  file_checks.check_regular(path)
-  try:
-    found = library.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-    spacing = _numbers(found, "PixelSpacing", 2) or _numbers(found, "ImagerPixelSpacing", 2)
-    if "Rows" not in found or "Columns" not in found:
-      raise ValueError("no Rows or no Columns")
-    one = _Slice(
-      path=path,
-      series=str(found.get("SeriesInstanceUID", "")),
-      size=(int(found.Columns), int(found.Rows)),
-      spacing=spacing and spacing[::-1],  # DICOM: between rows, between columns
-      directions=_numbers(found, "ImageOrientationPatient", 6),
-      position=_numbers(found, "ImagePositionPatient", 3),
-      slope=(_numbers(found, "RescaleSlope", 1) or (1.0,))[0] or 1.0,  # 0 is 1 to ITK too
-      intercept=(_numbers(found, "RescaleIntercept", 1) or (0.0,))[0],
+      f"{folder}: no DICOM files in this folder; expected the slices of one series"
     )
-    frames, samples = int(found.get("NumberOfFrames") or 1), int(found.get("SamplesPerPixel") or 1)
-  except (*_BROKEN, library.errors.InvalidDicomError) as error:
-    cause = file_checks.one_line(error).split(" Use force")[0]
-    raise errors.DataError(
-      f"{path}: no readable DICOM header of an image ({cause}); replace or remove it"
-    ) from error
-  kind = str(found.get("PhotometricInterpretation") or "MONOCHROME2")
-  has_table = "ModalityLUTSequence" in found
-  if frames != 1 or samples != 1 or has_table or not kind.startswith("MONOCHROME"):
-    raise errors.DataError(
-      f"{path}: {frames} frame{'s' * (frames > 1)} of {samples} sample{'s' * (samples > 1)} a pixel"
-      f", {kind}{', with a table of values' * has_table}; expected one grey slice a file, convert "
-      "the series (for example with dcm2niix)"
-    )
-  if one.spacing is not None and min(one.spacing) <= 0:
-    raise errors.DataError(
-      f"{path}: pixels of {one.spacing} mm; expected numbers above 0, fix or remove the file"
-    )
-  return one
+  _check_alike(slices)
+  return (slices, None) if len(slices) == 1 else _in_order(slices)
 
 
-def _numbers(found, name: str, count: int) -> tuple[float, ...] | None:
-  """A tag's finite numbers, None if it is missing or empty."""
-  values = found.get(name)
-  if values is None or values == "":
-    return None
-  numbers = tuple(float(value) for value in ([values] if count == 1 else values))
-  if len(numbers) != count or not np.isfinite(numbers).all():
-    raise ValueError(f"{name} is {numbers}, expected {count} finite numbers")
-  return numbers
-
-
-def _check_alike(slices: Sequence[_Slice]) -> None:
+def _check_alike(slices: Sequence[dicom_header.Slice]) -> None:
   """Refuses slices of several series or grids."""
   first = slices[0]
   for one in slices[1:]:
@@ -217,7 +136,7 @@ def _check_alike(slices: Sequence[_Slice]) -> None:
         )
 
 
-def _in_order(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+def _in_order(slices: Sequence[dicom_header.Slice]) -> tuple[list[dicom_header.Slice], np.ndarray]:
   """The slices by their position along the normal, and the mm from one to the next, f64[3]."""
   for one in slices:
     if one.position is None or one.directions is None or one.spacing is None:
@@ -252,7 +171,7 @@ def _in_order(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
   return slices, length * normal
 
 
-def _check_gaps(slices: Sequence[_Slice], gaps: np.ndarray) -> None:
+def _check_gaps(slices: Sequence[dicom_header.Slice], gaps: np.ndarray) -> None:
   """Refuses slices that lie on each other or are missing."""
   usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])
   for place, gap in enumerate(gaps.tolist()):
@@ -269,7 +188,7 @@ def _check_gaps(slices: Sequence[_Slice], gaps: np.ndarray) -> None:
       )
 
 
-def _affine(first: _Slice, step: np.ndarray | None) -> np.ndarray:
+def _affine(first: dicom_header.Slice, step: np.ndarray | None) -> np.ndarray:
   spacing = first.spacing or (1.0, 1.0)
   directions = first.directions or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
   affine = np.eye(4)
@@ -280,15 +199,16 @@ def _affine(first: _Slice, step: np.ndarray | None) -> np.ndarray:
   return _LPS_TO_RAS @ affine
 
 
-def _voxels(library: types.ModuleType, slices: Sequence[_Slice]) -> np.ndarray:
+def _voxels(slices: Sequence[dicom_header.Slice]) -> np.ndarray:
   """Rescaled values, f32[columns, rows, slices]."""
+  library = dicom_header.import_pydicom(slices[0].path)
   found = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
   for place, one in enumerate(slices):
     try:
       pixels = library.dcmread(one.path).pixel_array.T
-    except (*_BROKEN, library.errors.InvalidDicomError) as error:
+    except (*dicom_header.BROKEN, library.errors.InvalidDicomError) as error:
       raise errors.DataError(
-        f"{one.path}: its pixels cannot be read ({file_checks.one_line(error)[:200]}); replace or "
+        f"{one.path}: its pixels cannot be read ({dicom_header.cause(error)}); replace or "
         "remove it, or, if a decoder is missing, pip install python-gdcm"
       ) from error
     if pixels.shape != one.size:

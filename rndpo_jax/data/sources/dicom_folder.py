@@ -1,22 +1,23 @@
-"""DICOM series and masks: `images/ID/`, a folder with one series, and `masks/ID.nii.gz`.
+"""DICOM series and masks: `images/ID/`, a folder with one series, and `masks/ID.nii.gz` or ID.dcm.
 
 Series may lie deeper, as in `images/PATIENT/STUDY/SERIES/`: then ID is PATIENT_STUDY_SERIES.
 
-Series without a mask are unlabelled. Masks are NIfTI, .mha, .mhd, .nrrd or .gipl on the grid of
-their series, see `dicom`; DICOM's own segmentations are not read. With two spatial dimensions each
-slice is a record.
+Series without a mask are unlabelled. Masks are DICOM segmentations (SEG, see `dicom_seg`), whose
+segments' numbers are the class ids, or NIfTI, .mha, .mhd, .nrrd or .gipl on the grid of their
+series, see `dicom`. With two spatial dimensions each slice is a record.
 """
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, records
-from rndpo_jax.data.sources import case_source, dicom, folder, subfolders
+from rndpo_jax.data.sources import case_source, dicom, dicom_seg, folder, subfolders
 from rndpo_jax.data.sources import cases as cases_lib
 
-_MASKS = (*cases_lib.NIFTI, *cases_lib.ITK)
+_MASKS = (*cases_lib.NIFTI, *cases_lib.ITK, *dicom_seg.ENDINGS)
 
 
 def open_source(config) -> records.Source:
@@ -43,7 +44,7 @@ def open_source(config) -> records.Source:
     name: cases_lib.open_case([series[name]], masks.get(name), data.spatial_dims)
     for name in sorted(series, key=folder.natural)
   }
-  source = case_source.make_source(data, cases, folder.class_names(data.num_classes))
+  source = case_source.make_source(data, cases, _class_names(masks, data.num_classes))
   modalities = {dicom.modality(place) for place in series.values()}
   # As nnU-Net's name of the channel, which chooses its normalisation.
   return source._replace(channel_names=tuple(modalities) if len(modalities) == 1 else ())
@@ -77,6 +78,31 @@ def _series(place: pathlib.Path) -> dict[str, pathlib.Path]:
   if not found:
     raise errors.DataError(f"{place}: no series; expected a folder for each, with its slices")
   return found
+
+
+def _class_names(masks: Mapping[str, pathlib.Path], num_classes: int) -> list[str]:
+  """Names of the classes, those of segments where the masks have such."""
+  first: dict[int, tuple[str, pathlib.Path]] = {}
+  for path in masks.values():
+    named = dicom_seg.labels(path) if path.suffix.lower() in dicom_seg.ENDINGS else {}
+    for number, label in sorted(named.items()):
+      there, other = first.setdefault(number, (label, path))
+      if label != there:
+        raise errors.DataError(
+          f"{path}: segment {number} is {label!r}, but in {other} it is {there!r}; expected each "
+          "class under one number in all files, export them again, or as NIfTI"
+        )
+      if number >= num_classes:
+        raise errors.DataError(
+          f"{path}: segment {number} ({label!r}); expected numbers below {num_classes}, set "
+          "config.data.num_classes or take the segment away"
+        )
+  names = folder.class_names(num_classes)
+  for number, (label, path) in first.items():
+    label = file_checks.check_text(label.strip(), str(path))
+    if label and label not in names:
+      names[number] = label
+  return names
 
 
 def _has_series(place: pathlib.Path) -> bool:
