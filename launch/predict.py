@@ -8,9 +8,10 @@ one fold and without mirroring; what it does by default is --mirror --fold=0,1,2
 --input is a folder of images or one file: NIfTI, .mha, .mhd, .nrrd, .gipl, PNG, BMP, TIFF or JPEG,
 named ID.nii.gz or as nnU-Net does (ID_0000.nii.gz for the first channel); or a folder of DICOM
 series, a folder each, or one of them. --output gets a mask a case, in its format (PNG for JPEG,
-.mha for .mhd, NIfTI for DICOM) and on its own grid, with the class ids of the training data
-(training masks of 0 and 255 were read as 0 and 1, and so these hold 0 and 1), and `scores.csv`: how
-sure the network is of each mask, rank 1 being the one to look at first.
+.mha for .mhd, NIfTI for DICOM, to which --dicom_seg adds its own form) and on its own grid, with
+the class ids of the training data (training masks of 0 and 255 were read as 0 and 1, and so these
+hold 0 and 1), and `scores.csv`: how sure the network is of each mask, rank 1 being the one to look
+at first.
 The same command goes on where it was stopped. Several processes share the work, each started with
 the same command and --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 """

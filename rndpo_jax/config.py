@@ -148,7 +148,8 @@ def base_config() -> ml_collections.ConfigDict:
   judge.num_bootstrap = 1000  # resamples of cases for intervals
   judge.gate = gate = ml_collections.ConfigDict()
   gate.min_accuracy = 0.5  # share of the mined pairs right, lower bound of 95%; 0.5 breaks even
-  # refuse | warn | off, for a judge below it; one that no validation case measures is not refused
+  # refuse (a phase after the first is left out) | warn | off, for a judge below it; one that no
+  # validation case measures is not refused
   gate.action = "refuse"
   judge.learned = learned = ml_collections.ConfigDict()
   learned.width = 8  # channels of the first level; depth and dropout are the model's
