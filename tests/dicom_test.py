@@ -186,7 +186,8 @@ def test_a_source_of_series_with_masks_beside(root, dims):
   [
     (lambda root: (root / "images" / "scan.dcm").touch(), r"scan\.dcm: a file; expected a folder"),
     (lambda root: (root / "images" / "c").mkdir(), r"images/c: no DICOM files"),
-    (lambda root: (root / "masks" / "b.dcm").touch(), r"b\.dcm: not a format taken for masks"),
+    (lambda root: (root / "masks" / "b.dcm").touch(), r"b\.dcm: no readable DICOM header"),
+    (lambda root: (root / "masks" / "b.npy").touch(), r"b\.npy: not a format taken for masks"),
     (lambda root: (root / "masks" / "a.mha").touch(), r"a\.nii\.gz: second mask of 'a'"),
     (lambda root: shutil.rmtree(root / "images" / "a"), r"a\.nii\.gz: mask without series"),
     (lambda root: shutil.rmtree(root / "images"), r"images: no such folder"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from rndpo_jax import errors
 from rndpo_jax.data import file_checks, geometry, native, tiles
-from rndpo_jax.data.sources import cases, images
+from rndpo_jax.data.sources import cases, dicom_seg, images
 from rndpo_jax.runtime import threads
 
 # Overlooking one of these would drop a mask without a word; nnU-Net writes JSON, NPZ and PKL files
@@ -116,7 +116,9 @@ def check(
       another size or place.
   """
   try:
-    affine = np.eye(4) if affine_of is None else np.asarray(affine_of(grid.first))
+    has_place = cases.split_name(path.name)[1].lower() not in cases.PICTURES
+    known = affine_of is not None and has_place
+    affine = np.asarray(affine_of(grid.first), np.float64) if known else np.eye(4)
     found = cases.open_mask(path, grid.shape, affine)
     _check_place(path, grid, found, affine)
     if found.read_ids is not None:
@@ -132,8 +134,7 @@ def _check_place(path, grid: Grid, found, affine: np.ndarray) -> None:
       f"{path}: a mask of {found.shape} pixels for an image of {grid.shape}; expected the same "
       "size: bring it to the image's own grid, or remove it"
     )
-  # The identity says that the image's place is unknown.
-  if cases.split_name(path.name)[1].lower() in cases.PICTURES or np.array_equal(affine, np.eye(4)):
+  if np.array_equal(affine, np.eye(4)):  # which says that the image's place is unknown
     return
   shift = geometry.grid_shift(affine, found.affine, grid.shape)
   if shift > _MAX_SHIFT:
@@ -141,6 +142,14 @@ def _check_place(path, grid: Grid, found, affine: np.ndarray) -> None:
       f"{path}: its header places voxels up to {shift:.3g} voxels away from where the image's "
       "does; bring it to the image's own grid, or remove it"
     )
+
+
+def read(
+  path: pathlib.Path, grid: Grid, num_classes: int, affine_of: Callable[[int], np.ndarray]
+) -> np.ndarray:
+  """`check` again of a mask that passed: its place is asked for only by a DICOM segmentation."""
+  is_segmentation = path.suffix.lower() in dicom_seg.ENDINGS
+  return check(path, grid, num_classes, affine_of if is_segmentation else None)
 
 
 def check_all(

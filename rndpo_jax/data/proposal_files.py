@@ -17,6 +17,7 @@ import numpy as np
 
 from rndpo_jax import errors, types
 from rndpo_jax.data import csv_rows, file_checks, mask_files, native, tiles
+from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data.sources import folder as folder_source
 from rndpo_jax.mining import judges, proposals
 
@@ -210,10 +211,12 @@ def make_load(files: ProposalFiles, dataset) -> Callable[[int], types.FilePropos
     dataset: by records or by tiles.
   """
 
+  affine_of = dataset_lib.affine_of(tiles.whole(dataset))
+
   @functools.lru_cache(maxsize=1)
   def masks_of(image: str) -> list[np.ndarray | None]:
     return [
-      mask_files.check(masks[image], files.grids[image], dataset.num_classes)
+      mask_files.read(masks[image], files.grids[image], dataset.num_classes, affine_of)
       if image in masks
       else None
       for masks in files.masks.values()

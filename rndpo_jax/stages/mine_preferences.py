@@ -115,7 +115,7 @@ def _split(items: list, count: int) -> list[list]:
 
 def _batches(config, dataset, preferences, grids, items, program: Callable | None) -> Iterator:
   """(Rows, output of the program as numpy arrays) over items; without a program, no output."""
-  slots = config.mine.pairs_per_image
+  slots, affine_of = config.mine.pairs_per_image, dataset_lib.affine_of(tiles.whole(dataset))
 
   @functools.lru_cache(maxsize=4)  # a record's masks, for its tiles
   def on_grid(place: int, record: int) -> list[np.ndarray]:
@@ -125,7 +125,7 @@ def _batches(config, dataset, preferences, grids, items, program: Callable | Non
   def read(place: int) -> tuple[np.ndarray, np.ndarray]:
     item = preferences[place]
     chosen, rejected = (
-      mask_files.check(path, grids[item.image], dataset.num_classes, where=item.where)
+      mask_files.read(path, grids[item.image], dataset.num_classes, affine_of)
       for path in (item.chosen, item.rejected)
     )
     return chosen, rejected
