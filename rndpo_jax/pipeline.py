@@ -120,6 +120,8 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     workdir_lib.check_shared(config, workdir)
   for name in wanted:
     if name in done:
+      if name == "mine" and multihost.is_first():
+        (mine_preferences if config.data.preferences else mine).check_same_files(last, workdir)
       progress.say(f"[{name}] done before")
       continue
     if multihost.is_first():

@@ -125,6 +125,8 @@ def test_pairs_of_files_are_those_of_their_scores(with_files, tiny_run, tmp_path
   # Another score, the rest being kept: the pairs are not gone on with.
   scores = tmp_path / "own/scores.csv"
   scores.write_text(scores.read_text().replace("0.5", "0.6"))
+  with pytest.raises(errors.ProvenanceError, match="not made from this proposals.*delete"):
+    pipeline.run(config, tmp_path / "run", ["mine"])  # though they are finished
   (tmp_path / "run/pairs/manifest.json").unlink()
   with pytest.raises(errors.ProvenanceError, match="not made from this proposals"):
     pipeline.run(config, tmp_path / "run", ["mine"])
@@ -216,3 +218,9 @@ def test_a_whole_job_of_preferences(tiny_run, tiny_config, tmp_path, capsys):
   assert results["pairs"]["count"] == 11 and results["harm"]["num_pairs"] == 0
   assert "preferences of readers" in (tmp_path / "run/report.html").read_text()
   assert "unknown of pairs right on val" in pipeline.summary(tmp_path / "run")
+  pipeline.run(config, tmp_path / "run")  # all done, of the same files
+  own_files.write_mask(tmp_path / "a.png", drawn("c"))
+  with pytest.raises(errors.ProvenanceError, match="not made from this preferences.*delete"):
+    pipeline.run(config, tmp_path / "run")
+  table.unlink()
+  pipeline.run(config, tmp_path / "run")  # they have done their work

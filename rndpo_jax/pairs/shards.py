@@ -168,6 +168,22 @@ def claim(directory: os.PathLike, fingerprints: dict[str, str]) -> None:
     files.write_json(path, fingerprints)
 
 
+def check_same_files(directory: os.PathLike, name: str, here: str) -> None:
+  """Checks that pairs were made of the files that are here.
+
+  Args:
+    directory: of the pairs.
+    name: what the files are, as `claim` was told.
+    here: their fingerprint.
+
+  Raises:
+    errors.ProvenanceError: with what to delete.
+  """
+  directory = epath.Path(directory)
+  there = files.read_json(directory / "fingerprints.json")
+  provenance.check(directory, there, {name: here}, _mine_again(directory))
+
+
 def check_made_of(directory: os.PathLike, dataset, params: Any) -> None:
   """Checks that pairs are of these data and this base: their margins are the reference.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -109,6 +110,25 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   _write_shards(config, directory, dataset, judged, weights, mined)
   if multihost.is_first():
     manifest.write_manifest(config, directory)
+
+
+def check_same_files(config, workdir: os.PathLike) -> None:
+  """Refuses finished pairs of a job whose proposals from files have changed since.
+
+  A folder of proposals that is gone has done its work.
+
+  Raises:
+    errors.ProvenanceError: with what to delete.
+    errors.DataError: as `run` does, on proposals that cannot be used.
+  """
+  if (
+    not proposal_files.count(config)
+    or not pathlib.Path(config.data.proposals).expanduser().exists()
+  ):
+    return
+  dataset = dataset_lib.open_dataset(config, workdir)
+  here = proposal_files.fingerprint(proposal_files.open_files(config, dataset.records))
+  shards.check_same_files(epath.Path(workdir) / "pairs", "proposals", here)
 
 
 def _measure_judges(

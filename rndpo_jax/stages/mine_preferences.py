@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,23 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
         manifest.write(path, len(part), -(-len(part) // size), batches(part, program))
   if multihost.is_first():
     _write_manifest(config, directory, len(found))
+
+
+def check_same_files(config, workdir: os.PathLike) -> None:
+  """Refuses finished pairs of a job whose preferences have changed since.
+
+  A file of preferences that is gone has done its work.
+
+  Raises:
+    errors.ProvenanceError: with what to delete.
+    errors.DataError: as `run` does, on preferences that cannot be used.
+  """
+  if not pathlib.Path(config.data.preferences).expanduser().exists():
+    return
+  dataset = dataset_lib.open_dataset(config, workdir)
+  found, _ = preference_file.read(config, dataset.records, _split_of(dataset))
+  here = preference_file.fingerprint(found)
+  shards.check_same_files(epath.Path(workdir) / "pairs", "preferences", here)
 
 
 def _split_of(dataset) -> dict[str, str]:
