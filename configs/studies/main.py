@@ -7,8 +7,6 @@ On 2 CPU cores a recipe of 400 steps takes some 2 minutes on PH2 and 6 on ACDC; 
 order in which they matter, and an interrupted study goes on where it was.
 """
 
-from configs.recipes import weak_to_strong_affine
-
 # Every recipe has 400 steps after the base; those on weak_to_strong have 800, and 400 more in a
 # second phase. The recipes as they are have twice as long a first one: they are arms of their own,
 # and the default is one of those.
@@ -18,10 +16,6 @@ ON_STRONG = (
 )  # fmt: skip
 HALF = {"finetune.num_steps": 800}
 OTHERS = ("mean_teacher", "ua_mt", "copy_paste", "st_plus_plus", "cross_pseudo", "consensus", "ipo")
-# As many steps and the zooms of the default, for those that have neither.
-ALIKE = {
-  "alike": {"2000 steps, zooms": {"finetune.num_steps": 2000, **weak_to_strong_affine.FIRST}}
-}
 ORACLE = {"judge": {"oracle": {"judge.name": "oracle"}}}
 # Proposals that see things larger and smaller, for data in which organs differ in size.
 ZOOM = {"mix": {"zoom": {"proposals.mix": "base:1,tta+zoom:7"}}}
@@ -58,7 +52,6 @@ def get_study():
           "weak_to_strong_affine_top1_rn_dpo",
         ),
       },
-      {"recipes": ("supervised_longer", "self_training", "mean_teacher", "top1"), "axes": ALIKE},
       {"recipes": ("weak_to_strong_affine_rn_dpo", "rn_dpo"), "axes": ZOOM},
       {"recipes": OTHERS},
       # Stability over betas, on the first draw.
