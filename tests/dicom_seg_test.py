@@ -144,7 +144,7 @@ def test_another_grid_is_refused(tmp_path, series):
   half, aside = np.diag([0.5, 0.5, 1, 1]), np.eye(4)
   aside[0, 3] = 0.4
   for change in (half, aside):
-    with pytest.raises(errors.DataError, match="voxels that are not those of the image"):
+    with pytest.raises(errors.DataError, match="the places of its .* are not those of the image's"):
       dicom_seg.open_mask(path, image.shape, image.affine @ change)
   far = np.eye(4)
   far[0, 3] = 50  # on the grid, but beside the image

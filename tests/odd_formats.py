@@ -1,14 +1,10 @@
-"""Odd MetaImage, NRRD and DICOM files, and pictures under nnU-Net's names, for `odd_inputs`."""
+"""Odd MetaImage and NRRD files, and pictures under nnU-Net's names, for `odd_inputs`."""
 
 import gzip
 import json
-import os
-import shutil
 import struct
 import zlib
 
-import dicom_files
-import nibabel
 import numpy as np
 from odd_images import COLOUR, GREY, encode
 from odd_inputs import CASE, Row
@@ -181,99 +177,6 @@ def _nnunet(ending, content, array, is_label):
   return make
 
 
-VOLUME = np.random.default_rng(2).integers(0, 900, (12, 12, 4)).astype(np.uint16)
-
-
-def _changed(place=2, **tags):
-  """Writes one slice again with other tags."""
-  return lambda folder: dicom_files.write(
-    dicom_files.path(folder, place), VOLUME[..., place], place, **tags
-  )
-
-
-def _of_slice(change):
-  return lambda folder: change(dicom_files.path(folder, 2))
-
-
-def _cut(length):
-  return _of_slice(lambda path: path.write_bytes(path.read_bytes()[:length]))
-
-
-def _fifo(path):
-  path.unlink()
-  os.mkfifo(path)
-
-
-def _beside(folder):
-  dicom_files.write_series(folder.parent / "more", VOLUME, SeriesInstanceUID="1.2.3")
-  for file in (folder.parent / "more").iterdir():
-    shutil.move(file, folder / f"more-{file.name}")
-  (folder.parent / "more").rmdir()
-
-
-def _flipped_mask(folder):
-  path = folder.parent.parent / "masks" / f"{CASE}.nii.gz"
-  image = nibabel.load(path)
-  affine = image.affine @ np.diag([1, -1, 1, 1])
-  nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), path)
-
-
-_ASIDE = [float(x) for x in np.add(dicom_files.position(2), (0, 0.5, 0))]
-# (name, what is done to the folder of a series, whether it is taken).
-SERIES = (
-  ("plain", lambda folder: None, True),
-  ("a text beside", lambda folder: (folder / "notes.txt").write_text("a"), True),
-  ("a DICOMDIR beside", lambda folder: (folder / "DICOMDIR").write_bytes(b"a"), True),
-  ("a slice without an ending",
-   _of_slice(lambda path: path.rename(path.with_name("1.2.840.113619.2"))), True),
-  ("a slice missing", _of_slice(lambda path: path.unlink()), False),
-  ("a slice twice", _of_slice(lambda path: shutil.copy(path, path.with_name("copy.dcm"))), False),
-  ("two series", _beside, False),
-  ("no slices", lambda folder: [path.unlink() for path in folder.iterdir()], False),
-  ("a slice of another size", _changed(Rows=6, PixelData=bytes(144)), False),
-  ("a slice turned", _changed(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]), False),
-  ("a slice moved along", _changed(ImagePositionPatient=dicom_files.position(2.4)), False),
-  ("a slice moved aside", _changed(ImagePositionPatient=_ASIDE), False),
-  ("a slice without a position", _changed(ImagePositionPatient=None), False),
-  ("a position of NaN", _changed(ImagePositionPatient=["nan", "0", "0"]), False),
-  ("a slice without spacing", _changed(PixelSpacing=None), False),
-  ("a spacing of 0", _changed(PixelSpacing=[0, 0]), False),
-  ("a slope of NaN", _changed(RescaleSlope="nan"), False),
-  ("three frames", _changed(NumberOfFrames=3, PixelData=bytes(864)), False),
-  ("colour", _changed(SamplesPerPixel=3, PixelData=bytes(864)), False),
-  ("65535 squared", _changed(Rows=65535, Columns=65535), False),
-  ("no pixels", _changed(PixelData=None), False),
-  ("pixels cut", _cut(-40), False), ("header cut", _cut(300), False),
-  ("an empty file", _cut(0), False),
-  ("text", _of_slice(lambda path: path.write_text("hello\n")), False),
-  ("FIFO as a slice", _of_slice(_fifo), False),
-  ("a link to nowhere as a slice",
-   _of_slice(lambda path: (path.unlink(), path.symlink_to("nowhere"))), False),
-  ("a mask on a flipped grid", _flipped_mask, False),
-  ("a mask as DICOM",
-   lambda folder: (folder.parent.parent / "masks" / "1.dcm").write_bytes(b"a"), False),
-  ("a file beside the series", lambda folder: (folder.parent / "a.dcm").write_bytes(b"a"), False),
-)  # fmt: skip
-
-
-def _series(change, is_taken):
-  def make(root):
-    mask = np.zeros(VOLUME.shape, np.uint8)
-    mask[3:9, 4:10] = 1
-    (root / "masks").mkdir()
-    for name in (*"01234", CASE):
-      dicom_files.write_series(root / "images" / name, VOLUME)
-      affine = dicom_files.affine()
-      nibabel.save(nibabel.Nifti1Image(mask, affine), root / "masks" / f"{name}.nii.gz")
-    change(root / "images" / CASE)
-    config = config_of(root, **{"data.source": "dicom", "data.num_classes": 2})
-    values = (2.0 * VOLUME - 1000)[:, :, :1]
-    right = {"image": values, "mask": mask[..., 0], "spacing": dicom_files.SPACING[:2]}
-    return config, right if is_taken else None
-
-  return make
-
-
 def rows() -> list[Row]:
   found = []
   for ending, name, content, image, label in FILES:
@@ -281,4 +184,4 @@ def rows() -> list[Row]:
     for array, is_label in ((image, False), (label, True)):
       what = f"{ending} {name}, as {'label' if is_label else 'image'}"
       found.append(Row(kind, what, _nnunet(ending, content, array, is_label)))
-  return [*found, *(Row("dicom", name, _series(*entry)) for name, *entry in SERIES)]
+  return found

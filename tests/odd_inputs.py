@@ -142,14 +142,15 @@ def judge(row: Row, code: int, text: str, num_bytes: int, ended: bool) -> tuple[
 def rows(short: bool) -> list[Row]:
   """The table; its short form has one row of each kind of remedy."""
   import odd_configs
+  import odd_dicom
   import odd_files
   import odd_formats
   import odd_images
   import odd_volumes
 
   every = [
-    *odd_images.rows(), *odd_volumes.rows(), *odd_formats.rows(), *odd_configs.rows(),
-    *odd_files.rows(),
+    *odd_images.rows(), *odd_volumes.rows(), *odd_formats.rows(), *odd_dicom.rows(),
+    *odd_configs.rows(), *odd_files.rows(),
   ]  # fmt: skip
   return [row for row in every if (row.kind, row.name) in SHORT] if short else every
 
@@ -171,7 +172,7 @@ SHORT = {
   ("itk", ".mhd voxels in a device, as label"), ("nnunet", ".tif 16 bits, as image"),
   ("itk", ".gipl truncated, as image"),
   ("dicom", "a slice without an ending"), ("dicom", "a slice missing"),
-  ("dicom", "FIFO as a slice"),
+  ("dicom", "FIFO as a slice"), ("dicom", "a segmentation cut"),
   ("scores", "symlink to /dev/zero"), ("masks", "bomb of 10^10 pixels"),
   ("lines", "as it should be"),
 }  # fmt: skip

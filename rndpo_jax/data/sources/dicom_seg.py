@@ -216,8 +216,8 @@ def _placed(path, place, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarr
   shift = geometry.grid_shift(affine, affine + own - moved, size)
   if not _is_turn(steps[:3, :3]) or shift > _MAX_SHIFT:
     raise errors.DataError(
-      f"{path}: a segmentation of {size} voxels that are not those of the image {shape}; bring it "
-      "to the grid of its series (segment that series, or resample it)"
+      f"{path}: the places of its {size} voxels are not those of the image's {shape}; bring it to "
+      "the grid of its series (segment that series, or resample it)"
     )
   return (_LPS_TO_RAS @ moved)[:, _AXES]
 
@@ -234,8 +234,8 @@ def _voxels(path, place: np.ndarray, shape: tuple[int, ...], affine: np.ndarray)
     found = _read(path, lazy=False).get_volume(combine_segments=True).array
   except dicom_header.BROKEN as error:
     raise errors.DataError(
-      f"{path}: its segments make no mask ({dicom_header.cause(error)}); expected one class a "
-      "voxel, export them without overlap"
+      f"{path}: its segments make no mask ({dicom_header.cause(error)}); expected all of its "
+      "pixels and one class a voxel, replace the file, or export it without overlap"
     ) from error
   grid = library.VolumeGeometry((_LPS_TO_RAS @ affine)[:, _AXES], (*shape, 1)[:3][::-1], "PATIENT")
   there = library.Volume(found, place, "PATIENT").match_geometry(grid).array
