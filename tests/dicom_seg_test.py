@@ -54,6 +54,18 @@ def test_masks_that_hold_little(tmp_path, series, name):
   assert dicom_seg.labels(path) == {1: "rv", 2: "lv"}  # also those that it has not
 
 
+@pytest.mark.parametrize("thickness_mm", [0.1, 6.0])
+def test_one_slice_of_another_thickness(tmp_path, series, thickness_mm):
+  """As a tool writes it that knows no distance of slices."""
+  mask = (MASK * (np.arange(4) == 2)).astype(np.uint8)
+  path = _write(tmp_path / "a.dcm", series, mask)
+  found = dicom_files.read(path)
+  measures = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+  measures.SliceThickness = measures.SpacingBetweenSlices = thickness_mm
+  found.save_as(path)
+  np.testing.assert_array_equal(_read(path, series), mask)
+
+
 def test_a_single_image(tmp_path):
   dicom_files.write(tmp_path / "cr" / "a.dcm", VOLUME[..., 1], 1, **_UIDS)
   path = _write(tmp_path / "a.dcm", tmp_path / "cr", MASK[..., 1])
