@@ -1,4 +1,4 @@
-"""DICOM series in images/ID/, a folder each; those without masks/ID.dcm are unlabelled.
+"""DICOM series in images/ID/, a folder each; those without a mask in masks/ are unlabelled.
 
   python -m launch.run --config=configs/dicom.py --config.data.root=DIR --workdir=OUT
 

@@ -122,6 +122,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     if name in done:
       if name == "mine" and multihost.is_first():
         (mine_preferences if config.data.preferences else mine).check_same_files(last, workdir)
+        phases.check_left_out(config, workdir)
       progress.say(f"[{name}] done before")
       continue
     if multihost.is_first():

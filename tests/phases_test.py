@@ -10,7 +10,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.errors import ConfigError, MiningError
+from rndpo_jax.errors import ConfigError, MiningError, ProvenanceError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import phases, reliable
@@ -268,6 +268,10 @@ def test_a_later_phase_whose_judge_is_refused_is_left_out(tiny_run, tiny_config,
   (workdir / "results.json").unlink()
   pipeline.run(config, workdir, ("finetune", "evaluate"))
   assert files.read_json(workdir / "results.json") == results
+  config.judge.gate.action = "warn"
+  with pytest.raises(ProvenanceError, match="left out, but config.judge.gate lets .*; delete"):
+    pipeline.run(config, workdir)
+  config.judge.gate.action = "refuse"
   with pytest.raises(MiningError, match="there are no pairs to train on; the judge 'agreement'"):
     sweep.run(config, workdir, betas=(1.0,), learning_rates=(1e-3,), seeds=(0,))
   config.phases = ({}, FIRST)

@@ -16,7 +16,9 @@ from etils import epath
 
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors, types
+from rndpo_jax.mining import judge_gate
 from rndpo_jax.pairs import shards
+from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 from rndpo_jax.training import checkpoint, train_loop
 
@@ -48,6 +50,25 @@ def of_job(config, workdir: os.PathLike) -> list[Phase]:
 def is_left_out(phase: Phase) -> bool:
   """Whether mining has left a phase out."""
   return bool(shards.left_out(phase.folder / "pairs"))
+
+
+def check_left_out(config, workdir: os.PathLike) -> None:
+  """Refuses phases that were left out and would not be by the gate of now.
+
+  Raises:
+    errors.ProvenanceError: with what to delete.
+  """
+  for phase in filter(is_left_out, of_job(config, workdir)):
+    directory, gate = phase.folder / "pairs", phase.config.judge.gate
+    table = files.read_json(directory / "judges.json")
+    name = judge_gate.used(table, phase.config.judge.name)
+    found = judge_gate.finding(table, name, **gate)
+    if not judge_gate.refuses(table, name, found, gate.action):
+      raise errors.ProvenanceError(
+        f"{directory}: this phase was left out, but config.judge.gate lets the judge {name!r} pass "
+        f"now; delete the folders {directory} and {phase.folder / 'finetune'}, and run the same "
+        "command again"
+      )
 
 
 def trained(config, workdir: os.PathLike) -> list[Phase]:
