@@ -258,6 +258,7 @@ def test_a_later_phase_whose_judge_is_refused_is_left_out(tiny_run, tiny_config,
   page = (workdir / "report.html").read_text()
   assert "labelled + weak_to_strong" in page and "Phase 3 was left out" in page
   assert "The loss: labelled + weak_to_strong" in page  # the curves of what was trained
+  assert "There are no pairs." in page and "Histogram of region sizes" not in page
   dataset = dataset_lib.open_dataset(config, workdir)
   first = workdir / "phase-1" / "finetune"
   last = checkpoint.restore_params(first / "params", 3, stage_directory=first)

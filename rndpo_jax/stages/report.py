@@ -37,6 +37,7 @@ def run(config, workdir: os.PathLike) -> None:
     workdir / "pairs" / "manifest.json",
     **dict.fromkeys(("region_size", "score_gap", "proposals"), dict),
     **dict.fromkeys(("mix", "judge"), str),
+    num_pairs=int,
   )
   made = _read_made(workdir)
   harm = files.read_json(workdir / "evaluate" / "harm.json", bins=list, curve=list, beta=dict)
@@ -108,9 +109,6 @@ def _mining_part(results, manifest) -> dict[str, Any]:
     if entry.get("pair_accuracy") is not None and interval and interval[0] is not None:
       rows.append((name, entry["pair_accuracy"], *interval))
   label = "pair accuracy (dashed: chance)"
-  size = manifest["region_size"]
-  quantiles = {name: size[name] for name in ("p5", "p50", "p95")}
-  histogram = size["histogram"]
   return {
     "judge_split": _split_name(next(iter(results["judges"].values()), {})),
     "judges_are_measured": all(judge_gate.is_measured(x) for x in results["judges"].values()),
@@ -119,17 +117,28 @@ def _mining_part(results, manifest) -> dict[str, Any]:
     "proposal_split": _split_name(manifest["proposals"]),
     "proposal_rows": tables.proposal_rows(manifest),
     "pair_rows": tables.pair_rows(manifest),
-    "mining_text": (
-      f"{_origin(manifest)} A pair of equal scores or of identical masks "
-      "tells the network nothing. Score gap of the kept pairs, 5th, 50th and 95th percentile: "
-      f"{', '.join(tables.show(manifest['score_gap'][q]) for q in ('p5', 'p50', 'p95'))}."
-    ),
-    "region_chart": figures.histogram(histogram["edges"], histogram["counts"], quantiles),
+    "mining_text": f"{_origin(manifest)} {_kept_text(manifest)}",
+    "region_chart": _region_chart(manifest["region_size"]) if manifest["num_pairs"] else None,
     "region_text": (
       "How many pixels the two masks of a pair differ in. A plain DPO update grows with it; "
       "RN-DPO divides by it, so that a few gross proposals do not rule the training."
     ),
   }
+
+
+def _region_chart(size) -> str:
+  quantiles = {name: size[name] for name in ("p5", "p50", "p95")}
+  return figures.histogram(size["histogram"]["edges"], size["histogram"]["counts"], quantiles)
+
+
+def _kept_text(manifest) -> str:
+  if not manifest["num_pairs"]:
+    return "There are no pairs."
+  gaps = ", ".join(tables.show(manifest["score_gap"][q]) for q in ("p5", "p50", "p95"))
+  return (
+    "A pair of equal scores or of identical masks tells the network nothing. Score gap of the kept "
+    f"pairs, 5th, 50th and 95th percentile: {gaps}."
+  )
 
 
 def _origin(manifest) -> str:
