@@ -25,25 +25,19 @@ from rndpo_jax.data import preference_file
 from rndpo_jax.evaluation import (
   delivered,
   gallery,
-  harm,
   label_free,
   metrics,
   predict,
   rankseg,
   results,
-  validation_pairs,
 )
 from rndpo_jax.evaluation.cases import overlap_cases, surface_cases
-from rndpo_jax.losses import objectives
-from rndpo_jax.losses.preference import REGION_SIZE_EDGES
 from rndpo_jax.mining import judge_gate
 from rndpo_jax.mining import judges as judges_lib
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files, multihost, preemption, progress
-from rndpo_jax.stages import base, finetune, measure_judges, phases
+from rndpo_jax.stages import base, finetune, measure_harm, phases
 from rndpo_jax.training import checkpoint, image_terms
-
-HARM = "harm.json"  # in `evaluate/`
 
 
 def run(config, workdir: os.PathLike) -> None:
@@ -94,7 +88,7 @@ def run(config, workdir: os.PathLike) -> None:
   gallery.write(evaluation, cases[0], cases[steps[-1]], steps[-1])
   content = _context(config, workdir, evaluation.dataset)
   judge = content["judges"][content["judge"]]
-  content["harm"] = _write_harm(config, workdir, evaluation, steps, judge)
+  content["harm"] = measure_harm.write(config, workdir, evaluation, steps, judge)
   content |= _measured(models, reported, curve, names)
   stops = label_free.stops(points, curve, max_kl=config.evaluate.delivered_max_kl)
   content["label_free"] = {"checkpoints": points, **stops}
@@ -153,39 +147,6 @@ def _delivered(chosen: dict, models, group_of) -> dict:
     difference["test"] = delivered.paired(test[0] - test[1], groups)
   names = ("step", "is_base", "chosen_by", "rule", "reason", "min_probability", "max_kl")
   return {**{name: chosen[name] for name in names if name in chosen}, "difference": difference}
-
-
-def _write_harm(config, workdir, evaluation, steps, judge) -> dict:
-  """Writes HARM, and returns it with the first and last checkpoint alone."""
-  # Of the last phase, whose start is the reference of its pairs.
-  before = [phase for phase in phases.trained(config, workdir) if phase.folder != workdir]
-  first = sum(phase.config.finetune.num_steps for phase in before)
-  found = _harm(config, workdir, evaluation, [step for step in steps if step >= first], judge)
-  files.write_json(evaluation.folder / HARM, results.plain(found))
-  curve = found.pop("curve")
-  return {**found, "first": curve[0], "last": curve[-1]}
-
-
-def _harm(config, workdir, evaluation, steps, judge) -> dict:
-  """What `harm.account` says of the validation pairs of the judge that mines."""
-  pairs = validation_pairs.read(workdir / "pairs" / validation_pairs.FILE)
-  margins = validation_pairs.margins(config, evaluation, pairs, steps)
-  options = config.finetune
-  row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
-  return {"split": "val"} | harm.account(
-    steps,
-    margins - margins[0],
-    pairs["region_size"],
-    validation_pairs.gain(pairs),
-    measure_judges.pair_worth(config, pairs["score_gap"], pairs["valid"], judge),
-    validation_pairs.share(pairs),
-    edges=REGION_SIZE_EDGES,
-    beta=options.beta,
-    normalization=options.normalization or row.normalization,
-    exponent=options.power_exponent,
-    floor=options.power_floor,
-    voxel_volume=measure_judges.volumes(config, evaluation.dataset, pairs["index"]),
-  )
 
 
 def params_of_step(
