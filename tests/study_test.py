@@ -196,7 +196,7 @@ def test_the_plan_counts_what_is_left(ran):
   assert "3 cells by records of the same recipe" in lines[2]
   own = [record(RN, 0, 0, (0.6, 0.8))]
   cell = more[0]._replace(data="tiny")
-  assert study_plan.cell_seconds(cell, own) == (4.0, "records of the same recipe")
+  assert study_plan.cell_seconds(cell, own) == (8.0, "records of the same recipe")
   assert study_plan.cell_seconds(more[1], own) == (8.0, "steps of other recipes")
   assert study_plan.base_seconds(cell, own) == 5.0
   assert study_plan.cell_seconds(cell, []) == (2.4, "a default of 90 s for 300 steps")

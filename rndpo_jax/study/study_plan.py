@@ -48,18 +48,17 @@ def describe(
 def cell_seconds(cell: grid.Cell, records) -> tuple[float, str]:
   """Seconds of a cell without its base, and what they are estimated from.
 
-  The mean of the same data set and recipe; else of the same data set, in proportion to the steps;
-  else a default of 90 s for 300 steps.
+  In proportion to the steps: as records of the same data set and recipe had it; else as those of
+  the same data set; else a default of 90 s for 300 steps. Of a record whose first phases were
+  copied from another cell's, the seconds are only those of the rest.
   """
+  steps = sum(phase.finetune.num_steps for phase in config_lib.every_phase(cell.config))
   own = [record for record in records if record["data"] == cell.data]
   same = [record for record in own if record["recipe"] == cell.recipe]
-  steps = sum(phase.finetune.num_steps for phase in config_lib.every_phase(cell.config))
-  if same:
-    return _mean(same, _seconds), "records of the same recipe"
-  if own:
-    rate = _mean(own, lambda record: _seconds(record) / record["steps"])
-    return rate * steps, "steps of other recipes"
-  return _CELL_SECONDS * steps / _CELL_STEPS, "a default of 90 s for 300 steps"
+  if not own:
+    return _CELL_SECONDS * steps / _CELL_STEPS, "a default of 90 s for 300 steps"
+  rate = _mean(same or own, lambda record: _seconds(record) / record["steps"])
+  return rate * steps, "records of the same recipe" if same else "steps of other recipes"
 
 
 def base_seconds(cell: grid.Cell, records) -> float:
