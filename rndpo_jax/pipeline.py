@@ -102,7 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
   workdir = epath.Path(workdir)
   wanted = [name for name in config_lib.STAGES if name in stages]
   _check_same_stages(wanted)
-  left = find_done(workdir)
+  left = find_done(config, workdir)
   there = left
   if config.base.workdir:
     there = ["prepare", *left]
@@ -115,6 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     prepared = "prepare" in there
     started = bool(left) or (workdir / "base").exists()
     workdir_lib.claim(config, workdir, started=started, prepared=prepared)
+    phases.check_left_out(config, workdir)
   multihost.barrier("claim")
   if not multihost.is_first():
     workdir_lib.check_shared(config, workdir)
@@ -122,7 +123,6 @@ def run(config: ml_collections.ConfigDict, workdir: os.PathLike, stages=config_l
     if name in done:
       if name == "mine" and multihost.is_first():
         (mine_preferences if config.data.preferences else mine).check_same_files(last, workdir)
-        phases.check_left_out(config, workdir)
       progress.say(f"[{name}] done before")
       continue
     if multihost.is_first():
@@ -172,11 +172,15 @@ def _check_same_stages(wanted: list[str]) -> None:
     )
 
 
-def find_done(workdir: epath.Path) -> list[str]:
-  """The stages whose last file is there, as process 0 sees it."""
-  bits = multihost.broadcast(
-    lambda: sum(is_done(name, workdir) << i for i, name in enumerate(DONE))
-  )
+def find_done(config, workdir: epath.Path) -> list[str]:
+  """The stages whose last file is there, as process 0 sees it; `mine` has every phase before it."""
+
+  def look() -> int:
+    there = {name: is_done(name, workdir) for name in DONE}
+    there["mine"] &= phases.are_done_before(config, workdir)
+    return sum(found << i for i, found in enumerate(there.values()))
+
+  bits = multihost.broadcast(look)
   return [name for i, name in enumerate(DONE) if bits >> i & 1]
 
 

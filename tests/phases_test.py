@@ -10,7 +10,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.errors import ConfigError, MiningError, ProvenanceError
+from rndpo_jax.errors import CheckpointError, ConfigError, MiningError, ProvenanceError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import phases, reliable
@@ -269,12 +269,34 @@ def test_a_later_phase_whose_judge_is_refused_is_left_out(tiny_run, tiny_config,
   (workdir / "results.json").unlink()
   pipeline.run(config, workdir, ("finetune", "evaluate"))
   assert files.read_json(workdir / "results.json") == results
-  config.judge.gate.action = "warn"
-  with pytest.raises(ProvenanceError, match="left out, but config.judge.gate lets .*; delete"):
+  # A damaged phase is made again, as the error says.
+  (first / "params" / "3" / "sha256.json").unlink()
+  (workdir / "results.json").unlink()
+  with pytest.raises(CheckpointError, match=r"[Dd]elete the folder .*phase-1/finetune"):
     pipeline.run(config, workdir)
+  first.rmtree()
+  pipeline.run(config, workdir)
+  assert files.read_json(workdir / "results.json") == results
+  config.judge.gate.action = "warn"
+  for stages in (config_lib.STAGES, ("finetune", "evaluate")):
+    with pytest.raises(
+      ProvenanceError, match="left out, but config.judge.gate lets .*; delete"
+    ) as e:
+      pipeline.run(config, workdir, stages)
   config.judge.gate.action = "refuse"
   with pytest.raises(MiningError, match="there are no pairs to train on; the judge 'agreement'"):
     sweep.run(config, workdir, betas=(1.0,), learning_rates=(1e-3,), seeds=(0,))
+  config.judge.gate.action = "warn"
+  for place in (workdir / "phase-2", workdir):  # as that error says
+    for name in ("pairs", "finetune"):
+      assert f"{place / name}" in str(e.value)
+      (place / name).rmtree()
+  pipeline.run(config, workdir)
+  found = files.read_json(workdir / "results.json")
+  assert not found["left_out"] and [point["step"] for point in found["curve"]] == [
+    0, 2, 3, 5, 7, 9, 11, 12,
+  ]  # fmt: skip
+  config.judge.gate.action = "refuse"
   config.phases = ({}, FIRST)
   (workdir / "phase-1").rmtree()
   with pytest.raises(MiningError, match=r"in a new --workdir"):

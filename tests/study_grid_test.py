@@ -82,6 +82,23 @@ def test_a_phase_hangs_on_what_made_those_before_it():
     assert len({grid.phase_key(cell, number) for cell in cells}) == 1
 
 
+def test_gates_that_refuse_are_told_apart_and_those_that_only_say_are_not():
+  def cells(action, bounds=(0.0, 0.9)):
+    arm = {"recipes": ("",), "seeds": (0,), "axes": {"judge.gate.min_accuracy": bounds}}
+    phases = {"judge.gate.action": action, "phases": ({}, {})}
+    return expand(study(arms=[{**arm, "set": phases}]))
+
+  def told(*found):
+    digests = {cell.key.rpartition("-")[2] for cell in found}
+    return [len(digests), len({str(grid.changed(cell)) for cell in found})] + [
+      len({grid.phase_key(cell, 1) for cell in found})
+    ]
+
+  assert told(*cells("refuse")) == [2, 2, 2]
+  assert told(*cells("warn"), *cells("off")) == [1, 1, 1]
+  assert told(*cells("refuse", (0.5,)), *cells("warn", (0.5,))) == [2, 2, 2]
+
+
 def test_an_estimate_counts_the_steps_of_every_phase():
   two = {"finetune.num_steps": 8, "phases": ({}, {"finetune.num_steps": 4})}
   (cell,) = expand(study(arms=[{"recipes": ("",), "seeds": (0,), "set": two}]))

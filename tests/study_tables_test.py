@@ -67,6 +67,12 @@ def test_means_are_of_draws_and_pairs_of_runs_that_have_some():
   assert row["pairs right"] == "" and row["against the base"] == "one draw: no claim"
 
 
+def test_runs_that_lack_a_phase_are_counted():
+  records = [record(RN, 0, 0, (0.5, 0.7)), record(RN, 0, 1, (0.5, 0.7), left_out=[2])]
+  (group,) = study_groups.groups(records)
+  assert study_tables.main_table(group).rows[0][2] == "2, 1 with a phase left out"
+
+
 def test_a_bound_beside_zero_shows_on_which_side_it_is():
   found = bootstrap.Interval(0.002, 0.0002, 0.004, 2, 2)
   assert study_tables._with_interval(found) == "+0.002 (+0.0002 to +0.004)"

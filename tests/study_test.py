@@ -62,6 +62,8 @@ def test_records_hold_what_tables_need_and_a_failed_cell_stops_nothing(ran):
     assert line["curve"]["step"] == [0, 4, 8] and line["seconds"].keys() > {"base", "finetune"}
     assert line["base"]["val"] == pytest.approx(results["base"]["val"]["dice"], abs=6e-5)
     assert line["test"]["last"] == pytest.approx(results["finetuned"]["test"]["dice"], abs=6e-5)
+    points = results["label_free"]["checkpoints"]
+    assert line["curve"]["kl"] == [round(point["kl"], 6) for point in points]
     means = {name: np.mean(line["cases"][name]) for name in ("base", "last", "sustained")}
     assert means["base"] == pytest.approx(results["base"]["test"]["dice"], abs=6e-5)
     assert means["last"] == pytest.approx(results["finetuned"]["test"]["dice"], abs=6e-5)
@@ -71,7 +73,7 @@ def test_records_hold_what_tables_need_and_a_failed_cell_stops_nothing(ran):
   assert len(list((workdir / "bases").iterdir())) == 2
 
 
-def test_a_record_of_tuning_holds_no_test_figure(ran):
+def test_a_record_of_tuning_holds_no_test_figure(ran, tmp_path):
   cells, workdir, folder = ran
   cell = cells[1]
   places = workdir / "cells" / cell.key, workdir / "bases" / cell.base_key
@@ -85,6 +87,11 @@ def test_a_record_of_tuning_holds_no_test_figure(ran):
   assert (
     study_tables.tuning_table(study_groups.groups([line], tuning=True)[0]).rows[0][-1] == "best"
   )
+  assert "left_out" not in line
+  folder = epath.Path(shutil.copytree(places[0], tmp_path / "cell"))
+  results = files.read_json(folder / "results.json")
+  files.write_json(folder / "results.json", {**results, "left_out": [{"phase": 2, "reason": "a"}]})
+  assert cell_records.make(cell, folder, epath.Path(places[1]), {})["left_out"] == [2]
 
 
 def test_a_rerun_makes_what_is_missing_alone(ran, capsys):

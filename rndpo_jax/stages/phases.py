@@ -20,7 +20,7 @@ from rndpo_jax.mining import judge_gate
 from rndpo_jax.pairs import shards
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
-from rndpo_jax.training import checkpoint, train_loop
+from rndpo_jax.training import checkpoint, image_terms, train_loop
 
 
 class Phase(NamedTuple):
@@ -52,21 +52,37 @@ def is_left_out(phase: Phase) -> bool:
   return bool(shards.left_out(phase.folder / "pairs"))
 
 
+def are_done_before(config, workdir: os.PathLike) -> bool:
+  """Whether every phase before the last is mined, where it reads pairs, and trained."""
+  for own, folder, _ in of_job(config, workdir)[:-1]:
+    is_mined = (
+      "pairs" not in image_terms.reads_of(own) or (folder / "pairs" / "manifest.json").exists()
+    )
+    if not is_mined or not (folder / "finetune" / "done.json").exists():
+      return False
+  return True
+
+
 def check_left_out(config, workdir: os.PathLike) -> None:
   """Refuses phases that were left out and would not be by the gate of now.
 
   Raises:
-    errors.ProvenanceError: with what to delete.
+    errors.ProvenanceError: with what to delete: of that phase, and of those after it.
   """
-  for phase in filter(is_left_out, of_job(config, workdir)):
-    directory, gate = phase.folder / "pairs", phase.config.judge.gate
-    table = files.read_json(directory / "judges.json")
+  every = of_job(config, workdir)
+  for place, phase in enumerate(every):
+    path, gate = phase.folder / "pairs" / "judges.json", phase.config.judge.gate
+    if not is_left_out(phase) or not path.exists():  # which are measured again
+      continue
+    table = files.read_json(path)
     name = judge_gate.used(table, phase.config.judge.name)
     found = judge_gate.finding(table, name, **gate)
     if not judge_gate.refuses(table, name, found, gate.action):
+      stale = [after.folder / part for after in every[place:] for part in ("pairs", "finetune")]
       raise errors.ProvenanceError(
-        f"{directory}: this phase was left out, but config.judge.gate lets the judge {name!r} pass "
-        f"now; delete the folders {directory} and {phase.folder / 'finetune'}, and run the same "
+        f"{path.parent}: this phase was left out, but config.judge.gate lets the judge {name!r} "
+        "pass now; delete the folders "
+        f"{', '.join(os.fspath(folder) for folder in stale if folder.exists())}, and run the same "
         "command again"
       )
 

@@ -132,6 +132,8 @@ def make(
     "val": _sustained([point["val_dice"] for point in results["curve"]]),
     "pairs": _pairs(results),
   }
+  if results.get("left_out"):
+    record["left_out"] = [entry["phase"] for entry in results["left_out"]]
   judge = results.get("judges", {}).get(results.get("judge"), {})
   record["judge"] = {
     "name": results.get("judge"),
@@ -254,9 +256,9 @@ def _round(value: float) -> float:
 
 
 def _rounded(value: Any) -> Any:
-  """Floats at so many digits as a record keeps; those of `config`, and KL, stay as they are."""
+  """Floats at so many digits as a record keeps; the curve has its own, a config all of them."""
   if isinstance(value, Mapping):
-    return {k: v if k in ("config", "val_kl", "axes") else _rounded(v) for k, v in value.items()}
+    return {k: v if k in ("config", "curve", "axes") else _rounded(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_rounded(item) for item in value]
   return _round(value) if isinstance(value, (float, np.floating)) else value

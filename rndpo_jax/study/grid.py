@@ -47,6 +47,7 @@ _ARM = {
   "seeds": Sequence, "tuning": bool,
 }  # fmt: skip
 # Sections that make a base what it is; `augment` is that of the data set's config.
+_GATE = "judge.gate."
 _BASE_SECTIONS = ("data", "model", "base")
 
 
@@ -235,6 +236,8 @@ def changed(cell: Cell) -> dict[str, Any]:
 
 def _changed(config) -> dict[str, Any]:
   defaults = _values(config_lib.base_config())
+  # By default the gate refuses, and then its keys always count.
+  defaults = {key: value for key, value in defaults.items() if not key.startswith(_GATE)}
   return {
     key: value
     for key, value in _values(config).items()
@@ -246,7 +249,9 @@ def _values(config) -> dict[str, Any]:
   """Every key that may change results."""
   values = json.loads(json.dumps(config_lib.leaves(config)))  # tuples become lists
   free = workdir_lib.OPERATIONAL + ("base.workdir",)
-  return {key: value for key, value in values.items() if not key.startswith(free)}
+  # A gate that refuses ends a job or leaves a phase out; otherwise it changes no result.
+  kept = _GATE if config.judge.gate.action == "refuse" else ()
+  return {k: v for k, v in values.items() if not k.startswith(free) or k.startswith(kept)}
 
 
 def _digest(content: Any) -> str:

@@ -32,6 +32,12 @@ class Table(NamedTuple):
   rows: list[list[str]]
 
 
+def _runs(records) -> str:
+  """How many, and how many of them lack a phase whose judge was refused."""
+  left_out = sum("left_out" in record for record in records)
+  return f"{len(records)}, {left_out} with a phase left out" if left_out else str(len(records))
+
+
 def main_table(group: study_groups.Group) -> Table:
   """A row an arm, best first, the base of the same runs beside it."""
   rows = []
@@ -43,7 +49,7 @@ def main_table(group: study_groups.Group) -> Table:
       for name in ("last_third_mean", "peak", "drop")
     )
     row = [
-      label, _steps(records), str(len(records)),
+      label, _steps(records), _runs(records),
       _by_draws(records, lambda record: record["base"]["test"]), sustained, _with_interval(held),
       held.claim, _with_interval(last), peak, drop, _SIGNED(worst), _judged(records),
       _delivered(records),
