@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from configs import quickstart
 from rndpo_jax import config as config_lib
 from rndpo_jax import errors
 from rndpo_jax.checks import config_checks, config_unread
@@ -187,6 +188,15 @@ def test_a_term_reads_what_its_loss_does_and_no_more(key, value, on, more):
   with pytest.raises(errors.ConfigError, match=f"config.{key}: found {value!r}, which nothing"):
     config_checks.validate(make(**{**fixed, **of_terms(on), key: value}))
   config_checks.validate(make(**{**fixed, **of_terms(on, more), key: value}))
+
+
+def test_a_value_is_read_only_by_a_phase_that_has_it():
+  config = quickstart.get_config()  # the second phase alone has a reference, and sets its own
+  with config.unlocked():
+    config.finetune.reference = "none"
+  message = "config.finetune.reference: found 'none', which nothing reads"
+  with pytest.raises(errors.ConfigError, match=message):
+    config_checks.validate(config)
 
 
 def test_every_key_is_always_read_or_in_the_table():

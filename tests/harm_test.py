@@ -1,12 +1,17 @@
 """How much of the gradient comes from wrong pairs: by hand, and against the gradient itself."""
 
+import pathlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import losses
-from rndpo_jax.evaluation import harm
+from rndpo_jax.evaluation import harm, validation_pairs
+from rndpo_jax.stages import measure_harm, measure_judges
 
 SIZE = np.array([[4, 100], [4, 9], [16, 7]])
 GAIN = np.array([[0.1, -0.2], [0.3, 0.0], [-0.1, 0.5]])  # right, wrong; right, tie; wrong, no pair
@@ -46,6 +51,26 @@ def test_a_tile_weighs_its_share_of_the_image_by_hand():
   assert start["region"]["wrong_mass"] == pytest.approx(0.75 / 1.5)
   assert [b["mass"] for b in start["region"]["bins"]] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
   assert start["none"]["wrong_mass"] == pytest.approx(132 / 140)  # the weight under DPO is 1
+
+
+@pytest.mark.parametrize(("reference", "h"), [("cached", [0.0, 2.0]), ("none", [1.0, 3.0])])
+def test_without_a_reference_h_is_the_margin_itself(monkeypatch, reference, h):
+  """Margins of one pair at two steps: 1 and 3 nats."""
+  config = config_lib.base_config()
+  config.finetune.reference = reference
+  pairs = {name: np.ones((1, 1)) for name in ("region_size", "score_gap", "valid", "index")}
+  monkeypatch.setattr(validation_pairs, "read", lambda path: pairs)
+  for place, name, value in (
+    (validation_pairs, "margins", np.array([[[1.0]], [[3.0]]])),
+    (validation_pairs, "gain", np.ones((1, 1))),
+    (validation_pairs, "share", np.ones((1, 1))),
+    (measure_judges, "pair_worth", np.ones((1, 1))),
+    (measure_judges, "volumes", 1.0),
+  ):
+    monkeypatch.setattr(place, name, lambda *_, value=value: value)
+  monkeypatch.setattr(harm, "account", lambda steps, h, *_, **__: {"h": h.ravel().tolist()})
+  evaluation = types.SimpleNamespace(dataset=None)
+  assert measure_harm._harm(config, pathlib.Path("."), evaluation, [0, 4], {})["h"] == h
 
 
 def test_a_wrong_pair_that_is_learned_loses_its_mass():

@@ -116,6 +116,34 @@ def test_reliable_images_are_told_by_checkpoints_of_a_phase_before(phases):
     config_checks.validate(config)
 
 
+def test_reliable_images_need_checkpoints_of_what_a_gate_leaves_before_them():
+  config = config_lib.base_config()
+  config.finetune.terms.entropy.weight = 1.0
+  short = {**FIRST, "finetune.num_steps": 50}  # one checkpoint, where the next phase has six
+  config.phases = (short, {}, {"finetune.reliable_share": 0.5})
+  with pytest.raises(ConfigError, match="two or more checkpoints .* gate may leave it out"):
+    config_checks.validate(config)
+  config.judge.gate.action = "warn"
+  config_checks.validate(config)
+
+
+def test_a_second_network_is_trained_in_the_first_phase_alone():
+  both = {"finetune.terms.cross_pseudo.weight": 1.0}
+  config = config_lib.base_config()
+  config.base.num_members = 2
+  config.phases = (both, {"finetune.terms.cross_pseudo.weight": 0.0})
+  config_checks.validate(config)
+  config.phases = ({"finetune.terms.cross_pseudo.weight": 0.0}, both)
+  with pytest.raises(ConfigError, match="cross_pseudo: the second network .* is not kept"):
+    config_checks.validate(config)
+  config.phases = ()
+  config.finetune.terms.cross_pseudo.weight = 1.0
+  config_checks.validate(config)
+  config.finetune.rounds = 2
+  with pytest.raises(ConfigError, match="cross_pseudo: the second network .* is not kept"):
+    config_checks.validate(config)
+
+
 def test_reliable_images_are_whole_ones_on_one_grid():
   config = config_lib.base_config()
   config.finetune.terms.entropy.weight = 1.0

@@ -47,6 +47,10 @@ def test_a_cell_is_what_its_arm_says_and_shares_its_base():
     (study(arms=[{"recipes": (RN,), "set": {"finetune.bata": 1.0}}]), "rn_dpo: .*finetune.bata"),
     (study(arms=[{"recipes": ("no_such",)}]), "no_such: .*unknown recipe"),
     (study(set={"data.num_test": 99}), "tiny-n4-d0-s0-rn_dpo.*num_test=99"),
+    (
+      study(arms=[{"recipes": (RN,), "axes": {"data.phantom.num_cases": (30, 9)}}]),
+      "num_cases=9-.*found 9 of 9",
+    ),
     (study(set={"data.num_test": 0}), "num_test: there are no test cases, and a study is judged"),
     (study(data={"tiny": {"config": TINY, "set": {"data.num_val": 0}}}), "num_val: there are no"),
     (study(arms=[{"recipe": (RN,)}]), "unknown key 'recipe'"),

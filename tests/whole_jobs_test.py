@@ -17,7 +17,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.predict import trained
 from rndpo_jax.runtime import files
-from rndpo_jax.stages import base
+from rndpo_jax.stages import base, mine
 from rndpo_jax.training import checkpoint
 
 
@@ -226,3 +226,7 @@ def test_a_job_without_validation_and_test_cases(tiny_config, tmp_path, capsys):
     trained.load(workdir, "best")
   pipeline.run(config, workdir)  # what is done is seen to be
   assert "[evaluate] done before" in capsys.readouterr().out
+  # A job on these data whose config, by a split file, does not tell that there are none.
+  config.data.split_file, config.judge.name = "splits.json", "auto"
+  with pytest.raises(errors.ConfigError, match="judge.name: found 'auto'.* no validation cases"):
+    mine.run(config, workdir, tmp_path / "other")

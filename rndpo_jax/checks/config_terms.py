@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rndpo_jax import config as config_lib
 from rndpo_jax.errors import ConfigError
 from rndpo_jax.training import image_terms
@@ -53,6 +55,12 @@ def _check_networks(config, name: str, reads: set[str]) -> None:
       f"config.finetune.terms.{name} trains a second network, that of the second member; set it "
       "to 2 or more"
     )
+  if "partner" in reads and config_lib.num_phases(config) > 1:
+    raise ConfigError(
+      f"config.finetune.terms.{name}: the second network that it trains is not kept for the phases "
+      "and rounds after it, and in one of those it would be the base's untouched member; use it in "
+      "the first phase alone"
+    )
 
 
 def _check_batches(config, terms) -> None:
@@ -85,13 +93,23 @@ def _check_reliable(config) -> None:
       f"config.finetune.reliable_share: found {share}, but with config.data.spacing a step is "
       "shown patches, and whole images on one grid are what it is measured on; leave it at 1.0"
     )
-  number = config_lib.num_phases(config)
-  before = config_lib.of_phase(config, number - 1).finetune if number > 1 else None
-  if before is None or before.num_steps <= before.eval_every_steps:
+  before = list(_before(config))
+  if not before or any(one.num_steps <= one.eval_every_steps for one in before):
     raise ConfigError(
       f"config.finetune.reliable_share: found {share}, but it is told by two or more checkpoints "
-      "of the phase before; set it in a phase after one with num_steps above eval_every_steps"
+      "of the phase before; set it in a phase after one with num_steps above eval_every_steps (and "
+      "so in those before that one, as far as the judge's gate may leave it out)"
     )
+
+
+def _before(config) -> Iterator:
+  """`finetune` of the phases from whose result this one may start; empty if that is the base."""
+  for number in range(config_lib.num_phases(config) - 1, 0, -1):
+    own = config_lib.of_phase(config, number)
+    yield own.finetune
+    is_judged = "pairs" in image_terms.reads_of(own) and not own.data.preferences
+    if not is_judged or own.judge.gate.action != "refuse":
+      return
 
 
 def _check_boxes(options, terms) -> None:

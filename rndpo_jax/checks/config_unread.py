@@ -46,19 +46,24 @@ def check(phases: Sequence) -> None:
   """Looks for keys that differ from their default and that nothing reads.
 
   Args:
-    phases: the configs of a job's phases, see `config.of_phase`; a key is read if one reads it.
+    phases: the configs of a job's phases, see `config.of_phase`; a value is read if a phase that
+      has it reads it.
 
   Raises:
     ConfigError: naming the first such key, its value, what would read it, and its default.
   """
-  values = [config_lib.leaves(config) for config in phases]
-  tables = [readers(config) for config in phases]
+  tables = [(config_lib.leaves(config), readers(config)) for config in phases]
   for key, default in config_lib.leaves(config_lib.base_config()).items():
-    entries = [find(table, key) or (True, "") for table in tables]
-    others = [value[key] for value in values if value[key] != default]
-    if not others or any(is_read for is_read, _ in entries):
+    entries = [
+      (values[key], *(find(table, key) or (True, "")))
+      for values, table in tables
+      if values[key] != default
+    ]
+    read = [value for value, is_read, _ in entries if is_read]
+    unread = next(((value, reader) for value, _, reader in entries if value not in read), None)
+    if unread is None:
       continue
-    found = f"config.{key}: found {others[0]!r}, which nothing reads; {entries[0][1]} would"
+    found = f"config.{key}: found {unread[0]!r}, which nothing reads; {unread[1]} would"
     if key not in SAID:
       raise ConfigError(f"{found}: choose that, or leave the key at {default!r}")
     progress.say(found)

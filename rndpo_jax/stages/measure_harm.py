@@ -51,7 +51,7 @@ def _harm(config, workdir, evaluation, steps, judge) -> dict:
   row = objectives.OBJECTIVES[objectives.parse(options.objective)[0]]
   return {"split": "val"} | harm.account(
     steps,
-    margins - margins[0],
+    margins if options.reference == "none" else margins - margins[0],
     pairs["region_size"],
     validation_pairs.gain(pairs),
     measure_judges.pair_worth(config, pairs["score_gap"], pairs["valid"], judge),

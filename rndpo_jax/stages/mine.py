@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from rndpo_jax import provenance, seeds, types
+from rndpo_jax.checks import config_validation
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import loader, proposal_files, tiles
 from rndpo_jax.mining import given_pairs, judges, user_judges
@@ -73,6 +74,8 @@ def run(config, workdir: os.PathLike, folder: os.PathLike | None = None) -> None
   directory = epath.Path(workdir if folder is None else folder) / "pairs"
   directory.mkdir(parents=True, exist_ok=True)
   dataset = tiles.view(dataset_lib.open_dataset(config, workdir))
+  if not len(dataset.splits["val"]):  # the data of a base's work directory
+    config_validation.check_without_cases(config)
   is_whole = config.mine.whole_images
   judged = whole_images.images(dataset) if is_whole else dataset
   shards.check_num_shards(config, len(judged.splits["unlabelled"]))

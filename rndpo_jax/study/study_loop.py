@@ -40,7 +40,7 @@ def check(cells: Sequence[grid.Cell]) -> None:
   Raises:
     ConfigError: naming the cell, and what its config, this machine or the data lack.
   """
-  opened: dict[str, list] = {}
+  opened: dict[tuple[str, str], list] = {}
   drawn = set()
   for cell in cells:
     try:
@@ -48,10 +48,11 @@ def check(cells: Sequence[grid.Cell]) -> None:
       config_checks.validate(cell.config)
       pipeline.check_here(cell.config)
       _check_root(cell)
-      if cell.data not in opened:
-        opened[cell.data] = sources.SOURCES[cell.config.data.source].open(cell.config).records
+      listed = (cell.data, cell.config.data.to_json())  # an axis may change what is listed
+      if listed not in opened:
+        opened[listed] = sources.SOURCES[cell.config.data.source].open(cell.config).records
       if cell.base_key not in drawn:
-        parts = prepare.split_cases(cell.config.data, opened[cell.data])
+        parts = prepare.split_cases(cell.config.data, opened[listed])
         _check_parts(parts)
         drawn.add(cell.base_key)
     except (errors.RndpoError, OSError) as error:
