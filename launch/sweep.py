@@ -77,8 +77,8 @@ def command(best):
   from rndpo_jax.sweep import sweep_results
 
   flag = flags.FLAGS["config"]
-  overrides = dict(config_flags.get_override_values(flag))
-  overrides |= sweep_results.overrides(_CONFIG.value.phases, best)
+  given = config_flags.get_override_values(flag)
+  overrides = sweep_results.overrides(_CONFIG.value, given, best)
   overrides["base.workdir"] = _CONFIG.value.base.workdir or _WORKDIR.value
   return shlex.join(
     [

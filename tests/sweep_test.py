@@ -204,10 +204,19 @@ def test_program_prints_the_table_and_the_command_of_the_best(swept):
     "--config.finetune.num_steps=8", f"--config.finetune.beta={best['beta']}",
     f"--config.finetune.learning_rate={best['learning_rate']}",
   }  # fmt: skip
-  # Of several phases the last one was swept.
-  own = {"finetune.beta": best["beta"], "finetune.learning_rate": best["learning_rate"]}
-  phases = ({}, {"finetune.beta": 2.0, "finetune.num_steps": 3})
-  found = sweep_results.overrides(phases, best)
-  assert found == {"phases": ({}, {**own, "finetune.num_steps": 3})}
   code, output = launch(workdir, "--betas=strong")
   assert code == 1 and "error: --betas: found 'strong', expected numbers" in output
+
+
+def test_of_several_phases_the_last_one_was_swept(tiny_config):
+  best = {"beta": 3.0, "learning_rate": 0.1}
+  own = {"finetune.beta": 3.0, "finetune.learning_rate": 0.1}
+  given = {"finetune.beta": 7.0, "finetune.learning_rate": 0.2, "seed": 4}
+  assert sweep_results.overrides(tiny_config(), given, best) == {**own, "seed": 4}
+  last = {"finetune.beta": 2.0, "finetune.num_steps": 3}
+  found = sweep_results.overrides(tiny_config(phases=({}, last)), given, best)
+  assert found == {**given, "phases": ({}, {**own, "finetune.num_steps": 3})}
+  # The beta of the command was that of the last phase alone, where the first one reads no pairs.
+  first = {"finetune.terms.preference.weight": 0.0, "finetune.terms.labelled.weight": 1.0}
+  found = sweep_results.overrides(tiny_config(phases=(first, {})), given, best)
+  assert found == {"finetune.learning_rate": 0.2, "seed": 4, "phases": (first, own)}

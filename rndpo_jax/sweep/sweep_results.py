@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from rndpo_jax import config as config_lib
 from rndpo_jax import errors
+from rndpo_jax.checks import config_unread
 from rndpo_jax.runtime import files
 from rndpo_jax.training import metric_writer
 
@@ -100,15 +102,25 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def overrides(phases: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(config, given: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, Any]:
   """Keys of the config, and their values, that make a single job of a setting.
 
   Args:
-    phases: `config.phases`; the sweep was of the last one, and those before it stay as they are.
+    config: of the sweep, which was of its last phase; those before that one stay as they are.
+    given: those of the sweep's own command; of them what no phase would read any more is left out.
     best: with beta and learning_rate.
   """
   own = {"finetune.beta": best["beta"], "finetune.learning_rate": best["learning_rate"]}
-  return {"phases": (*phases[:-1], {**phases[-1], **own})} if phases else own
+  if not config.phases:
+    return {**given, **own}
+  *earlier, last = config.phases
+  tables = [config_unread.readers(one) for one in config_lib.every_phase(config)[: len(earlier)]]
+  kept = {
+    key: value
+    for key, value in given.items()
+    if key not in own or any((config_unread.find(t, key) or (True, ""))[0] for t in tables)
+  }
+  return {**kept, "phases": (*earlier, {**last, **own})}
 
 
 def _dice(value: float | None) -> str:
