@@ -10,6 +10,16 @@ CPU cores some 8 minutes on PH2 and 12 on ACDC.
 from configs.recipes import weak_to_strong_affine
 from configs.studies import main
 
+# Both kinds of lesson that need no judge: of weak_to_strong and of mean_teacher.
+BOTH = {
+  "alike": {
+    "2000 steps, consistency": {
+      "finetune.num_steps": 2000,
+      "finetune.terms.consistency.weight": 10.0,
+      "finetune.ramp_steps": 100,
+    }
+  }
+}
 ALIKE = {
   "alike": {"2000 steps, zooms": {"finetune.num_steps": 2000, **weak_to_strong_affine.FIRST}}
 }
@@ -21,5 +31,6 @@ def get_study():
     "arms": [
       {"recipes": ("weak_to_strong_affine_rn_dpo",)},
       {"recipes": ("mean_teacher", "top1", "self_training", "supervised_longer"), "axes": ALIKE},
+      {"recipes": ("weak_to_strong_affine",), "axes": BOTH},
     ],
   }

@@ -3,7 +3,7 @@
   python -m launch.study --study=configs/studies/judge_accuracy.py \
       --records=configs/results/judge_accuracy --workdir=DIR
 
-Some 15 s a cell on a CPU core. A judge ranks an image's proposals by their true Dice, and a share
+Some 20 s a cell on a CPU core. A judge ranks an image's proposals by their true Dice, and a share
 of the images the other way round: of the pairs as large a share is wrong.
 """
 

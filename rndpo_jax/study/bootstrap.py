@@ -10,8 +10,9 @@ section 3.8; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007
 factors).
 
 With the few draws that a study has, such an interval is too narrow: in simulations without any
-difference three draws make a claim in some 10% instead of 5%. With one draw it tells of the cases
-alone, and nothing is claimed.
+difference three draws make a claim in 5 to 25% instead of 5%, the more so the more draws differ
+(25% is the chance that three draws have one sign). With one draw it tells of the cases alone, and
+nothing is claimed.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _notes(
     f"{hours:.1f} hours of cells, each with its base.",
     "Intervals: 95%, hierarchical paired bootstrap over draws of patients, seeds and patients. A "
     "claim is made only where the interval of several draws excludes zero. Of few draws intervals "
-    "are too narrow (of three, some 10% of claims where there is no difference); test sets of "
+    "are too narrow (of three, 5 to 25% of claims where there is no difference); test sets of "
     "draws overlap; many comparisons are shown, and no correction is made for their number.",
   ]
   if num_others:
