@@ -87,22 +87,25 @@ def test_a_phase_that_cannot_work_is_refused_by_key(phase, message):
 
 
 @pytest.mark.parametrize(
-  "first,key",
+  "first,message",
   [
-    ({"judge.learned.num_steps": 100}, "judge.learned.num_steps 100 and 300"),
-    ({"augment.gamma": 0.07}, "augment.gamma 0.07 and"),
-    ({"judge.learned.num_steps": 100, "judge.compare": ("agreement",)}, None),  # not trained there
+    ({"judge.learned.num_steps": 100}, "phases: found judge.learned.num_steps 100 and 300"),
+    ({"augment.gamma": 0.07}, "phases: found augment.gamma 0.07 and"),
+    (  # not trained there
+      {"judge.learned.num_steps": 100, "judge.compare": ("agreement",)},
+      "judge.learned.num_steps: found 100, which nothing reads",
+    ),
     ({"augment.gamma": 0.07, **FIRST}, None),
   ],
 )
-def test_phases_share_one_learned_judge(first, key):
+def test_phases_share_one_learned_judge(first, message):
   config = config_lib.base_config()
   config.judge.compare = ("agreement", "learned")
   config.finetune.augment, config.finetune.reference = True, "online"
   config.phases = (first, {})
-  if key is None:
+  if message is None:
     return config_checks.validate(config)
-  with pytest.raises(ConfigError, match=f"config.phases: found {key}"):
+  with pytest.raises(ConfigError, match=f"config.{message}"):
     config_checks.validate(config)
 
 
