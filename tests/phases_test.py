@@ -201,7 +201,7 @@ def test_what_a_phase_changes_is_not_for_the_base(tiny_config, tmp_path, monkeyp
     monkeypatch.setitem(pipeline.RUNNERS, name, remember(name))
   pipeline.run(config, tmp_path, ("prepare", "base"))
   for path in (pipeline.DONE["mine"], *pipeline.ALSO["mine"]):
-    files.write_text(tmp_path / path, "")
+    files.write_text(tmp_path / path, "{}")
   pipeline.run(config, tmp_path, ("finetune",))
   assert seen["base"] == 0.0 and seen["finetune"] == 0.5
 
