@@ -76,6 +76,11 @@ def find(table: Readers, key: str) -> tuple[bool, str] | None:
   return next((table[name] for name in names if name in table), None)
 
 
+def is_read(table: Readers, key: str) -> bool:
+  """Whether a key is read; one that is in no table is."""
+  return (find(table, key) or (True, ""))[0]
+
+
 def readers(config) -> Readers:
   """Key or section -> (whether this config's run reads it, what would read it)."""
   used_judges = {config.judge.name, *config.judge.compare}

@@ -46,8 +46,8 @@ _ARM = {
   "recipes": Sequence, "axes": Mapping, "set": Mapping, "data": Sequence, "draws": Sequence,
   "seeds": Sequence, "tuning": bool,
 }  # fmt: skip
-# Sections that make a base what it is; `augment` is that of the data set's config.
 _GATE = "judge.gate."
+# Sections that make a base what it is; `augment` is that of the data set's config.
 _BASE_SECTIONS = ("data", "model", "base")
 
 
@@ -224,7 +224,7 @@ def phase_key(cell: Cell, number: int) -> str:
   found = {
     key: value
     for key, value in _values(own).items()  # with defaults: an older one made another phase
-    if (config_unread.find(table, key) or (True, ""))[0]
+    if config_unread.is_read(table, key)
   }
   return _digest(found if number == 1 else [phase_key(cell, number - 1), found])
 

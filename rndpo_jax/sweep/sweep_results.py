@@ -118,7 +118,7 @@ def overrides(config, given: Mapping[str, Any], best: Mapping[str, Any]) -> dict
   kept = {
     key: value
     for key, value in given.items()
-    if key not in own or any((config_unread.find(t, key) or (True, ""))[0] for t in tables)
+    if key not in own or any(config_unread.is_read(table, key) for table in tables)
   }
   return {**kept, "phases": (*earlier, {**last, **own})}
 
