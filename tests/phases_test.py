@@ -10,11 +10,10 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import pipeline
 from rndpo_jax.checks import config_checks
 from rndpo_jax.data import dataset as dataset_lib
-from rndpo_jax.errors import CheckpointError, ConfigError, MiningError, ProvenanceError
+from rndpo_jax.errors import ConfigError
 from rndpo_jax.evaluation import metrics
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import phases, reliable
-from rndpo_jax.sweep import sweep
 from rndpo_jax.training import checkpoint
 
 FIRST = {
@@ -256,79 +255,3 @@ def test_a_job_of_two_phases(tiny_run, tiny_config, tmp_path):
   )
   jax.tree.map(np.testing.assert_array_equal, before, after)
   assert (workdir / "phase-1" / "finetune" / "done.json").stat().mtime == kept
-
-
-def test_a_later_phase_whose_judge_is_refused_is_left_out(tiny_run, tiny_config, tmp_path, capsys):
-  """What the first has made is evaluated, delivered and reported; a first phase ends the job."""
-  config = tiny_config(
-    base__workdir=str(tiny_run[1]),
-    finetune__num_steps=4,
-    finetune__eval_every_steps=2,
-    judge__gate__action="refuse",
-    judge__gate__min_accuracy=1.0,
-  )
-  config.phases = (FIRST, {}, {"finetune.num_steps": 5})
-  workdir = epath.Path(tmp_path)
-  pipeline.run(config, workdir, ("base", "mine", "finetune", "evaluate", "report"))
-  said = capsys.readouterr().out
-  assert "phase 2 is left out: the judge 'agreement' has" in said and "phase 3 is left out" in said
-  for place in (workdir / "phase-2", workdir):
-    assert files.read_json(place / "finetune" / "done.json")["step"] == 0
-    assert not (place / "finetune" / "params").exists()
-    assert files.read_json(place / "pairs" / "manifest.json")["num_pairs"] == 0
-  results = files.read_json(workdir / "results.json")
-  assert [point["step"] for point in results["curve"]] == [0, 2, 3]
-  assert results["finetuned"]["step"] == 3 and results["delivered"]["step"] in (0, 2, 3)
-  assert results["terms"] == [["labelled", "weak_to_strong"]]
-  assert [entry["phase"] for entry in results["left_out"]] == [2, 3]
-  assert [text[:22] for text in results["warnings"][:2]] == [
-    "Phase 2 was left out: ",
-    "Phase 3 was left out: ",
-  ]
-  assert "was left out" in pipeline.summary(workdir)
-  page = (workdir / "report.html").read_text()
-  assert "labelled + weak_to_strong" in page and "Phase 3 was left out" in page
-  assert "The loss: labelled + weak_to_strong" in page  # the curves of what was trained
-  assert "There are no pairs." in page and "Histogram of region sizes" not in page
-  dataset = dataset_lib.open_dataset(config, workdir)
-  first = workdir / "phase-1" / "finetune"
-  last = checkpoint.restore_params(first / "params", 3, stage_directory=first)
-  for number in (2, 3):
-    found = read_phase(config, workdir, number, dataset)
-    jax.tree.map(np.testing.assert_array_equal, found, last)
-  (workdir / "finetune" / "done.json").unlink()  # a rerun comes to the same
-  (workdir / "results.json").unlink()
-  pipeline.run(config, workdir, ("finetune", "evaluate"))
-  assert files.read_json(workdir / "results.json") == results
-  # A damaged phase is made again, as the error says.
-  (first / "params" / "3" / "sha256.json").unlink()
-  (workdir / "results.json").unlink()
-  with pytest.raises(CheckpointError, match=r"[Dd]elete the folder .*phase-1/finetune"):
-    pipeline.run(config, workdir)
-  first.rmtree()
-  pipeline.run(config, workdir)
-  assert files.read_json(workdir / "results.json") == results
-  config.judge.gate.action = "warn"
-  for stages in (config_lib.STAGES, ("finetune", "evaluate")):
-    with pytest.raises(
-      ProvenanceError, match="left out, but config.judge.gate lets .*; delete"
-    ) as e:
-      pipeline.run(config, workdir, stages)
-  config.judge.gate.action = "refuse"
-  with pytest.raises(MiningError, match="there are no pairs to train on; the judge 'agreement'"):
-    sweep.run(config, workdir, betas=(1.0,), learning_rates=(1e-3,), seeds=(0,))
-  config.judge.gate.action = "warn"
-  for place in (workdir / "phase-2", workdir):  # as that error says
-    for name in ("pairs", "finetune"):
-      assert f"{place / name}" in str(e.value)
-      (place / name).rmtree()
-  pipeline.run(config, workdir)
-  found = files.read_json(workdir / "results.json")
-  assert not found["left_out"] and [point["step"] for point in found["curve"]] == [
-    0, 2, 3, 5, 7, 9, 11, 12,
-  ]  # fmt: skip
-  config.judge.gate.action = "refuse"
-  config.phases = ({}, FIRST)
-  (workdir / "phase-1").rmtree()
-  with pytest.raises(MiningError, match=r"in a new --workdir"):
-    pipeline.run(config, tmp_path / "other", ("base", "mine"))
