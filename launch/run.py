@@ -29,6 +29,7 @@ def main(argv):
   # Libraries that start worker processes read absl flags when imported: import after parsing.
   from rndpo_jax import config, errors, pipeline
   from rndpo_jax.planning import dry_run
+  from rndpo_jax.report import summary
   from rndpo_jax.runtime import lock, multihost, progress
 
   stages = config.STAGES if _STAGES.value is None else _STAGES.value
@@ -45,7 +46,7 @@ def main(argv):
       cache_flag.use()
       pipeline.run(_CONFIG.value, _WORKDIR.value, stages)
     if "report" in stages and multihost.is_first():
-      progress.say(f"\n{pipeline.summary(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
+      progress.say(f"\n{summary.text(_WORKDIR.value)}\nreport: {_WORKDIR.value}/report.html")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.data import geometry
 from rndpo_jax.losses import bit_planes
 from rndpo_jax.pairs import shards
+from rndpo_jax.report import summary
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base
 
@@ -217,7 +218,7 @@ def test_a_whole_job_of_preferences(tiny_run, tiny_config, tmp_path, capsys):
   assert not [text for text in results["warnings"] if "min_accuracy" in text]
   assert results["pairs"]["count"] == 11 and results["harm"]["num_pairs"] == 0
   assert "preferences of readers" in (tmp_path / "run/report.html").read_text()
-  assert "unknown of pairs right on val" in pipeline.summary(tmp_path / "run")
+  assert "unknown of pairs right on val" in summary.text(tmp_path / "run")
   pipeline.run(config, tmp_path / "run")  # all done, of the same files
   own_files.write_mask(tmp_path / "a.png", drawn("c"))
   with pytest.raises(errors.ProvenanceError, match="not made from this preferences.*delete"):

@@ -13,6 +13,7 @@ from rndpo_jax import config as config_lib
 from rndpo_jax import errors, pipeline
 from rndpo_jax.data.sources import phantom
 from rndpo_jax.pairs import shards
+from rndpo_jax.report import summary
 from rndpo_jax.runtime import files, preemption
 from rndpo_jax.training import metric_writer
 
@@ -52,7 +53,7 @@ def test_results_hold_what_the_contract_says(tiny_run):
 def test_summary_shows_base_finetuned_judges_and_pairs(tiny_run):
   _, workdir = tiny_run
   results = files.read_json(workdir / "results.json")
-  text = pipeline.summary(workdir)
+  text = summary.text(workdir)
   assert f"{results['finetuned']['test']['dice']:.4f}" in text
   assert "agreement" in text and f"{results['pairs']['count']} pairs of " in text
   # The same on the terminal, in results.json and on the page.

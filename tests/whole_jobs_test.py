@@ -16,6 +16,7 @@ from rndpo_jax import errors, models, pipeline
 from rndpo_jax.data import dataset as dataset_lib
 from rndpo_jax.mining import judges
 from rndpo_jax.predict import trained
+from rndpo_jax.report import summary
 from rndpo_jax.runtime import files
 from rndpo_jax.stages import base, mine
 from rndpo_jax.training import checkpoint
@@ -216,9 +217,9 @@ def test_a_job_without_validation_and_test_cases(tiny_config, tmp_path, capsys):
   found = files.read_json(workdir / "delivered" / "delivered.json")
   assert found["chosen_by"] == "label_free" and found["step"] == results["delivered"]["step"] == 2
   assert found["checkpoints"] == results["label_free"]["checkpoints"][1:]
-  summary = pipeline.summary(workdir)
-  assert "there are no validation cases" in summary and found["reason"] in summary
-  assert "selected on val" not in summary
+  said = summary.text(workdir)
+  assert "there are no validation cases" in said and found["reason"] in said
+  assert "selected on val" not in said
   text = (workdir / "report.html").read_text()
   assert "There are no test cases" in text and "no validation cases" in text
   assert trained.load(workdir, "delivered").step == 2
